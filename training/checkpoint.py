@@ -1,0 +1,271 @@
+"""Run folders and checkpoints: written under a temporary name, fsynced, renamed; checksummed; no pickles.
+
+config.yaml                  the resolved configuration
+log.jsonl, events.out.*      figures by step
+checkpoints/step-00000600/   state.pt and manifest.json (SHA-256): everything to resume
+weights/model.safetensors    averaged weights, what others load
+previews/                    pictures
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from training import distributed
+from training.command import UserError
+from training.config import to_dict, to_yaml
+
+# Settings that a run may change between one start and the next: they move no weight.
+FREE_KEYS = {"root", "log_every", "save_every", "preview_every", "keep", "workers"}
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            _sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `path` when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    _sync(opened)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class Run:
+    """A run's folder: one configuration, one writer."""
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        self.folder, self.config = folder, config
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path, config: Any, *, fresh: bool = False) -> Run:
+        """Take a run folder, new or to be resumed.
+
+        Raises UserError when another process writes to it, when it was made with other settings (naming the
+        first that differs), or when it holds something else. `fresh` removes what it holds first.
+        """
+        run = cls(Path(folder), config)
+        if distributed.is_main():
+            run._take(fresh)
+            replace_file(run.folder / "config.yaml", to_yaml(config).encode())
+        distributed.barrier()
+        return run
+
+    def _take(self, fresh: bool) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: a run needs a folder, and this is a file")
+        strangers = self.folder.is_dir() and any(p for p in self.folder.iterdir() if p.name != ".lock")
+        if strangers and not (self.folder / "config.yaml").is_file():
+            raise UserError(
+                f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.folder}: another process is writing to this run: wait for it, or stop it"
+            ) from None
+        if fresh:
+            for entry in self.folder.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != ".lock":
+                    entry.unlink()
+        for left_over in [
+            *self.folder.glob(".*.tmp"),
+            *self.folder.glob("*/.*.tmp"),
+            *self.folder.glob("*/.*.old"),
+        ]:
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        kept = self.folder / "config.yaml"
+        if kept.is_file():
+            old = OmegaConf.to_container(OmegaConf.load(kept))
+            for key, was, now in _differences(old, to_dict(self.config)):
+                raise UserError(
+                    f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
+                    "or start it over with --fresh (make: FRESH=1)"
+                )
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def finished(self, steps: int) -> bool:
+        """Whether the last of `steps` steps is in a checkpoint."""
+        return (self.checkpoints / _name(steps) / "manifest.json").is_file()
+
+    def save(self, step: int, state: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint, then remove all but the newest `keep`. Only rank 0 writes.
+
+        Raises UserError when the disk is full: the older checkpoints stay as they are.
+        """
+        if not distributed.is_main():
+            return
+        folder = self.checkpoints / _name(step)
+        try:
+            with atomic_folder(folder) as temporary:
+                torch.save(state, temporary / "state.pt")
+                files = {
+                    p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in temporary.iterdir()
+                }
+                manifest = {"step": step, "files": files}
+                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+            raise _unwritable(folder, _size(state), error) from None
+        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint's state that is whole, or None. Says which damaged ones it passes over."""
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            damage = _damage(folder)
+            if damage is None:
+                return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            if distributed.is_main():
+                print(
+                    f"warning: {folder} is damaged ({damage}); falling back to the one before it", flush=True
+                )
+        return None
+
+    def publish(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Write weights/model.safetensors, what other programs load."""
+        if distributed.is_main():
+            write_weights(self.folder / "weights" / "model.safetensors", tensors, {"step": str(step)})
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically. Raises UserError when the disk is full."""
+    from safetensors.torch import save
+
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    try:
+        replace_file(path, data)
+    except OSError as error:
+        raise _unwritable(path, len(data), error) from None
+
+
+def load_weights(run_folder: Path) -> dict[str, Tensor]:
+    """The published weights of a run. Raises UserError when there are none or they are damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(run_folder) / "weights" / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: there are no weights here: train that run first")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}): remove it and run its training command again") from None
+
+
+def weights_hash(run_folder: Path) -> str:
+    """SHA-256 of a run's published weights, by which others refer to it."""
+    path = Path(run_folder) / "weights" / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: there are no weights here: train that run first")
+    return sha256(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None when it is whole."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, entry in manifest["files"].items():
+            if (folder / name).stat().st_size != entry["bytes"]:
+                return f"{name} has another size than its manifest says"
+            if sha256(folder / name) != entry["sha256"]:
+                return f"{name} has another SHA-256 than its manifest says"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _size(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(_size, state.values()))
+    return sum(map(_size, state)) if isinstance(state, list | tuple) else 0
+
+
+def _unwritable(path: Path, size: int, error: Exception) -> UserError:
+    free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+    return UserError(
+        f"{path}: about {size} bytes cannot be written ({free} bytes are free): {error}; what was saved before "
+        "is intact: make room and run the same command again"
+    )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            if key not in FREE_KEYS:
+                yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new

@@ -1,0 +1,65 @@
+"""Commands: bad input is one clear line and exit code 2, Ctrl-C says how to go on."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message names the file, the value and the remedy, in one line."""
+
+
+class Interrupted(Exception):
+    """A run stopped on request after saving. The message says how to resume. Exit code 130."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run `main` as a process: UserError and a full disk exit with 2, an interrupt with 130.
+
+    Anything else is our own bug and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _fail(str(error) or "interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        _fail(f"error: cannot write {error.filename or 'the output'}: {os.strerror(error.errno)}", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def train_command(program: str, description: str, schema: type, run: Callable[..., object]) -> None:
+    """The main of every training command: PROGRAM CONFIG.yaml [section.key=value ...] [--fresh].
+
+    `run(config, fresh=...)` trains what the config of class `schema` describes.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file's"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove what the run's folder holds and start over"
+    )
+    arguments = parser.parse_intermixed_args()
+
+    from training import config, distributed
+
+    loaded = config.load(schema, arguments.config, arguments.overrides)
+    distributed.start()
+    run(loaded, fresh=arguments.fresh)
+    distributed.finish()
