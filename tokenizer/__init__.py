@@ -1,0 +1,12 @@
+"""Images to discrete codes and back. `tokenizer.load(run_folder)` gives a trained tokenizer."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that importing a part of this package does not import all of it.
+    if name == "load":
+        from tokenizer.run import load
+
+        return load
+    raise AttributeError(f"module 'tokenizer' has no attribute {name!r}")

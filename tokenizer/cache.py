@@ -1,0 +1,168 @@
+"""The token cache: codes of whole data sets as plain .npy files, tied by hash to the tokenizer that made them.
+
+    manifest.json
+    train-00000.codes.npy    (n, views, N) uint16, or uint32 when a codebook is larger than 65536
+    train-00000.labels.npy   (n,) int32
+    train-00000.ids.npy      (n,) int64, the images' places in their source
+    held_out-00000.…
+
+Little endian. View 0 is the plain image, the others are augmented. Every shard but the last of a split holds
+the same number of images. In numpy:  codes = np.load("train-00000.codes.npy", mmap_mode="r")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenizer.interface import CodeLayout
+from training.checkpoint import sha256, weights_hash
+from training.command import UserError
+
+FORMAT = "tessera-tokens-1"
+ARRAYS = ("codes", "labels", "ids")
+SPLITS = ("train", "held_out")
+
+
+def shard_file(split: str, index: int, array: str) -> str:
+    """The name of one array of one shard."""
+    return f"{split}-{index:05d}.{array}.npy"
+
+
+def code_dtype(layout: CodeLayout) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every code."""
+    return np.dtype("<u2" if max(layout.num_codes) <= 1 << 16 else "<u4")
+
+
+class Shards:
+    """The arrays of a split, one after another in the shards, as one array on the first axis."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Rows by an integer, a slice or a list; a tuple indexes further axes."""
+        rows, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        rows = np.asarray(rows)
+        flat = np.atleast_1d(rows)
+        if flat.size and not (-len(self) <= flat.min() and flat.max() < len(self)):
+            raise IndexError(f"rows {flat.min()}..{flat.max()} of {len(self)}")
+        flat = np.where(flat < 0, flat + len(self), flat)
+        shards = np.searchsorted(self.starts, flat, side="right") - 1
+        out = np.empty((len(flat), *self.shape[1:]), self.dtype)
+        for shard in np.unique(shards):
+            mine = shards == shard
+            out[mine] = self.parts[shard][flat[mine] - self.starts[shard]]
+        out = out if rows.ndim else out[0]
+        return out[(np.arange(len(flat)) if rows.ndim else slice(None), *rest)] if rest else out
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.concatenate([np.asarray(part, dtype) for part in self.parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSplit:
+    codes: Shards  # (n, views, N)
+    labels: np.ndarray  # (n,) int64
+    ids: np.ndarray  # (n,) int64
+
+
+class TokenCache:
+    """A finished token cache, read through memory maps."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.layout = CodeLayout(**manifest["layout"])
+        self.class_names: list[str] = manifest["class_names"]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The run folder of the tokenizer that made the codes."""
+        return Path(os.path.normpath(self.folder.resolve() / self.manifest["tokenizer"]["folder"]))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TokenCache:
+        """Raises UserError when there is no finished cache, or a file is missing or not as the manifest says."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(
+                f"{folder}: there is no finished token cache (no manifest.json): run `make tokens`"
+            )
+        cache = cls(folder, manifest)
+        for split in SPLITS:
+            for shard in manifest["splits"][split]["shards"]:
+                for name, entry in shard["files"].items():
+                    path = folder / name
+                    if path.parent != folder or not path.is_file() or path.stat().st_size != entry["bytes"]:
+                        raise UserError(
+                            f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}"
+                        )
+        return cache
+
+    def check_tokenizer(self) -> None:
+        """Raise UserError unless the tokenizer's weights are those that made these codes."""
+        now, then = weights_hash(self.tokenizer_folder), self.manifest["tokenizer"]["weights_sha256"]
+        if now != then:
+            raise UserError(
+                f"{self.folder}: the cache was made by {self.tokenizer_folder} with weights {then[:8]}…, and they are "
+                f"now {now[:8]}…: run `make tokens` again"
+            )
+
+    def verify(self) -> None:
+        """Compare every file's SHA-256 and every code's range. Raises UserError naming the first that differs."""
+        for split in SPLITS:
+            for shard in self.manifest["splits"][split]["shards"]:
+                for name, entry in shard["files"].items():
+                    if sha256(self.folder / name) != entry["sha256"]:
+                        raise UserError(f"{self.folder / name}: its SHA-256 is not the manifest's: {REMAKE}")
+            codes = np.asarray(self.split(split).codes)
+            for span, size in self.layout.spans():
+                if codes[..., span].size and codes[..., span].max() >= size:
+                    raise UserError(f"{self.folder}: {split} holds codes of {size} and more: {REMAKE}")
+
+    def split(self, name: str) -> TokenSplit:
+        """ "train" or "held_out"."""
+        shards = range(len(self.manifest["splits"][name]["shards"]))
+
+        def read(array: str) -> list[np.ndarray]:
+            return [np.load(self.folder / shard_file(name, index, array), mmap_mode="r") for index in shards]
+
+        labels, ids = (np.concatenate(read(array)).astype(np.int64) for array in ("labels", "ids"))
+        return TokenSplit(Shards(read("codes")), labels, ids)
+
+
+REMAKE = "run `make tokens` again"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished cache, or None. Raises UserError when it is damaged or of another format."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: its format is {manifest['format']!r}, not {FORMAT!r}: {REMAKE}")
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: damaged ({error}): remove it, and {REMAKE}") from None

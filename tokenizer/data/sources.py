@@ -1,0 +1,244 @@
+"""Image data sets: one split of a source as pixels with labels, without the items that cannot be read."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.data import transforms
+from tokenizer.data.listings import Listing, open_listing
+from tokenizer.data.transforms import BadImage
+from training.command import UserError
+from training.distributed import mix
+
+SPLITS = ("train", "held_out")
+SPLIT_SEED = 1  # part of what "held out" means: changing it moves images between the splits
+DECODE_THREADS = 2  # Pillow lets go of the interpreter only within decoding and resizing
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, at what size."""
+
+    source: str = "digits"  # an embedded name, a path, or hub:owner/name
+    image_size: int = 32  # pixels, square
+    held_out: float = 0.2  # share per class, where the source has no test or validation split of its own
+    augment: str = "none"  # of transforms.AUGMENTATIONS, in training only
+    max_bad: float = 0.05  # largest share of unreadable items of a split that is skipped rather than refused
+    max_pixels: int = 64_000_000  # larger images are refused before they are decoded
+    memory_mib: int = 1024  # for decoded pixels; larger sets are decoded each time
+
+    def __post_init__(self) -> None:
+        if self.augment not in transforms.AUGMENTATIONS:
+            known = ", ".join(transforms.AUGMENTATIONS)
+            raise UserError(f"data.augment={self.augment}: choose one of {known}")
+        if self.image_size < 1:
+            raise UserError(f"data.image_size={self.image_size}: must be at least 1 pixel")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"data.held_out={self.held_out}: must be a share above 0 and below 1")
+        if not 0 <= self.max_bad <= 1:
+            raise UserError(f"data.max_bad={self.max_bad}: must be a share from 0 to 1")
+
+
+def open_split(config: DataConfig, split: str, augment: bool = False, seed: int = 0) -> Images:
+    """One split, "train" or "held_out", of the configured source.
+
+    Raises UserError when the source cannot be found or read, has too many unreadable items, or leaves the
+    split without items.
+    """
+    assert split in SPLITS, split
+    listing = open_listing(config.source, config.memory_mib * 2**20)
+    return Images(listing, split, config, config.augment if augment else "none", seed)
+
+
+class Images:
+    """A map-style data set of square RGB images with class labels.
+
+    Where the decoded split fits in `memory_mib`, it is decoded once, here, and unreadable items are left out:
+    the same ones in every process and run. A larger split is decoded as it is read, and an unreadable item
+    then gives the next readable item of its class, so length and labels hold but `gather` may give another id
+    than `ids`. Either way what was skipped is in `bad`.
+    """
+
+    def __init__(self, listing: Listing, split: str, config: DataConfig, augmentation: str, seed: int):
+        self.name = listing.name
+        self.split = split
+        self.class_names = listing.class_names
+        self.bad: list[str] = []  # "item: reason"
+        self._config = config
+        self._augmentation = augmentation
+        self._seed = seed
+        items = split_items(listing, split, config.held_out)
+        if not len(items):
+            raise UserError(
+                f"{config.source} has no images for the {split} split: add images, or give it folders "
+                "or files named train and validation"
+            )
+        self._listed = len(items)
+        bad = {item: "has no class, unlike others" for item in items[listing.labels[items] < 0].tolist()}
+        items = np.array([item for item in items.tolist() if item not in bad], dtype=np.int64)
+        pixels = None
+        if len(items) * 3 * config.image_size**2 <= config.memory_mib * 2**20:
+            pixels, unreadable = decode_all(listing, items, config)
+            bad |= unreadable
+            readable = ~np.isin(items, list(unreadable))
+            items, pixels = items[readable], pixels if readable.all() else pixels[torch.from_numpy(readable)]
+        self._skip(f"{listing.where(item)}: {reason}" for item, reason in sorted(bad.items()))
+        self._pixels = pixels  # (n, 3, S, S) uint8, or None
+        self._listing = listing if pixels is None else None
+        self._unreadable: set[int] = set()
+        self.ids = torch.from_numpy(items)  # (n,) int64, places in the whole source: the same in every split
+        self.labels = torch.from_numpy(listing.labels[items])  # (n,) int64
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        return self._config.image_size
+
+    def gather(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """(epoch, index) keys -> images (B, 3, S, S) float32 in [-1, 1], labels (B,) and ids (B,) int64.
+
+        Augmentation depends on (seed, epoch, index) only.
+        """
+        places = torch.tensor([index for _, index in keys], dtype=torch.int64)
+        if self._pixels is not None:
+            images = self._pixels[places]
+        else:
+            loaded = [self._load(place) for place in places.tolist()]
+            images = torch.stack([pixels for pixels, _ in loaded])
+            places = torch.tensor([place for _, place in loaded])
+        if transforms.AUGMENTATIONS[self._augmentation]:
+            seeds = [mix(self._seed, epoch, index) for epoch, index in keys]
+            images = torch.stack(
+                [transforms.augment(image, self._augmentation, seed) for image, seed in zip(images, seeds)]
+            )
+        return {
+            "images": transforms.to_float(images),
+            "labels": self.labels[places],
+            "ids": self.ids[places],
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What this split is, for records."""
+        return {
+            "source": self.name,
+            "split": self.split,
+            "n": len(self),
+            "image_size": self.image_size,
+            "ids_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
+        }
+
+    def summary(self) -> str:
+        """One line for people: what this is and what was skipped."""
+        skipped = f"; skipped {_first(self.bad)}" if self.bad else ""
+        what = f"{len(self)} images, {self.num_classes} classes, {self.image_size} px"
+        return f"{self.name} ({self.split}): {what}{skipped}"
+
+    def _load(self, place: int) -> tuple[Tensor, int]:
+        """Pixels (3, S, S) uint8 of an item, or of the next readable one of its class, and which it was."""
+        for candidate in self._candidates(place):
+            try:
+                data = self._listing.read(int(self.ids[candidate]))
+                pixels = transforms.decode(data, self.image_size, self._config.max_pixels)
+                return torch.from_numpy(pixels.copy()), candidate
+            except BadImage as error:
+                self._unreadable.add(candidate)
+                line = f"{self._listing.where(int(self.ids[candidate]))}: {error}"
+                warnings.warn(f"skipped {line}", stacklevel=2)
+                self._skip([line])
+        name = self.class_names[self.labels[place]]
+        raise UserError(f"{self._config.source}: class {name} has no readable {self.split} image")
+
+    def _candidates(self, place: int) -> Iterator[int]:
+        """The item, then those of its class that follow it, around the end; without the known unreadable."""
+        if place not in self._unreadable:
+            yield place
+        same = torch.nonzero(self.labels == self.labels[place]).flatten()
+        for candidate in torch.cat([same[same > place], same[same < place]]).tolist():
+            if candidate not in self._unreadable:
+                yield candidate
+
+    def _skip(self, lines: Iterable[str]) -> None:
+        """List unusable items; refuse when they are too many, or all."""
+        self.bad += lines
+        if len(self.bad) > self._config.max_bad * self._listed or len(self.bad) == self._listed:
+            raise UserError(
+                f"{self._config.source}: too many of its {self._listed} {self.split} images cannot be used: "
+                f"{_first(self.bad)}; mend or remove them, or raise data.max_bad={self._config.max_bad}"
+            )
+
+
+def _first(lines: list[str], count: int = 3) -> str:
+    more = f" and {len(lines) - count} more" if len(lines) > count else ""
+    return f"{len(lines)} ({'; '.join(lines[:count])}{more})"
+
+
+def decode_all(
+    listing: Listing, items: np.ndarray, config: DataConfig, block: int = 256
+) -> tuple[Tensor, dict[int, str]]:
+    """Every item's pixels, (n, 3, S, S) uint8, and the reason of each that cannot be read, by item."""
+    pixels = np.zeros((len(items), 3, config.image_size, config.image_size), dtype=np.uint8)
+    bad: dict[int, str] = {}
+
+    def decode_block(start: int, encoded: list[bytes | BadImage]) -> None:
+        for place, data in enumerate(encoded, start):
+            try:
+                if isinstance(data, BadImage):
+                    raise data
+                pixels[place] = transforms.decode(data, config.image_size, config.max_pixels)
+            except BadImage as error:
+                bad[int(items[place])] = str(error)
+
+    def read(item: int) -> bytes | BadImage:
+        try:
+            return listing.read(item)
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:  # this thread reads, the pool decodes
+        pending: collections.deque = collections.deque()
+        for start in range(0, len(items), block):
+            encoded = [read(item) for item in items[start : start + block].tolist()]
+            pending.append(pool.submit(decode_block, start, encoded))
+            if len(pending) > 2 * DECODE_THREADS:
+                pending.popleft().result()
+        for future in pending:
+            future.result()
+    return torch.from_numpy(pixels), bad
+
+
+def split_items(listing: Listing, split: str, share: float) -> np.ndarray:
+    """Items of a split, (n,) int64 ascending: the source's own split, else `share` of each class held out.
+
+    The stratified split ranks each class by a hash of its items' keys, so it needs no state and little moves
+    when images are added. A class of two or more gives at least one item to either side.
+    """
+    held_out = listing.held_out
+    if held_out is None:
+        held_out = np.zeros(len(listing.labels), dtype=bool)
+        rank = np.array([_hash(listing.key(item)) for item in range(len(held_out))], dtype=np.uint64)
+        for label in np.unique(listing.labels):
+            members = np.flatnonzero(listing.labels == label)
+            members = members[np.argsort(rank[members], kind="stable")]
+            count = max(1, int(share * len(members) + 0.5))
+            held_out[members[: min(count, len(members) - 1)]] = True
+    return np.flatnonzero(held_out if split == "held_out" else ~held_out)
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{SPLIT_SEED}:{key}".encode(), digest_size=8).digest())

@@ -1,0 +1,50 @@
+"""Residual convolutional decoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.encoders.conv import ResidualStack
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvDecoderConfig:
+    kind: str = "conv"
+    channels: int = 128
+    residual_blocks: int = 2
+    residual_channels: int = 32
+
+    def build(self, in_channels: int, stride: int, grid: tuple[int, int]) -> ConvDecoder:
+        if stride < 2 or stride & (stride - 1):
+            raise ValueError(
+                f"decoder.kind=conv doubles its grid: {stride} pixels per code is no power of two; take vit"
+            )
+        return ConvDecoder(in_channels, stride, self.channels, self.residual_blocks, self.residual_channels)
+
+
+class ConvDecoder(nn.Module):
+    """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w)."""
+
+    def __init__(
+        self, in_channels: int, stride: int, channels: int, residual_blocks: int, residual_channels: int
+    ) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.stack = ResidualStack(channels, residual_blocks, residual_channels)
+        widths = [channels, *[channels // 2] * (int(math.log2(stride)) - 1), 3]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight whose gradients balance the adversarial loss."""
+        return self.up[-1].weight
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        x = self.stack(self.body(vectors))
+        for layer in self.up[:-1]:
+            x = F.relu(layer(x))
+        return self.up[-1](x)

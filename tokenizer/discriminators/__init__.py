@@ -1,0 +1,5 @@
+"""Discriminators, one file each: images to logits of being real."""
+
+from tokenizer.discriminators.patch import PatchConfig
+
+DISCRIMINATORS = {"patch": PatchConfig}

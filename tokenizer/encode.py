@@ -1,0 +1,197 @@
+"""Encode a data set to a token cache: python -m tokenizer.encode RUN [--out FOLDER] [--views N] [data.key=value ...]
+
+RUN is a tokenizer's run folder; the data set is the one that it was trained on, unless overridden. A cache
+that is current is left alone, one that was interrupted is completed, one of another tokenizer is made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenizer.cache import ARRAYS, FORMAT, SPLITS, TokenCache, code_dtype, read_manifest, shard_file
+from tokenizer.data.sources import DataConfig, Images, open_split
+from tokenizer.run import load, load_config
+from training import distributed
+from training.checkpoint import digest, replace_file, sha256, weights_hash
+from training.command import UserError, run_command
+from training.config import from_dict, to_dict
+from training.log import Progress
+
+IMAGES_PER_SHARD = 4096
+BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
+
+
+def encode_data(
+    run_folder: Path, out: Path, views: int, data: DataConfig, *, fresh: bool = False
+) -> TokenCache:
+    """Encode both splits. Raises UserError when `out` holds something else, or the image sizes do not fit."""
+    config = load_config(run_folder)
+    if data.image_size != config.data.image_size:
+        raise UserError(
+            f"{run_folder}: this tokenizer reads {config.data.image_size} px images, and data.image_size is "
+            f"{data.image_size}: set it to {config.data.image_size}, or train a tokenizer at that size"
+        )
+    if views > 1 and data.augment == "none":
+        raise UserError(
+            f"--views {views}: with data.augment=none all views are equal: set data.augment or --views 1"
+        )
+    maker = {
+        "folder": os.path.relpath(run_folder.resolve(), out.resolve()),
+        "weights_sha256": weights_hash(run_folder),
+        "config_sha256": digest(to_dict(config)["model"]),
+    }
+    plan = {"tokenizer": maker, "views": views, "data": to_dict(data), "images_per_shard": IMAGES_PER_SHARD}
+    manifest = None if fresh or not out.exists() else read_manifest(out)
+    if manifest and manifest["plan_sha256"] == digest(plan):
+        if distributed.is_main():
+            print(f"{out}: up to date", flush=True)
+        return TokenCache.open(out)
+    if distributed.is_main():
+        _prepare(out, digest(plan))
+    distributed.barrier()
+
+    tokenizer = load(run_folder)
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        sources = [open_split(data, split), open_split(data, split, augment=True)][: min(views, 2)]
+        _encode_split(tokenizer, sources, split, out, views)
+        splits[split] = {"count": len(sources[0]), **sources[0].identity()}
+        names = sources[0].class_names
+    distributed.barrier()
+    if distributed.is_main():
+        for split in SPLITS:
+            splits[split]["shards"] = _shards(out, split, splits[split]["count"])
+        manifest = {
+            "format": FORMAT,
+            "tokenizer": maker,
+            "layout": {"grids": tokenizer.layout.grids, "num_codes": tokenizer.layout.num_codes},
+            "dtype": code_dtype(tokenizer.layout).str,
+            "views": views,
+            "class_names": names,
+            "data": to_dict(data),
+            "plan_sha256": digest(plan),
+            "splits": splits,
+        }
+        replace_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
+        (out / PLAN).unlink()
+    distributed.barrier()
+    return TokenCache.open(out)
+
+
+PLAN = "unfinished.json"
+
+
+def _prepare(out: Path, plan: str) -> None:
+    """An empty folder, or an unfinished one of the same plan."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a token cache needs a folder, and this is a file: name another --out")
+    if out.is_dir():
+        ours = {"manifest.json", PLAN}
+        strangers = [p for p in out.iterdir() if p.name not in ours and not p.name.endswith((".npy", ".tmp"))]
+        if strangers:
+            raise UserError(f"{out}: holds {strangers[0].name}, so it is no token cache: name another --out")
+        unfinished = out / PLAN
+        if not (
+            unfinished.is_file() and unfinished.read_text() == plan and not (out / "manifest.json").exists()
+        ):
+            shutil.rmtree(out)
+    out.mkdir(exist_ok=True)
+    for left_over in out.glob(".*.tmp"):
+        left_over.unlink()
+    replace_file(out / PLAN, plan.encode())
+
+
+def _encode_split(tokenizer: Any, sources: list[Images], split: str, out: Path, views: int) -> None:
+    """Shards are dealt to ranks in turn; finished ones are kept."""
+    count, dtype = len(sources[0]), code_dtype(tokenizer.layout)
+    num_shards = -(-count // IMAGES_PER_SHARD)
+    progress = Progress(f"{out} {split}", count)
+    for shard in range(distributed.rank(), num_shards, distributed.world()):
+        first, last = shard * IMAGES_PER_SHARD, min(count, (shard + 1) * IMAGES_PER_SHARD)
+        files = {array: out / shard_file(split, shard, array) for array in ARRAYS}
+        if all(path.exists() for path in files.values()):
+            continue
+        codes = np.empty((last - first, views, tokenizer.layout.length), dtype)
+        labels, ids = np.empty(last - first, "<i4"), np.empty(last - first, "<i8")
+        for start in range(first, last, BATCH):
+            rows = slice(start - first, min(start + BATCH, last) - first)
+            for view in range(views):
+                keys = [(view, index) for index in range(start, min(start + BATCH, last))]
+                batch = sources[min(view, 1)].gather(keys)
+                codes[rows, view] = _encode(tokenizer, batch["images"])
+                if view == 0:
+                    labels[rows], ids[rows] = batch["labels"], batch["ids"]
+            if distributed.is_main():
+                progress.show(min(start + BATCH, last), f"{tokenizer.layout.length} codes each")
+        for array, path in files.items():
+            buffer = io.BytesIO()
+            np.save(buffer, {"codes": codes, "labels": labels, "ids": ids}[array])
+            replace_file(path, buffer.getvalue())
+    if distributed.is_main():
+        progress.finish(f"{count} images, {views} view{'s' * (views > 1)}")
+
+
+def _encode(tokenizer: Any, images: torch.Tensor) -> np.ndarray:
+    """Codes of up to BATCH images; a short batch is padded, so that every batch has one shape."""
+    padded = torch.cat([images, images[-1:].expand(BATCH - len(images), -1, -1, -1)])
+    return tokenizer.encode(padded.to(distributed.device()))[: len(images)].cpu().numpy()
+
+
+def _shards(out: Path, split: str, count: int) -> list[dict[str, Any]]:
+    shards = []
+    for shard in range(-(-count // IMAGES_PER_SHARD)):
+        names = [shard_file(split, shard, array) for array in ARRAYS]
+        files = {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in names}
+        shards.append({"count": min(IMAGES_PER_SHARD, count - shard * IMAGES_PER_SHARD), "files": files})
+    return shards
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenizer.encode", description="Encode a data set to tokens."
+    )
+    parser.add_argument("run", type=Path, help="a tokenizer's run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help="another data set, or augmentation"
+    )
+    parser.add_argument("--out", type=Path, help="the cache's folder (tokens/ beside the run)")
+    parser.add_argument(
+        "--views", type=int, default=1, help="versions of each image, all but the first augmented (1)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="encode again even if the cache is current")
+    arguments = parser.parse_intermixed_args()
+    if arguments.views < 1:
+        raise UserError(f"--views {arguments.views}: at least 1 is needed")
+    distributed.start()
+    raw = {"data": to_dict(load_config(arguments.run).data)}
+    data = _override(raw, arguments.overrides)
+    out = arguments.out or arguments.run.parent / "tokens"
+    encode_data(arguments.run, out, arguments.views, data, fresh=arguments.fresh)
+    distributed.finish()
+
+
+def _override(raw: dict[str, Any], overrides: list[str]) -> DataConfig:
+    from omegaconf import OmegaConf
+
+    from training.config import read_overrides
+
+    merged = OmegaConf.to_container(OmegaConf.merge(raw, read_overrides(overrides)))
+    assert isinstance(merged, dict)
+    others = [key for key in merged if key != "data"]
+    if others:
+        raise UserError(f"command line: {others[0]}: only data.key=value can be overridden here")
+    return from_dict(DataConfig, merged["data"], "command line")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,81 @@
+"""A tokenizer's run: its configuration, and loading what it made."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from tokenizer.autoencoder import Autoencoder, VQVAEConfig
+from tokenizer.data.sources import DataConfig
+from tokenizer.objective import ObjectiveConfig
+from tokenizer.vqrae import VQRAEConfig
+from training import distributed
+from training.checkpoint import load_weights
+from training.command import UserError
+from training.config import from_dict, one_of
+from training.loop import LoopConfig
+from training.optim import OptimizerConfig
+
+AUTOENCODERS = {"vqvae": VQVAEConfig, "vqrae": VQRAEConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerRun:
+    """One run: the folder `root`/`name`."""
+
+    name: str = "tokenizer"
+    root: str = "runs"
+    seed: int = 0
+    start_from: str | None = None  # a finished run whose weights to begin with
+    calibration_images: int = 2048  # for latent statistics and k-means
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: Any = one_of(AUTOENCODERS, "vqrae")
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+
+def load_config(run_folder: Path) -> TokenizerRun:
+    """The resolved configuration of a tokenizer's run. Raises UserError when the folder holds none."""
+    path = Path(run_folder) / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`"
+        )
+    raw = OmegaConf.to_container(OmegaConf.load(path))
+    return from_dict(TokenizerRun, raw, str(path))
+
+
+def load(run_folder: str | Path) -> Autoencoder:
+    """A trained tokenizer on this process's device, in evaluation mode; `.config` is its TokenizerRun.
+
+    Raises UserError when the folder holds none, or its weights are damaged or of another architecture.
+    """
+    folder = Path(run_folder)
+    config = load_config(folder)
+    autoencoder = config.model.build(config.data.image_size, saved=folder / "weights")
+    load_autoencoder_weights(autoencoder, folder)
+    autoencoder.config = config
+    return autoencoder.to(distributed.device()).eval().requires_grad_(False)
+
+
+def load_autoencoder_weights(autoencoder: nn.Module, run_folder: Path) -> None:
+    """Fill an autoencoder with a run's published weights. Raises UserError naming the first that does not fit."""
+    weights, own = load_weights(run_folder), autoencoder.state_dict()
+    for name in sorted(weights.keys() ^ own.keys()):
+        lacking = "these settings have no" if name in weights else "has no"
+        raise UserError(
+            f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, dims, …)"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"{run_folder}: {name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} by these settings: "
+                "`model` and `data.image_size` must be the same in both runs"
+            )
+    autoencoder.load_state_dict(weights)

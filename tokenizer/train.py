@@ -1,0 +1,95 @@
+"""Train a tokenizer: python -m tokenizer.train CONFIG.yaml [section.key=value ...] [--fresh]
+
+Running the same command again resumes. Under torchrun the same command uses every process.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.data.grid import image_grid
+from tokenizer.data.sampler import feed, keys_of_step
+from tokenizer.data.sources import Images, open_split
+from tokenizer.data.transforms import to_pixels
+from tokenizer.encoders.foundation import FoundationEncoder
+from tokenizer.objective import Objective
+from tokenizer.run import TokenizerRun, load_autoencoder_weights
+from training import distributed
+from training.checkpoint import Run
+from training.command import UserError, run_command, train_command
+from training.loop import Turn, train
+
+
+def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
+    """Train as configured, resuming; returns the averaged tokenizer. Raises UserError for what cannot work."""
+    images = open_split(config.data, "train", augment=True, seed=config.seed)
+    held_out = open_split(config.data, "held_out")
+    run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
+    torch.manual_seed(distributed.mix(config.seed))
+    try:
+        # With weights to start from, those of the pretrained encoder need not be at hand.
+        saved = Path(config.start_from) / "weights" if config.start_from else None
+        autoencoder = config.model.build(config.data.image_size, saved)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{run.folder}/config.yaml: {error}") from None
+    if config.start_from is not None:
+        load_autoencoder_weights(autoencoder, Path(config.start_from))
+    teacher = copy.deepcopy(autoencoder.encoder) if config.objective.distillation > 0 else None
+    if config.start_from is None and not any(run.checkpoints.glob("step-*")):
+        plain = open_split(config.data, "train")
+        autoencoder.to(distributed.device()).calibrate(_calibration_batches(plain, config), config.seed)
+    objective = Objective(config.objective, autoencoder, teacher)
+    turns = [
+        Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
+             after_step=autoencoder.quantizer.update)
+    ]  # fmt: skip
+    if objective.discriminator is not None:
+        turns.append(
+            Turn("discriminator", objective.discriminator, objective.discriminator_loss,
+                 config.discriminator_optimizer, config.objective.discriminator_start_step)
+        )  # fmt: skip
+    if isinstance(autoencoder.encoder, FoundationEncoder) and distributed.is_main():
+        autoencoder.encoder.save_architecture(run.folder / "weights" / "encoder")
+    shown = held_out.gather([(0, index) for index in range(min(256, len(held_out)))])["images"]
+
+    def preview(averaged: nn.Module, path: Path, step: int) -> None:
+        originals = shown[:16].to(distributed.device())
+        pairs = torch.stack([originals, averaged(originals).images], dim=1).flatten(0, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(to_pixels(pairs), columns=8).save(path)
+
+    def measure(averaged: nn.Module) -> dict[str, float]:
+        errors = [
+            (averaged(part.to(distributed.device())).images.clamp(-1, 1).cpu() - part)
+            .div(2)
+            .square()
+            .mean((1, 2, 3))
+            for part in shown.split(64)
+        ]
+        return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
+
+    batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
+    return train(config.loop, run, turns, batches, seed=config.seed, published=autoencoder, preview=preview,
+                 measure=measure)  # fmt: skip
+
+
+def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:
+    """The same on every rank, so that every rank starts from the same codebook."""
+    count = min(config.calibration_images, len(images))
+    keys = keys_of_step(len(images), count, config.seed, 0)
+    parts = [images.gather(keys[start : start + 256])["images"] for start in range(0, count, 256)]
+    return [part.to(distributed.device()) for part in parts]
+
+
+def main() -> None:
+    train_command("tokenizer.train", "Train a tokenizer.", TokenizerRun, train_tokenizer)
+
+
+if __name__ == "__main__":
+    run_command(main)
