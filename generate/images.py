@@ -1,0 +1,148 @@
+"""Class-conditional images from a prior and its tokenizer, the same whatever the batch and process count."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import priors
+import tokenizer
+from priors.interface import Prior, SampleOptions
+from priors.record import PriorRecord
+from tokenizer.data.grid import image_grid
+from tokenizer.data.transforms import to_uint8
+from tokenizer.interface import Tokenizer
+from training import distributed
+from training.checkpoint import atomic_folder, replace_file, sha256, weights_hash
+from training.command import UserError
+from training.log import Progress
+
+GRID_ROWS, GRID_COLUMNS = 32, 10
+RECORD = "samples.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What decides every pixel, beside the weights. Sample i is of class classes[i % len(classes)]."""
+
+    num: int
+    classes: tuple[int, ...]
+    options: SampleOptions
+    png: bool = False  # also write single files
+
+
+@dataclasses.dataclass
+class Samples:
+    """All samples in order of their ids."""
+
+    images: np.ndarray  # (num, H, W, 3) uint8
+    labels: np.ndarray  # (num,) int64
+    codes: np.ndarray  # (num, N) int64
+
+
+def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path, batch_size: int) -> None:
+    """Draw samples from the prior in `folder` and write `out` whole: grid.png, samples.npz, samples.json.
+
+    samples.npz holds arr_0 (num, H, W, 3) uint8 and arr_1 (num,) int64 labels, as the ADM evaluator reads,
+    and `codes` (num, N) int64. Does nothing when `out` holds just that. Raises UserError when `out` holds
+    anything but earlier samples, or the tokenizer is not the one that the prior's tokens came from.
+    """
+    tokenizer_folder = record.tokenizer_folder(folder)
+    made_from = {
+        "prior_sha256": weights_hash(folder),
+        "tokenizer_sha256": record.tokenizer_sha256,
+        **json.loads(json.dumps(dataclasses.asdict(request))),
+    }
+    old = _old_record(out)
+    if old is not None and old["made_from"] == made_from:
+        if distributed.is_main():
+            print(f"{out}: current, {request.num} samples", flush=True)
+        return
+    distributed.barrier()
+    prior, decoder = priors.load(folder), tokenizer.load(tokenizer_folder)
+    started = time.monotonic()
+    samples = draw_samples(prior, decoder, request, batch_size, Progress(str(out), request.num))
+    seconds = (time.monotonic() - started) / request.num
+    if not distributed.is_main():
+        return
+    with atomic_folder(out) as temporary:
+        np.savez(temporary / "samples.npz", arr_0=samples.images, arr_1=samples.labels, codes=samples.codes)
+        class_grid(samples, len(request.classes)).save(temporary / "grid.png")
+        if request.png:
+            _write_single_files(samples, record.class_names, temporary)
+        facts = {
+            "made_from": made_from,
+            "class_names": record.class_names,
+            "prior": str(folder),
+            "tokenizer": record.tokenizer,
+            "seconds_per_image": seconds,
+            "processes": distributed.world(),
+            "device": str(distributed.device()),
+            "samples_sha256": sha256(temporary / "samples.npz"),
+        }
+        replace_file(temporary / RECORD, json.dumps(facts, indent=1).encode())
+    print(f"{out}: {request.num} samples, {seconds:.3f} s each; look at {out / 'grid.png'}", flush=True)
+
+
+def draw_samples(
+    prior: Prior, decoder: Tokenizer, request: Request, batch_size: int, progress: Progress | None = None
+) -> Samples:
+    """The request's samples on every rank.
+
+    Batch b holds ids b·B .. b·B + B - 1 and rank r takes every W-th. The last ones are filled up with the ids
+    that would come next and cut, so that every batch has the same shape, and so the same rounding.
+    """
+    device, world = distributed.device(), distributed.world()
+    classes = torch.tensor(request.classes, device=device)
+    images, codes, owners = [], [], []
+    for turn in range(math.ceil(request.num / (batch_size * world))):
+        start = (turn * world + distributed.rank()) * batch_size
+        ids = torch.arange(start, start + batch_size, device=device)
+        drawn = prior.sample(classes[ids % len(classes)], request.options, ids)
+        with torch.no_grad():
+            decoded = to_uint8(decoder.decode(drawn)).permute(0, 2, 3, 1).cpu()
+        wanted = min(batch_size, max(0, request.num - start))
+        images.append(decoded[:wanted])
+        codes.append(drawn[:wanted].cpu())
+        owners.append(ids[:wanted].cpu())
+        if progress and distributed.is_main():
+            progress.show(start + wanted, "samples")
+    images, codes, owners = (distributed.gather_rows(torch.cat(parts)) for parts in (images, codes, owners))
+    order = owners.argsort()
+    labels = classes.cpu()[owners[order] % len(classes)]
+    return Samples(images[order].numpy(), labels.numpy(), codes[order].numpy())
+
+
+def class_grid(samples: Samples, num_classes: int) -> Any:
+    """One class per row, as far as there are whole rows."""
+    rows = min(num_classes, len(samples.images), GRID_ROWS)
+    columns = min(GRID_COLUMNS, max(1, len(samples.images) // num_classes))
+    order = [column * num_classes + row for row in range(rows) for column in range(columns)]
+    return image_grid(samples.images[order], columns)
+
+
+def _old_record(out: Path) -> dict[str, Any] | None:
+    """The record of samples that are there already, None where nothing is."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        record = json.loads((out / RECORD).read_text())
+        return {"made_from": record["made_from"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out}: holds something else than samples: choose another --out") from None
+
+
+def _write_single_files(samples: Samples, class_names: list[str], folder: Path) -> None:
+    from PIL import Image
+
+    for index, (image, label) in enumerate(zip(samples.images, samples.labels)):
+        name = re.sub(r"[^\w.-]+", "_", class_names[label])
+        Image.fromarray(image).save(folder / f"{index:06d}-{name}.png")

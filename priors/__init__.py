@@ -1,0 +1,30 @@
+"""Priors: distributions over code sequences given a class label."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from priors.autoregressive import AutoregressiveConfig
+from priors.masked import MaskedConfig
+
+if TYPE_CHECKING:
+    from priors.interface import Prior
+
+PRIORS = {"autoregressive": AutoregressiveConfig, "masked": MaskedConfig}
+
+
+def load(run_folder: str | Path) -> Prior:
+    """A trained prior with its averaged weights, in eval mode on this process's device.
+
+    Raises UserError when the folder is no prior's run or something in it is damaged.
+    """
+    from priors.record import read_record
+    from priors.train import PriorRun
+    from training import checkpoint, config, distributed
+
+    folder = Path(run_folder)
+    record = read_record(folder)
+    prior = config.load(PriorRun, folder / "config.yaml").prior.build(record.layout, record.num_classes)
+    prior.load_state_dict(checkpoint.load_weights(folder))
+    return prior.to(distributed.device()).eval()

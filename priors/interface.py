@@ -1,0 +1,66 @@
+"""What a prior is: a distribution over code sequences given a class label."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from torch import Tensor
+
+from tokenizer.interface import CodeLayout
+from training.command import UserError
+from training.loop import Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """How to sample. Guidance: logits = u + s (c - u), so s = 1 is none (Ho & Salimans 2022)."""
+
+    guidance: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
+    steps: int = 0  # of iterative samplers; 0 takes the prior's default
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "guidance": (0 <= self.guidance < float("inf"), "a number from 0"),
+            "temperature": (0 < self.temperature < float("inf"), "a number above 0"),
+            "top_k": (self.top_k >= 0, "a count, or 0 for all"),
+            "top_p": (0 < self.top_p <= 1, "a share in (0, 1]"),
+            "steps": (self.steps >= 0, "a count, or 0 for the prior's own"),
+            "seed": (0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be {expected}")
+
+
+@dataclasses.dataclass
+class Likelihood:
+    """Negative log-likelihood per image, in nats."""
+
+    nats: Tensor  # (B,) float64
+    kind: str  # "exact", "bound", or "none" where the loss is no likelihood
+
+
+class Prior(Protocol):
+    """The unconditional label is `num_classes`; it also serves classifier-free guidance.
+
+    `uniform` (B, N + 2) in [0, 1) is all that a loss draws for its samples: column 0 drops the label, column
+    1 is the time, the rest belong to the positions. Without it, torch's global generator draws it.
+    `sample_ids` (B,) int64 seed the samples: sample i depends on options.seed, its id and its label only.
+    `known` (B, N) holds codes to keep and -1 where codes are to be sampled.
+    """
+
+    layout: CodeLayout
+    num_classes: int
+
+    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None) -> Loss: ...
+
+    def nll(self, codes: Tensor, labels: Tensor) -> Likelihood: ...  # (B, N), (B,) int64
+
+    def sample(
+        self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None
+    ) -> Tensor: ...  # (B, N) int64

@@ -1,0 +1,156 @@
+"""Train a prior on a token cache: python -m priors.train CONFIG.yaml [section.key=value ...] [--fresh]
+
+Running the same command again resumes. Under torchrun the same command uses every process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from priors import PRIORS
+from priors.interface import Prior, SampleOptions
+from priors.record import PriorRecord, is_prior, read_record
+from training import distributed
+from training.checkpoint import Run, sha256, weights_hash
+from training.command import UserError, run_command, train_command
+from training.config import one_of
+from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.optim import OptimizerConfig
+
+LOSS_STREAM = 0x5052494F52  # sets the loss's draws apart from all others of a step
+MEASURED = 256  # held-out sequences in the log's figure
+PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorRun:
+    name: str = "prior"
+    root: str = "runs"
+    seed: int = 0
+    tokens: str = "${root}/tokens"  # a token cache
+    prior: Any = one_of(PRIORS, "autoregressive")
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+
+def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
+    """Train to the end, resuming; returns the averaged prior. Raises UserError when the tokens changed."""
+    from tokenizer.cache import TokenCache
+    from tokenizer.data.sampler import feed
+
+    cache = TokenCache.open(config.tokens)
+    cache.check_tokenizer()
+    run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
+    record = _keep_record(run.folder, cache, Path(config.tokens))
+    torch.manual_seed(config.seed)
+    prior = config.prior.build(cache.layout, record.num_classes)
+
+    def loss(batch: Batch, step: int) -> Loss:
+        shape = (cache.layout.length + 2,)
+        uniform = distributed.draw((config.seed, step, LOSS_STREAM), batch.positions, shape)
+        return prior.loss(batch["codes"], batch["labels"], uniform)
+
+    sequences = TokenSequences(cache.split("train"), config.seed)
+    return train(
+        config.loop,
+        run,
+        [Turn("prior", prior, loss, config.optimizer)],
+        feed(sequences, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers),
+        seed=config.seed,
+        published=prior,
+        preview=Preview(record, run.folder),
+        measure=Measure(cache.split("held_out")),
+    )
+
+
+class TokenSequences:
+    """Code sequences of a cache's split. Of an image's augmented views, (seed, epoch, index) chooses one."""
+
+    def __init__(self, split: Any, seed: int) -> None:
+        self.codes, self.labels, self.seed = split.codes, torch.as_tensor(split.labels), seed
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def gather(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """(epoch, index) of each item -> codes (B, N) and labels (B,), both int64."""
+        num_views = self.codes.shape[1]
+        views = [distributed.mix(self.seed, epoch, index) % num_views for epoch, index in keys]
+        indices = [index for _, index in keys]
+        codes = np.asarray(self.codes[indices, views]).astype(np.int64)
+        return {"codes": torch.from_numpy(codes), "labels": self.labels[indices]}
+
+
+class Measure:
+    """Held-out negative log-likelihood per token, over images spread evenly through the split."""
+
+    def __init__(self, split: Any) -> None:
+        indices = np.unique(np.linspace(0, len(split.codes) - 1, MEASURED).astype(int))
+        self.batches = TokenSequences(split, 0).gather([(0, int(index)) for index in indices])
+
+    def __call__(self, prior: Prior) -> dict[str, float]:
+        parts = zip(self.batches["codes"].split(64), self.batches["labels"].split(64))
+        device = distributed.device()
+        likelihoods = [prior.nll(codes.to(device), labels.to(device)) for codes, labels in parts]
+        nats = torch.cat([likelihood.nats for likelihood in likelihoods])
+        name = {"exact": "nats_per_token", "bound": "nats_per_token_bound"}[likelihoods[0].kind]
+        return {name: float(nats.mean()) / prior.layout.length}
+
+
+class Preview:
+    """A grid of samples, one class per row."""
+
+    def __init__(self, record: PriorRecord, run_folder: Path) -> None:
+        self.rows = min(record.num_classes, PREVIEW_ROWS)
+        self.tokenizer_folder = record.tokenizer_folder(run_folder)
+        self.tokenizer: Any = None
+
+    def __call__(self, prior: nn.Module, path: Path, step: int) -> None:
+        import tokenizer
+        from tokenizer.data.grid import image_grid
+        from tokenizer.data.transforms import to_pixels
+
+        if self.tokenizer is None:
+            self.tokenizer = tokenizer.load(self.tokenizer_folder)
+        ids = torch.arange(self.rows * PREVIEW_COLUMNS, device=distributed.device())
+        codes = prior.sample(ids // PREVIEW_COLUMNS, SampleOptions(), ids)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = to_pixels(self.tokenizer.decode(codes))
+        image_grid(images, PREVIEW_COLUMNS).save(path)
+
+
+def _keep_record(folder: Path, cache: Any, tokens: Path) -> PriorRecord:
+    """Write weights/prior.json, or compare the one that is there."""
+    record = PriorRecord(
+        layout=cache.layout,
+        class_names=list(cache.class_names),
+        tokens=os.path.relpath(tokens.resolve(), folder.resolve()),
+        tokens_sha256=sha256(tokens / "manifest.json"),
+        tokenizer=os.path.relpath(Path(cache.tokenizer_folder).resolve(), folder.resolve()),
+        tokenizer_sha256=weights_hash(cache.tokenizer_folder),
+    )
+    before = read_record(folder).tokens_sha256 if is_prior(folder) else record.tokens_sha256
+    if before != record.tokens_sha256:
+        raise UserError(
+            f"{folder} was trained on tokens {before[:8]}, and {tokens} now holds "
+            f"{record.tokens_sha256[:8]}: start it over with --fresh (make: FRESH=1)"
+        )
+    if distributed.is_main():
+        record.write(folder)
+    distributed.barrier()
+    return record
+
+
+def main() -> None:
+    train_command("priors.train", "Train a prior on a token cache.", PriorRun, train_prior)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,185 @@
+"""Training a small prior on made-up tokens and sampling from it: the commands' promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tokenizer
+from generate.images import Request, class_grid, draw_samples, write_samples
+from generate.sample import find_prior, parse_classes
+from priors import load
+from priors.interface import SampleOptions
+from priors.record import read_record
+from priors.train import PriorRun, train_prior
+from tokenizer.cache import FORMAT, SPLITS, shard_file
+from tokenizer.data.grid import image_grid
+from tokenizer.interface import CodeLayout
+from training.checkpoint import weights_hash
+from training.command import UserError
+from training.config import from_dict
+
+LAYOUT = CodeLayout(((2, 2),), (4,))
+NAMES = ["cat", "3", "T-shirt"]
+
+
+class Painter:
+    """A tokenizer whose code is a shade of grey."""
+
+    layout = LAYOUT
+
+    def decode(self, codes):
+        return (codes.view(-1, 1, 2, 2).expand(-1, 3, -1, -1) / 1.5 - 1).float()
+
+
+def make_root(root):
+    """A root with a tokenizer's weights and a token cache of constant sequences: the code is the label."""
+    (root / "tokenizer" / "weights").mkdir(parents=True)
+    save_file({"w": torch.zeros(1)}, root / "tokenizer" / "weights" / "model.safetensors")
+    tokens = root / "tokens"
+    tokens.mkdir()
+    labels = np.arange(30, dtype="<i4") % 3
+    arrays = {
+        "codes": np.broadcast_to(labels[:, None, None], (30, 2, 4)).astype("<u2"),
+        "labels": labels,
+        "ids": np.arange(30, dtype="<i8"),
+    }
+    splits = {}
+    for split in SPLITS:
+        files = {}
+        for name, array in arrays.items():
+            path = tokens / shard_file(split, 0, name)
+            np.save(path, array)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": ""}
+        splits[split] = {"count": 30, "shards": [{"count": 30, "files": files}]}
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": {"folder": "../tokenizer", "weights_sha256": weights_hash(root / "tokenizer")},
+        "layout": dataclasses.asdict(LAYOUT),
+        "class_names": NAMES,
+        "splits": splits,
+    }
+    (tokens / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def settings(root):
+    raw = {
+        "root": str(root),
+        "prior": {"dim": 16, "depth": 1, "heads": 2, "dropout": 0.0},
+        "loop": {"steps": 60, "batch_size": 30, "save_every": 60, "preview_every": 30, "ema_decay": 0.9},
+        "optimizer": {"lr": 0.01, "warmup_steps": 5},
+    }
+    return from_dict(PriorRun, raw, "test")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "load", lambda folder: Painter(), raising=False)
+        root = make_root(tmp_path_factory.mktemp("root"))
+        train_prior(settings(root))
+        yield root
+
+
+def request(num=20, classes=(0, 1, 2), **options):
+    return Request(num, classes, SampleOptions(**options))
+
+
+def test_training_writes_what_generation_needs(root):
+    run = root / "prior"
+    record = read_record(run)
+    assert record.layout == LAYOUT and record.class_names == NAMES
+    assert record.tokenizer_folder(run) == (root / "tokenizer").resolve()
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    held_out = [line["held_out.nats_per_token"] for line in lines if "held_out.nats_per_token" in line]
+    assert len(held_out) == 2 and held_out[-1] < min(held_out[0], 0.5)
+    assert (run / "previews" / "step-00000060.png").is_file()
+    assert find_prior(root) == find_prior(run) == run
+
+
+def test_samples_are_of_their_class_and_do_not_depend_on_the_batch_size(root):
+    prior = load(root / "prior")
+    whole = draw_samples(prior, Painter(), request(), 20)
+    assert whole.labels.tolist() == [i % 3 for i in range(20)]
+    assert (whole.codes == whole.labels[:, None]).all(1).mean() > 0.8
+    assert whole.images.shape == (20, 2, 2, 3) and whole.images.dtype == np.uint8
+    assert (whole.images[..., 0].reshape(20, 4) == whole.codes * 85).all()
+    for batch_size in (1, 7, 64):
+        again = draw_samples(prior, Painter(), request(), batch_size)
+        assert (again.images == whole.images).all() and (again.codes == whole.codes).all()
+    fewer = draw_samples(prior, Painter(), request(num=5), 7)
+    assert (fewer.images == whole.images[:5]).all()
+    assert class_grid(whole, 3).size == class_grid(draw_samples(prior, Painter(), request(18), 7), 3).size
+
+
+def test_output_is_whole_current_and_ours_only(root, tmp_path, capsys):
+    run, out = root / "prior", tmp_path / "samples"
+    wanted = dataclasses.replace(request(), png=True)
+    write_samples(run, read_record(run), wanted, out, 8)
+    arrays = np.load(out / "samples.npz")
+    assert arrays["arr_0"].shape == (20, 2, 2, 3) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].dtype == np.int64 and arrays["codes"].shape == (20, 4)
+    assert (out / "grid.png").is_file() and (out / "000002-T-shirt.png").is_file()
+    assert json.loads((out / "samples.json").read_text())["made_from"]["options"]["seed"] == 0
+    made = (out / "samples.npz").stat().st_mtime_ns
+    capsys.readouterr()
+    write_samples(run, read_record(run), wanted, out, 5)
+    assert "current" in capsys.readouterr().out and (out / "samples.npz").stat().st_mtime_ns == made
+    write_samples(run, read_record(run), request(num=4, seed=1), out, 8)
+    assert len(np.load(out / "samples.npz")["arr_1"]) == 4 and not (out / "000002-T-shirt.png").exists()
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="--out"):
+        write_samples(run, read_record(run), request(), tmp_path / "other", 8)
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
+
+
+def test_finished_run_says_so_and_changes_are_refused(root, tmp_path, capsys):
+    train_prior(settings(root))
+    assert "finished" in capsys.readouterr().out
+    manifest = root / "tokens" / "manifest.json"
+    weights = root / "tokenizer" / "weights" / "model.safetensors"
+    kept = manifest.read_bytes(), weights.read_bytes()
+    try:
+        manifest.write_bytes(kept[0] + b"\n")
+        with pytest.raises(UserError, match="--fresh"):
+            train_prior(settings(root))
+        save_file({"w": torch.ones(1)}, weights)
+        with pytest.raises(UserError, match="make the tokens again"):
+            write_samples(root / "prior", read_record(root / "prior"), request(), tmp_path / "out", 8)
+        assert not (tmp_path / "out").exists()
+    finally:
+        manifest.write_bytes(kept[0])
+        weights.write_bytes(kept[1])
+
+
+def test_classes_by_name_number_and_range():
+    names = ["zero", "one", "2", "T-shirt", "four"]
+    assert parse_classes("", names) == (0, 1, 2, 3, 4)
+    assert parse_classes("four, t-shirt,0-1,0", names) == (0, 1, 3, 4)
+    assert parse_classes("1", ["b", "2", "1"]) == (2,)  # a name before a number
+    with pytest.raises(UserError, match="did you mean 'four'"):
+        parse_classes("fuor", names)
+    for wrong in ("5", "3-7", "3-1"):
+        with pytest.raises(UserError, match="0 to 4"):
+            parse_classes(wrong, names)
+
+
+def test_no_prior_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no trained prior"):
+        find_prior(tmp_path)
+
+
+def test_grid_places_images_in_reading_order():
+    images = np.stack([np.full((2, 3, 3), shade, np.uint8) for shade in (10, 20, 30, 40, 50)])
+    picture = np.asarray(image_grid(images, columns=2, scale=2))
+    assert picture.shape == (2 + 3 * (4 + 2), 2 + 2 * (6 + 2), 3)
+    assert picture[3, 3, 0] == 10 and picture[3, 11, 0] == 20 and picture[15, 3, 0] == 50
+    assert (picture[:2] == 255).all() and picture[15, 11, 0] == 255
