@@ -67,9 +67,7 @@ class AutoregressivePrior(nn.Module):
             logits = [level.double() for level in self.backbone(codes, labels)]
             return Likelihood(cross_entropy(self.layout, logits, codes).sum(1), "exact")
 
-    def sample(
-        self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None
-    ) -> Tensor:
+    def sample(self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None) -> Tensor:
         """(B, N) int64, one position at a time with cached keys and values; `options.steps` plays no part.
 
         Raises UserError unless the known codes of each sample come before its unknown ones: an order fixed in

@@ -83,9 +83,7 @@ class Backbone(nn.Module):
             features = self.layers(torch.cat([classes, slots], 1))[:, 1:]
         return [head(features[:, span]).float() for head, (span, _) in zip(self.heads, self.layout.spans())]
 
-    def step(
-        self, position: int, previous: Tensor | None, labels: Tensor, cache: Any = None
-    ) -> tuple[Tensor, Any]:
+    def step(self, position: int, previous: Tensor | None, labels: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """Logits (B, num_codes) of a position, and the cache for the next; `previous` (B,) is the last code.
 
         Only of a causal backbone. Positions come in order from 0, where `previous` and `cache` are None.
@@ -106,16 +104,12 @@ class Backbone(nn.Module):
         return self.dropout(tokens + classes + self.places(self.place_ids[span]).sum(1))
 
 
-def cross_entropy(
-    layout: CodeLayout, logits: list[Tensor], codes: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
+def cross_entropy(layout: CodeLayout, logits: list[Tensor], codes: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-log p of every code, (B, N) nats in the logits' precision; `logits`: (B, n, num_codes) per level."""
     levels = []
     for level, (span, _) in zip(logits, layout.spans()):
         target = codes[:, span]
-        nats = F.cross_entropy(
-            level.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=label_smoothing
-        )
+        nats = F.cross_entropy(level.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=label_smoothing)
         levels.append(nats.view_as(target))
     return torch.cat(levels, 1)
 
@@ -123,9 +117,7 @@ def cross_entropy(
 def check_settings(dim: int, depth: int, heads: int, **shares: float) -> None:
     """Raise ValueError for sizes that make no network and shares outside [0, 1)."""
     if min(dim, depth, heads) < 1 or dim % heads:
-        raise ValueError(
-            f"prior: dim={dim} must be a multiple of heads={heads}, and depth={depth} at least 1"
-        )
+        raise ValueError(f"prior: dim={dim} must be a multiple of heads={heads}, and depth={depth} at least 1")
     for name, share in shares.items():
         if not 0 <= share < 1:
             raise ValueError(f"prior.{name}={share} must be in [0, 1)")

@@ -115,9 +115,7 @@ class MaskedPrior(nn.Module):
                 nats += total * (length / num_masked) / STRATA
         return Likelihood(nats, "bound")
 
-    def sample(
-        self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None
-    ) -> Tensor:
+    def sample(self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None) -> Tensor:
         """(B, N) int64. Each step draws all unknown codes and keeps those drawn with most confidence."""
         if known is None:
             known = torch.full((len(labels), self.layout.length), -1, device=labels.device)

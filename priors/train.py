@@ -19,7 +19,7 @@ from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord, is_prior, read_record
 from training import distributed
 from training.checkpoint import Run, sha256, weights_hash
-from training.command import UserError, run_command, train_command
+from training.command import UserError, config_command, run_command
 from training.config import one_of
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
@@ -149,7 +149,7 @@ def _keep_record(folder: Path, cache: Any, tokens: Path) -> PriorRecord:
 
 
 def main() -> None:
-    train_command("priors.train", "Train a prior on a token cache.", PriorRun, train_prior)
+    config_command("priors.train", "Train a prior on a token cache.", PriorRun, train_prior)
 
 
 if __name__ == "__main__":

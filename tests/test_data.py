@@ -408,9 +408,7 @@ def test_hub(monkeypatch):
     import datasets
 
     def rows(start, stop):
-        features = datasets.Features(
-            {"img": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])}
-        )
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
         images = [{"bytes": PLAIN[i], "path": None} for i in range(start, stop)]
         table = {"img": images, "label": [i % 2 for i in range(start, stop)]}
         return datasets.Dataset.from_dict(table, features=features)

@@ -95,9 +95,7 @@ class ExactConditionals(torch.nn.Module):
 
 def test_masked_bound_is_the_entropy_when_conditionals_are_exact():
     backbone = ExactConditionals()
-    nats = (
-        MaskedPrior(backbone, NUM_CLASSES).nll(backbone.sequences, torch.zeros(256, dtype=torch.int64)).nats
-    )
+    nats = MaskedPrior(backbone, NUM_CLASSES).nll(backbone.sequences, torch.zeros(256, dtype=torch.int64)).nats
     entropy = -(backbone.joint * backbone.joint.log()).sum()
     assert float((backbone.joint * nats).sum()) == pytest.approx(float(entropy), rel=0.05)
 

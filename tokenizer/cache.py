@@ -103,18 +103,14 @@ class TokenCache:
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(
-                f"{folder}: there is no finished token cache (no manifest.json): run `make tokens`"
-            )
+            raise UserError(f"{folder}: there is no finished token cache (no manifest.json): run `make tokens`")
         cache = cls(folder, manifest)
         for split in SPLITS:
             for shard in manifest["splits"][split]["shards"]:
                 for name, entry in shard["files"].items():
                     path = folder / name
                     if path.parent != folder or not path.is_file() or path.stat().st_size != entry["bytes"]:
-                        raise UserError(
-                            f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}"
-                        )
+                        raise UserError(f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}")
         return cache
 
     def check_tokenizer(self) -> None:

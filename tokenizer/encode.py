@@ -1,12 +1,12 @@
-"""Encode a data set to a token cache: python -m tokenizer.encode RUN [--out FOLDER] [--views N] [data.key=value ...]
+"""Encode a data set to a token cache: python -m tokenizer.encode CONFIG.yaml [key=value ...] [--fresh]
 
-RUN is a tokenizer's run folder; the data set is the one that it was trained on, unless overridden. A cache
-that is current is left alone, one that was interrupted is completed, one of another tokenizer is made anew.
+The data set is the one that the tokenizer was trained on, unless `source` names another. A cache that is
+current is left alone, one that was interrupted is completed, one of another tokenizer is made anew.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import io
 import json
 import os
@@ -18,36 +18,46 @@ import numpy as np
 import torch
 
 from tokenizer.cache import ARRAYS, FORMAT, SPLITS, TokenCache, code_dtype, read_manifest, shard_file
-from tokenizer.data.sources import DataConfig, Images, open_split
+from tokenizer.data.sources import Images, open_split
 from tokenizer.run import load, load_config
 from training import distributed
 from training.checkpoint import digest, replace_file, sha256, weights_hash
-from training.command import UserError, run_command
-from training.config import from_dict, to_dict
+from training.command import UserError, config_command, run_command
+from training.config import to_dict
 from training.log import Progress
 
 IMAGES_PER_SHARD = 4096
 BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
 
 
-def encode_data(
-    run_folder: Path, out: Path, views: int, data: DataConfig, *, fresh: bool = False
-) -> TokenCache:
-    """Encode both splits. Raises UserError when `out` holds something else, or the image sizes do not fit."""
-    config = load_config(run_folder)
-    if data.image_size != config.data.image_size:
-        raise UserError(
-            f"{run_folder}: this tokenizer reads {config.data.image_size} px images, and data.image_size is "
-            f"{data.image_size}: set it to {config.data.image_size}, or train a tokenizer at that size"
-        )
+@dataclasses.dataclass(frozen=True)
+class TokensRun:
+    """The folder `root`/`name`."""
+
+    name: str = "tokens"
+    root: str = "runs"
+    tokenizer: str = "${root}/tokenizer"  # its run folder
+    views: int = 1  # versions of each image, all but the first augmented as data.augment says
+    source: str | None = None  # another data set than the tokenizer's own
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ValueError(f"views={self.views}: at least 1 is needed")
+
+
+def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
+    """Encode both splits. Raises UserError when the folder holds something else, or there is no tokenizer."""
+    run_folder, out, views = Path(config.tokenizer), Path(config.root) / config.name, config.views
+    tokenizer_config = load_config(run_folder)
+    data = tokenizer_config.data
+    if config.source is not None:
+        data = dataclasses.replace(data, source=config.source)
     if views > 1 and data.augment == "none":
-        raise UserError(
-            f"--views {views}: with data.augment=none all views are equal: set data.augment or --views 1"
-        )
+        raise UserError(f"views={views}: {run_folder} has data.augment=none, so all views are equal: set views=1")
     maker = {
         "folder": os.path.relpath(run_folder.resolve(), out.resolve()),
         "weights_sha256": weights_hash(run_folder),
-        "config_sha256": digest(to_dict(config)["model"]),
+        "config_sha256": digest(to_dict(tokenizer_config)["model"]),
     }
     plan = {"tokenizer": maker, "views": views, "data": to_dict(data), "images_per_shard": IMAGES_PER_SHARD}
     manifest = None if fresh or not out.exists() else read_manifest(out)
@@ -101,9 +111,7 @@ def _prepare(out: Path, plan: str) -> None:
         if strangers:
             raise UserError(f"{out}: holds {strangers[0].name}, so it is no token cache: name another --out")
         unfinished = out / PLAN
-        if not (
-            unfinished.is_file() and unfinished.read_text() == plan and not (out / "manifest.json").exists()
-        ):
+        if not (unfinished.is_file() and unfinished.read_text() == plan and not (out / "manifest.json").exists()):
             shutil.rmtree(out)
     out.mkdir(exist_ok=True)
     for left_over in out.glob(".*.tmp"):
@@ -157,40 +165,7 @@ def _shards(out: Path, split: str, count: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenizer.encode", description="Encode a data set to tokens."
-    )
-    parser.add_argument("run", type=Path, help="a tokenizer's run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="data.key=value", help="another data set, or augmentation"
-    )
-    parser.add_argument("--out", type=Path, help="the cache's folder (tokens/ beside the run)")
-    parser.add_argument(
-        "--views", type=int, default=1, help="versions of each image, all but the first augmented (1)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="encode again even if the cache is current")
-    arguments = parser.parse_intermixed_args()
-    if arguments.views < 1:
-        raise UserError(f"--views {arguments.views}: at least 1 is needed")
-    distributed.start()
-    raw = {"data": to_dict(load_config(arguments.run).data)}
-    data = _override(raw, arguments.overrides)
-    out = arguments.out or arguments.run.parent / "tokens"
-    encode_data(arguments.run, out, arguments.views, data, fresh=arguments.fresh)
-    distributed.finish()
-
-
-def _override(raw: dict[str, Any], overrides: list[str]) -> DataConfig:
-    from omegaconf import OmegaConf
-
-    from training.config import read_overrides
-
-    merged = OmegaConf.to_container(OmegaConf.merge(raw, read_overrides(overrides)))
-    assert isinstance(merged, dict)
-    others = [key for key in merged if key != "data"]
-    if others:
-        raise UserError(f"command line: {others[0]}: only data.key=value can be overridden here")
-    return from_dict(DataConfig, merged["data"], "command line")
+    config_command("tokenizer.encode", "Encode a data set to tokens.", TokensRun, encode_data)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,7 @@ class CodeLayout:
     def check(self, codes: Tensor) -> None:
         """Raise ValueError unless codes are (B, N) int64, each in [0, num_codes) of its level."""
         if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != self.length:
-            raise ValueError(
-                f"codes must be (B, {self.length}) int64, not {tuple(codes.shape)} {codes.dtype}"
-            )
+            raise ValueError(f"codes must be (B, {self.length}) int64, not {tuple(codes.shape)} {codes.dtype}")
         for span, size in self.spans():
             level = codes[:, span]
             if level.numel() and not (0 <= int(level.min()) and int(level.max()) < size):

@@ -94,15 +94,11 @@ class Objective:
 
     def _ramp(self, step: int) -> float:
         since = step - self.config.adversarial_start_step
-        return self.config.adversarial * min(
-            1.0, max(0.0, since / max(1, self.config.adversarial_ramp_steps))
-        )
+        return self.config.adversarial * min(1.0, max(0.0, since / max(1, self.config.adversarial_ramp_steps)))
 
     def _adaptive_weight(self, reconstruction: Tensor, fooling: Tensor) -> Tensor:
         """|d reconstruction / d W| / |d fooling / d W| at the decoder's last layer W (Esser et al. 2021, eq. 7)."""
         last = self.autoencoder.decoder.last_layer
-        norms = [
-            torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, fooling)
-        ]
+        norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, fooling)]
         wanted, other = distributed.mean_(torch.stack(norms))
         return (wanted / (other + 1e-4)).clamp(max=self.config.adaptive_cap).detach()

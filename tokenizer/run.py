@@ -44,9 +44,7 @@ def load_config(run_folder: Path) -> TokenizerRun:
     """The resolved configuration of a tokenizer's run. Raises UserError when the folder holds none."""
     path = Path(run_folder) / "config.yaml"
     if not path.is_file():
-        raise UserError(
-            f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`"
-        )
+        raise UserError(f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`")
     raw = OmegaConf.to_container(OmegaConf.load(path))
     return from_dict(TokenizerRun, raw, str(path))
 
@@ -69,9 +67,7 @@ def load_autoencoder_weights(autoencoder: nn.Module, run_folder: Path) -> None:
     weights, own = load_weights(run_folder), autoencoder.state_dict()
     for name in sorted(weights.keys() ^ own.keys()):
         lacking = "these settings have no" if name in weights else "has no"
-        raise UserError(
-            f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, dims, …)"
-        )
+        raise UserError(f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, dims, …)")
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise UserError(

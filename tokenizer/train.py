@@ -20,7 +20,7 @@ from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun, load_autoencoder_weights
 from training import distributed
 from training.checkpoint import Run
-from training.command import UserError, run_command, train_command
+from training.command import UserError, config_command, run_command
 from training.loop import Turn, train
 
 
@@ -66,10 +66,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
 
     def measure(averaged: nn.Module) -> dict[str, float]:
         errors = [
-            (averaged(part.to(distributed.device())).images.clamp(-1, 1).cpu() - part)
-            .div(2)
-            .square()
-            .mean((1, 2, 3))
+            (averaged(part.to(distributed.device())).images.clamp(-1, 1).cpu() - part).div(2).square().mean((1, 2, 3))
             for part in shown.split(64)
         ]
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
@@ -88,7 +85,7 @@ def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:
 
 
 def main() -> None:
-    train_command("tokenizer.train", "Train a tokenizer.", TokenizerRun, train_tokenizer)
+    config_command("tokenizer.train", "Train a tokenizer.", TokenizerRun, train_tokenizer)
 
 
 if __name__ == "__main__":

@@ -116,17 +116,13 @@ class Run:
             raise UserError(f"{self.folder}: a run needs a folder, and this is a file")
         strangers = self.folder.is_dir() and any(p for p in self.folder.iterdir() if p.name != ".lock")
         if strangers and not (self.folder / "config.yaml").is_file():
-            raise UserError(
-                f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder"
-            )
+            raise UserError(f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{self.folder}: another process is writing to this run: wait for it, or stop it"
-            ) from None
+            raise UserError(f"{self.folder}: another process is writing to this run: wait for it, or stop it") from None
         if fresh:
             for entry in self.folder.iterdir():
                 if entry.is_dir():
@@ -167,9 +163,7 @@ class Run:
         try:
             with atomic_folder(folder) as temporary:
                 torch.save(state, temporary / "state.pt")
-                files = {
-                    p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in temporary.iterdir()
-                }
+                files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in temporary.iterdir()}
                 manifest = {"step": step, "files": files}
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
@@ -184,9 +178,7 @@ class Run:
             if damage is None:
                 return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             if distributed.is_main():
-                print(
-                    f"warning: {folder} is damaged ({damage}); falling back to the one before it", flush=True
-                )
+                print(f"warning: {folder} is damaged ({damage}); falling back to the one before it", flush=True)
         return None
 
     def publish(self, tensors: dict[str, Tensor], step: int) -> None:

@@ -42,19 +42,15 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def train_command(program: str, description: str, schema: type, run: Callable[..., object]) -> None:
-    """The main of every training command: PROGRAM CONFIG.yaml [section.key=value ...] [--fresh].
+def config_command(program: str, description: str, schema: type, run: Callable[..., object]) -> None:
+    """The main of every command that a YAML describes: PROGRAM CONFIG.yaml [section.key=value ...] [--fresh].
 
-    `run(config, fresh=...)` trains what the config of class `schema` describes.
+    `run(config, fresh=...)` does what the config of class `schema` says.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file's"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="remove what the run's folder holds and start over"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+    parser.add_argument("--fresh", action="store_true", help="remove what the run's folder holds and start over")
     arguments = parser.parse_intermixed_args()
 
     from training import config, distributed

@@ -176,9 +176,7 @@ def train(
                 save()  # whole even after bad steps: they moved nothing
                 distributed.barrier()
             if stopping and not last:
-                raise Interrupted(
-                    f"{title}: stopped at step {step} and saved: run the same command again to go on"
-                )
+                raise Interrupted(f"{title}: stopped at step {step} and saved: run the same command again to go on")
     if main:
         log.close()
         progress.finish(f"{config.steps} steps done, {_note(latest)}")
@@ -204,9 +202,7 @@ class _Mover:
         self.turn.module.train()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        low = self.config.precision == "bf16" or (
-            self.config.precision == "auto" and self.device.type == "cuda"
-        )
+        low = self.config.precision == "bf16" or (self.config.precision == "auto" and self.device.type == "cuda")
         for index, batch in enumerate(micro_batches):
             final = index == len(micro_batches) - 1
             local = distributed.world() > 1 and not final
@@ -218,9 +214,7 @@ class _Mover:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         finite = bool(torch.isfinite(norm))  # gradients are averaged, so every rank sees the same
         if finite:
-            factor = self.turn.optimizer.factor(
-                step - self.turn.start_step, self.config.steps - self.turn.start_step
-            )
+            factor = self.turn.optimizer.factor(step - self.turn.start_step, self.config.steps - self.turn.start_step)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             self.optimizer.step()
@@ -256,9 +250,7 @@ def _note(latest: dict[str, float]) -> str:
     """The figures of a progress line."""
     hidden = ("seconds", "images_per_second")
     parts = [f"{latest['images_per_second']:.0f} images/s"] if "images_per_second" in latest else []
-    parts += [
-        f"{k.partition('.')[2]} {v:.4g}" for k, v in latest.items() if k not in hidden and "gradient" not in k
-    ]
+    parts += [f"{k.partition('.')[2]} {v:.4g}" for k, v in latest.items() if k not in hidden and "gradient" not in k]
     return ", ".join(parts)
 
 

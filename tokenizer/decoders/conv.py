@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class ConvDecoder(nn.Module):
         self.body = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.stack = ResidualStack(channels, residual_blocks, residual_channels)
         widths = [channels, *[channels // 2] * (int(math.log2(stride)) - 1), 3]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -27,9 +27,7 @@ class ViTDecoderConfig:
             raise ValueError(f"decoder.dim={self.dim} must divide by decoder.heads={self.heads} and by 4")
 
     def build(self, in_channels: int, stride: int, grid: tuple[int, int]) -> ViTDecoder:
-        return ViTDecoder(
-            in_channels, stride, grid, self.dim, self.depth, self.heads, int(self.dim * self.mlp_ratio)
-        )
+        return ViTDecoder(in_channels, stride, grid, self.dim, self.depth, self.heads, int(self.dim * self.mlp_ratio))
 
 
 class ViTDecoder(nn.Module):
@@ -59,9 +57,7 @@ class ViTDecoder(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         grid = (vectors.shape[2], vectors.shape[3])
-        positions = (
-            self.decoder_pos_embed if grid == self.grid else sin_cos_positions(grid, self.dim).to(vectors)
-        )
+        positions = self.decoder_pos_embed if grid == self.grid else sin_cos_positions(grid, self.dim).to(vectors)
         tokens = self.decoder_embed(rearrange(vectors, "b c h w -> b (h w) c"))
         x = torch.cat([self.trainable_cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + positions
         for layer in self.decoder_layers:
@@ -93,8 +89,7 @@ class Layer(nn.Module):
         normed = self.layernorm_before(x)
         parts = self.attention["attention"]
         query, key, value = (
-            rearrange(parts[name](normed), "b n (h d) -> b h n d", h=self.heads)
-            for name in ("query", "key", "value")
+            rearrange(parts[name](normed), "b n (h d) -> b h n d", h=self.heads) for name in ("query", "key", "value")
         )
         attended = rearrange(F.scaled_dot_product_attention(query, key, value), "b h n d -> b n (h d)")
         x = x + self.attention["output"]["dense"](attended)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         body: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for index, (narrow, wide) in enumerate(zip(widths, widths[1:])):
+        for index, (narrow, wide) in enumerate(itertools.pairwise(widths)):
             stride = 1 if index == layers - 1 else 2
             body += [
                 nn.Conv2d(narrow, wide, 4, stride, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class ConvEncoder(nn.Module):
         self.channels, self.stride = channels, stride
         halvings = int(math.log2(stride))
         widths = [3, *[channels // 2] * (halvings - 1), channels]
-        self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
         self.body = nn.Conv2d(channels, channels, 3, padding=1)
         self.stack = ResidualStack(channels, residual_blocks, residual_channels)
 

@@ -127,14 +127,8 @@ def load_pretrained(name: str, revision: str | None) -> tuple[nn.Module, dict[st
         if isinstance(error, UserError):
             raise
         reason = str(error).split("\n")[0]
-        hint = (
-            "is damaged or not in transformers' format"
-            if local
-            else "is no folder here, and the Hub gave no model"
-        )
-        raise UserError(
-            f"model.encoder.name={name} {hint} ({reason}): give the path of a downloaded model"
-        ) from None
+        hint = "is damaged or not in transformers' format" if local else "is no folder here, and the Hub gave no model"
+        raise UserError(f"model.encoder.name={name} {hint} ({reason}): give the path of a downloaded model") from None
     if report["missing_keys"]:
         raise UserError(f"model.encoder.name={name}: its weights lack {sorted(report['missing_keys'])[0]}")
     return model, preprocessing
@@ -161,9 +155,7 @@ def load_architecture(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     import transformers
 
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}/config.json is missing: train that tokenizer again, or copy its whole folder"
-        )
+        raise UserError(f"{folder}/config.json is missing: train that tokenizer again, or copy its whole folder")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     family = _family(config, str(folder))
     arguments = dict(family.load_arguments)

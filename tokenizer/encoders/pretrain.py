@@ -23,7 +23,7 @@ from tokenizer.decoders.vit import sin_cos_positions
 from tokenizer.encoders.foundation import quiet_transformers
 from training import distributed
 from training.checkpoint import Run, atomic_folder
-from training.command import UserError, run_command, train_command
+from training.command import UserError, config_command, run_command
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
 
@@ -155,7 +155,7 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
 
 def main() -> None:
     description = "Pretrain a small masked autoencoder on your own images."
-    train_command("tokenizer.encoders.pretrain", description, PretrainRun, pretrain)
+    config_command("tokenizer.encoders.pretrain", description, PretrainRun, pretrain)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,6 @@ class SimVQ(nn.Module):
         if self.restart_below > 0 and (step + 1) % self.restart_every == 0:
             mean = self.mean_counts.mean()
             dead = self.mean_counts < self.restart_below * mean
-            fresh = torch.linalg.lstsq(
-                self.transform.weight, pick_rows(candidates, self.num_codes, step).T
-            ).solution.T
+            fresh = torch.linalg.lstsq(self.transform.weight, pick_rows(candidates, self.num_codes, step).T).solution.T
             self.frozen.copy_(torch.where(dead[:, None], fresh, self.frozen))
             self.mean_counts.copy_(torch.where(dead, mean, self.mean_counts))

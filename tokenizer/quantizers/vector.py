@@ -28,9 +28,7 @@ class VectorConfig:
     def __post_init__(self) -> None:
         for name, choices in (("codebook", ("ema", "gradient")), ("init", ("kmeans", "normal"))):
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"quantizer.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
-                )
+                raise ValueError(f"quantizer.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
 
     def build(self) -> VectorQuantizer:
         return VectorQuantizer(

@@ -1,0 +1,114 @@
+"""Fréchet distance of two Gaussians (Heusel et al. 2017, arXiv:1706.08500), without a matrix square root.
+
+    d² = |μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁Σ₂)^½
+
+With any factors Σᵢ = FᵢᵀFᵢ the last trace is the sum of the singular values of F₁F₂ᵀ, which no rank
+deficiency disturbs: nothing is added to a diagonal. Centred features are such factors when N < D;
+otherwise Cholesky gives them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eval.moments import Moments
+
+# Below this ratio of Cholesky pivots the covariance is treated as rank-deficient.
+PIVOT_RATIO = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """A mean and a factor of the covariance."""
+
+    mean: Tensor  # (D,) float64
+    factor: Tensor  # (r, D) float64; covariance = factorᵀ factor
+
+    @staticmethod
+    def of_moments(moments: Moments) -> Gaussian:
+        return Gaussian.of_covariance(moments.mean, moments.covariance)
+
+    @staticmethod
+    def of_covariance(mean: Tensor, covariance: Tensor) -> Gaussian:
+        """(D,), (D, D) positive semidefinite; negative eigenvalues are rounding and count as 0."""
+        covariance = covariance.double()
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        pivots = lower.diagonal()
+        if not failed and pivots.min() > PIVOT_RATIO * pivots.max():
+            return Gaussian(mean.double(), lower.T)
+        values, vectors = torch.linalg.eigh(covariance)
+        kept = values > values.max().clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+        return Gaussian(mean.double(), values[kept].sqrt()[:, None] * vectors.T[kept])
+
+    @staticmethod
+    def of_features(features: Tensor) -> Gaussian:
+        """(n, D) rows, n >= 2; does not form the covariance when n < D."""
+        if len(features) < 2:
+            raise ValueError(f"a covariance needs at least 2 rows, not {len(features)}")
+        if len(features) >= features.shape[1]:
+            return Gaussian.of_moments(Moments.of(features))
+        features = features.to("cpu", torch.float64)
+        mean = features.mean(0)
+        return Gaussian(mean, (features - mean) / math.sqrt(len(features) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Jackknife:
+    """What leaving out blocks tells (Quenouille 1956, Tukey 1958)."""
+
+    deviation: float  # of the estimate
+    corrected: float  # the estimate less its bias, which is linear in 1/N
+    low: float  # 95 % for the estimate at this N, Student's t
+    high: float
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """d² >= 0; 0 for equal Gaussians up to rounding."""
+    means = (a.mean - b.mean).square().sum()
+    traces = a.factor.square().sum() + b.factor.square().sum()
+    return max(0.0, float(means + traces - 2 * nuclear_norm(a.factor, b.factor)))
+
+
+def nuclear_norm(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of singular values of abᵀ, for factors (r, D) and (s, D)."""
+    if torch.equal(a, b):
+        return a.square().sum()  # aaᵀ is positive semidefinite: its trace
+    return torch.linalg.svdvals(a @ b.T).sum()
+
+
+def frechet_jackknife(features: Tensor, reference: Gaussian | Tensor, blocks: int = 20) -> Jackknife:
+    """Interval of the distance from (n, D) features to a fixed Gaussian.
+
+    Where `reference` is a tensor its rows are paired with `features` (reconstructions and originals) and
+    leave together. The ordinary bootstrap is wrong here: repeated rows bias the covariance.
+    """
+    paired = isinstance(reference, Tensor)
+    if paired and len(reference) != len(features):
+        raise ValueError(f"paired features need equal counts, not {len(features)} and {len(reference)}")
+
+    def distance(kept: Tensor) -> float:
+        other = Gaussian.of_features(reference[kept]) if paired else reference
+        return frechet_distance(Gaussian.of_features(features[kept]), other)
+
+    return jackknife(len(features), distance, blocks)
+
+
+def jackknife(n: int, statistic: Callable[[Tensor], float], blocks: int = 20) -> Jackknife:
+    """Delete-a-block jackknife. `statistic` takes the int64 rows that are kept; blocks are strided rows."""
+    if n < 2 * blocks:
+        raise ValueError(f"{blocks} blocks need at least {2 * blocks} rows, not {n}")
+    from scipy.stats import t as student
+
+    rows = torch.arange(n)
+    whole = statistic(rows)
+    parts = [statistic(rows[rows % blocks != block]) for block in range(blocks)]
+    parts = torch.tensor(parts, dtype=torch.float64)
+    deviation = float(((blocks - 1) * parts.var(correction=0)).sqrt())
+    reach = float(student.ppf(0.975, blocks - 1)) * deviation
+    corrected = blocks * whole - (blocks - 1) * float(parts.mean())
+    return Jackknife(deviation, corrected, whole - reach, whole + reach)

@@ -1,0 +1,250 @@
+"""How close samples come to real images: Fréchet distances, Inception Score, manifolds, class agreement; each
+beside the same figure between real images, without which it says little."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.extractors import Extraction, Extractor, FeatureRows, InDomain, banner, figure_name
+from eval.frechet import Gaussian
+from eval.inception_score import inception_score
+from eval.manifold import manifold
+from eval.moments import Moments
+from eval.pipeline import Pipeline, share
+from eval.reconstruction import measure_frechet, measure_reconstruction
+from eval.record import Measurement, Record, share_interval
+from training import distributed
+from training.checkpoint import sha256
+from training.command import UserError
+
+MANIFOLD_LIMIT = 10_000  # images per side: the distances are a square table
+IS_SPLITS = 10
+SHOWN_CLASSES, SHOWN_PER_CLASS = 20, 12
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What generate.sample wrote."""
+
+    images: np.ndarray  # (N, H, W, 3) uint8
+    labels: np.ndarray | None  # (N,) int64
+    sha256: str
+    made_from: dict[str, Any]  # of samples.json: hashes of prior and tokenizer, and the request
+
+    @staticmethod
+    def open(folder: Path, image_size: int) -> Samples:
+        """Raises UserError for a missing or damaged file and for images of another size."""
+        path = folder / "samples.npz"
+        if not path.is_file():
+            raise UserError(f"{path}: no samples here: make them first (python -m generate.sample)")
+        try:
+            with np.load(path) as stored:
+                images = stored["arr_0"]
+                labels = stored["arr_1"].astype(np.int64) if "arr_1" in stored.files else None
+            about = folder / "samples.json"
+            made_from = json.loads(about.read_text())["made_from"] if about.is_file() else {}
+        except Exception as error:
+            raise UserError(f"{path}: damaged ({error}): sample again") from error
+        if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3):
+            raise UserError(
+                f"{path}: arr_0 is {images.dtype} {images.shape}, and the data needs uint8 "
+                f"(N, {image_size}, {image_size}, 3): sample again from this run"
+            )
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise UserError(f"{path}: {len(images)} images and {len(labels)} labels: sample again")
+        return Samples(images, labels, sha256(path), made_from)
+
+    def load(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self.images[ids.numpy()]).permute(0, 3, 1, 2)
+
+
+def measure_generation(pipeline: Pipeline) -> Record:
+    """The record of RUN/samples: the kept one when it is current, else measured and kept."""
+    options = pipeline.options
+    samples = Samples.open(pipeline.folder / "samples", pipeline.held_out.image_size)
+    maker = samples.made_from.get("tokenizer_sha256", pipeline.tokenizer_hash)
+    if maker != pipeline.tokenizer_hash:
+        raise UserError(
+            f"{pipeline.folder / 'samples'}: decoded by a tokenizer with weights {maker[:8]}…, and they are "
+            f"now {pipeline.tokenizer_hash[:8]}…: sample again"
+        )
+    reconstruction = measure_reconstruction(pipeline)
+    settings = {
+        "samples_sha256": samples.sha256,
+        "samples": samples.made_from,
+        "n": len(samples.images[: options.num]),
+        "data": [split.identity() for split in (pipeline.train, pipeline.held_out)],
+        "data_n": [len(pipeline.places(split)) for split in (pipeline.train, pipeline.held_out)],
+        "extractors": [extractor.settings for extractor in pipeline.extractors],
+        "batch_size": options.batch_size,
+        "reconstruction": reconstruction.hash,
+    }
+    kept = Record.load(pipeline.report_folder, "generation", settings)
+    if kept and not options.fresh:
+        return kept
+
+    common: dict[str, Any] = {"samples_sha256": samples.sha256, "batch_size": options.batch_size}
+    if "options" in samples.made_from:
+        common["seed"] = samples.made_from["options"]["seed"]
+    measurements: list[Measurement] = []
+    notes = [line for line in map(banner, pipeline.extractors) if line]
+    arrays = _sample_pictures(samples, settings["n"], pipeline.tokens.num_classes)
+    for extractor in pipeline.extractors:
+        seen = _extract(pipeline, extractor, samples, settings["n"])
+        measurements += _distances(extractor, seen, common)
+        measurements += [m for m in reconstruction.measurements if m.name == figure_name("rFD", extractor)]
+        if getattr(extractor, "task", "classes") == "rotation":
+            notes.append(f"The score of class probabilities is left out: {extractor.name} knows no classes.")
+        else:
+            measurements += _scores(extractor, seen, common)
+        measurements += _manifolds(extractor, seen, common)
+        if extractor is pipeline.in_domain:
+            agreement = _agreement(pipeline, seen, samples, common)
+            measurements += agreement.measurements
+            arrays |= agreement.arrays
+            notes += agreement.notes
+    record = Record("generation", settings, measurements, arrays, notes)
+    if distributed.is_main():
+        record.save(pipeline.report_folder)
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """One extractor's view of samples and real images."""
+
+    samples: Extraction
+    held_out: Extraction
+    train: Extraction  # evenly spaced, about as many as the held-out images
+    train_moments: Moments  # of the whole split
+
+
+def _extract(pipeline: Pipeline, extractor: Extractor, samples: Samples, n: int) -> Seen:
+    drawn, held_out, train = (FeatureRows(extractor) for _ in range(3))
+    size, name = pipeline.options.batch_size, extractor.name
+    for batch in share(torch.arange(n), size, samples.load, f"samples, {name}"):
+        drawn.update(batch)
+    for batch in pipeline.batches(pipeline.held_out, f"held-out images, {name}"):
+        held_out.update(batch)
+    moments = Moments.empty(extractor.dim)
+    stride = max(1, len(pipeline.train) // len(pipeline.held_out))
+    for batch in pipeline.batches(pipeline.train, f"train images, {name}"):
+        extraction = extractor(batch.images)
+        moments.update(extraction.features)
+        kept = batch.ids % stride == 0
+        train.add(batch.ids[kept], Extraction(extraction.features[kept], extraction.probabilities[kept]))
+    return Seen(drawn.gathered(), held_out.gathered(), train.gathered(), moments.reduced())
+
+
+def _distances(extractor: Extractor, seen: Seen, common: dict) -> list[Measurement]:
+    name, settings = figure_name("FD", extractor), extractor.settings
+    train = Gaussian.of_moments(seen.train_moments)
+    held_out = Gaussian.of_features(seen.held_out.features)
+    to_train = {"reference": "train split", "reference_n": seen.train_moments.count} | settings
+    to_held_out = {"reference": "held-out split", "reference_n": len(seen.held_out.features)} | settings
+    rows = seen.samples.features
+    return [
+        measure_frechet(f"{name} to held-out", rows, held_out, "samples", common | to_held_out),
+        measure_frechet(f"{name} to train", rows, train, "samples", common | to_train),
+        measure_frechet(f"{name} of real images", seen.held_out.features, train, "held-out", to_train),
+    ]
+
+
+def _scores(extractor: Extractor, seen: Seen, common: dict) -> list[Measurement]:
+    found = []
+    for suffix, split, rows, settings in (
+        ("", "samples", seen.samples.probabilities, common),
+        (" of real images", "held-out", seen.held_out.probabilities, {}),
+    ):
+        score = inception_score(rows, min(IS_SPLITS, len(rows)))
+        settings = settings | extractor.settings | {"splits": score.splits, "deviation": score.deviation}
+        settings |= {"classes": rows.shape[1], "order": "shuffled, seed 2020"}
+        name = figure_name("IS", extractor) + suffix
+        found.append(Measurement(name, score.mean, "", True, len(rows), split, settings))
+    return found
+
+
+def _manifolds(extractor: Extractor, seen: Seen, common: dict) -> list[Measurement]:
+    real = _spread(seen.held_out.features)
+    found = []
+    for suffix, split, rows, settings in (
+        ("", "samples", seen.samples.features[:MANIFOLD_LIMIT], common),
+        (" of real images", "train", _spread(seen.train.features), {}),
+    ):
+        if min(len(rows), len(real)) <= DENSITY_NEIGHBOURS:
+            continue
+        settings = settings | extractor.settings | {"reference": "held-out split", "reference_n": len(real)}
+        figures = dataclasses.asdict(manifold(rows, real, NEIGHBOURS, DENSITY_NEIGHBOURS))
+        for figure, value in figures.items():
+            k = NEIGHBOURS if figure in ("precision", "recall") else DENSITY_NEIGHBOURS
+            name = figure_name(figure, extractor) + suffix
+            found.append(Measurement(name, value, "", True, len(rows), split, settings | {"k": k}))
+    return found
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """At most MANIFOLD_LIMIT rows that lie evenly: real images may come sorted by class."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), MANIFOLD_LIMIT)).long()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    measurements: list[Measurement]
+    arrays: dict[str, np.ndarray]
+    notes: list[str]
+
+
+def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, common: dict) -> Agreement:
+    """Share of samples whose label the in-domain classifier recognises, and of real held-out images."""
+    classifier: InDomain = pipeline.in_domain
+    if classifier.task != "classes":
+        return Agreement([], {}, ["Class agreement is left out: the data has fewer than two classes."])
+    settings = {"classifier": classifier.name, **classifier.settings}
+    held_out = pipeline.held_out.labels[pipeline.places(pipeline.held_out)]
+    real = _recognised(seen.held_out, held_out)
+    found = [_share("classifier accuracy on real images", real, "held-out", settings)]
+    if samples.labels is None:
+        return Agreement(found, {}, ["Class agreement is left out: samples.npz has no labels (arr_1)."])
+    labels = torch.from_numpy(samples.labels[: len(seen.samples.features)])
+    if not bool((labels < classifier.num_classes).all() & (labels >= 0).all()):
+        return Agreement(found, {}, ["Class agreement is left out: the samples are unconditional."])
+    hits = _recognised(seen.samples, labels)
+    names = pipeline.tokens.class_names
+    totals = labels.bincount(minlength=classifier.num_classes)
+    right = labels[hits].bincount(minlength=classifier.num_classes)
+    per_class = {
+        names[index]: round(100 * int(right[index]) / int(totals[index]), 2)
+        for index in range(classifier.num_classes)
+        if totals[index]
+    }
+    found.insert(0, _share("class agreement", hits, "samples", common | settings | {"per_class": per_class}))
+    arrays = {"agreement_right": right.numpy(), "agreement_total": totals.numpy()}
+    return Agreement(found, arrays, [])
+
+
+def _recognised(extraction: Extraction, labels: Tensor) -> Tensor:
+    return extraction.probabilities.argmax(1) == labels
+
+
+def _share(name: str, hits: Tensor, split: str, settings: dict) -> Measurement:
+    count, n = int(hits.sum()), len(hits)
+    return Measurement(name, 100 * count / n, "%", True, n, split, settings, share_interval(count, n))
+
+
+def _sample_pictures(samples: Samples, n: int, num_classes: int) -> dict[str, np.ndarray]:
+    """The first samples of each class; unlabelled ones in order."""
+    if samples.labels is None:
+        chosen = np.arange(min(n, SHOWN_PER_CLASS * 5))
+        return {"samples": samples.images[chosen]}
+    labels = samples.labels[:n]
+    shown = [label for label in range(num_classes + 1) if (labels == label).any()][:SHOWN_CLASSES]
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:SHOWN_PER_CLASS] for label in shown])
+    return {"samples": samples.images[chosen], "sample_labels": labels[chosen]}

@@ -1,0 +1,124 @@
+"""What evaluation finds in a pipeline's folder: tokens, their tokenizer, its data, the extractors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.extractors import Extractor, Inception, InDomain, find_inception, open_extractor
+from eval.interface import Batch
+from eval.paired import LPIPS
+from tokenizer.cache import TokenCache
+from tokenizer.data.sources import DataConfig, Images, open_split
+from tokenizer.data.transforms import to_uint8
+from tokenizer.interface import Tokenizer
+from tokenizer.run import load as load_tokenizer
+from training import distributed
+from training.checkpoint import weights_hash
+from training.config import from_dict
+from training.log import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to measure; the command line of eval.run."""
+
+    run: Path
+    extractor: Path | None = None  # folder of an in-domain extractor; run/extractor
+    lpips_weights: Path | None = None
+    lpips_net: str = "squeeze"
+    inception_weights: Path | None = None
+    num: int | None = None  # at most so many images of each set
+    batch_size: int = 100
+    fresh: bool = False
+
+
+class Pipeline:
+    """A pipeline's folder. Its parts are opened when first asked for."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.folder = options, options.run
+        self.tokens = TokenCache.open(self.folder / "tokens")
+        self.tokens.check_tokenizer()
+
+    @property
+    def report_folder(self) -> Path:
+        return self.folder / "report"
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokens.tokenizer_folder)
+
+    @functools.cached_property
+    def tokenizer_hash(self) -> str:
+        return weights_hash(self.tokens.tokenizer_folder)
+
+    @functools.cached_property
+    def data(self) -> DataConfig:
+        """The data that was encoded, and that the prior learned."""
+        return from_dict(DataConfig, self.tokens.manifest["data"], str(self.tokens.folder / "manifest.json"))
+
+    @functools.cached_property
+    def train(self) -> Images:
+        return open_split(self.data, "train")
+
+    @functools.cached_property
+    def held_out(self) -> Images:
+        return open_split(self.data, "held_out")
+
+    @functools.cached_property
+    def in_domain(self) -> InDomain:
+        folder = self.options.extractor or self.folder / "extractor"
+        return open_extractor(folder, self.data, self.train)
+
+    @functools.cached_property
+    def extractors(self) -> list[Extractor]:
+        """The in-domain one, and the Inception where its weights are."""
+        inception = find_inception(self.options.inception_weights)
+        return [self.in_domain, *([Inception(inception)] if inception else [])]
+
+    @functools.cached_property
+    def lpips(self) -> LPIPS | None:
+        """None without weights, and where the images are too small for it."""
+        path = self.options.lpips_weights
+        lpips = LPIPS(self.options.lpips_net, path) if path else None
+        return lpips if lpips and lpips.fits(self.data.image_size) else None
+
+    def places(self, images: Images) -> Tensor:
+        """The items of a split that are measured, (n,) int64: all, or `num` that lie evenly in it."""
+        n, limit = len(images), self.options.num
+        return torch.arange(n) if limit is None or limit >= n else torch.linspace(0, n - 1, limit).long()
+
+    def batches(self, images: Images, title: str) -> Iterator[Batch]:
+        """This rank's share of a split."""
+        return share(self.places(images), self.options.batch_size, lambda places: load(images, places), title)
+
+
+def share(
+    places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str
+) -> Iterator[Batch]:
+    """Batches of the places (n,), dealt to ranks in turn. `load_batch(places)` gives (B, 3, H, W) uint8."""
+    progress, done = Progress(title, len(places)), 0
+    device = distributed.device()
+    parts = places.split(batch_size)[distributed.rank() :: distributed.world()]
+    for part in parts:
+        yield Batch(load_batch(part).to(device), part)
+        done += len(part) * distributed.world()
+        if distributed.is_main():
+            progress.show(min(done, len(places)), "")
+
+
+def load(images: Images, places: Tensor) -> Tensor:
+    """Items of a split, (B, 3, H, W) uint8."""
+    return to_uint8(images.gather([(0, place) for place in places.tolist()])["images"])
+
+
+def pixels(images: Tensor) -> Any:
+    """(N, 3, H, W) uint8 -> (N, H, W, 3) numpy, as picture files hold it."""
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()

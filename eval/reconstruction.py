@@ -1,0 +1,122 @@
+"""How well a tokenizer keeps images: decode(encode(x)) over the whole held-out split."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from eval.codebook import CodebookUsage
+from eval.extractors import Extractor, FeatureRows, banner, figure_name
+from eval.frechet import Gaussian, frechet_distance, frechet_jackknife
+from eval.interface import Batch
+from eval.paired import Paired
+from eval.pipeline import Pipeline, load, pixels
+from eval.record import Measurement, Record
+from tokenizer.data.transforms import to_float, to_uint8
+from training import distributed
+
+SHOWN, EXTREMES = 12, 8
+JACKKNIFE_BLOCKS = 20
+
+
+class PairedFrechet:
+    """rFD: the distance between reconstructions and their own originals. The rows are paired, and so is the
+    interval: an image leaves both sides."""
+
+    def __init__(self, extractor: Extractor, split: str, settings: dict) -> None:
+        self.extractor, self.split = extractor, split
+        self.settings = settings | extractor.settings
+        self.images, self.references = FeatureRows(extractor), FeatureRows(extractor)
+
+    def update(self, batch: Batch) -> None:
+        self.images.update(batch)
+        self.references.update(dataclasses.replace(batch, images=batch.references))
+
+    def compute(self) -> dict[str, Measurement]:
+        features, references = self.images.gathered().features, self.references.gathered().features
+        name = figure_name("rFD", self.extractor)
+        return {name: measure_frechet(name, features, references, self.split, self.settings)}
+
+
+def measure_frechet(
+    name: str, features: Tensor, reference: Gaussian | Tensor, split: str, settings: dict
+) -> Measurement:
+    """A Fréchet distance with its jackknife interval, where there are rows enough for one."""
+    paired = isinstance(reference, Tensor)
+    fixed = Gaussian.of_features(reference) if paired else reference
+    value = frechet_distance(Gaussian.of_features(features), fixed)
+    settings, interval = settings | {"features": features.shape[1]}, None
+    if len(features) >= 2 * JACKKNIFE_BLOCKS:
+        found = frechet_jackknife(features, reference, JACKKNIFE_BLOCKS)
+        interval = (max(0.0, found.low), found.high)
+        settings |= {"interval": f"jackknife, {JACKKNIFE_BLOCKS} blocks", "bias_corrected": found.corrected}
+    return Measurement(name, value, "", False, len(features), split, settings, interval)
+
+
+def measure_reconstruction(pipeline: Pipeline) -> Record:
+    """The record of RUN's tokenizer: the kept one when it is current, else measured and kept."""
+    held_out, options = pipeline.held_out, pipeline.options
+    places = pipeline.places(held_out)
+    n = len(places)
+    common = {"tokenizer_sha256": pipeline.tokenizer_hash, "batch_size": options.batch_size}
+    settings = common | {
+        "data": held_out.identity(),
+        "n": n,
+        "extractors": [extractor.settings for extractor in pipeline.extractors],
+        "lpips": pipeline.lpips and [pipeline.lpips.name, pipeline.lpips.sha256],
+    }
+    kept = Record.load(pipeline.report_folder, "reconstruction", settings)
+    if kept and not options.fresh:
+        return kept
+
+    model = pipeline.tokenizer
+    split = "held-out" if n == len(held_out) else f"held-out, {n} of {len(held_out)}"
+    paired = Paired(split, common | {"reference": "the encoder's input after uint8"}, pipeline.lpips)
+    codebook = CodebookUsage(model.layout, split, common)
+    distances = [PairedFrechet(extractor, split, common) for extractor in pipeline.extractors]
+    metrics = [paired, codebook, *distances]
+    for originals in pipeline.batches(held_out, "reconstruction"):
+        batch = reconstruct(model, originals)
+        for metric in metrics:
+            metric.update(batch)
+    measurements = [measurement for metric in metrics for measurement in metric.compute().values()]
+
+    rows = paired.per_image()
+    order = (-rows["lpips"] if "lpips" in rows else rows["psnr"]).argsort()  # worst first
+    chosen = {
+        "shown": torch.linspace(0, n - 1, min(SHOWN, n)).long(),
+        "worst": order[:EXTREMES],
+        "best": order.flip(0)[:EXTREMES],
+    }
+    arrays = {f"histogram_{level}": counts.numpy() for level, counts in enumerate(codebook.histograms())}
+    for name, chosen_rows in chosen.items():
+        originals = load(held_out, places[chosen_rows]).to(distributed.device())
+        batch = reconstruct(model, Batch(originals, places[chosen_rows]))
+        arrays |= {f"{name}_originals": pixels(batch.references), f"{name}_images": pixels(batch.images)}
+        for figure in ("psnr", "lpips"):
+            if figure in rows:
+                arrays[f"{name}_{figure}"] = rows[figure][chosen_rows].numpy()
+    notes = [line for line in map(banner, pipeline.extractors) if line]
+    notes += (
+        []
+        if "ssim" in rows
+        else [f"SSIM is left out: images of {held_out.image_size} px are below its window."]
+    )
+    if not pipeline.lpips:
+        small = f"images of {held_out.image_size} px are too small for its trunk"
+        reason = small if options.lpips_weights else "no trunk weights were given (--lpips-weights)"
+        notes.append(f"LPIPS is left out: {reason}.")
+    record = Record("reconstruction", settings, measurements, arrays, notes)
+    if distributed.is_main():
+        record.save(pipeline.report_folder)
+    return record
+
+
+@torch.no_grad()
+def reconstruct(model: object, originals: Batch) -> Batch:
+    """Originals -> their reconstructions with the codes in between; both sides uint8."""
+    codes = model.encode(to_float(originals.images))
+    images = to_uint8(model.decode(codes))
+    return Batch(images, originals.ids, references=originals.images, codes=codes)

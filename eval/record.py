@@ -1,0 +1,163 @@
+"""Measurements and the records that keep them: a figure without its N, split and settings is no figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import platform
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.checkpoint import digest, replace_file
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One figure. `settings` holds all that it depends on beside the images; plain JSON values."""
+
+    name: str
+    value: float
+    unit: str  # "dB", "%", "bits", ... or ""
+    higher_is_better: bool | None  # None: neither
+    n: int  # images measured
+    split: str  # which images
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    interval: tuple[float, float] | None = None  # 95 %
+
+    @property
+    def settings_hash(self) -> str:
+        """SHA-256 over name, n, split and settings: equal hashes are comparable figures."""
+        return digest({"name": self.name, "n": self.n, "split": self.split, **self.settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self) | {"settings_hash": self.settings_hash}
+        fields["value"] = _to_json(self.value)
+        fields["interval"] = self.interval and [_to_json(end) for end in self.interval]
+        return fields
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any]) -> Measurement:
+        fields = {key: value for key, value in fields.items() if key != "settings_hash"}
+        interval = fields.pop("interval")
+        return Measurement(
+            **fields | {"value": float(fields["value"])},
+            interval=interval and tuple(float(end) for end in interval),
+        )
+
+
+@dataclasses.dataclass
+class Record:
+    """The measurements of one command and the pictures behind them, kept as `kind`.json and `kind`.npz."""
+
+    kind: str  # "reconstruction" or "generation"
+    settings: dict[str, Any]  # what makes it current: hashes of weights, samples and data, options
+    measurements: list[Measurement]
+    arrays: dict[str, np.ndarray]
+    notes: list[str] = dataclasses.field(
+        default_factory=list
+    )  # banners, and figures left out with the reason
+    environment: dict[str, Any] = dataclasses.field(default_factory=lambda: describe_environment())
+
+    @property
+    def hash(self) -> str:
+        return digest({"kind": self.kind, **self.settings})
+
+    def save(self, folder: Path) -> None:
+        """The arrays first: a JSON file without its own arrays counts as absent."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = io.BytesIO()
+        np.savez_compressed(arrays, record_hash=np.array(self.hash), **self.arrays)
+        replace_file(folder / f"{self.kind}.npz", arrays.getvalue())
+        replace_file(folder / f"{self.kind}.json", dump_json(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "hash": self.hash,
+            "settings": self.settings,
+            "measurements": [measurement.to_dict() for measurement in self.measurements],
+            "notes": self.notes,
+            "environment": self.environment,
+        }
+
+    @staticmethod
+    def load(folder: Path, kind: str, settings: dict[str, Any]) -> Record | None:
+        """The kept record if it was made with exactly these settings and is whole, else None."""
+        wanted = digest({"kind": kind, **settings})
+        try:
+            fields = json.loads((folder / f"{kind}.json").read_text())
+            with np.load(folder / f"{kind}.npz") as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            if fields["hash"] != wanted or str(arrays.pop("record_hash")) != wanted:
+                return None
+            measurements = [Measurement.from_dict(each) for each in fields["measurements"]]
+            return Record(kind, settings, measurements, arrays, fields["notes"], fields["environment"])
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return None  # absent, torn or of an older version: measured again
+
+
+def share_interval(hits: int, n: int) -> tuple[float, float]:
+    """95 % for a share (Wilson 1927), in percent."""
+    z, share = 1.96, hits / n
+    middle, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return tuple(100 * (middle + side) / (1 + z * z / n) for side in (-reach, reach))
+
+
+def mean_interval(values: torch.Tensor) -> tuple[float, float] | None:
+    """95 % for the mean of independent (n,) values, normal; None below 2 values or if any is not finite."""
+    if len(values) < 2 or not values.isfinite().all():
+        return None
+    reach = 1.96 * float(values.std()) / math.sqrt(len(values))
+    return float(values.mean()) - reach, float(values.mean()) + reach
+
+
+def describe_environment() -> dict[str, Any]:
+    """What may move a figure in its last digits."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch_threads": torch.get_num_threads(),
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """HEAD of the checkout that this code lies in, "+" when it has changes; None without git or checkout."""
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            )
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def dump_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _to_json(value: float) -> float | str:
+    """JSON has no infinity: the PSNR of equal images is the string "inf", which float() reads back."""
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,149 @@
+"""Moments, Fréchet distance, Inception Score and manifolds against known answers and torch-fidelity."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from eval.frechet import Gaussian, frechet_distance, frechet_jackknife, jackknife
+from eval.inception_score import inception_score
+from eval.manifold import manifold
+from eval.moments import Moments
+
+
+def normal(n: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_merged_shards_equal_one_pass() -> None:
+    rows = normal(1000, 16, 0) * 3 + 5
+    merged = Moments.empty(16)
+    for shard in rows.split([7, 400, 1, 592]):
+        merged = merged.merge(Moments.of(shard, chunk=100))
+    assert merged.count == 1000
+    torch.testing.assert_close(merged.mean, rows.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.covariance, torch.cov(rows.T), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.reduced().outer, merged.outer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [5, 63, 64, 65, 300])
+def test_equal_statistics_are_at_distance_zero(n: int) -> None:
+    rows = normal(n, 64, 1)
+    a, b = Gaussian.of_features(rows), Gaussian.of_features(rows.clone())
+    assert 0 <= frechet_distance(a, b) < 1e-9
+    # and by the other route, on the singular covariance
+    assert 0 <= frechet_distance(a, Gaussian.of_moments(Moments.of(rows))) < 1e-9
+
+
+def test_distance_of_two_normal_samples_is_the_analytic_bias() -> None:
+    n, dim = 4000, 8
+    expected = 2 / n * (dim + (dim**2 + dim) / 4)
+    pairs = [(normal(n, dim, 2 * i), normal(n, dim, 2 * i + 1)) for i in range(20)]
+    found = [frechet_distance(Gaussian.of_features(a), Gaussian.of_features(b)) for a, b in pairs]
+    assert np.mean(found) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("ranks", [(6, 6), (3, 6), (2, 4), (0, 6)])
+def test_commuting_covariances(ranks: tuple[int, int]) -> None:
+    basis = torch.linalg.qr(normal(6, 6, 3)).Q
+    spectra = [
+        torch.arange(1.0, 7).double() ** power * (torch.arange(6) < rank)
+        for power, rank in zip((1, 2), ranks)
+    ]
+    means = normal(2, 6, 4)
+    a, b = (Gaussian.of_covariance(m, basis @ torch.diag(s) @ basis.T) for m, s in zip(means, spectra))
+    expected = (means[0] - means[1]).square().sum() + (spectra[0].sqrt() - spectra[1].sqrt()).square().sum()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 300), (30, 300), (20, 25)])
+def test_frechet_is_torch_fidelitys(n: int, m: int) -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = normal(n, 48, 5) @ normal(48, 48, 6), normal(m, 48, 7) + 0.3
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), verbose=False)
+    ours = frechet_distance(Gaussian.of_features(a), Gaussian.of_features(b))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    moments = frechet_distance(*(Gaussian.of_moments(Moments.of(rows)) for rows in (a, b)))
+    assert ours == pytest.approx(moments, rel=1e-6)
+
+
+def test_jackknife_of_a_mean_is_the_standard_error() -> None:
+    values = normal(400, 1, 8)[:, 0]
+    found = jackknife(400, lambda kept: float(values[kept].mean()), blocks=400 // 2)
+    assert found.deviation == pytest.approx(float(values.std()) / 20, rel=0.15)
+    assert found.corrected == pytest.approx(float(values.mean()), abs=1e-9)
+
+
+def test_jackknife_removes_most_of_the_bias_and_covers() -> None:
+    truth = Gaussian(torch.zeros(8).double(), torch.eye(8).double())
+    features = normal(1000, 8, 9)
+    found = frechet_jackknife(features, truth)
+    assert abs(found.corrected) < 0.5 * frechet_distance(Gaussian.of_features(features), truth)
+    paired = frechet_jackknife(features + 0.01 * normal(1000, 8, 10), features)
+    assert 0 < paired.deviation < found.deviation
+    with pytest.raises(ValueError, match="20 blocks"):
+        frechet_jackknife(features[:39], truth)
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        Gaussian.of_features(normal(1, 4, 0))
+
+
+def test_inception_score_known_answers() -> None:
+    constant = torch.tensor([[0.2, 0.3, 0.5]]).expand(100, 3)
+    assert inception_score(constant).mean == pytest.approx(1)
+    balanced = torch.eye(10).repeat(20, 1)
+    assert inception_score(balanced, splits=1).mean == pytest.approx(10)
+    # sorted by class, contiguous chunks would score about 1: the shuffle prevents it
+    by_class = torch.eye(10).repeat_interleave(100, 0)
+    assert inception_score(by_class, splits=10).mean > 9
+    assert inception_score(by_class) == inception_score(by_class)
+    with pytest.raises(ValueError, match="splits"):
+        inception_score(constant[:5], splits=10)
+
+
+def test_inception_score_is_torch_fidelitys() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = normal(500, 10, 11) * 2
+    theirs = isc_features_to_metric(logits, splits=1, shuffle=False, rng_seed=0)
+    ours = inception_score(logits.softmax(1), splits=1)
+    assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+
+def test_manifold_by_hand() -> None:
+    # A line: real at 0, 1, 2, 3; with k = 1 every ball has radius 1.
+    real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    generated = torch.tensor([[0.5], [10.0], [10.5]])
+    found = manifold(generated, real, k=1, k_density=1, chunk=2)
+    assert found.precision == pytest.approx(1 / 3)  # 0.5 lies in a ball; 10 and 10.5 do not
+    assert found.recall == 1.0  # the ball of 0.5 reaches 9.5 far
+    assert found.density == pytest.approx(2 / 3)  # 0.5 lies in the balls of 0 and 1
+    assert found.coverage == pytest.approx(2 / 4)
+
+
+def test_manifold_of_equal_and_of_disjoint_sets() -> None:
+    rows = normal(200, 8, 12)
+    same = manifold(rows, rows.clone(), chunk=64)
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    assert same.density == pytest.approx(1 + 1 / 5, abs=0.02)  # own balls count, edges round
+    far = manifold(rows, rows + 1000, chunk=64)
+    assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
+    with pytest.raises(ValueError, match="neighbours"):
+        manifold(rows, rows[:3])
+
+
+def test_precision_and_recall_are_torch_fidelitys() -> None:
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    generated, real = normal(300, 16, 13) * 0.8, normal(400, 16, 14)
+    precision, recall = calculate_precision_recall_part(generated, real)
+    found = manifold(generated, real, chunk=77)
+    assert found.precision == pytest.approx(precision, abs=1e-6)
+    assert found.recall == pytest.approx(recall, abs=1e-6)
+    assert not math.isclose(found.precision, found.recall)
