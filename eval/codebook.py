@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eval.interface import Batch
-from eval.record import Measurement
+from eval.record import Measurement, Origin
 from tokenizer.interface import CodeLayout
 from training import distributed
 
@@ -47,8 +47,8 @@ def usage(histogram: Tensor) -> Usage:
 class CodebookUsage:
     """Metric over `Batch.codes`, per level of the layout."""
 
-    def __init__(self, layout: CodeLayout, split: str, settings: dict) -> None:
-        self.layout, self.split, self.settings = layout, split, settings
+    def __init__(self, layout: CodeLayout, origin: Origin) -> None:
+        self.layout, self.origin = layout, origin
         self.counts = [torch.zeros(size, dtype=torch.int64) for size in layout.num_codes]
         self.images = 0
 
@@ -64,31 +64,26 @@ class CodebookUsage:
 
     def compute(self) -> dict[str, Measurement]:
         images = int(distributed.sum_(torch.tensor(self.images, device=distributed.device())))
+        measure = self.origin.measure
         found: list[Measurement] = []
-
-        def add(name: str, value: float, unit: str, higher: bool | None, **settings: object) -> None:
-            found.append(Measurement(name, value, unit, higher, images, self.split, self.settings | settings))
-
         unigram_bits = 0.0
         for level, (histogram, length) in enumerate(zip(self.histograms(), self.layout.lengths), start=1):
-            found_usage, size = usage(histogram), len(histogram)
-            unigram_bits += length * found_usage.entropy
             of_level = f", level {level}" if len(self.counts) > 1 else ""
-            counted = {"num_codes": size, "tokens": int(histogram.sum())}
-            share = 100 * found_usage.active / size
-            add(f"codebook usage{of_level}", share, "%", True, **counted, dead=found_usage.dead)
-            plug_in = counted | {"estimator": "plug-in"}
-            add(f"perplexity{of_level}", found_usage.perplexity, "codes", True, **plug_in)
-            corrected = found_usage.perplexity_corrected
-            add(
-                f"corrected perplexity{of_level}",
-                corrected,
-                "codes",
-                True,
-                **counted,
-                estimator="Miller-Madow",
-            )
-            add(f"code entropy{of_level}", found_usage.entropy, "bits/token", None, **plug_in)
-        add("rate, fixed", self.layout.bits, "bits/image", None, rate="tokens x log2 K")
-        add("rate, unigram entropy", unigram_bits, "bits/image", None, rate="plug-in entropy per level")
+            size, seen = len(histogram), usage(histogram)
+            unigram_bits += length * seen.entropy
+            counted = {"num_codes": size, "tokens": images * length}
+            plug_in, corrected = counted | {"estimator": "plug-in"}, counted | {"estimator": "Miller-Madow"}
+            dead = {"dead": seen.dead}
+            share = 100 * seen.active / size
+            found += [
+                measure(f"codebook usage{of_level}", share, "%", True, images, details=dead, **counted),
+                measure(f"perplexity{of_level}", seen.perplexity, "codes", True, images, **plug_in),
+                measure(
+                    f"corrected perplexity{of_level}", seen.perplexity_corrected, "codes", True, images, **corrected
+                ),
+                measure(f"code entropy{of_level}", seen.entropy, "bits/token", None, images, **plug_in),
+            ]
+        unit, entropy = "bits/image", "plug-in entropy per level"
+        found.append(measure("rate, fixed", self.layout.bits, unit, None, images, rate="tokens x log2 K"))
+        found.append(measure("rate, unigram entropy", unigram_bits, unit, None, images, rate=entropy))
         return {measurement.name: measurement for measurement in found}

@@ -123,9 +123,7 @@ class Inception:
             self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], tensors)
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"--inception-weights {path}: not the Inception weights ({first[:120]})"
-            ) from error
+            raise UserError(f"--inception-weights {path}: not the Inception weights ({first[:120]})") from error
         self.network.to(distributed.device())
 
     @torch.no_grad()
@@ -161,9 +159,7 @@ class ExtractorRun:
         )
     )
     optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(
-            lr=2e-3, weight_decay=0.05, warmup_steps=40, final_lr_ratio=0.01
-        )
+        default_factory=lambda: OptimizerConfig(lr=2e-3, weight_decay=0.05, warmup_steps=40, final_lr_ratio=0.01)
     )
 
     def __post_init__(self) -> None:
@@ -262,9 +258,7 @@ def rotate(images: Tensor, quarters: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(
-    classifier: Classifier, images: Images, task: str, limit: int = 2000, chunk: int = 250
-) -> float:
+def _accuracy(classifier: Classifier, images: Images, task: str, limit: int = 2000, chunk: int = 250) -> float:
     """Share of held-out images recognised, over at most `limit` that lie evenly in the split."""
     chosen = torch.linspace(0, len(images) - 1, min(limit, len(images))).long()
     right = 0

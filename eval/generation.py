@@ -19,7 +19,7 @@ from eval.manifold import manifold
 from eval.moments import Moments
 from eval.pipeline import Pipeline, share
 from eval.reconstruction import measure_frechet, measure_reconstruction
-from eval.record import Measurement, Record, share_interval
+from eval.record import Measurement, Origin, Record, share_interval
 from training import distributed
 from training.checkpoint import sha256
 from training.command import UserError
@@ -91,23 +91,30 @@ def measure_generation(pipeline: Pipeline) -> Record:
     if kept and not options.fresh:
         return kept
 
-    common: dict[str, Any] = {"samples_sha256": samples.sha256, "batch_size": options.batch_size}
+    protocol = {"batch_size": options.batch_size}
+    subject: dict[str, Any] = {"samples_sha256": samples.sha256}
+    subject |= {name: value for name, value in samples.made_from.items() if name.endswith("_sha256")}
     if "options" in samples.made_from:
-        common["seed"] = samples.made_from["options"]["seed"]
+        subject["seed"] = samples.made_from["options"]["seed"]
+    origins = Origins(
+        samples=Origin("samples", protocol | {"data": pipeline.held_out.identity()}, subject),
+        held_out=Origin("held-out", protocol | {"data": pipeline.held_out.identity()}, {}),
+        train=Origin("train", protocol | {"data": pipeline.train.identity()}, {}),
+    )
     measurements: list[Measurement] = []
     notes = [line for line in map(banner, pipeline.extractors) if line]
     arrays = _sample_pictures(samples, settings["n"], pipeline.tokens.num_classes)
     for extractor in pipeline.extractors:
         seen = _extract(pipeline, extractor, samples, settings["n"])
-        measurements += _distances(extractor, seen, common)
+        measurements += _distances(extractor, seen, origins)
         measurements += [m for m in reconstruction.measurements if m.name == figure_name("rFD", extractor)]
         if getattr(extractor, "task", "classes") == "rotation":
             notes.append(f"The score of class probabilities is left out: {extractor.name} knows no classes.")
         else:
-            measurements += _scores(extractor, seen, common)
-        measurements += _manifolds(extractor, seen, common)
+            measurements += _scores(extractor, seen, origins)
+        measurements += _manifolds(extractor, seen, origins)
         if extractor is pipeline.in_domain:
-            agreement = _agreement(pipeline, seen, samples, common)
+            agreement = _agreement(pipeline, seen, samples, origins)
             measurements += agreement.measurements
             arrays |= agreement.arrays
             notes += agreement.notes
@@ -115,6 +122,15 @@ def measure_generation(pipeline: Pipeline) -> Record:
     if distributed.is_main():
         record.save(pipeline.report_folder)
     return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """Figures of samples stand beside the same figures of real images."""
+
+    samples: Origin
+    held_out: Origin
+    train: Origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,49 +160,48 @@ def _extract(pipeline: Pipeline, extractor: Extractor, samples: Samples, n: int)
     return Seen(drawn.gathered(), held_out.gathered(), train.gathered(), moments.reduced())
 
 
-def _distances(extractor: Extractor, seen: Seen, common: dict) -> list[Measurement]:
-    name, settings = figure_name("FD", extractor), extractor.settings
-    train = Gaussian.of_moments(seen.train_moments)
-    held_out = Gaussian.of_features(seen.held_out.features)
-    to_train = {"reference": "train split", "reference_n": seen.train_moments.count} | settings
-    to_held_out = {"reference": "held-out split", "reference_n": len(seen.held_out.features)} | settings
-    rows = seen.samples.features
+def _distances(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
+    name, rows = figure_name("FD", extractor), seen.samples.features
+    real = seen.held_out.features
+    train, held_out = Gaussian.of_moments(seen.train_moments), Gaussian.of_features(real)
+    to_train = {"reference": "train split", "reference_n": seen.train_moments.count}
+    to_held_out = {"reference": "held-out split", "reference_n": len(real)}
     return [
-        measure_frechet(f"{name} to held-out", rows, held_out, "samples", common | to_held_out),
-        measure_frechet(f"{name} to train", rows, train, "samples", common | to_train),
-        measure_frechet(f"{name} of real images", seen.held_out.features, train, "held-out", to_train),
+        measure_frechet(origins.samples, f"{name} to held-out", extractor, rows, held_out, **to_held_out),
+        measure_frechet(origins.samples, f"{name} to train", extractor, rows, train, **to_train),
+        measure_frechet(origins.held_out, f"{name} of real images", extractor, real, train, **to_train),
     ]
 
 
-def _scores(extractor: Extractor, seen: Seen, common: dict) -> list[Measurement]:
+def _scores(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
     found = []
-    for suffix, split, rows, settings in (
-        ("", "samples", seen.samples.probabilities, common),
-        (" of real images", "held-out", seen.held_out.probabilities, {}),
+    for suffix, origin, rows in (
+        ("", origins.samples, seen.samples.probabilities),
+        (" of real images", origins.held_out, seen.held_out.probabilities),
     ):
         score = inception_score(rows, min(IS_SPLITS, len(rows)))
-        settings = settings | extractor.settings | {"splits": score.splits, "deviation": score.deviation}
-        settings |= {"classes": rows.shape[1], "order": "shuffled, seed 2020"}
+        settings = extractor.settings | {"classes": rows.shape[1], "splits": score.splits, "shuffle_seed": 2020}
+        details = {"deviation": score.deviation}
         name = figure_name("IS", extractor) + suffix
-        found.append(Measurement(name, score.mean, "", True, len(rows), split, settings))
+        found.append(origin.measure(name, score.mean, "", True, len(rows), details=details, **settings))
     return found
 
 
-def _manifolds(extractor: Extractor, seen: Seen, common: dict) -> list[Measurement]:
+def _manifolds(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
     real = _spread(seen.held_out.features)
     found = []
-    for suffix, split, rows, settings in (
-        ("", "samples", seen.samples.features[:MANIFOLD_LIMIT], common),
-        (" of real images", "train", _spread(seen.train.features), {}),
+    for suffix, origin, rows in (
+        ("", origins.samples, seen.samples.features[:MANIFOLD_LIMIT]),
+        (" of real images", origins.train, _spread(seen.train.features)),
     ):
         if min(len(rows), len(real)) <= DENSITY_NEIGHBOURS:
             continue
-        settings = settings | extractor.settings | {"reference": "held-out split", "reference_n": len(real)}
+        settings = extractor.settings | {"reference": "held-out split", "reference_n": len(real)}
         figures = dataclasses.asdict(manifold(rows, real, NEIGHBOURS, DENSITY_NEIGHBOURS))
         for figure, value in figures.items():
             k = NEIGHBOURS if figure in ("precision", "recall") else DENSITY_NEIGHBOURS
             name = figure_name(figure, extractor) + suffix
-            found.append(Measurement(name, value, "", True, len(rows), split, settings | {"k": k}))
+            found.append(origin.measure(name, value, "", True, len(rows), k=k, **settings))
     return found
 
 
@@ -202,41 +217,41 @@ class Agreement:
     notes: list[str]
 
 
-def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, common: dict) -> Agreement:
+def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origins) -> Agreement:
     """Share of samples whose label the in-domain classifier recognises, and of real held-out images."""
     classifier: InDomain = pipeline.in_domain
     if classifier.task != "classes":
         return Agreement([], {}, ["Class agreement is left out: the data has fewer than two classes."])
-    settings = {"classifier": classifier.name, **classifier.settings}
-    held_out = pipeline.held_out.labels[pipeline.places(pipeline.held_out)]
-    real = _recognised(seen.held_out, held_out)
-    found = [_share("classifier accuracy on real images", real, "held-out", settings)]
+    real_labels = pipeline.held_out.labels[pipeline.places(pipeline.held_out)]
+    real = _recognised(seen.held_out, real_labels)
+    found = [_share(origins.held_out, "classifier accuracy on real images", real, classifier)]
     if samples.labels is None:
         return Agreement(found, {}, ["Class agreement is left out: samples.npz has no labels (arr_1)."])
     labels = torch.from_numpy(samples.labels[: len(seen.samples.features)])
-    if not bool((labels < classifier.num_classes).all() & (labels >= 0).all()):
+    if not bool(((labels >= 0) & (labels < classifier.num_classes)).all()):
         return Agreement(found, {}, ["Class agreement is left out: the samples are unconditional."])
     hits = _recognised(seen.samples, labels)
-    names = pipeline.tokens.class_names
     totals = labels.bincount(minlength=classifier.num_classes)
     right = labels[hits].bincount(minlength=classifier.num_classes)
     per_class = {
-        names[index]: round(100 * int(right[index]) / int(totals[index]), 2)
-        for index in range(classifier.num_classes)
-        if totals[index]
+        name: round(100 * int(good) / int(total), 2)
+        for name, good, total in zip(pipeline.tokens.class_names, right, totals)
+        if total
     }
-    found.insert(0, _share("class agreement", hits, "samples", common | settings | {"per_class": per_class}))
-    arrays = {"agreement_right": right.numpy(), "agreement_total": totals.numpy()}
-    return Agreement(found, arrays, [])
+    found.insert(0, _share(origins.samples, "class agreement", hits, classifier, per_class=per_class))
+    return Agreement(found, {"agreement_right": right.numpy(), "agreement_total": totals.numpy()}, [])
 
 
 def _recognised(extraction: Extraction, labels: Tensor) -> Tensor:
     return extraction.probabilities.argmax(1) == labels
 
 
-def _share(name: str, hits: Tensor, split: str, settings: dict) -> Measurement:
+def _share(origin: Origin, name: str, hits: Tensor, classifier: InDomain, **details: Any) -> Measurement:
     count, n = int(hits.sum()), len(hits)
-    return Measurement(name, 100 * count / n, "%", True, n, split, settings, share_interval(count, n))
+    interval = share_interval(count, n)
+    return origin.measure(
+        name, 100 * count / n, "%", True, n, interval=interval, details=details, **classifier.settings
+    )
 
 
 def _sample_pictures(samples: Samples, n: int, num_classes: int) -> dict[str, np.ndarray]:

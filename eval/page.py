@@ -103,12 +103,11 @@ def _cells(figure: Measurement) -> str:
         extractor_text(figure),
         seed_text(figure),
     )
-    cells = [
-        _element("td", escape(text), "number" if name in NUMBERS else "")
-        for name, text in zip(COLUMNS, texts)
-    ]
+    cells = [_element("td", escape(text), "number" if name in NUMBERS else "") for name, text in zip(COLUMNS, texts)]
     code = _element("code", figure.settings_hash[:8])
-    return "".join(cells) + _element("td", _fold(code, _json(figure.settings)))
+    return "".join(cells) + _element(
+        "td", _fold(code, _json({"settings": figure.settings, "subject": figure.subject, "details": figure.details}))
+    )
 
 
 def _settings_section(records: Sequence[Record], stages: Sequence[Stage]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.interface import Batch
-from eval.record import Measurement, mean_interval
+from eval.record import Measurement, Origin, mean_interval
 from tokenizer.data.transforms import to_float
 from tokenizer.perceptual import Perceptual
 from training import distributed
@@ -89,8 +89,8 @@ class LPIPS:
 class Paired:
     """Metric over `Batch.images` and `Batch.references`; keeps one row of figures per image."""
 
-    def __init__(self, split: str, settings: dict, lpips: LPIPS | None = None) -> None:
-        self.split, self.settings, self.lpips = split, settings, lpips
+    def __init__(self, origin: Origin, lpips: LPIPS | None = None) -> None:
+        self.origin, self.lpips = origin, lpips
         self.rows: list[Tensor] = []  # (B, 4) float64: id, squared error, SSIM, LPIPS
 
     def update(self, batch: Batch) -> None:
@@ -110,19 +110,21 @@ class Paired:
 
     def compute(self) -> dict[str, Measurement]:
         rows = self.per_image()
-        found: list[Measurement] = []
+        n = len(rows["error"])
 
-        def add(name: str, values: Tensor, unit: str, higher: bool, **settings: object) -> None:
-            given = (self.split, self.settings | settings, mean_interval(values))
-            found.append(Measurement(name, float(values.mean()), unit, higher, len(values), *given))
+        def mean(name: str, values: Tensor, unit: str, higher: bool, **settings: object) -> Measurement:
+            interval = mean_interval(values)
+            return self.origin.measure(name, float(values.mean()), unit, higher, n, interval=interval, **settings)
 
-        add("PSNR", rows["psnr"], "dB", True, mean="over images", peak=255)
-        pooled = {"mean": "of squared errors", "peak": 255}
-        value, n = float(psnr(rows["error"].mean())), len(rows["error"])
-        found.append(Measurement("PSNR, pooled", value, "dB", True, n, self.split, self.settings | pooled))
+        pooled = float(psnr(rows["error"].mean()))
+        found = [
+            mean("PSNR", rows["psnr"], "dB", True, mean="over images", peak=255),
+            self.origin.measure("PSNR, pooled", pooled, "dB", True, n, mean="of squared errors", peak=255),
+        ]
         if "ssim" in rows:
             window = f"Gaussian {WINDOW}x{WINDOW}, sigma {SIGMA}"
-            add("SSIM", rows["ssim"], "", True, window=window, range=1, padding="none", mean="over RGB")
+            found.append(mean("SSIM", rows["ssim"], "", True, window=window, range=1, padding="none"))
         if self.lpips:
-            add(self.lpips.name, rows["lpips"], "", False, heads="lpips v0.1", trunk_sha256=self.lpips.sha256)
+            trunk = {"heads": "lpips v0.1", "trunk_sha256": self.lpips.sha256}
+            found.append(mean(self.lpips.name, rows["lpips"], "", False, **trunk))
         return {measurement.name: measurement for measurement in found}

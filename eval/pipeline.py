@@ -100,9 +100,7 @@ class Pipeline:
         return share(self.places(images), self.options.batch_size, lambda places: load(images, places), title)
 
 
-def share(
-    places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str
-) -> Iterator[Batch]:
+def share(places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str) -> Iterator[Batch]:
     """Batches of the places (n,), dealt to ranks in turn. `load_batch(places)` gives (B, 3, H, W) uint8."""
     progress, done = Progress(title, len(places)), 0
     device = distributed.device()

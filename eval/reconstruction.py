@@ -13,7 +13,7 @@ from eval.frechet import Gaussian, frechet_distance, frechet_jackknife
 from eval.interface import Batch
 from eval.paired import Paired
 from eval.pipeline import Pipeline, load, pixels
-from eval.record import Measurement, Record
+from eval.record import Measurement, Origin, Record
 from tokenizer.data.transforms import to_float, to_uint8
 from training import distributed
 
@@ -25,9 +25,8 @@ class PairedFrechet:
     """rFD: the distance between reconstructions and their own originals. The rows are paired, and so is the
     interval: an image leaves both sides."""
 
-    def __init__(self, extractor: Extractor, split: str, settings: dict) -> None:
-        self.extractor, self.split = extractor, split
-        self.settings = settings | extractor.settings
+    def __init__(self, extractor: Extractor, origin: Origin) -> None:
+        self.extractor, self.origin = extractor, origin
         self.images, self.references = FeatureRows(extractor), FeatureRows(extractor)
 
     def update(self, batch: Batch) -> None:
@@ -37,22 +36,23 @@ class PairedFrechet:
     def compute(self) -> dict[str, Measurement]:
         features, references = self.images.gathered().features, self.references.gathered().features
         name = figure_name("rFD", self.extractor)
-        return {name: measure_frechet(name, features, references, self.split, self.settings)}
+        return {name: measure_frechet(self.origin, name, self.extractor, features, references)}
 
 
 def measure_frechet(
-    name: str, features: Tensor, reference: Gaussian | Tensor, split: str, settings: dict
+    origin: Origin, name: str, extractor: Extractor, features: Tensor, target: Gaussian | Tensor, **settings: object
 ) -> Measurement:
     """A Fréchet distance with its jackknife interval, where there are rows enough for one."""
-    paired = isinstance(reference, Tensor)
-    fixed = Gaussian.of_features(reference) if paired else reference
+    paired = isinstance(target, Tensor)
+    fixed = Gaussian.of_features(target) if paired else target
     value = frechet_distance(Gaussian.of_features(features), fixed)
-    settings, interval = settings | {"features": features.shape[1]}, None
+    settings |= extractor.settings | {"features": features.shape[1]}
+    interval, details = None, {}
     if len(features) >= 2 * JACKKNIFE_BLOCKS:
-        found = frechet_jackknife(features, reference, JACKKNIFE_BLOCKS)
+        found = frechet_jackknife(features, target, JACKKNIFE_BLOCKS)
         interval = (max(0.0, found.low), found.high)
-        settings |= {"interval": f"jackknife, {JACKKNIFE_BLOCKS} blocks", "bias_corrected": found.corrected}
-    return Measurement(name, value, "", False, len(features), split, settings, interval)
+        details = {"interval": f"jackknife, {JACKKNIFE_BLOCKS} blocks", "bias_corrected": found.corrected}
+    return origin.measure(name, value, "", False, len(features), interval=interval, details=details, **settings)
 
 
 def measure_reconstruction(pipeline: Pipeline) -> Record:
@@ -60,9 +60,11 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
     held_out, options = pipeline.held_out, pipeline.options
     places = pipeline.places(held_out)
     n = len(places)
-    common = {"tokenizer_sha256": pipeline.tokenizer_hash, "batch_size": options.batch_size}
-    settings = common | {
-        "data": held_out.identity(),
+    protocol = {"data": held_out.identity(), "batch_size": options.batch_size}
+    subject = {"tokenizer_sha256": pipeline.tokenizer_hash}
+    settings = {
+        **protocol,
+        **subject,
         "n": n,
         "extractors": [extractor.settings for extractor in pipeline.extractors],
         "lpips": pipeline.lpips and [pipeline.lpips.name, pipeline.lpips.sha256],
@@ -73,9 +75,10 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
 
     model = pipeline.tokenizer
     split = "held-out" if n == len(held_out) else f"held-out, {n} of {len(held_out)}"
-    paired = Paired(split, common | {"reference": "the encoder's input after uint8"}, pipeline.lpips)
-    codebook = CodebookUsage(model.layout, split, common)
-    distances = [PairedFrechet(extractor, split, common) for extractor in pipeline.extractors]
+    origin = Origin(split, protocol | {"reference": "the encoder's input after uint8"}, subject)
+    paired = Paired(origin, pipeline.lpips)
+    codebook = CodebookUsage(model.layout, Origin(split, protocol, subject))
+    distances = [PairedFrechet(extractor, origin) for extractor in pipeline.extractors]
     metrics = [paired, codebook, *distances]
     for originals in pipeline.batches(held_out, "reconstruction"):
         batch = reconstruct(model, originals)
@@ -99,11 +102,8 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
             if figure in rows:
                 arrays[f"{name}_{figure}"] = rows[figure][chosen_rows].numpy()
     notes = [line for line in map(banner, pipeline.extractors) if line]
-    notes += (
-        []
-        if "ssim" in rows
-        else [f"SSIM is left out: images of {held_out.image_size} px are below its window."]
-    )
+    if "ssim" not in rows:
+        notes.append(f"SSIM is left out: images of {held_out.image_size} px are below its window.")
     if not pipeline.lpips:
         small = f"images of {held_out.image_size} px are too small for its trunk"
         reason = small if options.lpips_weights else "no trunk weights were given (--lpips-weights)"

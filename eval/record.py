@@ -23,7 +23,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity")
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One figure. `settings` holds all that it depends on beside the images; plain JSON values."""
+    """One figure. `settings`, `subject` and `details` hold plain JSON values."""
 
     name: str
     value: float
@@ -31,12 +31,14 @@ class Measurement:
     higher_is_better: bool | None  # None: neither
     n: int  # images measured
     split: str  # which images
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # how: reference, extractor, window, ...
+    subject: dict[str, Any] = dataclasses.field(default_factory=dict)  # whose: hashes of weights and samples, seed
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # what else was found
     interval: tuple[float, float] | None = None  # 95 %
 
     @property
     def settings_hash(self) -> str:
-        """SHA-256 over name, n, split and settings: equal hashes are comparable figures."""
+        """SHA-256 over name, n, split and settings: figures of equal hashes may be compared."""
         return digest({"name": self.name, "n": self.n, "split": self.split, **self.settings})
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +57,32 @@ class Measurement:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What figures have in common: which images, measured how, and whose they are."""
+
+    split: str
+    settings: dict[str, Any]
+    subject: dict[str, Any]
+
+    def measure(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        higher_is_better: bool | None,
+        n: int,
+        *,
+        interval: tuple[float, float] | None = None,
+        details: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Measurement:
+        """A figure of this origin; `settings` are those that only it has."""
+        own = self.settings | settings
+        given = (name, value, unit, higher_is_better, n, self.split, own, self.subject, details or {}, interval)
+        return Measurement(*given)
+
+
 @dataclasses.dataclass
 class Record:
     """The measurements of one command and the pictures behind them, kept as `kind`.json and `kind`.npz."""
@@ -63,9 +91,7 @@ class Record:
     settings: dict[str, Any]  # what makes it current: hashes of weights, samples and data, options
     measurements: list[Measurement]
     arrays: dict[str, np.ndarray]
-    notes: list[str] = dataclasses.field(
-        default_factory=list
-    )  # banners, and figures left out with the reason
+    notes: list[str] = dataclasses.field(default_factory=list)  # banners, and figures left out with the reason
     environment: dict[str, Any] = dataclasses.field(default_factory=lambda: describe_environment())
 
     @property
@@ -142,9 +168,7 @@ def git_commit() -> str | None:
     """HEAD of the checkout that this code lies in, "+" when it has changes; None without git or checkout."""
     try:
         head, changes = (
-            subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-            )
+            subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -116,9 +116,7 @@ def _reconstruction_sections(record: Record, class_names: Sequence[str]) -> list
     plots = []
     for level, counts in enumerate(histograms, start=1):
         suffix = f"-{level}" if len(histograms) > 1 else ""
-        caption = f"Use of the {len(counts):,} codes, most used first" + (
-            f", level {level}." if suffix else "."
-        )
+        caption = f"Use of the {len(counts):,} codes, most used first" + (f", level {level}." if suffix else ".")
         plots.append(Picture(f"codebook{suffix}.svg", caption, codebook_plot(counts)))
     return [
         Section("Reconstructions", "Held-out images, never seen in training.", pictures),
@@ -148,9 +146,7 @@ def _generation_sections(record: Record, class_names: Sequence[str]) -> list[Sec
         picture = Picture(
             "agreement.svg", "Share of each class's samples that the classifier recognises.", bars(shares)
         )
-        found.append(
-            Section("Class agreement", "By the in-domain classifier, trained on real images.", [picture])
-        )
+        found.append(Section("Class agreement", "By the in-domain classifier, trained on real images.", [picture]))
     return found
 
 
@@ -161,15 +157,11 @@ def _curves_section(stages: Sequence[Stage]) -> Section:
     pictures = []
     for number, stage in enumerate(stages, start=1):
         if stage.curves:
-            pictures.append(
-                Picture(f"training-{number}-{stage.name}.svg", stage.name, curves_plot(stage.curves))
-            )
+            pictures.append(Picture(f"training-{number}-{stage.name}.svg", stage.name, curves_plot(stage.curves)))
     return Section("Training", "Every run's log over steps, oldest run first.", pictures)
 
 
-def _markdown(
-    title: str, notes: list[str], figures: Sequence[Measurement], sections: Sequence[Section]
-) -> str:
+def _markdown(title: str, notes: list[str], figures: Sequence[Measurement], sections: Sequence[Section]) -> str:
     lines = [f"# {title}", "", *(f"> {note}\n" for note in notes)]
     lines += [
         "| figure | value | 95 % | N | of | extractor | seed | settings |",

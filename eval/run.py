@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = parse()
+    import torch
+
     from eval.pipeline import Pipeline
     from training import distributed
 
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's default, worth a percent of a distance
     distributed.start()
     pipeline = Pipeline(options(arguments))
     COMMANDS[arguments.command](pipeline)
@@ -68,9 +71,7 @@ def show(pipeline: Pipeline, records: list[Record]) -> None:
         for note in dict.fromkeys(note for record in records for note in record.notes):
             print(note)
         print(text_table(unique_figures(records)))
-        print(
-            ", ".join(str(pipeline.report_folder / f"{record.kind}.json") for record in records), flush=True
-        )
+        print(", ".join(str(pipeline.report_folder / f"{record.kind}.json") for record in records), flush=True)
 
 
 COMMANDS = {"reconstruction": reconstruction, "generation": generation, "report": report}
@@ -81,21 +82,15 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.add_argument(
-            "run", type=Path, metavar="RUN", help="the pipeline's folder, which holds tokens/"
-        )
+        command.add_argument("run", type=Path, metavar="RUN", help="the pipeline's folder, which holds tokens/")
         command.add_argument("--num", type=int, help="measure at most so many images of each set")
         command.add_argument("--batch-size", type=int, default=100)
-        command.add_argument(
-            "--lpips-weights", type=Path, metavar="PATH", help="trunk of LPIPS, torchvision's file"
-        )
+        command.add_argument("--lpips-weights", type=Path, metavar="PATH", help="trunk of LPIPS, torchvision's file")
         command.add_argument("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
         command.add_argument(
             "--inception-weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth"
         )
-        command.add_argument(
-            "--extractor", type=Path, metavar="RUN", help="in-domain extractor; RUN/extractor"
-        )
+        command.add_argument("--extractor", type=Path, metavar="RUN", help="in-domain extractor; RUN/extractor")
         command.add_argument("--fresh", action="store_true", help="measure again, with the same extractor")
     return parser.parse_args()
 

@@ -70,4 +70,4 @@ def extractor_text(figure: Measurement) -> str:
 
 
 def seed_text(figure: Measurement) -> str:
-    return str(figure.settings.get("seed", ""))
+    return str(figure.subject.get("seed", ""))

@@ -49,10 +49,7 @@ def test_distance_of_two_normal_samples_is_the_analytic_bias() -> None:
 @pytest.mark.parametrize("ranks", [(6, 6), (3, 6), (2, 4), (0, 6)])
 def test_commuting_covariances(ranks: tuple[int, int]) -> None:
     basis = torch.linalg.qr(normal(6, 6, 3)).Q
-    spectra = [
-        torch.arange(1.0, 7).double() ** power * (torch.arange(6) < rank)
-        for power, rank in zip((1, 2), ranks)
-    ]
+    spectra = [torch.arange(1.0, 7).double() ** power * (torch.arange(6) < rank) for power, rank in zip((1, 2), ranks)]
     means = normal(2, 6, 4)
     a, b = (Gaussian.of_covariance(m, basis @ torch.diag(s) @ basis.T) for m, s in zip(means, spectra))
     expected = (means[0] - means[1]).square().sum() + (spectra[0].sqrt() - spectra[1].sqrt()).square().sum()

@@ -12,6 +12,7 @@ import torch
 from eval.codebook import CodebookUsage, usage
 from eval.interface import Batch
 from eval.paired import C1, LPIPS, Paired, psnr, squared_error, ssim
+from eval.record import Origin
 from tokenizer.interface import CodeLayout
 from training.command import UserError
 
@@ -63,7 +64,7 @@ def test_paired_measures_means_and_keeps_order() -> None:
     originals = random_images(5)
     images = originals.clone()
     images[3] = 255 - images[3]
-    paired = Paired("held-out", {"tokenizer": "x"})
+    paired = Paired(Origin("held-out", {}, {}))
     for ids in (torch.tensor([4, 2]), torch.tensor([0, 3, 1])):
         paired.update(Batch(images[ids], ids, references=originals[ids]))
     rows = paired.per_image()
@@ -80,9 +81,7 @@ def test_lpips_known_answers() -> None:
     from PIL import Image
 
     def read(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(Image.open(SQUEEZE / name).convert("RGB")).copy()).permute(
-            2, 0, 1
-        )[None]
+        return torch.from_numpy(np.asarray(Image.open(SQUEEZE / name).convert("RGB")).copy()).permute(2, 0, 1)[None]
 
     lpips = LPIPS("squeeze", SQUEEZE / "squeeze.backbone.pth")
     assert lpips.name == "LPIPS-squeeze"
@@ -128,7 +127,7 @@ def test_correction_undoes_small_samples() -> None:
 
 def test_codebook_levels_and_rate() -> None:
     layout = CodeLayout(grids=((1, 2), (2, 2)), num_codes=(4, 16))
-    metric = CodebookUsage(layout, "held-out", {})
+    metric = CodebookUsage(layout, Origin("held-out", {}, {}))
     ids = torch.arange(8)
     codes = torch.cat([(ids[:, None] * 2 + torch.arange(2)) % 4, torch.zeros(8, 4, dtype=torch.int64)], 1)
     for part in codes.split(3):
@@ -137,7 +136,7 @@ def test_codebook_levels_and_rate() -> None:
     found = metric.compute()
     assert found["codebook usage, level 1"].value == 100
     assert found["codebook usage, level 2"].value == pytest.approx(100 / 16)
-    assert found["codebook usage, level 2"].settings["dead"] == list(range(1, 16))
+    assert found["codebook usage, level 2"].details["dead"] == list(range(1, 16))
     assert found["perplexity, level 1"].value == pytest.approx(4)
     assert found["rate, fixed"].value == pytest.approx(2 * 2 + 4 * 4)
     assert found["rate, unigram entropy"].value == pytest.approx(2 * 2)

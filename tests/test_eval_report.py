@@ -67,7 +67,7 @@ def make_pipeline(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, lambda folder: model)
     write_weights(root / "tokenizer" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {})
     (root / "tokenizer" / "config.yaml").write_text(to_yaml(TokenizerRun(data=DATA)))
-    encode.encode_data(root / "tokenizer", root / "tokens", 1, DATA)
+    encode.encode_data(encode.TokensRun(root=str(root), tokenizer=str(root / "tokenizer")))
     train = open_split(DATA, "train").gather([(0, index) for index in range(120)])
     images = (model.decode(model.encode(train["images"])) + 1) * 127.5
     (root / "samples").mkdir()
@@ -131,14 +131,10 @@ def test_an_extractor_knows_its_rows_whatever_the_batch(tmp_path: Path) -> None:
     train_extractor(tiny_extractor("rotation"), tmp_path)
     extractor = InDomain(tmp_path)
     assert extractor.num_classes == 4
-    assert (
-        extractor.sha256 == hashlib.sha256((tmp_path / "weights/model.safetensors").read_bytes()).hexdigest()
-    )
+    assert extractor.sha256 == hashlib.sha256((tmp_path / "weights/model.safetensors").read_bytes()).hexdigest()
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     whole, parts = extractor(images), [extractor(part) for part in images.split(1)]
-    torch.testing.assert_close(
-        whole.features, torch.cat([part.features for part in parts]), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(whole.features, torch.cat([part.features for part in parts]), rtol=0, atol=1e-4)
     torch.testing.assert_close(whole.probabilities.sum(1), torch.ones(6))
 
 
@@ -155,11 +151,8 @@ def measurement(**changes: object) -> Measurement:
 
 
 def test_settings_hash_depends_on_settings_and_not_on_values() -> None:
-    assert measurement().settings_hash == measurement(value=3.0).settings_hash
-    assert (
-        measurement(settings={"a": 1, "b": 2}).settings_hash
-        == measurement(settings={"b": 2, "a": 1}).settings_hash
-    )
+    assert measurement().settings_hash == measurement(value=3.0, subject={"a": 1}, details={"b": 2}).settings_hash
+    assert measurement(settings={"a": 1, "b": 2}).settings_hash == measurement(settings={"b": 2, "a": 1}).settings_hash
     changed = [measurement(n=8), measurement(split="train"), measurement(settings={"a": 1})]
     assert len({each.settings_hash for each in [measurement(), *changed]}) == 4
 
@@ -185,11 +178,7 @@ def test_numbers_for_people() -> None:
 
 def synthetic_records() -> list[Record]:
     pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    arrays = {
-        f"{which}_{side}": pictures
-        for which in ("shown", "best", "worst")
-        for side in ("originals", "images")
-    }
+    arrays = {f"{which}_{side}": pictures for which in ("shown", "best", "worst") for side in ("originals", "images")}
     arrays |= {"best_psnr": np.arange(6.0), "worst_psnr": np.arange(6.0), "histogram_0": np.arange(32)}
     hostile = "<script>alert(1)</script>"
     settings = {"extractor": hostile, "extractor_sha256": "ab" * 32}
@@ -212,9 +201,7 @@ def test_report_is_self_contained_and_a_no_op_when_current(tmp_path: Path) -> No
     names = ["<b>zero</b>", "one"]
     assert write_report(tmp_path, "toy", synthetic_records(), stages, names)
     page = (tmp_path / "report.html").read_text()
-    assert not re.search(
-        r"""(?:src|href)\s*=\s*["'](?!data:)|https?://|url\(|@import|<script|<b>zero""", page
-    )
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|https?://|url\(|@import|<script|<b>zero""", page)
     assert page.count("<svg") == 3 and page.count("data:image/png;base64,") == 4
     assert "Not FID, not IS: in-domain." in page
     markdown = (tmp_path / "report.md").read_text()
