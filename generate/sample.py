@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import re
 from pathlib import Path
@@ -52,12 +53,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=100, help="samples, shared evenly by the classes (100)")
     parser.add_argument("--classes", default="", help="names, numbers and ranges: 0,3-5,cat (all)")
     parser.add_argument("--out", type=Path, help="output folder (samples/ beside the prior)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 is none (1)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (1)")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest codes, 0 for all (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes of this share (1)")
-    parser.add_argument("--steps", type=int, default=0, help="steps of a masked prior, 0 for its own (0)")
-    parser.add_argument("--seed", type=int, default=0, help="decides sample i with i and its class (0)")
+    own = "(the prior's own)"
+    parser.add_argument("--guidance", type=float, help=f"classifier-free guidance scale, 1 is none {own}")
+    parser.add_argument("--temperature", type=float, help=f"divides the logits {own}")
+    parser.add_argument("--top-k", type=int, help=f"keep the k likeliest codes, 0 for all {own}")
+    parser.add_argument("--top-p", type=float, help=f"keep the fewest codes of this probability {own}")
+    parser.add_argument("--steps", type=int, help=f"steps of a masked prior {own}")
+    parser.add_argument("--seed", type=int, help=f"sample i depends on the seed, i and its class {own}")
     parser.add_argument("--batch-size", type=int, default=50, help="changes speed and memory only (50)")
     parser.add_argument("--png", action="store_true", help="also write every sample as a file")
     return parser.parse_args()
@@ -70,13 +72,14 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
 
     from generate.images import Request, write_samples
-    from priors.interface import SampleOptions
     from priors.record import read_record
     from training import distributed
 
-    options = SampleOptions(**{name: getattr(arguments, name) for name in SampleOptions.__dataclass_fields__})
     folder = find_prior(arguments.run)
     record = read_record(folder)
+    names = [field.name for field in dataclasses.fields(record.sampling)]
+    asked = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    options = dataclasses.replace(record.sampling, **asked)
     classes = parse_classes(arguments.classes, record.class_names)
     request = Request(arguments.num, classes, options, arguments.png)
     distributed.start()

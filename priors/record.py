@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from priors.interface import SampleOptions
 from tokenizer.interface import CodeLayout
 from training.checkpoint import replace_file, weights_hash
 from training.command import UserError
@@ -22,6 +23,7 @@ class PriorRecord:
     tokens_sha256: str  # of its manifest
     tokenizer: str  # run folder
     tokenizer_sha256: str  # of its weights
+    sampling: SampleOptions  # what to sample with where nothing else is asked for
 
     @property
     def num_classes(self) -> int:
@@ -55,7 +57,8 @@ def read_record(run_folder: Path) -> PriorRecord:
         raise UserError(f"{path}: there is no such file: train a prior there first (python -m priors.train)")
     try:
         raw = json.loads(path.read_text())
-        return PriorRecord(**{**raw, "layout": CodeLayout(**raw["layout"])})
+        typed = {"layout": CodeLayout(**raw["layout"]), "sampling": SampleOptions(**raw["sampling"])}
+        return PriorRecord(**{**raw, **typed})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}): train the prior with --fresh (make: FRESH=1)") from None
 

@@ -36,6 +36,7 @@ class PriorRun:
     seed: int = 0
     tokens: str = "${root}/tokens"  # a token cache
     prior: Any = one_of(PRIORS, "autoregressive")
+    sampling: SampleOptions = dataclasses.field(default_factory=SampleOptions)  # where generation is asked for no other
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
@@ -48,7 +49,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     cache = TokenCache.open(config.tokens)
     cache.check_tokenizer()
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
-    record = _keep_record(run.folder, cache, Path(config.tokens))
+    record = _keep_record(run.folder, cache, Path(config.tokens), config.sampling)
     torch.manual_seed(config.seed)
     prior = config.prior.build(cache.layout, record.num_classes)
 
@@ -110,6 +111,7 @@ class Preview:
     def __init__(self, record: PriorRecord, run_folder: Path) -> None:
         self.rows = min(record.num_classes, PREVIEW_ROWS)
         self.tokenizer_folder = record.tokenizer_folder(run_folder)
+        self.sampling = record.sampling
         self.tokenizer: Any = None
 
     def __call__(self, prior: nn.Module, path: Path, step: int) -> None:
@@ -120,13 +122,13 @@ class Preview:
         if self.tokenizer is None:
             self.tokenizer = tokenizer.load(self.tokenizer_folder)
         ids = torch.arange(self.rows * PREVIEW_COLUMNS, device=distributed.device())
-        codes = prior.sample(ids // PREVIEW_COLUMNS, SampleOptions(), ids)
+        codes = prior.sample(ids // PREVIEW_COLUMNS, self.sampling, ids)
         path.parent.mkdir(parents=True, exist_ok=True)
         images = to_pixels(self.tokenizer.decode(codes))
         image_grid(images, PREVIEW_COLUMNS).save(path)
 
 
-def _keep_record(folder: Path, cache: Any, tokens: Path) -> PriorRecord:
+def _keep_record(folder: Path, cache: Any, tokens: Path, sampling: SampleOptions) -> PriorRecord:
     """Write weights/prior.json, or compare the one that is there."""
     record = PriorRecord(
         layout=cache.layout,
@@ -135,6 +137,7 @@ def _keep_record(folder: Path, cache: Any, tokens: Path) -> PriorRecord:
         tokens_sha256=sha256(tokens / "manifest.json"),
         tokenizer=os.path.relpath(Path(cache.tokenizer_folder).resolve(), folder.resolve()),
         tokenizer_sha256=weights_hash(cache.tokenizer_folder),
+        sampling=sampling,
     )
     before = read_record(folder).tokens_sha256 if is_prior(folder) else record.tokens_sha256
     if before != record.tokens_sha256:

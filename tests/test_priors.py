@@ -339,7 +339,7 @@ def test_token_sequences_take_every_view_and_depend_on_the_key_only():
 
 
 def test_record_round_trip_and_damage(tmp_path):
-    record = PriorRecord(TWO_LEVELS, ["a", "b"], "../tokens", "12", "../tokenizer", "34")
+    record = PriorRecord(TWO_LEVELS, ["a", "b"], "../tokens", "12", "../tokenizer", "34", SampleOptions(guidance=2.0))
     record.write(tmp_path)
     assert read_record(tmp_path) == record
     (tmp_path / "weights" / "prior.json").write_text(json.dumps({"layout": 3}))
