@@ -7,7 +7,7 @@ SHELL := /bin/bash
 CONFIG ?= digits
 DATA   ?=
 RUN    ?= runs/$(notdir $(CONFIG:/=))$(if $(DATA),-$(notdir $(DATA:/=)))
-NUM    ?= 100
+NUM    ?= 500
 FRESH  ?=
 NPROC  ?=
 LPIPS  ?=

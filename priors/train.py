@@ -48,6 +48,8 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
 
     cache = TokenCache.open(config.tokens)
     cache.check_tokenizer()
+    if distributed.is_main():
+        cache.verify()
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
     record = _keep_record(run.folder, cache, Path(config.tokens), config.sampling)
     torch.manual_seed(config.seed)

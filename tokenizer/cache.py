@@ -52,12 +52,12 @@ class Shards:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Rows by an integer, a slice or a list; a tuple indexes further axes."""
-        rows, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
-        if isinstance(rows, slice):
-            rows = np.arange(len(self))[rows]
-        rows = np.asarray(rows)
-        flat = np.atleast_1d(rows)
+        """Rows by an integer, a slice, a list or a mask; a tuple indexes further axes. All as numpy does."""
+        rows, *rest = key if isinstance(key, tuple) else (key,)
+        places = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        if places.dtype == bool:
+            places = np.flatnonzero(places)
+        flat = np.atleast_1d(places)
         if flat.size and not (-len(self) <= flat.min() and flat.max() < len(self)):
             raise IndexError(f"rows {flat.min()}..{flat.max()} of {len(self)}")
         flat = np.where(flat < 0, flat + len(self), flat)
@@ -66,8 +66,9 @@ class Shards:
         for shard in np.unique(shards):
             mine = shards == shard
             out[mine] = self.parts[shard][flat[mine] - self.starts[shard]]
-        out = out if rows.ndim else out[0]
-        return out[(np.arange(len(flat)) if rows.ndim else slice(None), *rest)] if rest else out
+        if not places.ndim:
+            return out[0][tuple(rest)] if rest else out[0]
+        return out[(slice(None) if isinstance(rows, slice) else np.arange(len(flat)), *rest)] if rest else out
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.concatenate([np.asarray(part, dtype) for part in self.parts])
@@ -129,10 +130,10 @@ class TokenCache:
                 for name, entry in shard["files"].items():
                     if sha256(self.folder / name) != entry["sha256"]:
                         raise UserError(f"{self.folder / name}: its SHA-256 is not the manifest's: {REMAKE}")
-            codes = np.asarray(self.split(split).codes)
-            for span, size in self.layout.spans():
-                if codes[..., span].size and codes[..., span].max() >= size:
-                    raise UserError(f"{self.folder}: {split} holds codes of {size} and more: {REMAKE}")
+            for codes in self.split(split).codes.parts:
+                for span, size in self.layout.spans():
+                    if codes[..., span].size and codes[..., span].max() >= size:
+                        raise UserError(f"{self.folder}: {split} holds codes of {size} and more: {REMAKE}")
 
     def split(self, name: str) -> TokenSplit:
         """ "train" or "held_out"."""

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,11 @@ def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
         "config_sha256": digest(to_dict(tokenizer_config)["model"]),
     }
     plan = {"tokenizer": maker, "views": views, "data": to_dict(data), "images_per_shard": IMAGES_PER_SHARD}
-    manifest = None if fresh or not out.exists() else read_manifest(out)
-    if manifest and manifest["plan_sha256"] == digest(plan):
+    current = None if fresh else _current(out, digest(plan))
+    if current is not None:
         if distributed.is_main():
             print(f"{out}: up to date", flush=True)
-        return TokenCache.open(out)
+        return current
     if distributed.is_main():
         _prepare(out, digest(plan))
     distributed.barrier()
@@ -98,6 +99,20 @@ def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
 
 
 PLAN = "unfinished.json"
+OURS = re.compile(rf"manifest\.json|{re.escape(PLAN)}|({'|'.join(SPLITS)})-\d+\.({'|'.join(ARRAYS)})\.npy|\..*\.tmp")
+
+
+def _current(out: Path, plan: str) -> TokenCache | None:
+    """The finished cache of this plan, or None when there is none or its files are damaged."""
+    manifest = read_manifest(out)
+    if manifest is None or manifest["plan_sha256"] != plan:
+        return None
+    try:
+        return TokenCache.open(out)
+    except UserError as error:
+        if distributed.is_main():
+            print(f"warning: {error}: making it again", flush=True)
+        return None
 
 
 def _prepare(out: Path, plan: str) -> None:
@@ -106,8 +121,7 @@ def _prepare(out: Path, plan: str) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a token cache needs a folder, and this is a file: name another --out")
     if out.is_dir():
-        ours = {"manifest.json", PLAN}
-        strangers = [p for p in out.iterdir() if p.name not in ours and not p.name.endswith((".npy", ".tmp"))]
+        strangers = [p for p in out.iterdir() if not OURS.fullmatch(p.name)]
         if strangers:
             raise UserError(f"{out}: holds {strangers[0].name}, so it is no token cache: name another --out")
         unfinished = out / PLAN

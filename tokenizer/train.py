@@ -28,23 +28,25 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     """Train as configured, resuming; returns the averaged tokenizer. Raises UserError for what cannot work."""
     images = open_split(config.data, "train", augment=True, seed=config.seed)
     held_out = open_split(config.data, "held_out")
-    run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
+    batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
+    folder = Path(config.root) / config.name
     torch.manual_seed(distributed.mix(config.seed))
-    try:
+    try:  # before the folder is taken, so that a mended configuration may take it
         # With weights to start from, those of the pretrained encoder need not be at hand.
         saved = Path(config.start_from) / "weights" if config.start_from else None
         autoencoder = config.model.build(config.data.image_size, saved)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{run.folder}/config.yaml: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
     if config.start_from is not None:
         load_autoencoder_weights(autoencoder, Path(config.start_from))
     teacher = copy.deepcopy(autoencoder.encoder) if config.objective.distillation > 0 else None
-    if config.start_from is None and not any(run.checkpoints.glob("step-*")):
+    objective = Objective(config.objective, autoencoder, teacher)
+    run = Run.open(folder, config, fresh=fresh)
+    if config.start_from is None and run.latest() is None:
         plain = open_split(config.data, "train")
         autoencoder.to(distributed.device()).calibrate(_calibration_batches(plain, config), config.seed)
-    objective = Objective(config.objective, autoencoder, teacher)
     turns = [
         Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
              after_step=autoencoder.quantizer.update)
@@ -71,7 +73,6 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         ]
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
 
-    batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     return train(config.loop, run, turns, batches, seed=config.seed, published=autoencoder, preview=preview,
                  measure=measure)  # fmt: skip
 

@@ -71,8 +71,8 @@ class FoundationEncoder(nn.Module):
         config = model.config
         self.family = FAMILIES[config.model_type]
         self.channels, self.stride, self.image_size = config.hidden_size, config.patch_size, config.image_size
-        self.register_buffer("mean", torch.tensor(preprocessing["image_mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(preprocessing["image_std"]).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(preprocessing["image_mean"], dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing["image_std"], dtype=torch.float32).view(3, 1, 1))
         for name, parameter in model.named_parameters():
             if frozen or name in self.family.unused:
                 parameter.requires_grad_(False)
@@ -105,6 +105,7 @@ class FoundationEncoder(nn.Module):
 def load_pretrained(name: str, revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """(model, preprocessing) of a local folder or a Hub model; safetensors only, no remote code."""
     import transformers
+    from safetensors import SafetensorError
 
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
@@ -114,38 +115,42 @@ def load_pretrained(name: str, revision: str | None) -> tuple[nn.Module, dict[st
         )
     where = {"revision": revision} if revision else {}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-        family = _family(config, name)
-        model_class = getattr(transformers, family.model_class)
         with quiet_transformers():
-            model, report = model_class.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, dtype=torch.float32,
-                **family.load_arguments, **where,
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+            family = _family(config, name)
+            model, report = getattr(transformers, family.model_class).from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+                dtype=torch.float32, **family.load_arguments, **where,
             )  # fmt: skip
-        preprocessing = _preprocessing(name, where)
-    except (OSError, ValueError) as error:
+            preprocessing = _preprocessing(name, where)
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).split("\n")[0]
         hint = "is damaged or not in transformers' format" if local else "is no folder here, and the Hub gave no model"
         raise UserError(f"model.encoder.name={name} {hint} ({reason}): give the path of a downloaded model") from None
-    if report["missing_keys"]:
-        raise UserError(f"model.encoder.name={name}: its weights lack {sorted(report['missing_keys'])[0]}")
+    misfits = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if misfits:
+        raise UserError(f"model.encoder.name={name}: its weights lack {misfits[0]} as its config.json describes it")
     return model, preprocessing
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars, and its table of the weights that an encoder does not need."""
+    """Without its progress bars, its table of the weights that an encoder does not need, and the Hub's retries."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             logging.enable_progress_bar()
 
@@ -175,4 +180,7 @@ def _preprocessing(name: str, where: dict[str, Any]) -> dict[str, Any]:
     from transformers import BaseImageProcessor
 
     kept, _ = BaseImageProcessor.get_image_processor_dict(name, **where)
-    return {"image_mean": list(kept["image_mean"]), "image_std": list(kept["image_std"])}
+    try:
+        return {key: list(kept[key]) for key in ("image_mean", "image_std")}
+    except KeyError as error:
+        raise UserError(f"model.encoder.name={name}: its preprocessor_config.json lacks {error}: add it") from None

@@ -43,6 +43,11 @@ class MAEConfig:
     mask_ratio: float = 0.75
     normalise_targets: bool = False  # each patch's pixels, as in the paper's best setting
 
+    def __post_init__(self) -> None:
+        for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
+            if getattr(self, dim) % getattr(self, heads) or getattr(self, dim) % 4:
+                raise ValueError(f"mae.{dim}={getattr(self, dim)} must divide by mae.{heads} and by 4")
+
     def build(self, image_size: int) -> nn.Module:
         """transformers' ViTMAEForPreTraining. Raises ValueError when the image is no whole number of patches."""
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -106,12 +111,14 @@ class PretrainRun:
 def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
     """Train as configured, resuming, and write RUN/model."""
     images = open_split(config.data, "train", augment=True, seed=config.seed)
-    run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
+    held_out = open_split(config.data, "held_out")
+    folder = Path(config.root) / config.name
     torch.manual_seed(distributed.mix(config.seed))
-    try:
+    try:  # before the folder is taken, so that a mended configuration may take it
         model = config.mae.build(config.data.image_size)
     except ValueError as error:
-        raise UserError(f"{run.folder}/config.yaml: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
+    run = Run.open(folder, config, fresh=fresh)
     num_patches = model.vit.embeddings.patch_embeddings.num_patches
 
     def loss(batch: Batch, step: int) -> Loss:
@@ -119,7 +126,7 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         total = model(batch["images"], noise=noise).loss
         return Loss(total, {"mse": total})
 
-    shown = open_split(config.data, "held_out").gather([(0, index) for index in range(16)])["images"]
+    shown = held_out.gather([(0, index) for index in range(min(16, len(held_out)))])["images"]
 
     def preview(averaged: nn.Module, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

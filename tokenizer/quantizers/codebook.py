@@ -46,7 +46,7 @@ def kmeans(rows: Tensor, num_codes: int, iterations: int, seed: int) -> Tensor:
     """
     rows = rows.float()
     generator = torch.Generator().manual_seed(seed)
-    spread = rows.std(0).mean()
+    spread = rows.std(0, correction=0).mean()
     if len(rows) < num_codes:
         extra = torch.randint(len(rows), (num_codes - len(rows),), generator=generator)
         noise = torch.randn((len(extra), rows.shape[1]), generator=generator).to(rows)

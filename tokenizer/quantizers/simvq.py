@@ -57,8 +57,9 @@ class SimVQ(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """C W, (K, D)."""
-        return self.transform(self.frozen)
+        """C W, (K, D), in fp32 whatever the outer autocast."""
+        with torch.autocast(self.frozen.device.type, enabled=False):
+            return self.transform(self.frozen)
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int) -> None:

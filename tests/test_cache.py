@@ -1,0 +1,339 @@
+"""The token cache: a round trip through files, and no codes of another tokenizer or of damaged files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenizer
+from tokenizer import encode
+from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.cache import FORMAT, Shards, TokenCache, code_dtype, shard_file
+from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.decoders.conv import ConvDecoderConfig
+from tokenizer.encode import TokensRun, encode_data
+from tokenizer.encoders.conv import ConvEncoderConfig
+from tokenizer.interface import CodeLayout
+from tokenizer.quantizers.vector import VectorConfig
+from tokenizer.run import TokenizerRun
+from training.checkpoint import sha256, write_weights
+from training.command import UserError
+from training.config import to_yaml
+
+SIDE, SHARD = 8, 7
+
+
+def save_tokenizer(folder, source, seed=0, num_codes=16):
+    """The run folder of a tiny tokenizer as training leaves it, without the training."""
+    model = VQVAEConfig(
+        encoder=ConvEncoderConfig(channels=8, residual_blocks=1, residual_channels=4),
+        quantizer=VectorConfig(num_codes=num_codes, code_dim=2, init="normal"),
+        decoder=ConvDecoderConfig(channels=8, residual_blocks=1, residual_channels=4),
+    )
+    config = TokenizerRun(data=DataConfig(source=str(source), image_size=SIDE, augment="shift"), model=model)
+    torch.manual_seed(seed)
+    autoencoder = model.build(SIDE)
+    autoencoder.quantizer._set(0.1 * torch.randn(num_codes, 2))
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    write_weights(folder / "weights" / "model.safetensors", autoencoder.state_dict(), {})
+
+
+def save_images(folder):
+    """Two classes of twelve pictures each: 20 to train, 4 held out."""
+    generator = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "IMAGES_PER_SHARD", SHARD)
+    save_images(tmp_path / "images")
+    save_tokenizer(tmp_path / "tokenizer", tmp_path / "images")
+    return tmp_path
+
+
+def run(root, **options):
+    return TokensRun(**{"root": str(root), "tokenizer": str(root / "tokenizer"), **options})
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# what a cache holds
+
+
+def test_round_trip(root):
+    cache = encode_data(run(root))
+    trained = tokenizer.load(root / "tokenizer")
+    for name in ("train", "held_out"):
+        images = open_split(DataConfig(source=str(root / "images"), image_size=SIDE), name)
+        batch = images.gather([(0, index) for index in range(len(images))])
+        split = cache.split(name)
+        assert split.codes.shape == (len(images), 1, 4) and split.codes.dtype == np.uint16
+        codes = torch.from_numpy(np.asarray(split.codes[:, 0]).astype(np.int64))
+        assert torch.equal(codes, trained.encode(batch["images"]))
+        trained.decode(codes)
+        assert split.labels.tolist() == images.labels.tolist() and split.labels.dtype == np.int64
+        assert split.ids.tolist() == images.ids.tolist()
+    assert cache.layout == trained.layout == CodeLayout(((2, 2),), (16,))
+    assert cache.class_names == ["cats", "dogs"] and cache.num_classes == 2
+    assert cache.tokenizer_folder == (root / "tokenizer").resolve()
+    cache.check_tokenizer()
+    cache.verify()
+
+
+def test_manifest_and_files(root):
+    manifest = encode_data(run(root)).manifest
+    assert manifest["format"] == FORMAT and manifest["dtype"] == "<u2" and manifest["views"] == 1
+    assert manifest["layout"] == {"grids": [[2, 2]], "num_codes": [16]}
+    assert manifest["tokenizer"]["weights_sha256"] == sha256(root / "tokenizer" / "weights" / "model.safetensors")
+    assert manifest["splits"]["train"]["count"] == 20 and manifest["splits"]["held_out"]["count"] == 4
+    assert [shard["count"] for shard in manifest["splits"]["train"]["shards"]] == [7, 7, 6]
+    listed = {}
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            listed |= shard["files"]
+    found = {path.name for path in (root / "tokens").iterdir()}
+    assert found == {"manifest.json", *listed}
+    for name, entry in listed.items():
+        path = root / "tokens" / name
+        assert entry == {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    assert np.load(root / "tokens" / "train-00000.codes.npy", mmap_mode="r").shape == (7, 1, 4)
+
+
+def test_views(root):
+    views = encode_data(run(root, views=3)).split("train").codes
+    plain = encode_data(run(root, name="plain")).split("train").codes
+    assert views.shape == (20, 3, 4)
+    assert np.array_equal(views[:, 0], plain[:, 0])
+    assert (views[:, 1] != views[:, 0]).any() and (views[:, 1] != views[:, 2]).any()
+
+
+def test_views_need_an_augmentation(root):
+    config = root / "tokenizer" / "config.yaml"
+    config.write_text(config.read_text().replace("augment: shift", "augment: none"))
+    with pytest.raises(UserError, match=r"views=2: .*data.augment=none"):
+        encode_data(run(root, views=2))
+
+
+@pytest.mark.parametrize(("num_codes", "dtype"), [((16,), "<u2"), ((1 << 16,), "<u2"), ((4, (1 << 16) + 1), "<u4")])
+def test_the_smallest_type_that_holds_every_code(num_codes, dtype):
+    assert code_dtype(CodeLayout(((1,),) * len(num_codes), num_codes)) == np.dtype(dtype)
+
+
+def test_a_large_codebook(root):
+    save_tokenizer(root / "tokenizer", root / "images", num_codes=70_000)
+    cache = encode_data(run(root))
+    codes = cache.split("train").codes
+    assert codes.dtype == np.uint32 and cache.manifest["dtype"] == "<u4" and np.asarray(codes).max() > 1 << 16
+    cache.verify()
+
+
+def test_another_source(root):
+    save_images(root / "others")
+    cache = encode_data(run(root, source=str(root / "others")))
+    assert cache.manifest["data"]["source"] == str(root / "others")
+
+
+# when it is made
+
+
+def test_a_current_cache_is_left_alone(root, capsys):
+    encode_data(run(root))
+    before = {path: path.stat().st_mtime_ns for path in (root / "tokens").iterdir()}
+    capsys.readouterr()
+    encode_data(run(root))
+    assert "up to date" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (root / "tokens").iterdir()} == before
+    encode_data(run(root), fresh=True)
+    assert {path: path.stat().st_mtime_ns for path in (root / "tokens").iterdir()} != before
+
+
+def interrupted(monkeypatch, config, after):
+    """Encode until `after` files are written."""
+    written = []
+
+    def stop(path, data):
+        written.append(path)
+        if len(written) > after:
+            raise KeyboardInterrupt
+        replace(path, data)
+
+    replace = encode.replace_file
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "replace_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            encode_data(config)
+
+
+@pytest.mark.parametrize("after", [1, 2, 5, 12, 13])
+def test_an_interrupted_cache_is_completed_with_the_same_bytes(root, monkeypatch, after):
+    encode_data(run(root, name="straight", views=2))
+    config = run(root, views=2)
+    interrupted(monkeypatch, config, after)
+    with pytest.raises(UserError, match="no finished token cache"):
+        TokenCache.open(root / "tokens")
+    kept = {path: path.stat().st_mtime_ns for path in sorted((root / "tokens").glob("train-00000.*"))}
+    (root / "tokens" / ".train-00001.codes.npy.1.tmp").write_bytes(b"left over")
+    encode_data(config)
+    if after >= 4:
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert files(root / "tokens") == files(root / "straight")
+
+
+def test_an_unfinished_cache_of_another_plan_is_not_completed(root, monkeypatch):
+    interrupted(monkeypatch, run(root), 5)
+    save_tokenizer(root / "tokenizer", root / "images", seed=1)
+    encode_data(run(root))
+    encode_data(run(root, name="straight"))
+    assert files(root / "tokens") == files(root / "straight")
+
+
+def test_codes_of_another_tokenizer_are_refused_and_made_anew(root):
+    cache = encode_data(run(root))
+    then = sha256(root / "tokenizer" / "weights" / "model.safetensors")
+    old = np.asarray(cache.split("train").codes)
+    save_tokenizer(root / "tokenizer", root / "images", seed=1)
+    now = sha256(root / "tokenizer" / "weights" / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        TokenCache.open(root / "tokens").check_tokenizer()
+    message = str(caught.value)
+    assert then[:8] in message and now[:8] in message and "run `make tokens` again" in message and "\n" not in message
+    again = encode_data(run(root))
+    again.check_tokenizer()
+    assert not np.array_equal(np.asarray(again.split("train").codes), old)
+
+
+def test_other_settings_make_it_anew(root):
+    assert encode_data(run(root)).manifest["views"] == 1
+    assert encode_data(run(root, views=2)).manifest["views"] == 2
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", "features.npy", "train-00000.codes.npy.bak", "photos"])
+def test_a_folder_with_other_files_is_not_touched(root, stranger):
+    (root / "tokens").mkdir()
+    if stranger == "photos":
+        (root / "tokens" / stranger).mkdir()
+    else:
+        (root / "tokens" / stranger).write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match=f"holds {stranger}, so it is no token cache"):
+            encode_data(run(root), fresh=fresh)
+    assert [path.name for path in (root / "tokens").iterdir()] == [stranger]
+
+
+def test_a_file_in_the_way_is_refused(root):
+    (root / "tokens").write_text("mine")
+    with pytest.raises(UserError, match="this is a file"):
+        encode_data(run(root))
+    assert (root / "tokens").read_text() == "mine"
+
+
+def test_without_a_tokenizer(root):
+    with pytest.raises(UserError, match="run `make tokenizer`"):
+        encode_data(run(root, tokenizer=str(root / "nowhere")))
+
+
+def test_views_are_counted_from_one():
+    with pytest.raises(ValueError, match="views=0"):
+        TokensRun(views=0)
+
+
+# damage
+
+
+def damaged(root, change, name="train-00001.codes.npy"):
+    encode_data(run(root))
+    path = root / "tokens" / name
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+    return path
+
+
+def flip(data):
+    data[-1] ^= 1
+    return data
+
+
+def test_a_missing_or_cut_file_is_refused_and_mended_by_the_remedy(root):
+    good = files(encode_data(run(root)).folder)
+    for change in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        path = root / "tokens" / shard_file("train", 1, "labels")
+        change(path)
+        with pytest.raises(UserError, match=r"train-00001\.labels\.npy.*run `make tokens` again"):
+            TokenCache.open(root / "tokens")
+        encode_data(run(root))
+        assert files(root / "tokens") == good
+
+
+def test_a_flipped_bit_is_found(root):
+    path = damaged(root, flip)
+    cache = TokenCache.open(root / "tokens")
+    with pytest.raises(UserError, match=f"{path.name}: its SHA-256"):
+        cache.verify()
+
+
+def test_a_code_that_is_none_is_found(root):
+    cache = encode_data(run(root))
+    smaller = dataclasses.replace(cache.layout, num_codes=(2,))
+    cache.layout = smaller
+    with pytest.raises(UserError, match="holds codes of 2 and more"):
+        cache.verify()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', json.dumps({"format": "tessera-tokens-0"})])
+def test_a_damaged_manifest_is_refused(root, text):
+    damaged(root, lambda data: text.encode(), "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json") as caught:
+        TokenCache.open(root / "tokens")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(root):
+    encode_data(run(root))
+    (root / "secret.npy").write_bytes(b"x")
+    manifest = json.loads((root / "tokens" / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["files"]["../secret.npy"] = {"bytes": 1, "sha256": ""}
+    (root / "tokens" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"secret\.npy"):
+        TokenCache.open(root / "tokens")
+
+
+# shards as one array
+
+WHOLE = np.arange(10 * 3 * 4).reshape(10, 3, 4)
+MASK = np.arange(10) % 3 == 0
+KEYS = [
+    0, 9, -1, -10, np.int64(4), slice(None), slice(2, 8, 3), slice(None, None, -1), slice(5, 5), [0, 9, 3, 3, -2],
+    np.array([7, 1]), np.array([], dtype=np.int64), MASK,
+    (3,), (3, 1), (-1, 2, 0), (slice(1, 9), 0), (slice(None), slice(1, None), 2), (slice(2, 5), [0, 2]),
+    ([1, 8, 2], [0, 2, 1]), ([1, 8], 0), ([4, -4], slice(None), 1), (MASK, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_shards_index_as_one_array(key):
+    shards = Shards([WHOLE[:4], WHOLE[4:8], WHOLE[8:]])
+    found = shards[key]
+    assert found.dtype == WHOLE.dtype
+    np.testing.assert_array_equal(found, WHOLE[key])
+
+
+def test_shards_have_a_length_a_shape_and_ends():
+    shards = Shards([WHOLE[:4], WHOLE[4:]])
+    assert len(shards) == 10 and shards.shape == WHOLE.shape
+    np.testing.assert_array_equal(np.asarray(shards), WHOLE)
+    for outside in (10, -11, [0, 10], ([0, -11], 1)):
+        with pytest.raises(IndexError, match="of 10"):
+            shards[outside]
