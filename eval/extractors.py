@@ -227,7 +227,7 @@ def train_extractor(config: ExtractorRun, folder: Path, fresh: bool = False) -> 
     images = open_split(config.data, "train", augment=True, seed=config.seed)
     held_out = open_split(config.data, "held_out")
     num_classes = 4 if config.task == "rotation" else images.num_classes
-    torch.manual_seed(config.seed)
+    torch.manual_seed(distributed.mix(config.seed))
     classifier = Classifier(config.width, config.dim, num_classes)
 
     def loss(batch: TrainingBatch, step: int) -> Loss:

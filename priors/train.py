@@ -52,7 +52,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
         cache.verify()
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
     record = _keep_record(run.folder, cache, Path(config.tokens), config.sampling)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(distributed.mix(config.seed))
     prior = config.prior.build(cache.layout, record.num_classes)
 
     def loss(batch: Batch, step: int) -> Loss:

@@ -28,7 +28,7 @@ from training.command import UserError
 from training.config import to_dict, to_yaml
 
 # Settings that a run may change between one start and the next: they move no weight.
-FREE_KEYS = {"root", "log_every", "save_every", "preview_every", "keep", "workers"}
+FREE_KEYS = {"root", "log_every", "save_every", "preview_every", "keep", "workers", "sampling"}
 
 
 def sha256(path: Path) -> str:
@@ -47,12 +47,22 @@ def replace_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data)
             _sync(file)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a failed write say which file it was, which the system does only for opening."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -114,10 +124,17 @@ class Run:
     def _take(self, fresh: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder}: a run needs a folder, and this is a file")
-        strangers = self.folder.is_dir() and any(p for p in self.folder.iterdir() if p.name != ".lock")
+        entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        strangers = any(p.name != ".lock" and not p.name.endswith(".tmp") for p in entries)
         if strangers and not (self.folder / "config.yaml").is_file():
             raise UserError(f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except NotADirectoryError:
+            raise UserError(f"{self.folder}: a part of this path is a file: name another folder") from None
+        ours = not strangers or (self.folder / ".lock").is_file()
+        if fresh and not ours:
+            raise UserError(f"{self.folder}: no run here made this folder: remove it yourself to start over")
         self._lock = open(self.folder / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,9 +153,13 @@ class Run:
         ]:
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         kept = self.folder / "config.yaml"
-        if kept.is_file():
-            old = OmegaConf.to_container(OmegaConf.load(kept))
-            for key, was, now in _differences(old, to_dict(self.config)):
+        if kept.is_file() and any(self.checkpoints.glob("step-*")):  # before the first, nothing would be lost
+            try:
+                old = OmegaConf.to_container(OmegaConf.load(kept))
+            except Exception as error:  # the YAML parser's errors have no base that we could name
+                reason = " ".join(str(error).split())
+                raise UserError(f"{kept}: damaged ({reason}): start the run over with --fresh") from None
+            for key, was, now in _differences(_rooted(old), _rooted(to_dict(self.config))):
                 raise UserError(
                     f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
                     "or start it over with --fresh (make: FRESH=1)"
@@ -168,7 +189,9 @@ class Run:
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
             raise _unwritable(folder, _size(state), error) from None
-        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+        found = sorted(self.checkpoints.glob("step-*"))
+        earlier = [path for path in found if path.name <= folder.name]  # later ones are damaged: we passed them over
+        for old in set(found) - set(earlier[-keep:]):
             shutil.rmtree(old)
 
     def latest(self) -> dict[str, Any] | None:
@@ -176,7 +199,10 @@ class Run:
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             damage = _damage(folder)
             if damage is None:
-                return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                try:
+                    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                except Exception as error:  # a file that is what its manifest says, but was not made by `save`
+                    damage = f"state.pt: {type(error).__name__}: {str(error).splitlines()[0]}"
             if distributed.is_main():
                 print(f"warning: {folder} is damaged ({damage}); falling back to the one before it", flush=True)
         return None
@@ -184,7 +210,7 @@ class Run:
     def publish(self, tensors: dict[str, Tensor], step: int) -> None:
         """Write weights/model.safetensors, what other programs load."""
         if distributed.is_main():
-            write_weights(self.folder / "weights" / "model.safetensors", tensors, {"step": str(step)})
+            write_weights(weights_path(self.folder), tensors, {"step": str(step)})
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -198,12 +224,16 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise _unwritable(path, len(data), error) from None
 
 
+def weights_path(run_folder: Path) -> Path:
+    return Path(run_folder) / "weights" / "model.safetensors"
+
+
 def load_weights(run_folder: Path) -> dict[str, Tensor]:
     """The published weights of a run. Raises UserError when there are none or they are damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(run_folder) / "weights" / "model.safetensors"
+    path = weights_path(run_folder)
     if not path.is_file():
         raise UserError(f"{path}: there are no weights here: train that run first")
     try:
@@ -214,7 +244,7 @@ def load_weights(run_folder: Path) -> dict[str, Tensor]:
 
 def weights_hash(run_folder: Path) -> str:
     """SHA-256 of a run's published weights, by which others refer to it."""
-    path = Path(run_folder) / "weights" / "model.safetensors"
+    path = weights_path(run_folder)
     if not path.is_file():
         raise UserError(f"{path}: there are no weights here: train that run first")
     return sha256(path)
@@ -252,6 +282,16 @@ def _unwritable(path: Path, size: int, error: Exception) -> UserError:
         f"{path}: about {size} bytes cannot be written ({free} bytes are free): {error}; what was saved before "
         "is intact: make room and run the same command again"
     )
+
+
+def _rooted(value: Any, root: str = "") -> Any:
+    """A config with its root replaced by a mark in every path, so that a root can be moved as a whole."""
+    if isinstance(value, dict):
+        root = root or value.get("root", "")
+        return {key: _rooted(entry, root) for key, entry in value.items()}
+    if isinstance(value, str) and root and (value + "/").startswith(root.rstrip("/") + "/"):
+        return "${root}" + value[len(root.rstrip("/")) :]
+    return value
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -27,7 +27,7 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         _fail(f"error: {error}", 2)
     except (Interrupted, KeyboardInterrupt) as error:
-        _fail(str(error) or "interrupted", 130)
+        _fail(str(error) or "interrupted: run the same command again to go on", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -38,7 +38,8 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the progress line
+    print(start + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,15 +57,17 @@ def from_dict(schema: type[T], raw: Mapping[str, Any], source: str, origins: Map
     try:
         config = OmegaConf.merge(OmegaConf.structured(prototype), raw)
         missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise fail(missing[0], "this key has no default: give it a value")
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise fail(str(error.full_key or "config"), str(error).splitlines()[0]) from None
-    except UserError:
-        raise
+        made = None if missing else OmegaConf.to_object(config)
+    except (OmegaConfBaseException, TypeError) as error:
+        if getattr(error, "full_key", None):
+            raise fail(str(error.full_key), str(error).splitlines()[0]) from None
+        key, value = _misfit(prototype, raw)  # omegaconf does not say where for tuples
+        raise fail(key, f"{value!r} is of a wrong type or length") from None
     except ValueError as error:  # a range check in some __post_init__
         raise UserError(f"{source}: {error}") from None
+    if missing:
+        raise fail(missing[0], "this key has no default: give it a value")
+    return made
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -87,14 +90,10 @@ def _read(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) -> l
         raise UserError(f"{path}: there is no such configuration file{hint}")
     try:
         loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from None
-    except Exception as error:  # the YAML parser's own errors share no base with omegaconf's
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    except Exception as error:  # the YAML parser's errors share no base with omegaconf's
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     if not OmegaConf.is_dict(loaded):
-        raise UserError(f"{path}: a configuration is a mapping of sections, not a list")
+        raise UserError(f"{path}: a configuration is a mapping of sections")
     raw = OmegaConf.to_container(loaded)
     assert isinstance(raw, dict)
     include = raw.pop("include", None)
@@ -108,14 +107,31 @@ def _read(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) -> l
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """`section.key=value` words as nested dictionaries. Raises UserError for a word of another form."""
     for override in overrides:
-        if "=" not in override or not override.split("=")[0].replace(".", "").replace("_", "").isalnum():
+        key, equals, _ = override.partition("=")
+        if not equals or not all(part.replace("_", "").isalnum() for part in key.split(".")):
             raise UserError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
         raw = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:
-        raise UserError(f"{COMMAND_LINE}: {' '.join(overrides)}: {error}") from None
+        raise UserError(f"{COMMAND_LINE}: {' '.join(overrides)}: {_one_line(error)}") from None
     assert isinstance(raw, dict)
     return raw
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _misfit(prototype: Any, raw: Mapping[Any, Any], prefix: tuple[str, ...] = ()) -> tuple[str, Any]:
+    """The first key, and its value, that does not fit by itself."""
+    for key, value in raw.items():
+        path = (*prefix, str(key))
+        alone = functools.reduce(lambda inner, name: {name: inner}, reversed(path), value)
+        try:
+            OmegaConf.merge(OmegaConf.structured(prototype), alone)
+        except (OmegaConfBaseException, TypeError):
+            return _misfit(prototype, value, path) if isinstance(value, Mapping) else (".".join(path), value)
+    return ".".join(prefix) or "config", raw
 
 
 def _note_origins(raw: Mapping[Any, Any], source: str, origins: dict[str, str], prefix: str = "") -> None:
@@ -149,14 +165,13 @@ def _prototype(schema: type, raw: Any, prefix: str, fail: Any, defaults: Mapping
             raise fail(f"{prefix}{key}", f"unknown key; {hint}")
     hints, values = get_type_hints(schema), dict(defaults)
     for name, field in fields.items():
-        given, below = raw.get(name), f"{prefix}{name}."
+        given, below = raw.get(name, {}), f"{prefix}{name}."
         if "table" in field.metadata:
             table, kind = field.metadata["table"], field.metadata["kind"]
-            given = {} if given is None else given
             if isinstance(given, str):
                 raise fail(f"{prefix}{name}", f"a section is expected: {name}: {{kind: {given}}}")
             chosen = given.get("kind", kind) if isinstance(given, Mapping) else kind
-            if chosen not in table:
+            if not isinstance(chosen, str) or chosen not in table:
                 near = difflib.get_close_matches(str(chosen), table, 1, 0.4)
                 hint = f"did you mean {near[0]}? It" if near else "it"
                 raise fail(f"{below}kind", f"unknown kind {chosen!r}; {hint} is one of {', '.join(table)}")
@@ -167,7 +182,7 @@ def _prototype(schema: type, raw: Any, prefix: str, fail: Any, defaults: Mapping
             if field.default_factory is not dataclasses.MISSING:
                 made = field.default_factory()
                 inner = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-            values[name] = _prototype(hints[name], {} if given is None else given, below, fail, inner)
+            values[name] = _prototype(hints[name], given, below, fail, inner)
         elif name not in values:
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required:

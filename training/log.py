@@ -7,10 +7,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from training.checkpoint import replace_file
+from training import distributed
+from training.checkpoint import naming, replace_file
 
 
 class Meter:
@@ -30,12 +33,20 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        """Means over what was added and over ranks; starts anew. Call it on every rank."""
+        means = {name: float(total) / self.counts[name] for name, total in self._shared_sums().items()}
         self.sums, self.counts = {}, {}
         return means
 
+    def _shared_sums(self) -> dict[str, Tensor]:
+        if not self.sums:
+            return {}
+        names = list(self.sums)  # the same on every rank: turns insert them in order
+        totals = distributed.mean_(torch.stack([self.sums[name] for name in names])).cpu()
+        return {name: total for name, total in zip(names, totals.unbind())}
+
     def state_dict(self) -> dict[str, dict]:
-        return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "counts": dict(self.counts)}
+        return {"sums": self._shared_sums(), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
@@ -45,22 +56,51 @@ class Log:
     """log.jsonl and TensorBoard events in a run folder. Lines after the step resumed from are dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / "log.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
             replace_file(self.path, "".join(f"{line}\n" for line in kept).encode())
-        self.events = SummaryWriter(str(folder), purge_step=step or None)
+        self.events = Events(folder, step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.events.add_scalar(name.replace(".", "/"), value, step)
+        self.events.write(step, values)
 
     def close(self) -> None:
         self.events.close()
+
+
+class Events:
+    """A TensorBoard event file. Written here and now: SummaryWriter's thread loses what a killed process had not
+    written yet, and meets a full disk with a traceback.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.path = folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        with naming(self.path):
+            self.records = RecordWriter(open(self.path, "wb"))
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)  # hides what earlier files say of later steps
+        self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name.replace(".", "/"), simple_value=value) for name, value in values.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def _add(self, event: Any) -> None:
+        with naming(self.path):
+            self.records.write(event.SerializeToString())
+            self.records.flush()
+
+    def close(self) -> None:
+        self.records.close()
 
 
 def _step_of(line: str) -> float:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training import distributed
-from training.checkpoint import Run
+from training.checkpoint import Run, weights_path
 from training.command import Interrupted, UserError
 from training.ema import Ema
 from training.log import Log, Meter, Progress
@@ -118,8 +119,12 @@ def train(
     title = str(run.folder)
     if step >= config.steps:
         if distributed.is_main():
+            if not weights_path(run.folder).is_file():  # someone removed them
+                run.publish(ema.module.state_dict(), step)
             print(f"{title}: finished at step {step}; start over with --fresh (make: FRESH=1)", flush=True)
         return ema.module
+    for mover in movers:
+        mover.rest()
     main = distributed.is_main()
     log = Log(run.folder, step) if main else None
     progress = Progress(title, config.steps)
@@ -134,8 +139,8 @@ def train(
             "ema": ema.module.state_dict(),
             "meter": meter.state_dict(),
         }
+        run.publish(ema.module.state_dict(), step)  # first: whoever finds the last checkpoint finds its weights
         run.save(step, state, config.keep)
-        run.publish(ema.module.state_dict(), step)
 
     with _stop_requests() as stop_requested:
         while step < config.steps:
@@ -151,7 +156,7 @@ def train(
             step += 1
             if bad_steps >= config.max_bad_steps:
                 raise UserError(
-                    f"{title}: {bad_steps} steps in a row with non-finite losses or gradients, the last at step "
+                    f"{title}: {bad_steps} steps in a row with non-finite gradients, the last at step "
                     f"{step}: the last good checkpoint is kept; lower optimizer.lr or loop.clip, or set "
                     "loop.precision=fp32, and run again"
                 )
@@ -195,10 +200,12 @@ class _Mover:
         if distributed.world() > 1:
             # Buffers are equal by construction: statistics are reduced where they are updated.
             ids = [device.index] if device.type == "cuda" else None
-            self.engine = DistributedDataParallel(self.engine, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames what 2.11 does not know yet
+                self.engine = DistributedDataParallel(self.engine, device_ids=ids, broadcast_buffers=False)
 
     def move(self, micro_batches: list[Batch], step: int, meter: Meter) -> bool:
-        """One optimizer step; False, and nothing moved, when loss or gradient is not finite."""
+        """One optimizer step; False, and nothing moved, when the gradient is not finite."""
         self.turn.module.train()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -220,11 +227,15 @@ class _Mover:
             self.optimizer.step()
             meter.add({f"{self.turn.name}.gradient_norm": norm})
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)  # so that no other turn gives it a gradient
+        self.rest()
         if self.turn.after_step:
             self.turn.after_step(step, finite)
         return finite
+
+    def rest(self) -> None:
+        """Take no gradients from other turns."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
 
 
 class _Step(nn.Module):

@@ -23,7 +23,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        for prefix, rate in self.rates.items():
+            if not isinstance(rate, int | float):  # what `optimizer.rates.a.b=1e-4` on the command line makes
+                raise ValueError(f"optimizer.rates.{prefix}={rate!r} is no number: write dotted prefixes in the file")
 
     def build(self, module: nn.Module) -> torch.optim.AdamW:
         """An optimizer over the module's trainable parameters; decay spares vectors and scalars.

@@ -1,0 +1,328 @@
+"""One YAML per run: what is right gives a frozen config, all else one line that names file, key and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from priors.train import PriorRun
+from tokenizer.encode import TokensRun
+from tokenizer.encoders.pretrain import PretrainRun
+from tokenizer.run import TokenizerRun
+from training.command import Interrupted, UserError, run_command
+from training.config import from_dict, load, one_of, read_overrides, to_dict, to_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    kind: str = "round"
+    radius: float = 1.0
+    color: str = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    kind: str = "square"
+    side: int = 2
+    corner: Any = one_of({"round": Round}, "round", radius=0.1)
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise ValueError(f"shape.side={self.side} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    x: int = 0
+    span: tuple[float, float] = (0.0, 1.0)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    title: str
+    root: str = "out"
+    target: str = "${root}/picture"
+    layer: str | None = None
+    shape: Any = one_of({"round": Round, "square": Square}, "square", side=5)
+    place: Place = dataclasses.field(default_factory=lambda: Place(x=7))
+
+
+def drawing(tmp_path: Path, text: str, *overrides: str) -> Drawing:
+    (tmp_path / "drawing.yaml").write_text(text)
+    return load(Drawing, tmp_path / "drawing.yaml", overrides)
+
+
+# What is right
+
+
+def test_defaults_live_in_the_dataclasses(tmp_path):
+    config = drawing(tmp_path, "title: a")
+    assert config == Drawing("a", "out", "out/picture", None, Square(side=5), Place(x=7))
+    assert config.shape.corner == Round(radius=0.1)
+
+
+def test_the_file_then_the_command_line(tmp_path):
+    config = drawing(tmp_path, "title: a\nplace: {x: 1, span: [2, 3]}", "place.x=4", "title=b", "layer=top")
+    assert (config.title, config.layer, config.place) == ("b", "top", Place(4, (2.0, 3.0)))
+
+
+def test_interpolation_follows_overrides(tmp_path):
+    assert drawing(tmp_path, "title: a").target == "out/picture"
+    assert drawing(tmp_path, "title: a", "root=there").target == "there/picture"
+    assert drawing(tmp_path, "title: ${root}-${place.x}").title == "out-7"
+
+
+def test_another_kind_drops_the_keys_of_the_lower_layer(tmp_path):
+    text = "title: a\nshape: {kind: square, side: 9}"
+    assert drawing(tmp_path, text, "shape.kind=round").shape == Round()
+    assert drawing(tmp_path, text, "shape.kind=round", "shape.radius=2").shape == Round(radius=2.0)
+    assert drawing(tmp_path, text, "shape.kind=square").shape == Square(side=9)
+
+
+def test_a_default_kind_keeps_its_defaults_and_another_has_its_own(tmp_path):
+    shape = drawing(tmp_path, "title: a\nshape: {corner: {color: blue}}").shape
+    assert (shape.side, shape.corner) == (5, Round(radius=0.1, color="blue"))
+    assert drawing(tmp_path, "title: a\nshape: {kind: round}").shape == Round()
+
+
+def test_include_is_relative_and_overridden_key_by_key(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "low.yaml").write_text("title: low\nplace: {x: 1, span: [0, 2]}\nshape: {kind: round}")
+    (tmp_path / "base" / "mid.yaml").write_text("include: low.yaml\nplace: {x: 2}")
+    config = drawing(tmp_path, "include: base/mid.yaml\ntitle: top\nshape: {color: blue}")
+    assert config == Drawing("top", target="out/picture", shape=Round(color="blue"), place=Place(2, (0.0, 2.0)))
+
+
+def test_configs_are_frozen(tmp_path):
+    config = drawing(tmp_path, "title: a")
+    for part, key in ((config, "title"), (config.shape, "side"), (config.shape.corner, "radius"), (config.place, "x")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, key, 1)
+
+
+def test_round_trip_through_yaml(tmp_path):
+    config = drawing(tmp_path, "title: a", "shape.kind=round", "place.weights={a.b: 1e-7, c: 2}", "place.span=[0.1,3]")
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load(Drawing, tmp_path / "resolved.yaml") == config
+    assert from_dict(Drawing, to_dict(config), "here") == config
+    assert config.place.weights == {"a.b": 1e-7, "c": 2.0}
+
+
+SCHEMAS = {"tokenizer": TokenizerRun, "prior": PriorRun, "tokens": TokensRun, "encoder": PretrainRun}
+CONFIGS = [
+    (path, schema)
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    for start, schema in SCHEMAS.items()
+    if path.stem.split("-")[0] == start
+]
+
+
+@pytest.mark.parametrize(("path", "schema"), CONFIGS, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_every_configuration_of_the_project_loads_and_round_trips(tmp_path, path, schema):
+    config = load(schema, path)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(schema, tmp_path / "config.yaml") == config
+
+
+# What is wrong: (file, overrides, what the one line says)
+
+WRONG = {
+    "unknown key": ("title: a\ncolour: red", [], "drawing.yaml: colour: unknown key; it takes layer, place, root"),
+    "misspelt key": ("tilte: a", [], "drawing.yaml: tilte: unknown key; did you mean title?"),
+    "misspelt inner key": ("title: a\nplace: {wieghts: {}}", [], "drawing.yaml: place.wieghts: unknown key; did you "
+                           "mean weights?"),
+    "key of another kind": ("title: a\nshape: {radius: 1}", [], "drawing.yaml: shape.radius: unknown key"),
+    "key on the command line": ("title: a", ["plaec.x=1"], "command line: plaec: unknown key; did you mean place?"),
+    "no default": ("root: a", [], "drawing.yaml: title: this key has no default"),
+    "wrong type": ("title: a\nplace: {x: many}", [], "drawing.yaml: place.x: Value 'many' of type 'str'"),
+    "fraction": ("title: a\nplace: {x: 1.5}", [], "drawing.yaml: place.x: Value '1.5'"),
+    "type on the command line": ("title: a", ["place.x=many"], "command line: place.x: Value 'many'"),
+    "nothing": ("title: a", ["place.x="], "command line: place.x: "),
+    "too long": ("place: {x: 1, span: [1, 2, 3]}\ntitle: a", [], "drawing.yaml: place.span: [1, 2, 3] is of a wrong"),
+    "a section for a pair": ("title: a\nplace: {span: {a: 1}}", [], "drawing.yaml: place.span"),
+    "wrong items": ("title: a", ["place.span=[a,b]"], "command line: place.span: ['a', 'b'] is of a wrong"),
+    "wrong item": ("title: a\nplace: {weights: {a: b}}", [], "drawing.yaml: place.weights.a: Value 'b'"),
+    "a scalar for a section": ("title: a\nplace: 3", [], "drawing.yaml: place: a section of keys is expected, not 3"),
+    "an empty section": ("title: a\nplace:", [], "drawing.yaml: place: a section of keys is expected, not None"),
+    "an empty choice": ("title: a\nshape:", [], "drawing.yaml: shape: a section of keys is expected, not None"),
+    "a section for a scalar": ("title: {a: b}", [], "drawing.yaml: title: Cannot convert"),
+    "unknown kind": ("title: a\nshape: {kind: sqare}", [], "drawing.yaml: shape.kind: unknown kind 'sqare'; did you "
+                     "mean square? It is one of round, square"),
+    "kind on the command line": ("title: a", ["shape.kind=x"], "command line: shape.kind: unknown kind 'x'; it is one"),
+    "kind as a list": ("title: a\nshape: {kind: [a]}", [], "drawing.yaml: shape.kind: unknown kind ['a']"),
+    "bare kind": ("title: a\nshape: round", [], "drawing.yaml: shape: a section is expected: shape: {kind: round}"),
+    "out of range": ("title: a\nshape: {side: 0}", [], "drawing.yaml: shape.side=0 must be at least 1"),
+    "no such reference": ("title: ${nothing}", [], "drawing.yaml: title: Interpolation key 'nothing' not found"),
+    "a reference to itself": ("title: ${title}", [], "drawing.yaml: title: "),
+    "half a reference": ("title: ${", [], "drawing.yaml: not readable as YAML"),
+    "bad YAML": ("title: [1", [], "drawing.yaml: not readable as YAML"),
+    "a key twice": ("title: a\ntitle: b", [], "drawing.yaml: not readable as YAML"),
+    "a list": ("[1, 2]", [], "drawing.yaml: a configuration is a mapping"),
+    "a number": ("42", [], "drawing.yaml: not readable as YAML"),
+    "a tag": ("title: !!python/object/apply:os.mkdir [executed]", [], "drawing.yaml: not readable as YAML"),
+    "include of a number": ("include: 3", [], "drawing.yaml: include: one file name is expected, not 3"),
+    "include of nothing": ("include: drawin.yaml", [], "drawin.yaml: there is no such configuration file; did you "
+                           "mean"),
+    "include of itself": ("include: drawing.yaml", [], "drawing.yaml: include: the files include each other"),
+    "no equals sign": ("title: a", ["title"], "command line: 'title' is not of the form section.key=value"),
+    "no key": ("title: a", ["=3"], "command line: '=3' is not of the form"),
+    "empty part": ("title: a", ["place..x=3"], "command line: 'place..x=3' is not of the form"),
+    "bad value": ("title: a", ["place.x=["], "command line: place.x=[: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "overrides", "says"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, text, overrides, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        drawing(tmp_path, text, *overrides)
+    message = str(caught.value).replace(f"{tmp_path}/", "")
+    assert message.startswith(says) and "\n" not in message
+    assert os.listdir(tmp_path) == ["drawing.yaml"]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "stage1.yaml").write_text("")
+    with pytest.raises(UserError, match=r"stage.yaml: there is no such configuration file; did you mean .*stage1.yaml"):
+        load(Drawing, tmp_path / "stage.yaml")
+    with pytest.raises(UserError, match="there is no such configuration file"):
+        load(Drawing, tmp_path)
+
+
+def test_an_error_names_the_file_that_said_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("title: a\nplace: {x: many}")
+    with pytest.raises(UserError, match=r"base\.yaml: place\.x"):
+        drawing(tmp_path, "include: base.yaml\nplace: {span: [1, 2]}")
+
+
+def test_not_text_is_not_yaml(tmp_path):
+    (tmp_path / "image.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match=r"image\.yaml: not readable as YAML"):
+        load(Drawing, tmp_path / "image.yaml")
+
+
+def test_overrides_are_nested_dictionaries():
+    assert read_overrides(["a.b=1", "a.c=[x, 1e-3]", "d="]) == {"a": {"b": 1, "c": ["x", 1e-3]}, "d": None}
+
+
+def test_mutated_configurations_give_a_config_or_a_user_error(tmp_path):
+    """Keys renamed, dropped and moved, values swapped for others of any type, characters lost and doubled."""
+    generator, outcomes = random.Random(0), {"config": 0, "error": 0}
+    digits = [(path, schema) for path, schema in CONFIGS if path.parent.name == "digits"]
+    assert len(digits) >= 4
+    for (path, schema), number in [(entry, number) for entry in digits for number in range(40)]:
+        raw: Any = OmegaConf.to_container(OmegaConf.load(path))
+        raw.pop("include", None)
+        for _ in range(generator.randint(1, 2)):
+            _mutate(raw, generator)
+        text = OmegaConf.to_yaml(OmegaConf.create(raw))
+        if number % 3 == 0:
+            place = generator.randrange(len(text))
+            text = text[:place] + generator.choice(["", text[place] * 2, "{", ":", "'", "\n"]) + text[place + 1 :]
+        mutated = tmp_path / "mutated.yaml"
+        mutated.write_text(text)
+        try:
+            config = load(schema, mutated)
+        except UserError as error:
+            assert "\n" not in str(error) and str(mutated) in str(error), text
+            outcomes["error"] += 1
+        else:
+            assert isinstance(config, schema)
+            from_dict(schema, to_dict(config), "again")
+            outcomes["config"] += 1
+    assert min(outcomes.values()) > 10, outcomes
+
+
+VALUES = [None, True, -1, 0, 3, 1.5, float("inf"), "", "text", "a: b", "1e-3", "???", [], [1, "a"], {}, {"kind": "x"},
+          {"a": {"b": 1}}, 10**30]  # fmt: skip
+
+
+def _mutate(raw: Any, generator: random.Random) -> None:
+    sections = [raw, *(value for value in raw.values() if isinstance(value, dict))]
+    section = generator.choice([section for section in sections if section])
+    key = generator.choice(list(section))
+    value = section.pop(key)
+    match generator.randrange(5):
+        case 0:
+            section[key[:-1] or "x"] = value
+        case 1:
+            generator.choice(sections)[key] = value
+        case 2 | 3:
+            section[key] = generator.choice(VALUES)
+        case _:
+            section["kind"] = value
+
+
+# Commands
+
+
+def test_a_wrong_key_ends_the_process_with_one_line(tmp_path):
+    (tmp_path / "x.yaml").write_text("name: x")
+    command = [sys.executable, "-m", "priors.train", str(tmp_path / "x.yaml"), "priro.kind=foo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "error: command line: priro: unknown key; did you mean prior?\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_command_fails_in_one_line(tmp_path, monkeypatch, capsys, schema):
+    import priors.train
+    import tokenizer.encode
+    import tokenizer.encoders.pretrain
+    import tokenizer.train
+
+    mains = {
+        "tokenizer": tokenizer.train.main,
+        "prior": priors.train.main,
+        "tokens": tokenizer.encode.main,
+        "encoder": tokenizer.encoders.pretrain.main,
+    }
+    (tmp_path / "x.yaml").write_text("name: x")
+    for arguments, says in (
+        ([str(tmp_path / "x.yaml"), "rooot=1"], "error: command line: rooot: unknown key; did you mean root?\n"),
+        ([str(tmp_path / "y.yaml")], f"error: {tmp_path}/y.yaml: there is no such configuration file"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            run_command(mains[schema])
+        printed = capsys.readouterr()
+        assert caught.value.code == 2 and printed.out == ""
+        assert printed.err.startswith(says) and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines"),
+        (Interrupted("stopped at 3"), 130, "stopped at 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "/there"), 2, "error: cannot write /there: No space left on device"),
+    ],
+)
+def test_exit_codes(capsys, error, code, says):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == code and capsys.readouterr().err.startswith(says)
+
+
+def test_our_own_bugs_keep_their_traceback():
+    def main():
+        raise OSError(9, "Bad file descriptor")
+
+    with pytest.raises(OSError, match="Bad file"):
+        run_command(main)
