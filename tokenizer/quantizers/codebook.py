@@ -1,10 +1,12 @@
-"""What vector codebooks share: statistics gathered over micro-batches and ranks, k-means, restart, usage."""
+"""What vector codebooks share: assignment, statistics over micro-batches and ranks, k-means, restart, usage."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.interface import QuantizerOutput
 from tokenizer.quantizers.search import nearest
 from training import distributed
 
@@ -114,6 +116,29 @@ class Statistics(nn.Module):
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         used = self.usage > self.usage.sum() / self.num_codes * 1e-3
         return {"usage": used.float().mean(), "perplexity": entropy.exp()}
+
+
+def quantize(
+    features: Tensor, codebook: Tensor, statistics: Statistics, commitment: float, learn_codebook: bool
+) -> QuantizerOutput:
+    """The nearest of `codebook`'s rows (K, D) for each of `features` (B, D, H, W), in fp32 whatever the autocast.
+
+    The loss is commitment * |z - sg(e)|^2, and |sg(z) - e|^2 where gradients move the codebook (van den Oord et
+    al. 2017, equation 3), as means over elements.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        rows = to_rows(features.float())
+        codes = nearest(rows.detach(), codebook.detach())
+        vectors = F.embedding(codes, codebook)
+        distance = F.mse_loss(rows, vectors.detach())
+        loss = commitment * distance
+        if learn_codebook:
+            loss = loss + F.mse_loss(vectors, rows.detach())
+        if statistics.training:
+            statistics.gather(rows.detach(), codes)
+        codes = codes.unflatten(0, (len(features), *features.shape[2:]))
+        passed = to_grid(straight_through(rows, vectors.detach()), codes)
+    return QuantizerOutput(passed, codes, loss, {"commitment": distance, **statistics.figures()})
 
 
 @torch.no_grad()

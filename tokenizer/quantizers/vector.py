@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Statistics, kmeans, pick_rows, straight_through, to_grid, to_rows
-from tokenizer.quantizers.search import nearest
+from tokenizer.quantizers.codebook import Statistics, kmeans, pick_rows, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +70,7 @@ class VectorQuantizer(nn.Module):
             self._set(kmeans(rows, self.num_codes, iterations=10, seed=seed))
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        with torch.autocast(features.device.type, enabled=False):
-            rows = to_rows(features.float())
-            codes = nearest(rows.detach(), self.codebook)
-            vectors = F.embedding(codes, self.codebook)
-            commitment = F.mse_loss(rows, vectors.detach())
-            loss = self.commitment * commitment  # third term of equation (3)
-            if not self.ema:
-                loss = loss + F.mse_loss(vectors, rows.detach())  # its second
-            if self.training:
-                self.statistics.gather(rows.detach(), codes)
-            codes = codes.unflatten(0, (len(features), *features.shape[2:]))
-            passed = to_grid(straight_through(rows, vectors.detach()), codes)
-        return QuantizerOutput(passed, codes, loss, {"commitment": commitment, **self.statistics.figures()})
+        return quantize(features, self.codebook, self.statistics, self.commitment, learn_codebook=not self.ema)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, H, W) int64 -> (B, D, H, W) float32."""
