@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from priors import PRIORS
 from priors.interface import Prior, SampleOptions
-from priors.record import PriorRecord, is_prior, read_record
+from priors.record import PriorRecord
 from training import distributed
 from training.checkpoint import Run, sha256, weights_hash
-from training.command import UserError, config_command, run_command
+from training.command import config_command, run_command
 from training.config import one_of
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
@@ -50,7 +50,8 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     cache.check_tokenizer()
     if distributed.is_main():
         cache.verify()
-    run = Run.open(Path(config.root) / config.name, config, fresh=fresh)
+    inputs = {"tokens": sha256(Path(config.tokens) / "manifest.json")}
+    run = Run.open(Path(config.root) / config.name, config, fresh=fresh, inputs=inputs)
     record = _keep_record(run.folder, cache, Path(config.tokens), config.sampling)
     torch.manual_seed(distributed.mix(config.seed))
     prior = config.prior.build(cache.layout, record.num_classes)
@@ -131,7 +132,7 @@ class Preview:
 
 
 def _keep_record(folder: Path, cache: Any, tokens: Path, sampling: SampleOptions) -> PriorRecord:
-    """Write weights/prior.json, or compare the one that is there."""
+    """Write weights/prior.json."""
     record = PriorRecord(
         layout=cache.layout,
         class_names=list(cache.class_names),
@@ -141,12 +142,6 @@ def _keep_record(folder: Path, cache: Any, tokens: Path, sampling: SampleOptions
         tokenizer_sha256=weights_hash(cache.tokenizer_folder),
         sampling=sampling,
     )
-    before = read_record(folder).tokens_sha256 if is_prior(folder) else record.tokens_sha256
-    if before != record.tokens_sha256:
-        raise UserError(
-            f"{folder} was trained on tokens {before[:8]}, and {tokens} now holds "
-            f"{record.tokens_sha256[:8]}: start it over with --fresh (make: FRESH=1)"
-        )
     if distributed.is_main():
         record.write(folder)
     distributed.barrier()

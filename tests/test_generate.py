@@ -20,7 +20,7 @@ from priors.train import PriorRun, train_prior
 from tokenizer.cache import FORMAT, SPLITS, shard_file
 from tokenizer.data.grid import image_grid
 from tokenizer.interface import CodeLayout
-from training.checkpoint import weights_hash
+from training.checkpoint import sha256, weights_hash
 from training.command import UserError
 from training.config import from_dict
 
@@ -55,7 +55,7 @@ def make_root(root):
         for name, array in arrays.items():
             path = tokens / shard_file(split, 0, name)
             np.save(path, array)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": ""}
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         splits[split] = {"count": 30, "shards": [{"count": 30, "files": files}]}
     manifest = {
         "format": FORMAT,

@@ -22,7 +22,7 @@ MODEL = [
     "model.quantizer.num_codes=16", "model.quantizer.code_dim=8", "model.decoder.dim=32", "model.decoder.depth=1",
     "model.decoder.heads=2", "calibration_images=24",
 ]  # fmt: skip
-MAE = ["mae.dim=32", "mae.depth=1", "mae.heads=2", "mae.decoder_dim=16", "mae.decoder_heads=2", "mae.patch_size=8"]
+MAE = ["mae.dim=32", "mae.depth=1", "mae.heads=2", "mae.decoder_dim=16", "mae.decoder_heads=2"]
 
 
 def command(module: str, *words: object) -> int:
@@ -75,7 +75,7 @@ def root(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_samples_are_what_the_adm_evaluator_reads(root: Path):
     samples = np.load(root / "samples" / "samples.npz")
-    assert samples["arr_0"].shape == (12, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
+    assert samples["arr_0"].shape == (12, 30, 30, 3) and samples["arr_0"].dtype == np.uint8
     assert sorted(set(samples["arr_1"].tolist())) == [0, 1, 2]
 
 

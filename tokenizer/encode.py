@@ -73,7 +73,9 @@ def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
     tokenizer = load(run_folder)
     splits: dict[str, Any] = {}
     for split in SPLITS:
-        sources = [open_split(data, split), open_split(data, split, augment=True)][: min(views, 2)]
+        augmented = open_split(data, split, augment=True)
+        sources = [augmented.plain(), augmented]
+        augmented.announce()
         _encode_split(tokenizer, sources, split, out, views)
         splits[split] = {"count": len(sources[0]), **sources[0].identity()}
         names = sources[0].class_names

@@ -19,7 +19,7 @@ from tokenizer.encoders.foundation import FoundationEncoder
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun, load_autoencoder_weights
 from training import distributed
-from training.checkpoint import Run
+from training.checkpoint import Run, weights_hash
 from training.command import UserError, config_command, run_command
 from training.loop import Turn, train
 
@@ -43,10 +43,16 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         load_autoencoder_weights(autoencoder, Path(config.start_from))
     teacher = copy.deepcopy(autoencoder.encoder) if config.objective.distillation > 0 else None
     objective = Objective(config.objective, autoencoder, teacher)
-    run = Run.open(folder, config, fresh=fresh)
+    inputs = {"images": images.identity()["ids_sha256"]}
+    if config.start_from is not None:
+        inputs["start_from"] = weights_hash(Path(config.start_from))
+    elif isinstance(autoencoder.encoder, FoundationEncoder):
+        inputs["encoder"] = autoencoder.encoder.fingerprint()
+    run = Run.open(folder, config, fresh=fresh, inputs=inputs)
+    images.announce()
     if config.start_from is None and run.latest() is None:
-        plain = open_split(config.data, "train")
-        autoencoder.to(distributed.device()).calibrate(_calibration_batches(plain, config), config.seed)
+        batches_to_measure = _calibration_batches(images.plain(), config)
+        autoencoder.to(distributed.device()).calibrate(batches_to_measure, config.seed)
     turns = [
         Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
              after_step=autoencoder.quantizer.update)

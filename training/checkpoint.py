@@ -1,6 +1,6 @@
 """Run folders and checkpoints: written under a temporary name, fsynced, renamed; checksummed; no pickles.
 
-config.yaml                  the resolved configuration
+config.yaml, inputs.json     the resolved configuration, and hashes of what the run is made from
 log.jsonl, events.out.*      figures by step
 checkpoints/step-00000600/   state.pt and manifest.json (SHA-256): everything to resume
 weights/model.safetensors    averaged weights, what others load
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,20 +108,24 @@ class Run:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def open(cls, folder: str | Path, config: Any, *, fresh: bool = False) -> Run:
+    def open(
+        cls, folder: str | Path, config: Any, *, fresh: bool = False, inputs: Mapping[str, str] | None = None
+    ) -> Run:
         """Take a run folder, new or to be resumed.
 
-        Raises UserError when another process writes to it, when it was made with other settings (naming the
-        first that differs), or when it holds something else. `fresh` removes what it holds first.
+        `inputs` are the SHA-256 of what the run is made from, by name. Raises UserError when another process
+        writes to the folder, when the run was made with other settings or from other inputs (naming the first
+        that differs), or when it holds something else. `fresh` removes what it holds first.
         """
         run = cls(Path(folder), config)
         if distributed.is_main():
-            run._take(fresh)
+            run._take(fresh, inputs or {})
             replace_file(run.folder / "config.yaml", to_yaml(config).encode())
+            replace_file(run.folder / "inputs.json", json.dumps(inputs or {}, indent=1).encode())
         distributed.barrier()
         return run
 
-    def _take(self, fresh: bool) -> None:
+    def _take(self, fresh: bool, inputs: Mapping[str, str]) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder}: a run needs a folder, and this is a file")
         entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
@@ -164,6 +168,16 @@ class Run:
                     f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
                     "or start it over with --fresh (make: FRESH=1)"
                 )
+            try:
+                before = json.loads((self.folder / "inputs.json").read_text())
+            except (OSError, ValueError):
+                before = {}  # lost or damaged: the run itself is whole
+            for name, now in inputs.items():
+                if before.get(name, now) != now:
+                    raise UserError(
+                        f"{self.folder} was made from {name} {before[name][:8]}…, which is now {now[:8]}…: start it "
+                        "over with --fresh (make: FRESH=1)"
+                    )
 
     @property
     def checkpoints(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import hashlib
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor
 from tokenizer.data import transforms
 from tokenizer.data.listings import Listing, open_listing
 from tokenizer.data.transforms import BadImage
+from training import distributed
 from training.command import UserError
 from training.distributed import mix
 
@@ -142,6 +144,17 @@ class Images:
             "image_size": self.image_size,
             "ids_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
         }
+
+    def plain(self) -> Images:
+        """The same images without augmentation."""
+        other = copy.copy(self)
+        other._augmentation = "none"
+        return other
+
+    def announce(self) -> None:
+        """Tell people on standard output what this is and what was skipped, once per run."""
+        if distributed.is_main():
+            print(self.summary(), flush=True)
 
     def summary(self) -> str:
         """One line for people: what this is and what was skipped."""

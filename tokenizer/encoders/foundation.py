@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,14 @@ class FoundationEncoder(nn.Module):
             tokens = self.model(pixels, **arguments).last_hidden_state
             patches = tokens[:, self.family.prefix_tokens(self.model.config) :]
         return patches.transpose(1, 2).unflatten(2, (height, width))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as they are now."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save_architecture(self, folder: Path) -> None:
         """Write what `load_architecture` reads: two small JSON files."""

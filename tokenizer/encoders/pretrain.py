@@ -118,7 +118,8 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         model = config.mae.build(config.data.image_size)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-    run = Run.open(folder, config, fresh=fresh)
+    run = Run.open(folder, config, fresh=fresh, inputs={"images": images.identity()["ids_sha256"]})
+    images.announce()
     num_patches = model.vit.embeddings.patch_embeddings.num_patches
 
     def loss(batch: Batch, step: int) -> Loss:
