@@ -99,14 +99,19 @@ def frechet_jackknife(features: Tensor, reference: Gaussian | Tensor, blocks: in
 
 
 def jackknife(n: int, statistic: Callable[[Tensor], float], blocks: int = 20) -> Jackknife:
-    """Delete-a-block jackknife. `statistic` takes the int64 rows that are kept; blocks are strided rows."""
+    """Delete-a-block jackknife. `statistic` takes the int64 rows that are kept.
+
+    Blocks are drawn at random, with a fixed seed: samples come class after class or in turn, and a block of
+    strided or of neighbouring rows would take whole classes away.
+    """
     if n < 2 * blocks:
         raise ValueError(f"{blocks} blocks need at least {2 * blocks} rows, not {n}")
     from scipy.stats import t as student
 
     rows = torch.arange(n)
     whole = statistic(rows)
-    parts = [statistic(rows[rows % blocks != block]) for block in range(blocks)]
+    owner = torch.randperm(n, generator=torch.Generator().manual_seed(0)) % blocks
+    parts = [statistic(rows[owner != block]) for block in range(blocks)]
     parts = torch.tensor(parts, dtype=torch.float64)
     deviation = float(((blocks - 1) * parts.var(correction=0)).sqrt())
     reach = float(student.ppf(0.975, blocks - 1)) * deviation

@@ -144,3 +144,22 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
     assert found.precision == pytest.approx(precision, abs=1e-6)
     assert found.recall == pytest.approx(recall, abs=1e-6)
     assert not math.isclose(found.precision, found.recall)
+
+
+@pytest.mark.parametrize("order", ["class after class", "classes in turn"])
+def test_jackknife_does_not_depend_on_the_order_of_classes(order):
+    """Far classes in a regular order: the interval is that of samples in no order, not that of losing classes."""
+    generator = torch.Generator().manual_seed(3)
+    centres = 10 * torch.randn(10, 4, generator=generator, dtype=torch.float64)
+    labels = torch.arange(600) % 10 if order == "classes in turn" else torch.arange(600) // 60
+
+    def draw():
+        return centres[labels] + torch.randn(600, 4, generator=generator, dtype=torch.float64)
+
+    reference = Gaussian.of_features(torch.cat([draw() for _ in range(20)]))
+    among_draws = torch.tensor([frechet_distance(Gaussian.of_features(draw()), reference) for _ in range(30)]).std()
+    shuffled = draw()[torch.randperm(600, generator=generator)]
+    unordered = frechet_jackknife(shuffled, reference).deviation
+    ordered = frechet_jackknife(draw(), reference).deviation
+    assert 0.4 * unordered < ordered < 2.5 * unordered
+    assert ordered > 0.5 * among_draws
