@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ class Perceptual(nn.Module):
             )
         import lpips
 
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, on the arguments that lpips gives it
             self.network = lpips.LPIPS(net=net, pretrained=True, pnet_rand=True, verbose=False)
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
