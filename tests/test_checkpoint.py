@@ -318,7 +318,7 @@ def test_fresh_starts_over(tmp_path):
     del run
     run = Run.open(folder, Config(seed=1), fresh=True)
     assert run.latest() is None
-    assert sorted(os.listdir(folder)) == [".lock", "config.yaml"]
+    assert sorted(os.listdir(folder)) == [".lock", "config.yaml", "inputs.json"]
 
 
 def test_a_run_has_one_writer(tmp_path):
