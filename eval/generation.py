@@ -26,6 +26,7 @@ from training.command import UserError
 
 MANIFOLD_LIMIT = 10_000  # images per side: the distances are a square table
 IS_SPLITS = 10
+TRUSTED_ACCURACY = 0.8  # of the in-domain classifier on real images; below it the report warns
 SHOWN_CLASSES, SHOWN_PER_CLASS = 20, 12
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 
@@ -239,7 +240,13 @@ def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origin
         if total
     }
     found.insert(0, _share(origins.samples, "class agreement", hits, classifier, per_class=per_class))
-    return Agreement(found, {"agreement_right": right.numpy(), "agreement_total": totals.numpy()}, [])
+    notes, accuracy = [], float(real.double().mean())
+    if accuracy < TRUSTED_ACCURACY:
+        notes.append(
+            f"{classifier.name} recognises only {100 * accuracy:.0f} % of real held-out images: class agreement and "
+            "the distances by its features say little here."
+        )
+    return Agreement(found, {"agreement_right": right.numpy(), "agreement_total": totals.numpy()}, notes)
 
 
 def _recognised(extraction: Extraction, labels: Tensor) -> Tensor:

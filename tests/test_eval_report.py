@@ -265,3 +265,27 @@ def test_user_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         evaluate(monkeypatch, "report", tmp_path)
     with pytest.raises(UserError, match="--num 0"):
         evaluate(monkeypatch, "report", tmp_path, "--num", 0)
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 1.0])
+def test_a_judge_that_fails_on_real_images_is_called_out(accuracy):
+    from types import SimpleNamespace
+
+    from eval.extractors import Extraction
+    from eval.generation import Origins, Samples, Seen, _agreement
+    from eval.record import Origin
+
+    labels = torch.tensor([0, 1] * 5)
+    seen = Extraction(torch.zeros(10, 2), torch.eye(2)[labels if accuracy == 1 else torch.zeros_like(labels)])
+    judge = SimpleNamespace(task="classes", name="cnn", num_classes=2, settings={"extractor": "cnn"})
+    pipeline = SimpleNamespace(
+        in_domain=judge,
+        held_out=SimpleNamespace(labels=labels),
+        places=lambda split: torch.arange(10),
+        tokens=SimpleNamespace(class_names=["a", "b"]),
+    )
+    samples = Samples(np.zeros((10, 4, 4, 3), np.uint8), labels.numpy(), "", {})
+    origins = Origins(*(Origin(name, {}, {}) for name in ("samples", "held-out", "train")))
+    found = _agreement(pipeline, Seen(seen, seen, seen, None), samples, origins)
+    assert found.measurements[0].value == 100 * accuracy
+    assert bool(found.notes) == (accuracy < 0.8) and all("50 % of real" in note for note in found.notes)
