@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.command import UserError, run_command
+from training.command import Parser, UserError, run_command
 
 if TYPE_CHECKING:
     from eval.pipeline import Options, Pipeline
@@ -78,7 +78,7 @@ COMMANDS = {"reconstruction": reconstruction, "generation": generation, "report"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__)
+    parser = Parser(prog="python -m eval.run", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)

@@ -8,7 +8,7 @@ import difflib
 import re
 from pathlib import Path
 
-from training.command import UserError, run_command
+from training.command import Parser, UserError, run_command
 
 
 def parse_classes(text: str, names: list[str]) -> tuple[int, ...]:
@@ -30,8 +30,10 @@ def parse_classes(text: str, names: list[str]) -> tuple[int, ...]:
         elif span:
             raise UserError(f"--classes {item}: classes are numbered 0 to {len(names) - 1}, ranges upwards")
         else:
-            near = names[by_name[difflib.get_close_matches(item.casefold(), by_name, 1, 0.0)[0]]]
-            raise UserError(f"--classes {item!r}: there is no such class; did you mean {near!r}?")
+            near = difflib.get_close_matches(item.casefold(), by_name, 1, 0.5)
+            some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            hint = f"did you mean {names[by_name[near[0]]]!r}?" if near else f"the classes are {some}"
+            raise UserError(f"--classes {item!r}: there is no such class; {hint}")
     return tuple(sorted(chosen))
 
 
@@ -46,7 +48,7 @@ def find_prior(path: Path) -> Path:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m generate.sample", description="Draw class-conditional samples from a trained prior."
     )
     parser.add_argument("run", type=Path, help="a prior's run folder, or a root folder that holds prior/")

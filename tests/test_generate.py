@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import tokenizer
 from generate.images import Request, class_grid, draw_samples, write_samples
 from generate.sample import find_prior, parse_classes
+from generate.sample import main as sample_command
 from priors import load
 from priors.interface import SampleOptions
 from priors.record import read_record
@@ -21,7 +22,7 @@ from tokenizer.cache import FORMAT, SPLITS, shard_file
 from tokenizer.data.grid import image_grid
 from tokenizer.interface import CodeLayout
 from training.checkpoint import sha256, weights_hash
-from training.command import UserError
+from training.command import UserError, run_command
 from training.config import from_dict
 
 LAYOUT = CodeLayout(((2, 2),), (4,))
@@ -183,3 +184,19 @@ def test_grid_places_images_in_reading_order():
     assert picture.shape == (2 + 3 * (4 + 2), 2 + 2 * (6 + 2), 3)
     assert picture[3, 3, 0] == 10 and picture[3, 11, 0] == 20 and picture[15, 3, 0] == 50
     assert (picture[:2] == 255).all() and picture[15, 11, 0] == 255
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["run", "--guidence", "2"], "did you mean --guidance?"),
+        (["run", "--num", "many"], "'many'; see --help"),
+        ([], "the following arguments are required: run; see --help"),
+    ],
+)
+def test_wrong_flags_are_one_line(words, hint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["generate.sample", *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(sample_command)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and hint in error

@@ -30,6 +30,9 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     held_out = open_split(config.data, "held_out")
     batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     folder = Path(config.root) / config.name
+    inputs = {"images": images.identity()["ids_sha256"]}
+    if config.start_from is not None:
+        inputs["start_from"] = weights_hash(Path(config.start_from))
     torch.manual_seed(distributed.mix(config.seed))
     try:  # before the folder is taken, so that a mended configuration may take it
         # With weights to start from, those of the pretrained encoder need not be at hand.
@@ -43,10 +46,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         load_autoencoder_weights(autoencoder, Path(config.start_from))
     teacher = copy.deepcopy(autoencoder.encoder) if config.objective.distillation > 0 else None
     objective = Objective(config.objective, autoencoder, teacher)
-    inputs = {"images": images.identity()["ids_sha256"]}
-    if config.start_from is not None:
-        inputs["start_from"] = weights_hash(Path(config.start_from))
-    elif isinstance(autoencoder.encoder, FoundationEncoder):
+    if config.start_from is None and isinstance(autoencoder.encoder, FoundationEncoder):
         inputs["encoder"] = autoencoder.encoder.fingerprint()
     run = Run.open(folder, config, fresh=fresh, inputs=inputs)
     images.announce()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -43,12 +45,23 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors: one line, with the nearest right flag."""
+
+    def error(self, message: str) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        flags = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+        near = [n for flag in flags if flag not in options for n in difflib.get_close_matches(flag, options, 1)]
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise UserError(f"{self.prog}: {message}; {hint}")
+
+
 def config_command(program: str, description: str, schema: type, run: Callable[..., object]) -> None:
     """The main of every command that a YAML describes: PROGRAM CONFIG.yaml [section.key=value ...] [--fresh].
 
     `run(config, fresh=...)` does what the config of class `schema` says.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser = Parser(prog=f"python -m {program}", description=description)
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
     parser.add_argument("--fresh", action="store_true", help="remove what the run's folder holds and start over")
