@@ -126,7 +126,6 @@ class Preview:
             self.tokenizer = tokenizer.load(self.tokenizer_folder)
         ids = torch.arange(self.rows * PREVIEW_COLUMNS, device=distributed.device())
         codes = prior.sample(ids // PREVIEW_COLUMNS, self.sampling, ids)
-        path.parent.mkdir(parents=True, exist_ok=True)
         images = to_pixels(self.tokenizer.decode(codes))
         image_grid(images, PREVIEW_COLUMNS).save(path)
 

@@ -50,9 +50,6 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         inputs["encoder"] = autoencoder.encoder.fingerprint()
     run = Run.open(folder, config, fresh=fresh, inputs=inputs)
     images.announce()
-    if config.start_from is None and run.latest() is None:
-        batches_to_measure = _calibration_batches(images.plain(), config)
-        autoencoder.to(distributed.device()).calibrate(batches_to_measure, config.seed)
     turns = [
         Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
              after_step=autoencoder.quantizer.update)
@@ -66,10 +63,13 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         autoencoder.encoder.save_architecture(run.folder / "weights" / "encoder")
     shown = held_out.gather([(0, index) for index in range(min(256, len(held_out)))])["images"]
 
+    def begin() -> None:
+        if config.start_from is None:
+            autoencoder.calibrate(_calibration_batches(images.plain(), config), config.seed)
+
     def preview(averaged: nn.Module, path: Path, step: int) -> None:
         originals = shown[:16].to(distributed.device())
         pairs = torch.stack([originals, averaged(originals).images], dim=1).flatten(0, 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(to_pixels(pairs), columns=8).save(path)
 
     def measure(averaged: nn.Module) -> dict[str, float]:
@@ -79,8 +79,8 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         ]
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
 
-    return train(config.loop, run, turns, batches, seed=config.seed, published=autoencoder, preview=preview,
-                 measure=measure)  # fmt: skip
+    return train(config.loop, run, turns, batches, seed=config.seed, published=autoencoder, begin=begin,
+                 preview=preview, measure=measure)  # fmt: skip
 
 
 def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:

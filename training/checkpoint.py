@@ -183,6 +183,10 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def previews(self) -> Path:
+        return self.folder / "previews"
+
     def finished(self, steps: int) -> bool:
         """Whether the last of `steps` steps is in a checkpoint."""
         return (self.checkpoints / _name(steps) / "manifest.json").is_file()

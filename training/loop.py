@@ -96,22 +96,26 @@ def train(
     *,
     seed: int,
     published: nn.Module,
+    begin: Callable[[], None] | None = None,
     preview: Callable[[nn.Module, Path, int], None] | None = None,
     measure: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> nn.Module:
     """Train to `config.steps`, resuming from the run's newest whole checkpoint; return the averaged `published`.
 
-    `batches(step)` yields this rank's micro-batches of that step and all that follow. `preview(averaged, path,
-    step)` draws a picture and `measure(averaged)` returns held-out figures; both are called every
-    `preview_every` steps on rank 0.
+    `batches(step)` yields this rank's micro-batches of that step and all that follow. `begin()` is called, on every
+    rank, where there is no checkpoint to resume, to start the modules from data. `preview(averaged, path, step)`
+    draws a picture and `measure(averaged)` returns held-out figures; both are called every `preview_every` steps on
+    rank 0.
 
     Raises Interrupted after saving on SIGINT or SIGTERM, and UserError after `max_bad_steps` non-finite steps.
     """
     device = distributed.device()
     published.to(device)
+    state = run.latest()
+    if state is None and begin:
+        begin()
     movers = [_Mover(turn, config, device) for turn in turns]
     ema, meter = Ema(published, config.ema_decay), Meter()
-    state = run.latest()
     step = 0
     if state is not None:
         step = state["step"]
@@ -174,7 +178,8 @@ def train(
                 if step % config.preview_every == 0 or last:
                     with torch.no_grad():
                         if preview:
-                            preview(ema.module, run.folder / "previews" / f"step-{step:08d}.png", step)
+                            run.previews.mkdir(exist_ok=True)
+                            preview(ema.module, run.previews / f"step-{step:08d}.png", step)
                         if measure:
                             log.write(step, {f"held_out.{k}": v for k, v in measure(ema.module).items()})
             if step % config.save_every == 0 or last or stopping:

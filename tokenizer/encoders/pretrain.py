@@ -130,7 +130,6 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
     shown = held_out.gather([(0, index) for index in range(min(16, len(held_out)))])["images"]
 
     def preview(averaged: nn.Module, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         images = shown.to(distributed.device())
         noise = torch.rand((len(shown), num_patches), generator=torch.Generator().manual_seed(0))
         output = averaged(images, noise=noise.to(images))
