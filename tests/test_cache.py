@@ -38,7 +38,9 @@ def save_tokenizer(folder, source, seed=0, num_codes=16):
     config = TokenizerRun(data=DataConfig(source=str(source), image_size=SIDE, augment="shift"), model=model)
     torch.manual_seed(seed)
     autoencoder = model.build(SIDE)
-    autoencoder.quantizer._set(0.1 * torch.randn(num_codes, 2))
+    with torch.no_grad():  # codes where features are
+        latents = autoencoder(torch.rand(64, 3, SIDE, SIDE) * 2 - 1).latents.movedim(1, -1).flatten(0, 2)
+    autoencoder.quantizer.codebook.copy_(latents.mean(0) + latents.std(0) * torch.randn(num_codes, 2))
     (folder / "weights").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     write_weights(folder / "weights" / "model.safetensors", autoencoder.state_dict(), {})

@@ -103,7 +103,8 @@ def test_codes_of_the_cache_are_the_tokenizers(root: Path):
     codes = torch.from_numpy(np.asarray(cache.split("held_out").codes[:8, 0]).astype(np.int64))
     assert (model.encode(batch) == codes).float().mean() > 0.99  # another batch shape may round a tie
     output = model(batch)
-    assert torch.equal(model.quantizer.lookup(output.quantized.codes), output.quantized.vectors)
+    levels = torch.stack(model.layout.split(output.codes), 1)
+    assert torch.equal(model.quantizer.lookup(levels), output.vectors)
     assert torch.equal(model.decode(model.encode(batch)), output.images)
 
 

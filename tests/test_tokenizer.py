@@ -1,4 +1,4 @@
-"""Laws of code layouts, autoencoders, decoders and discriminators."""
+"""Laws of code layouts and of every autoencoder with every quantizer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import itertools
 
 import pytest
 import torch
-from tiny import save_encoder
+from tiny import QUANTIZER_SIZES, save_encoder
+from torch import nn
 
 from tokenizer.autoencoder import LatentNormaliser
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.vit import sin_cos_positions
-from tokenizer.discriminators import DISCRIMINATORS
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.interface import CodeLayout
@@ -23,9 +23,11 @@ from training.loop import Batch
 
 DECODER_SIZES = {
     "conv": {"channels": 8, "residual_blocks": 1, "residual_channels": 4},
+    "resnet": {"channels": 8, "multipliers": (1, 1, 1), "blocks": 1},
     "vit": {"dim": 16, "depth": 2, "heads": 2},
 }
-CASES = list(itertools.product(AUTOENCODERS, QUANTIZERS, (16, 6)))
+CASES = list(itertools.product(AUTOENCODERS, QUANTIZERS))
+SHAPES = [(16, 16), (16, 24), (24, 24), (32, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +35,20 @@ def encoder_folder(tmp_path_factory):
     return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
-def config_of(kind, quantizer, code_dim, encoder_folder, frozen=True, decoder=None):
-    """A tiny config of 16 px and 4 x 4 codes; a code_dim of 16 needs no projections."""
+def config_of(kind, quantizer, encoder_folder, frozen=True, decoder=None, **changes):
+    """A tiny config of 16 px and 4 x 4 codes (and 2 x 2 above them)."""
     config = AUTOENCODERS[kind]()
     encoder = ConvEncoderConfig(channels=16, residual_blocks=1, residual_channels=4)
     if config.encoder.kind == "foundation":
         encoder = FoundationConfig(name=encoder_folder, frozen=frozen)
     decoder = decoder or config.decoder.kind
-    return dataclasses.replace(
-        config,
-        encoder=encoder,
-        quantizer=QUANTIZERS[quantizer](num_codes=20, code_dim=code_dim),
-        decoder=DECODERS[decoder](**DECODER_SIZES[decoder]),
-    )
+    parts = {"encoder": encoder, "decoder": DECODERS[decoder](**DECODER_SIZES[decoder])}
+    made = QUANTIZERS[quantizer](**QUANTIZER_SIZES[quantizer])
+    if kind == "vqvae2":
+        parts |= {"top": made, "bottom": made, "channels": 16, "residual_blocks": 1, "residual_channels": 8}
+    else:
+        parts["quantizer"] = made
+    return dataclasses.replace(config, **{**parts, **changes})
 
 
 def build(*arguments, **options):
@@ -53,11 +56,11 @@ def build(*arguments, **options):
     return config_of(*arguments, **options).build(16)
 
 
-def images(batch=6, size=16, seed=0):
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def images(batch=6, size=(16, 16), seed=0):
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.fixture(params=CASES, ids="-".join)
 def case(request, encoder_folder):
     return (*request.param, encoder_folder)
 
@@ -100,21 +103,33 @@ def test_a_layout_refuses_other_codes(wrong):
         LEVELS.check(wrong)
 
 
-# autoencoders
+# every autoencoder with every quantizer
 
 
-def test_decode_of_encode_is_forward(case):
-    autoencoder, given = build(*case).eval(), images()
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+def test_decode_of_encode_is_forward(case, size):
+    autoencoder, given = build(*case).eval(), images(size=size)
     with torch.no_grad():
         output = autoencoder(given)
-    codes = autoencoder.encode(given)
-    assert autoencoder.layout == CodeLayout(((4, 4),), (20,))
-    assert codes.shape == (6, 16) and codes.dtype == torch.int64
-    autoencoder.layout.check(codes)
-    (grid,) = autoencoder.layout.split(codes)
-    assert torch.equal(autoencoder.quantizer.lookup(grid), output.quantized.vectors)
-    assert torch.equal(autoencoder.decode(codes), output.images)
-    assert output.images.shape == given.shape and output.features.shape == (6, 16, 4, 4)
+    codes, layout = autoencoder.encode(given), autoencoder.layout_of(*size)
+    layout.check(codes)
+    assert torch.equal(codes, output.codes) and len(codes) == 6
+    assert torch.equal(autoencoder.decode(codes, layout), output.images)
+    assert output.images.shape == given.shape and output.features.shape == (6, 16, size[0] // 4, size[1] // 4)
+    assert output.latents.shape == output.vectors.shape
+    if size == (16, 16):
+        assert layout == autoencoder.layout
+        assert torch.equal(autoencoder.decode(codes), output.images)
+
+
+def test_the_layout_is_the_quantizers(case):
+    autoencoder = build(*case)
+    sizes = autoencoder.quantizer.num_codes
+    if case[0] == "vqvae2":
+        grids = ((2, 2),) * len(sizes) + ((4, 4),) * len(sizes)
+        assert autoencoder.layout == CodeLayout(grids, sizes * 2)
+    else:
+        assert autoencoder.layout == CodeLayout(((4, 4),) * len(sizes), sizes)
 
 
 def test_state_dict_is_the_whole_tokenizer(case):
@@ -127,10 +142,28 @@ def test_state_dict_is_the_whole_tokenizer(case):
 
 
 def test_decode_refuses_codes_that_it_cannot_have_made(case):
-    with pytest.raises(ValueError, match=r"outside \[0, 20\)"):
-        build(*case).decode(torch.full((1, 16), 20))
-    with pytest.raises(ValueError, match=r"must be \(B, 16\) int64"):
-        build(*case).decode(torch.zeros(1, 17, dtype=torch.int64))
+    autoencoder = build(*case)
+    with pytest.raises(ValueError, match=r"outside \[0, \d+\)"):
+        autoencoder.decode(torch.full((1, autoencoder.layout.length), 60))
+    with pytest.raises(ValueError, match=r"must be \(B, \d+\) int64"):
+        autoencoder.decode(torch.zeros(1, 7, dtype=torch.int64))
+
+
+def test_autocast_chooses_no_other_codes_for_the_same_features(case):
+    autoencoder = build(*case).eval()
+    autoencoder.calibrate([images()], seed=0)
+    with torch.no_grad():
+        features = autoencoder.encoder(images(seed=1))
+        plain = choose(autoencoder, features)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(choose(autoencoder, features), plain)
+
+
+def choose(autoencoder, features):
+    """Codes of features; of VQ-VAE-2 the top's, as if these were what the top encoder made."""
+    if hasattr(autoencoder, "quantize"):
+        return autoencoder.quantize(features)[1].codes
+    return autoencoder._quantize_top(features).codes
 
 
 def loss_of(autoencoder):
@@ -140,7 +173,12 @@ def loss_of(autoencoder):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_reach_all_that_learns_and_nothing_else(case, frozen):
+    if case[0] != "vqrae" and frozen:
+        pytest.skip("nothing to freeze")
     autoencoder = build(*case, frozen=frozen).train()
+    for name, parameter in autoencoder.named_parameters():
+        if name.startswith("project_") and name.endswith("weight"):
+            parameter.data *= 20  # latents of a size that meets several codes of any quantizer
     autoencoder.calibrate([images()], seed=0)
     loss_of(autoencoder.train()).backward()
     for name, parameter in autoencoder.named_parameters():
@@ -151,7 +189,7 @@ def test_gradients_reach_all_that_learns_and_nothing_else(case, frozen):
         else:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     learns = any(p.requires_grad for p in autoencoder.encoder.parameters())
-    assert learns == (case[0] == "vqvae" or not frozen)
+    assert learns == (case[0] != "vqrae" or not frozen)
 
 
 def test_a_training_step_moves_what_learns_and_nothing_frozen(case):
@@ -161,75 +199,124 @@ def test_a_training_step_moves_what_learns_and_nothing_frozen(case):
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=0.1)
     loss_of(autoencoder).backward()
     optimizer.step()
-    autoencoder.quantizer.update(0, True)
+    autoencoder.update(0, True)
     moved = {n for n, t in autoencoder.state_dict().items() if not torch.equal(t, before[n])}
-    statistics = {n for n in before if n.startswith("quantizer.")}
+    statistics = {n for n in before if "quantizer." in n}
     assert set(trainable) <= moved | {n for n in trainable if n.endswith("bias")}
     assert moved <= set(trainable) | statistics
-    assert "quantizer.frozen" not in moved
+    assert not any(name.endswith("quantizer.frozen") for name in moved)
+    assert any(name.endswith("usage") for name in moved)
     if case[0] == "vqrae":
         assert not any(module.training for module in autoencoder.encoder.modules())
         assert not any(name.startswith("encoder.") for name in moved)
 
 
-def test_calibration_normalises_and_starts_the_codebook(encoder_folder):
-    autoencoder = build("vqrae", "vector", 16, encoder_folder)
+def test_every_autoencoder_logs_usage(case):
+    autoencoder = build(*case).train()
+    autoencoder(images())
+    autoencoder.update(0, True)
+    parts = autoencoder(images()).parts
+    assert 0 < parts["usage"] <= 1 and parts["perplexity"] >= 1
+
+
+# one by one
+
+
+@pytest.mark.parametrize("code_dim", [4, 16, 48])  # with projections, without, and with a search in fewer dimensions
+def test_calibration_normalises_and_starts_the_codebook(encoder_folder, code_dim):
+    config = config_of("vqrae", "vector", encoder_folder)
+    autoencoder = dataclasses.replace(
+        config, quantizer=dataclasses.replace(config.quantizer, code_dim=code_dim)
+    ).build(16)  # fmt: skip
+    assert isinstance(autoencoder.project_in, nn.Identity) == (code_dim == 16)
     batches = [images(seed=seed, batch=32) for seed in range(3)]
     autoencoder.calibrate(batches, seed=0)
     features = torch.cat([autoencoder.encoder(batch) for batch in batches])
     normal = autoencoder.normaliser(features)
     torch.testing.assert_close(normal.mean(0), torch.zeros(16, 4, 4), atol=1e-4, rtol=0)
     torch.testing.assert_close(normal.var((0, 2, 3), correction=0), torch.ones(16), atol=1e-2, rtol=0)
+    torch.testing.assert_close(autoencoder.normaliser.inverse(normal), features, atol=1e-5, rtol=1e-5)
     assert len(autoencoder.encode(torch.cat(batches)).unique()) == 20
+
+
+def test_a_search_in_fewer_dimensions_finds_the_same_codes(encoder_folder):
+    config = config_of("vqrae", "vector", encoder_folder)
+    wide = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, code_dim=48)).build(16).eval()
+    wide.calibrate([images(batch=32)], seed=0)
+    with torch.no_grad():
+        features = wide.encoder(images(batch=64, seed=3))
+        latents, quantized = wide.quantize(features)
+        assert torch.equal(quantized.codes, wide.quantizer(latents).codes)
+
+
+def test_denormalised_features_reach_the_decoder(encoder_folder):
+    autoencoder = build("vqrae", "vector", encoder_folder, denormalise=True).eval()
+    autoencoder.calibrate([images(batch=32)], seed=0)
+    seen = []
+    autoencoder.decoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    output = autoencoder(images())
+    expected = autoencoder.normaliser.inverse(autoencoder.project_out(output.vectors))
+    torch.testing.assert_close(seen[0], expected)
+    with pytest.raises(ValueError, match=r"model.denormalise=true undoes"):
+        config_of("vqrae", "vector", encoder_folder, denormalise=True, normalise=False)
+
+
+def test_stages_switch_what_learns(encoder_folder):
+    autoencoder = build("vqrae", "vector", encoder_folder).train()
+    for stage in (2, 1):
+        autoencoder.set_stage(stage)
+        assert {p.requires_grad for p in autoencoder.encoder.parameters()} == {stage == 2}
+        autoencoder.zero_grad()
+        loss_of(autoencoder).backward()
+        assert any(p.grad is not None for p in autoencoder.encoder.parameters()) == (stage == 2)
+        assert autoencoder.decoder.last_layer.grad is not None
+    with pytest.raises(ValueError, match="stage 3 is neither"):
+        autoencoder.set_stage(3)
+    with pytest.raises(ValueError, match="only pretrained encoders have stages"):
+        build("vqvae", "vector", encoder_folder).set_stage(1)
 
 
 def test_normaliser_takes_other_grids():
     normaliser = LatentNormaliser(3, (4, 4))
     features = 5 + torch.randn(20, 3, 4, 4)
     normaliser.measure(features)
-    assert normaliser(5 + torch.randn(2, 3, 6, 6)).abs().mean() < 2
+    others = 5 + torch.randn(2, 3, 6, 6)
+    assert normaliser(others).abs().mean() < 2
+    torch.testing.assert_close(normaliser.inverse(normaliser(others)), others)
+    with pytest.raises(ValueError, match=r"latent statistics: mean is \(4, 1, 1\), features are \(3, 4, 4\)"):
+        normaliser.load(torch.zeros(4, 1, 1), torch.ones(3, 1, 1))
 
 
-@pytest.mark.parametrize(("kind", "decoder"), [("vqvae", "vit"), ("vqrae", "conv")])
+@pytest.mark.parametrize(("kind", "decoder"), [("vqvae", "vit"), ("vqrae", "conv"), ("vqvae", "resnet")])
 def test_any_encoder_goes_with_any_decoder(kind, decoder, encoder_folder):
-    autoencoder, given = build(kind, "vector", 16, encoder_folder, decoder=decoder).eval(), images()
+    autoencoder, given = build(kind, "vector", encoder_folder, decoder=decoder).eval(), images()
     assert torch.equal(autoencoder.decode(autoencoder.encode(given)), autoencoder(given).images)
 
 
-@pytest.mark.parametrize("kind", AUTOENCODERS)
-def test_an_image_of_no_whole_number_of_patches_is_refused(kind, encoder_folder):
-    with pytest.raises(ValueError, match=r"data.image_size=30 does not divide by the encoder's 4 .*: 32 would"):
-        config_of(kind, "vector", 16, encoder_folder).build(30)
+@pytest.mark.parametrize(("kind", "pixels", "size"), [("vqvae", 4, 32), ("vqrae", 4, 32), ("vqvae2", 8, 32)])
+def test_an_image_of_no_whole_number_of_patches_is_refused(kind, pixels, size, encoder_folder):
+    message = rf"data.image_size=30 does not divide by the encoder's {pixels} .*: {size} would"
+    with pytest.raises(ValueError, match=message):
+        config_of(kind, "vector", encoder_folder).build(30)
 
 
-# decoders and discriminators
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-def test_decoders_make_images_of_any_grid(kind):
-    decoder = DECODERS[kind](**DECODER_SIZES[kind]).build(5, 4, (4, 4))
-    for grid in ((4, 4), (2, 3), (6, 6)):
-        assert decoder(torch.randn(2, 5, *grid)).shape == (2, 3, 4 * grid[0], 4 * grid[1])
-    decoder(torch.randn(2, 5, 4, 4)).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in decoder.parameters())
-    assert any(decoder.last_layer is parameter for parameter in decoder.parameters())
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-def test_decoders_put_each_code_in_its_place(kind):
-    torch.manual_seed(0)
-    decoder = DECODERS[kind](**DECODER_SIZES[kind]).build(5, 4, (4, 4)).eval()
-    plain = torch.randn(64, 5, 4, 4)
-    changed = plain.clone()
-    changed[:, :, 1, 2] *= -3
-    moved = (decoder(changed) - decoder(plain)).abs().sum((0, 1))
-    patches = moved.unflatten(0, (4, 4)).unflatten(2, (4, 4)).sum((1, 3))
-    assert divmod(int(patches.argmax()), 4) == (1, 2)
+def test_the_bottom_of_vqvae2_is_conditioned_on_the_top(encoder_folder):
+    autoencoder, given = build("vqvae2", "vector", encoder_folder).eval(), images()
+    autoencoder.calibrate([images(seed=1, batch=32)], seed=0)
+    codes = autoencoder.encode(given)
+    top, bottom = autoencoder.layout.split(codes)
+    assert top.shape == (6, 2, 2) and bottom.shape == (6, 4, 4)
+    other = autoencoder.layout.join([(top + 1) % 20, bottom])
+    assert not torch.equal(autoencoder.decode(other), autoencoder.decode(codes))
+    with torch.no_grad():
+        features = autoencoder.encoder(given)
+        plain = autoencoder._bottom_latents(torch.zeros(6, 8, 2, 2), features)
+        assert not torch.allclose(autoencoder(given).latents, plain)
 
 
 def test_refused_decoder_settings():
     with pytest.raises(ValueError, match=r"decoder.kind=conv .* 14 pixels"):
-        DECODERS["conv"]().build(8, 14, (2, 2))
+        DECODERS["conv"]().build(8, 14, (2, 2), nn.Identity())
     with pytest.raises(ValueError, match=r"decoder.dim=30 must divide"):
         DECODERS["vit"](dim=30, heads=4)
 
@@ -239,44 +326,6 @@ def test_positions_tell_places_apart():
     assert positions.shape == (1, 16, 16) and not positions[0, 0].any()
     assert len(positions[0].unique(dim=0)) == 16
     assert positions[0, 1].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
-
-
-@pytest.mark.parametrize("kind", DISCRIMINATORS)
-def test_discriminators_judge_patches_one_image_at_a_time(kind):
-    discriminator = DISCRIMINATORS[kind](channels=8).build()
-    given = images(size=32)
-    logits = discriminator(given)
-    assert logits.shape[:2] == (6, 1) and logits.ndim == 4
-    torch.testing.assert_close(discriminator(given[:1]), logits[:1])
-    logits.square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in discriminator.parameters())
-
-
-# the objective
-
-
-def objective_of(encoder_folder, **settings):
-    autoencoder = build("vqvae", "vector", 16, encoder_folder)
-    return Objective(ObjectiveConfig(**settings), autoencoder, None), Batch({"images": images()}, torch.arange(6))
-
-
-def test_adversarial_term_is_ramped_and_capped(encoder_folder):
-    objective, batch = objective_of(
-        encoder_folder,
-        adversarial=0.5, adversarial_start_step=10, adversarial_ramp_steps=4, adaptive_cap=0.25,
-        discriminator=DISCRIMINATORS["patch"](channels=8, layers=1),
-    )  # fmt: skip
-    assert [objective._ramp(step) for step in (0, 10, 12, 14, 99)] == [0, 0, 0.25, 0.5, 0.5]
-    assert "adversarial" not in objective.autoencoder_loss(batch, 10).parts
-    loss = objective.autoencoder_loss(batch, 12)
-    parts = loss.parts
-    assert 0 < parts["adaptive_weight"] <= 0.25
-    expected = parts["mse"] + parts["quantizer"] + 0.25 * parts["adaptive_weight"] * parts["adversarial"]
-    torch.testing.assert_close(loss.total, expected)
-    assert not batch.extras["reconstruction"].requires_grad
-    hinge = objective.discriminator_loss(batch, 12)
-    hinge.total.backward()
-    assert all(p.grad is None for p in objective.autoencoder.parameters())
 
 
 def test_perception_needs_its_weights():

@@ -48,7 +48,7 @@ def pretraining(root, /, **changes):
 def stage1(root, /, **changes):
     model = VQRAEConfig(
         encoder=FoundationConfig(name=str(root / "encoder" / "model")),
-        quantizer=VectorConfig(num_codes=16, code_dim=8, restart_below=0.1),
+        quantizer=VectorConfig(num_codes=16, code_dim=8, restart="data", restart_below=0.1),
         decoder=DECODER,
     )
     config = TokenizerRun(
@@ -75,7 +75,9 @@ def stage2(root, /, **changes):
 def vqvae(root, /, **changes):
     model = VQVAEConfig(
         encoder=ConvEncoderConfig(channels=16, residual_blocks=1, residual_channels=4),
-        quantizer=SimVQConfig(num_codes=16, code_dim=8, init="kmeans", restart_below=0.1, restart_every=3),
+        quantizer=SimVQConfig(
+            num_codes=16, code_dim=8, init="kmeans", restart="data", restart_below=0.1, restart_every=3
+        ),
         decoder=ConvDecoderConfig(channels=16, residual_blocks=1, residual_channels=4),
     )
     return dataclasses.replace(stage1(root, name="vqvae", model=model), **changes)
@@ -197,17 +199,20 @@ def test_the_teacher_is_the_first_encoder_and_never_moves(root, tmp_path, monkey
     teachers = []
 
     class Watched(train_module.Objective):
-        def __init__(self, config, autoencoder, teacher):
-            super().__init__(config, autoencoder, teacher)
+        def __init__(self, config, autoencoder, teacher, seed):
+            super().__init__(config, autoencoder, teacher, seed)
             teachers.append(teacher)
 
     monkeypatch.setattr(train_module, "Objective", Watched)
     train_tokenizer(stage2(root, root=str(tmp_path)))
-    (teacher,) = teachers
+    further = stage2(root, root=str(tmp_path), name="further", start_from=str(tmp_path / "stage2"))
+    train_tokenizer(further)  # from an encoder that has learned: the teacher is still the pretrained one
     pretrained = load_weights(root / "stage1")
-    for name, tensor in teacher.state_dict().items():
-        assert torch.equal(tensor, pretrained[f"encoder.{name}"]), name
-    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    for teacher in teachers:
+        for name, tensor in teacher.state_dict().items():
+            assert torch.equal(tensor, pretrained[f"encoder.{name}"]), name
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert len(teachers) == 2
 
 
 # going on

@@ -9,4 +9,8 @@ def __getattr__(name: str) -> Any:
         from tokenizer.run import load
 
         return load
+    if name == "VQRAE":
+        from tokenizer.vqrae import VQRAE
+
+        return VQRAE
     raise AttributeError(f"module 'tokenizer' has no attribute {name!r}")

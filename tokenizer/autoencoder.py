@@ -1,7 +1,7 @@
 """A discrete autoencoder: encoder, latent normalisation, quantizer between two projections, decoder.
 
-With convolutions it is VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937); vqrae.py puts a pretrained encoder
-and a ViT decoder in their places.
+With convolutions it is VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937), with an adversary and LPIPS VQGAN
+(Esser et al. 2021, arXiv:2012.09841); vqrae.py puts a pretrained encoder and a ViT decoder in their places.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.decoders import DECODERS
+from tokenizer.decoders.pretrained import load_decoder
 from tokenizer.encoders import ENCODERS
 from tokenizer.interface import CodeLayout, QuantizerOutput
 from tokenizer.quantizers import QUANTIZERS
-from tokenizer.quantizers.codebook import to_rows
+from tokenizer.quantizers.codebook import LowRank, to_rows
 from training.config import one_of
 
 
@@ -28,40 +29,52 @@ class VQVAEConfig:
     encoder: Any = one_of(ENCODERS, "conv")
     quantizer: Any = one_of(QUANTIZERS, "vector")
     decoder: Any = one_of(DECODERS, "conv")
-    normalise: bool = False
+    normalise: bool = False  # latents, by statistics measured before training
 
-    def build(self, image_size: int, saved: Path | None = None) -> Autoencoder:
-        """The autoencoder for square images; with `saved`, the folder of its weights, architecture only."""
-        return build_autoencoder(self, image_size, saved)
+    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> Autoencoder:
+        """The autoencoder for square images; without pretrained weights where `saved` holds its own, or on request.
+
+        Raises ValueError when the image does not divide into whole patches.
+        """
+        parts = build_parts(self, image_size, saved, weights)
+        return Autoencoder(*parts, normalise=self.normalise)
 
 
-def build_autoencoder(config: Any, image_size: int, saved: Path | None) -> Autoencoder:
-    """Join what the `encoder`, `quantizer` and `decoder` of a config build.
+def build_parts(
+    config: Any, image_size: int, saved: Path | None, weights: bool
+) -> tuple[nn.Module, nn.Module, nn.Module, tuple[int, int]]:
+    """(encoder, quantizer, decoder, grid) that a config describes."""
+    encoder = config.encoder.build(image_size, saved, weights)
+    grid = grid_of(image_size, encoder.stride)
+    decoder = config.decoder.build(encoder.channels, encoder.stride, grid, encoder)
+    if weights and saved is None and getattr(config.decoder, "weights", None):
+        load_decoder(decoder, config.decoder.weights, encoder.mean.flatten(), encoder.std.flatten())
+    return encoder, config.quantizer.build(), decoder, grid
 
-    Raises ValueError when the image does not divide into whole patches.
-    """
-    encoder = config.encoder.build(image_size, saved)
-    if image_size % encoder.stride:
-        near = max(1, round(image_size / encoder.stride)) * encoder.stride
+
+def grid_of(image_size: int, stride: int) -> tuple[int, int]:
+    """Codes per side. Raises ValueError when the image is no whole number of them."""
+    if image_size % stride:
+        near = max(1, round(image_size / stride)) * stride
         raise ValueError(
-            f"data.image_size={image_size} does not divide by the encoder's {encoder.stride} pixels per code: "
-            f"{near} would"
+            f"data.image_size={image_size} does not divide by the encoder's {stride} pixels per code: {near} would"
         )
-    side = image_size // encoder.stride
-    quantizer = config.quantizer.build()
-    decoder = config.decoder.build(encoder.channels, encoder.stride, (side, side))
-    return Autoencoder(encoder, quantizer, decoder, (side, side), config.normalise)
+    return image_size // stride, image_size // stride
 
 
 @dataclasses.dataclass
 class Reconstruction:
     images: Tensor  # (B, 3, H, W), about [-1, 1]
     features: Tensor  # (B, C, h, w), the encoder's own, before normalisation
-    quantized: QuantizerOutput
+    latents: Tensor  # (B, D, h, w), what the quantizer was given
+    vectors: Tensor  # (B, D, h, w), what it made of them; gradients pass straight through
+    codes: Tensor  # (B, N) int64
+    loss: Tensor  # the quantizers', already weighted
+    parts: dict[str, Tensor]  # its named terms
 
 
 class Autoencoder(nn.Module):
-    """images (B, 3, H, W) in [-1, 1] <-> codes (B, N) int64."""
+    """images (B, 3, H, W) in [-1, 1] <-> codes (B, N) int64. Other sizes than the one trained on are taken, too."""
 
     def __init__(
         self,
@@ -69,41 +82,69 @@ class Autoencoder(nn.Module):
         quantizer: nn.Module,
         decoder: nn.Module,
         grid: tuple[int, int],
+        *,
         normalise: bool,
+        denormalise: bool = False,
+        noise_tau: float = 0.0,
     ) -> None:
+        """`normalise` features before the quantizer and, with `denormalise`, undo it before the decoder.
+
+        `noise_tau`: largest standard deviation of the noise that training adds to features.
+        """
+        assert normalise or not denormalise
         super().__init__()
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.grid, self.noise_tau = grid, noise_tau
+        self.denormalise = denormalise
         self.normaliser = LatentNormaliser(encoder.channels, grid) if normalise else nn.Identity()
         same = encoder.channels == quantizer.dim
-        self.project_in = nn.Identity() if same else nn.Conv2d(encoder.channels, quantizer.dim, 1)
-        self.project_out = nn.Identity() if same else nn.Conv2d(quantizer.dim, encoder.channels, 1)
-        if not same:
-            nn.init.orthogonal_(self.project_in.weight.flatten(1))
-            nn.init.orthogonal_(self.project_out.weight.flatten(1))
-            nn.init.zeros_(self.project_in.bias)
-            nn.init.zeros_(self.project_out.bias)
-        self.layout = CodeLayout((grid,), (quantizer.num_codes,))
+        self.project_in = nn.Identity() if same else Projection(encoder.channels, quantizer.dim)
+        self.project_out = nn.Identity() if same else Projection(quantizer.dim, encoder.channels)
+        self.layout = self._layout_of(grid)
 
-    def forward(self, images: Tensor) -> Reconstruction:
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight whose gradients balance the adversarial loss."""
+        return self.decoder.last_layer
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """`noise` (B, C, h, w) is added to the features, in training of decoders that must bear it (RAE, section 4)."""
         features = self.encoder(images)
-        quantized = self.quantizer(self.project_in(self.normaliser(features)))
-        return Reconstruction(self._to_images(quantized.vectors), features, quantized)
+        latents, quantized = self.quantize(features if noise is None else features + noise)
+        pictures = self._from_vectors(quantized.vectors)
+        codes = quantized.codes.flatten(1)
+        return Reconstruction(pictures, features, latents, quantized.vectors, codes, quantized.loss, quantized.parts)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, N) int64."""
-        quantized = self.quantizer(self.project_in(self.normaliser(self.encoder(images))))
-        return self.layout.join([quantized.codes])
+        return self.quantize(self.encoder(images))[1].codes.flatten(1)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """(B, N) int64 -> (B, 3, H, W). Raises ValueError for codes that this tokenizer cannot have made."""
-        self.layout.check(codes)
-        (grid,) = self.layout.split(codes)
-        return self._to_images(self.quantizer.lookup(grid))
+    def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor:
+        """(B, N) int64 -> (B, 3, H, W). Raises ValueError for codes that this tokenizer cannot have made.
 
-    def _to_images(self, vectors: Tensor) -> Tensor:
-        return self.decoder(self.project_out(vectors))
+        `layout` (of `layout_of`) is needed where the images are not of the size trained on.
+        """
+        layout = layout or self.layout
+        layout.check(codes)
+        return self._from_vectors(self.quantizer.lookup(torch.stack(layout.split(codes), 1)))
+
+    def layout_of(self, height: int, width: int) -> CodeLayout:
+        """What the codes of images (3, height, width) mean."""
+        return self._layout_of((height // self.encoder.stride, width // self.encoder.stride))
+
+    def update(self, step: int, taken: bool) -> None:
+        """After each optimizer step; see Quantizer."""
+        self.quantizer.update(step, taken)
+
+    def set_stage(self, stage: int) -> None:
+        """1: the encoder is frozen; 2: it learns. Raises ValueError for others, or an encoder without stages."""
+        if stage not in (1, 2):
+            raise ValueError(f"stage {stage!r} is neither 1 (the encoder is frozen) nor 2 (it learns)")
+        if not hasattr(self.encoder, "set_frozen"):
+            raise ValueError("only pretrained encoders have stages; this one is trained from the start")
+        self.encoder.set_frozen(stage == 1)
 
     @torch.no_grad()
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
@@ -112,8 +153,48 @@ class Autoencoder(nn.Module):
         features = torch.cat([self.encoder(images) for images in batches])
         if isinstance(self.normaliser, LatentNormaliser):
             self.normaliser.measure(features)
-        rows = [to_rows(self.project_in(self.normaliser(part))) for part in features.split(256)]
-        self.quantizer.initialise(torch.cat(rows), seed)
+        rows = torch.cat([to_rows(self.normaliser(part)) for part in features.split(256)])
+        project = self.project_in.of_rows if isinstance(self.project_in, Projection) else None
+        self.quantizer.initialise(rows, seed, project)
+
+    def quantize(self, features: Tensor) -> tuple[Tensor, QuantizerOutput]:
+        """The encoder's features (B, C, h, w) -> what the quantizer is given, and what it makes of that.
+
+        In fp32 whatever the autocast, so that it chooses no other codes for the same features.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            given = self.normaliser(features.float())
+            latents = self.project_in(given)
+            if getattr(self.quantizer, "takes_low_rank", False) and 2 * given.shape[1] <= latents.shape[1]:
+                low_rank = LowRank(to_rows(given), self.project_in.weight, self.project_in.bias)
+                return latents, self.quantizer(latents, low_rank)
+            return latents, self.quantizer(latents)
+
+    def to_images(self, features: Tensor) -> Tensor:
+        """Features as the quantizer leaves them, (B, C, h, w) and normalised where `normalise` is set -> images."""
+        return self.decoder(self.normaliser.inverse(features) if self.denormalise else features)
+
+    def _from_vectors(self, vectors: Tensor) -> Tensor:
+        return self.to_images(self.project_out(vectors))
+
+    def _layout_of(self, grid: tuple[int, int]) -> CodeLayout:
+        return CodeLayout((grid,) * len(self.quantizer.num_codes), self.quantizer.num_codes)
+
+
+class Projection(nn.Linear):
+    """A linear map of channels, (B, in, h, w) -> (B, out, h, w), that keeps lengths at the start where it can."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        nn.init.orthogonal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features.movedim(1, -1)).movedim(-1, 1)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """(N, in) -> (N, out)."""
+        return super().forward(rows)
 
 
 class LatentNormaliser(nn.Module):
@@ -127,15 +208,34 @@ class LatentNormaliser(nn.Module):
         super().__init__()
         self.eps = eps
         self.register_buffer("mean", torch.zeros(channels, *grid))
-        self.register_buffer("var", torch.ones(channels, 1, 1))
+        self.register_buffer("var", torch.ones(channels, *grid))
 
     def measure(self, features: Tensor) -> None:
         """(M, C, h, w) features of training images."""
-        self.mean.copy_(features.mean(0))
-        self.var.copy_((features - self.mean).square().mean((0, 2, 3))[:, None, None])
+        mean = features.mean(0)
+        self.load(mean, (features - mean).square().mean((0, 2, 3))[:, None, None])
+
+    def load(self, mean: Tensor, var: Tensor) -> None:
+        """Statistics, each (C, h, w) or broadcasting to it. Raises ValueError for other shapes."""
+        for name, buffer, given in (("mean", self.mean, mean), ("var", self.var, var)):
+            try:
+                buffer.copy_(given.expand(buffer.shape))
+            except RuntimeError:
+                shapes = f"{tuple(given.shape)}, features are {tuple(buffer.shape)}"
+                raise ValueError(f"latent statistics: {name} is {shapes}") from None
 
     def forward(self, features: Tensor) -> Tensor:
-        mean = self.mean
-        if features.shape[2:] != mean.shape[1:]:
-            mean = F.interpolate(mean[None], features.shape[2:], mode="bicubic", align_corners=False)[0]
-        return (features - mean) / (self.var + self.eps).sqrt()
+        mean, scale = self._at(features)
+        return (features - mean) / scale
+
+    def inverse(self, normal: Tensor) -> Tensor:
+        mean, scale = self._at(normal)
+        return normal * scale + mean
+
+    def _at(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation on the grid of these features."""
+        mean, var, grid = self.mean, self.var, features.shape[2:]
+        if grid != mean.shape[1:]:
+            mean = F.interpolate(mean[None], grid, mode="bicubic", align_corners=False)[0]
+            var = F.interpolate(var[None], grid, mode="bilinear", align_corners=False)[0]
+        return mean, (var + self.eps).sqrt()

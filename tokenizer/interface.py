@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -77,30 +77,37 @@ class Tokenizer(Protocol):
 
     def encode(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) in [-1, 1] -> (B, N) int64
 
-    def decode(self, codes: Tensor) -> Tensor: ...  # (B, N) int64 -> (B, 3, H, W) in [-1, 1]
+    # (B, N) int64 -> (B, 3, H, W) in [-1, 1]; `layout` where the images are not of the size trained on
+    def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor: ...
 
 
 @dataclasses.dataclass
 class QuantizerOutput:
     """What a quantizer makes of features."""
 
-    vectors: Tensor  # (B, C, H, W); gradient passes to the input
-    codes: Tensor  # (B, H, W) int64
+    vectors: Tensor  # (B, C, H, W) float32; gradient passes to the input
+    codes: Tensor  # (B, L, H, W) int64, a grid per level: 1, the depth of a residual, the heads of a product
     loss: Tensor  # scalar, already weighted
-    parts: dict[str, Tensor]  # named terms for the log
+    parts: dict[str, Tensor]  # named terms for the log; `usage` and `perplexity` among them
 
 
 class Quantizer(Protocol):
-    """Features to the nearest of `num_codes` vectors.
+    """Features to the nearest of `num_codes` vectors per level.
 
     In training mode `forward` only *gathers* statistics; `update` applies them, once per optimizer step and
-    after one reduction over ranks, so accumulation and several processes give the same codebook.
+    after one reduction over ranks, so accumulation and several processes give the same codebook. What follows a
+    schedule is a buffer that `update` sets for the next step.
     """
 
-    num_codes: int
+    dim: int  # C
+    num_codes: tuple[int, ...]  # per level
 
     def forward(self, features: Tensor) -> QuantizerOutput: ...  # (B, C, H, W)
 
-    def lookup(self, codes: Tensor) -> Tensor: ...  # (B, H, W) -> (B, C, H, W), exactly what forward produced
+    def lookup(self, codes: Tensor) -> Tensor: ...  # (B, L, H, W) -> (B, C, H, W), exactly what forward produced
+
+    def initialise(  # from features of training images, once before training; `project` maps rows to (N, C)
+        self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None
+    ) -> None: ...
 
     def update(self, step: int, taken: bool) -> None: ...  # after each optimizer step, taken or skipped

@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenizer.autoencoder import Autoencoder, VQVAEConfig
 from tokenizer.data.sources import DataConfig
+from tokenizer.hierarchical import Hierarchical, VQVAE2Config
 from tokenizer.objective import ObjectiveConfig
 from tokenizer.vqrae import VQRAEConfig
 from training import distributed
@@ -20,7 +21,7 @@ from training.config import from_dict, one_of
 from training.loop import LoopConfig
 from training.optim import OptimizerConfig
 
-AUTOENCODERS = {"vqvae": VQVAEConfig, "vqrae": VQRAEConfig}
+AUTOENCODERS = {"vqvae": VQVAEConfig, "vqvae2": VQVAE2Config, "vqrae": VQRAEConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def load_config(run_folder: Path) -> TokenizerRun:
     return from_dict(TokenizerRun, raw, str(path))
 
 
-def load(run_folder: str | Path) -> Autoencoder:
+def load(run_folder: str | Path) -> Autoencoder | Hierarchical:
     """A trained tokenizer on this process's device, in evaluation mode; `.config` is its TokenizerRun.
 
     Raises UserError when the folder holds none, or its weights are damaged or of another architecture.

@@ -16,8 +16,9 @@ from tokenizer.data.sampler import feed, keys_of_step
 from tokenizer.data.sources import Images, open_split
 from tokenizer.data.transforms import to_pixels
 from tokenizer.encoders.foundation import FoundationEncoder
+from tokenizer.health import Health
 from tokenizer.objective import Objective
-from tokenizer.run import TokenizerRun, load_autoencoder_weights
+from tokenizer.run import TokenizerRun, load_autoencoder_weights, load_config
 from training import distributed
 from training.checkpoint import Run, weights_hash
 from training.command import UserError, config_command, run_command
@@ -44,31 +45,34 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         raise UserError(f"{folder}: {error}") from None
     if config.start_from is not None:
         load_autoencoder_weights(autoencoder, Path(config.start_from))
-    teacher = copy.deepcopy(autoencoder.encoder) if config.objective.distillation > 0 else None
-    objective = Objective(config.objective, autoencoder, teacher)
+    objective = Objective(config.objective, autoencoder, _teacher(config, autoencoder), config.seed)
     if config.start_from is None and isinstance(autoencoder.encoder, FoundationEncoder):
         inputs["encoder"] = autoencoder.encoder.fingerprint()
     run = Run.open(folder, config, fresh=fresh, inputs=inputs)
     images.announce()
     turns = [
         Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
-             after_step=autoencoder.quantizer.update)
+             after_step=autoencoder.update)
     ]  # fmt: skip
     if objective.discriminator is not None:
         turns.append(
             Turn("discriminator", objective.discriminator, objective.discriminator_loss,
-                 config.discriminator_optimizer, config.objective.discriminator_start_step)
+                 config.discriminator_optimizer, config.objective.discriminator_start_step,
+                 objective.discriminator.update)
         )  # fmt: skip
     if isinstance(autoencoder.encoder, FoundationEncoder) and distributed.is_main():
         autoencoder.encoder.save_architecture(run.folder / "weights" / "encoder")
-    shown = held_out.gather([(0, index) for index in range(min(256, len(held_out)))])["images"]
+    places = torch.linspace(
+        0, len(held_out) - 1, min(256, len(held_out))
+    ).long()  # of every class
+    shown = held_out.gather([(0, int(place)) for place in places])["images"]
 
     def begin() -> None:
         if config.start_from is None:
             autoencoder.calibrate(_calibration_batches(images.plain(), config), config.seed)
 
     def preview(averaged: nn.Module, path: Path, step: int) -> None:
-        originals = shown[:16].to(distributed.device())
+        originals = shown[:: max(1, len(shown) // 16)][:16].to(distributed.device())
         pairs = torch.stack([originals, averaged(originals).images], dim=1).flatten(0, 1)
         image_grid(to_pixels(pairs), columns=8).save(path)
 
@@ -79,8 +83,17 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         ]
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
 
+    health = Health(autoencoder.layout.num_codes, config.objective.adaptive_cap)
     return train(config.loop, run, turns, batches, seed=config.seed, published=autoencoder, begin=begin,
-                 preview=preview, measure=measure)  # fmt: skip
+                 preview=preview, measure=measure, watch=health.read)  # fmt: skip
+
+
+def _teacher(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None:
+    """The pretrained encoder as it was before any training here, where features are to stay near its own."""
+    if config.objective.distillation == 0 or config.objective.distillation_target != "teacher":
+        return None
+    trained = config.start_from is not None and not load_config(Path(config.start_from)).model.encoder.frozen
+    return config.model.encoder.build(config.data.image_size) if trained else copy.deepcopy(autoencoder.encoder)
 
 
 def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:

@@ -57,15 +57,21 @@ class Log:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "log.jsonl"
+        self.kept: list[dict[str, Any]] = []  # what a resumed run had written
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
             replace_file(self.path, "".join(f"{line}\n" for line in kept).encode())
+            self.kept = [json.loads(line) for line in kept]
         self.events = Events(folder, step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.events.write(step, values)
+
+    def warn(self, step: int, message: str) -> None:
+        with naming(self.path), open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "warning": message}) + "\n")
 
     def close(self) -> None:
         self.events.close()
@@ -135,6 +141,11 @@ class Progress:
             print(f"\r{line}\x1b[K", end="", flush=True)
         else:
             print(line, flush=True)
+
+    def warn(self, message: str) -> None:
+        """A line of its own, above the one that is rewritten."""
+        end = "\r\x1b[K" if self.terminal else ""
+        print(f"{end}warning: {message}", flush=True)
 
     def finish(self, note: str) -> None:
         end = "\r\x1b[K" if self.terminal else ""

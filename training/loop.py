@@ -99,13 +99,14 @@ def train(
     begin: Callable[[], None] | None = None,
     preview: Callable[[nn.Module, Path, int], None] | None = None,
     measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    watch: Callable[[int, dict[str, float]], list[str]] | None = None,
 ) -> nn.Module:
     """Train to `config.steps`, resuming from the run's newest whole checkpoint; return the averaged `published`.
 
     `batches(step)` yields this rank's micro-batches of that step and all that follow. `begin()` is called, on every
     rank, where there is no checkpoint to resume, to start the modules from data. `preview(averaged, path, step)`
     draws a picture and `measure(averaged)` returns held-out figures; both are called every `preview_every` steps on
-    rank 0.
+    rank 0, as is `watch(step, figures)` with whatever is logged: the warnings that it returns are logged and printed.
 
     Raises Interrupted after saving on SIGINT or SIGTERM, and UserError after `max_bad_steps` non-finite steps.
     """
@@ -132,8 +133,17 @@ def train(
     main = distributed.is_main()
     log = Log(run.folder, step) if main else None
     progress = Progress(title, config.steps)
+    for kept in log.kept if log and watch else []:  # what was warned of is not warned of again
+        if "warning" not in kept:
+            watch(kept["step"], {name: value for name, value in kept.items() if name != "step"})
     stream, bad_steps, latest = batches(step), 0, {}
     window_start, window_step = time.monotonic(), step
+
+    def report(figures: dict[str, float]) -> None:
+        log.write(step, figures)
+        for warning in watch(step, figures) if watch else []:
+            log.warn(step, warning)
+            progress.warn(f"{title} at step {step}: {warning}")
 
     def save() -> None:
         state = {
@@ -173,7 +183,7 @@ def train(
                 window_start, window_step = time.monotonic(), step
             if main:
                 if step % config.log_every == 0 or last:
-                    log.write(step, latest)
+                    report(latest)
                 progress.show(step, _note(latest))
                 if step % config.preview_every == 0 or last:
                     with torch.no_grad():
@@ -181,7 +191,7 @@ def train(
                             run.previews.mkdir(exist_ok=True)
                             preview(ema.module, run.previews / f"step-{step:08d}.png", step)
                         if measure:
-                            log.write(step, {f"held_out.{k}": v for k, v in measure(ema.module).items()})
+                            report({f"held_out.{k}": v for k, v in measure(ema.module).items()})
             if step % config.save_every == 0 or last or stopping:
                 save()  # whole even after bad steps: they moved nothing
                 distributed.barrier()
@@ -225,6 +235,7 @@ class _Mover:
             meter.add({f"{self.turn.name}.{name}": value for name, value in loss.parts.items()})
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         finite = bool(torch.isfinite(norm))  # gradients are averaged, so every rank sees the same
+        meter.add({f"{self.turn.name}.skipped": torch.tensor(float(not finite), device=self.device)})
         if finite:
             factor = self.turn.optimizer.factor(step - self.turn.start_step, self.config.steps - self.turn.start_step)
             for group in self.optimizer.param_groups:
@@ -264,9 +275,9 @@ def _restore(state: dict[str, Any], movers: list[_Mover], ema: Ema, meter: Meter
 
 def _note(latest: dict[str, float]) -> str:
     """The figures of a progress line."""
-    hidden = ("seconds", "images_per_second")
+    hidden = ("seconds", "images_per_second", "skipped", "gradient_norm")
     parts = [f"{latest['images_per_second']:.0f} images/s"] if "images_per_second" in latest else []
-    parts += [f"{k.partition('.')[2]} {v:.4g}" for k, v in latest.items() if k not in hidden and "gradient" not in k]
+    parts += [f"{k.partition('.')[2]} {v:.4g}" for k, v in latest.items() if k.rpartition(".")[2] not in hidden]
     return ", ".join(parts)
 
 

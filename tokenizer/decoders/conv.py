@@ -1,4 +1,7 @@
-"""Residual convolutional decoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1)."""
+"""Residual convolutional decoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1).
+
+It mirrors encoders/conv.py; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446) takes residual_channels=64 for 256 px.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class ConvDecoderConfig:
     residual_blocks: int = 2
     residual_channels: int = 32
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int]) -> ConvDecoder:
+    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> ConvDecoder:
         if stride < 2 or stride & (stride - 1):
             raise ValueError(
                 f"decoder.kind=conv doubles its grid: {stride} pixels per code is no power of two; take vit"
@@ -28,15 +31,22 @@ class ConvDecoderConfig:
 
 
 class ConvDecoder(nn.Module):
-    """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w)."""
+    """(B, in_channels, h, w) -> images, or features of `out_channels`, (B, out_channels, stride * h, stride * w)."""
 
     def __init__(
-        self, in_channels: int, stride: int, channels: int, residual_blocks: int, residual_channels: int
+        self,
+        in_channels: int,
+        stride: int,
+        channels: int,
+        residual_blocks: int,
+        residual_channels: int,
+        out_channels: int = 3,
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.body = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.stack = ResidualStack(channels, residual_blocks, residual_channels)
-        widths = [channels, *[channels // 2] * (int(math.log2(stride)) - 1), 3]
+        widths = [channels, *[channels // 2] * (int(math.log2(stride)) - 1), out_channels]
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
 
     @property

@@ -12,36 +12,96 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    dim: int
+    depth: int
+    heads: int
+    mlp: int
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.depth, self.heads, self.mlp) < 1:
+            raise ValueError(f"decoder: dim, depth, heads and mlp must be at least 1: {dataclasses.astuple(self)}")
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"decoder.dim={self.dim} must divide by decoder.heads={self.heads} and by 4")
+
+
+PRESETS = {"B": Size(768, 12, 12, 3072), "L": Size(1024, 24, 16, 4096), "XL": Size(1152, 28, 16, 4096)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTDecoderConfig:
+    """The size is a preset's, or one's own by `dim`, `depth`, `heads` and `mlp`; what neither says is B's."""
+
     kind: str = "vit"
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    preset: str = ""  # B, L, XL (of RAE), or mirror: the encoder's own width, depth, heads and MLP
+    dim: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp: int | None = None  # the width inside each MLP; 4 dim
+    gradient_checkpointing: bool = False  # less memory in training, a third more time
+    weights: str | None = None  # a decoder trained for RAE, or diffusers' AutoencoderRAE: a file, or the folder of one
 
     def __post_init__(self) -> None:
-        if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"decoder.dim={self.dim} must divide by decoder.heads={self.heads} and by 4")
+        given = [name for name in ("dim", "depth", "heads", "mlp") if getattr(self, name) is not None]
+        if self.preset and self.preset != "mirror" and self.preset not in PRESETS:
+            raise ValueError(f"decoder.preset={self.preset} is none of {', '.join(PRESETS)}, mirror")
+        if self.preset and given:
+            raise ValueError(
+                f"decoder.preset={self.preset} and decoder.{given[0]}={getattr(self, given[0])} both give the size: "
+                "keep one of them"
+            )
+        if not self.preset:
+            self._own_size()
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int]) -> ViTDecoder:
-        return ViTDecoder(in_channels, stride, grid, self.dim, self.depth, self.heads, int(self.dim * self.mlp_ratio))
+    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> ViTDecoder:
+        """`encoder` matters to preset mirror only; ValueError when it is no transformer.
+
+        The decoder's weights are random: `weights` are loaded by `pretrained.load_decoder`.
+        """
+        size = mirrored(encoder) if self.preset == "mirror" else PRESETS.get(self.preset) or self._own_size()
+        return ViTDecoder(in_channels, stride, grid, size, self.gradient_checkpointing)
+
+    def _own_size(self) -> Size:
+        base = PRESETS["B"]
+        dim = base.dim if self.dim is None else self.dim
+        return Size(
+            dim,
+            base.depth if self.depth is None else self.depth,
+            base.heads if self.heads is None else self.heads,
+            4 * dim if self.mlp is None else self.mlp,
+        )
+
+
+def mirrored(encoder: nn.Module) -> Size:
+    """The size that the transformers config of a pretrained encoder states. Raises ValueError where there is none."""
+    config = getattr(getattr(encoder, "model", None), "config", None)
+    try:
+        mlp = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
+        return Size(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, mlp)
+    except AttributeError:
+        raise ValueError(
+            "decoder.preset=mirror needs a vision transformer to mirror (encoder.kind=foundation): take B, L or XL"
+        ) from None
 
 
 class ViTDecoder(nn.Module):
     """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w); other grids than `grid` get their own positions."""
 
     def __init__(
-        self, in_channels: int, stride: int, grid: tuple[int, int], dim: int, depth: int, heads: int, mlp: int
+        self, in_channels: int, stride: int, grid: tuple[int, int], size: Size, gradient_checkpointing: bool = False
     ) -> None:
         super().__init__()
-        self.stride, self.grid, self.dim = stride, grid, dim
+        dim = size.dim
+        self.stride, self.grid, self.dim, self.heads = stride, grid, dim, size.heads
+        self.gradient_checkpointing = gradient_checkpointing
         self.decoder_embed = nn.Linear(in_channels, dim)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("decoder_pos_embed", sin_cos_positions(grid, dim))
-        self.decoder_layers = nn.ModuleList(Layer(dim, heads, mlp) for _ in range(depth))
+        self.decoder_layers = nn.ModuleList(Layer(dim, size.heads, size.mlp) for _ in range(size.depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-12)
         self.decoder_pred = nn.Linear(dim, stride * stride * 3)
         nn.init.normal_(self.trainable_cls_token, std=0.02)
@@ -61,7 +121,8 @@ class ViTDecoder(nn.Module):
         tokens = self.decoder_embed(rearrange(vectors, "b c h w -> b (h w) c"))
         x = torch.cat([self.trainable_cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + positions
         for layer in self.decoder_layers:
-            x = layer(x)
+            again = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
         patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         return rearrange(
             patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=self.stride, q=self.stride

@@ -7,6 +7,8 @@ import itertools
 
 from torch import Tensor, nn
 
+from training.command import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class PatchConfig:
@@ -14,7 +16,19 @@ class PatchConfig:
     channels: int = 64
     layers: int = 3  # halvings
 
-    def build(self) -> PatchDiscriminator:
+    def __post_init__(self) -> None:
+        for name in ("channels", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.discriminator.{name}={getattr(self, name)} must be at least 1")
+
+    def build(self, image_size: int, weights: bool = True) -> PatchDiscriminator:
+        """Raises UserError for images that have no pixel left after `layers` halvings; nothing here is pretrained."""
+        most = max(0, (image_size // 2).bit_length() - 1)
+        if self.layers > most:
+            remedy = f"take {most}" if most else "it needs images of at least 4 px"
+            raise UserError(
+                f"objective.discriminator.layers={self.layers} leaves nothing of images of {image_size} px: {remedy}"
+            )
         return PatchDiscriminator(self.channels, self.layers)
 
 
@@ -27,12 +41,18 @@ class PatchDiscriminator(nn.Module):
         body: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for index, (narrow, wide) in enumerate(itertools.pairwise(widths)):
             stride = 1 if index == layers - 1 else 2
-            body += [
-                nn.Conv2d(narrow, wide, 4, stride, 1),
-                nn.GroupNorm(min(32, wide // 4), wide),
-                nn.LeakyReLU(0.2),
-            ]
+            body += [nn.Conv2d(narrow, wide, 4, stride, 1), group_norm(wide), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*body, nn.Conv2d(widths[-1], 1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """As many groups as divide the channels, at most 32 and of at least four channels each.
+
+    The papers' batch normalisation sees one rank's images, and its statistics differ from rank to rank; a sample's
+    own do not depend on which others share its batch.
+    """
+    fitting = [count for count in range(1, 33) if channels % count == 0 and channels >= 4 * count]
+    return nn.GroupNorm(max(fitting, default=1), channels)

@@ -2,5 +2,6 @@
 
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.encoders.foundation import FoundationConfig
+from tokenizer.encoders.resnet import ResNetEncoderConfig
 
-ENCODERS = {"conv": ConvEncoderConfig, "foundation": FoundationConfig}
+ENCODERS = {"conv": ConvEncoderConfig, "resnet": ResNetEncoderConfig, "foundation": FoundationConfig}

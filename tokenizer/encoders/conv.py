@@ -1,4 +1,8 @@
-"""Residual convolutional encoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1)."""
+"""Residual convolutional encoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1).
+
+The defaults are the paper's at stride 4; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446) takes residual_channels=64
+for 256 px. Larger strides put further halvings of channels / 2 in front.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +27,22 @@ class ConvEncoderConfig:
         if self.stride < 2 or self.stride & (self.stride - 1):
             raise ValueError(f"encoder.stride={self.stride} must be a power of two, at least 2")
 
-    def build(self, image_size: int, saved: Path | None = None) -> ConvEncoder:
+    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> ConvEncoder:
         return ConvEncoder(self.channels, self.stride, self.residual_blocks, self.residual_channels)
 
 
 class ConvEncoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> (B, channels, H / stride, W / stride)."""
+    """Images (B, 3, H, W) in [-1, 1], or features of `in_channels` -> (B, channels, H / stride, W / stride)."""
 
     frozen = False
 
-    def __init__(self, channels: int, stride: int, residual_blocks: int, residual_channels: int) -> None:
+    def __init__(
+        self, channels: int, stride: int, residual_blocks: int, residual_channels: int, in_channels: int = 3
+    ) -> None:
         super().__init__()
         self.channels, self.stride = channels, stride
         halvings = int(math.log2(stride))
-        widths = [3, *[channels // 2] * (halvings - 1), channels]
+        widths = [in_channels, *[channels // 2] * (halvings - 1), channels]
         self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
         self.body = nn.Conv2d(channels, channels, 3, padding=1)
         self.stack = ResidualStack(channels, residual_blocks, residual_channels)

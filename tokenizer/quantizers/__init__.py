@@ -1,6 +1,21 @@
 """Quantizers, one file each. A quantizer is listed here, and contract tests run over the list."""
 
+from tokenizer.quantizers.fsq import FSQConfig
+from tokenizer.quantizers.gumbel import GumbelConfig
+from tokenizer.quantizers.ibq import IBQConfig
+from tokenizer.quantizers.lookup_free import LookupFreeConfig
+from tokenizer.quantizers.product import ProductConfig
+from tokenizer.quantizers.residual import ResidualConfig
 from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 
-QUANTIZERS = {"vector": VectorConfig, "simvq": SimVQConfig}
+QUANTIZERS = {
+    "vector": VectorConfig,
+    "simvq": SimVQConfig,
+    "residual": ResidualConfig,
+    "product": ProductConfig,
+    "gumbel": GumbelConfig,
+    "fsq": FSQConfig,
+    "lookup_free": LookupFreeConfig,
+    "ibq": IBQConfig,
+}

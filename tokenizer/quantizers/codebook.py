@@ -1,14 +1,30 @@
-"""What vector codebooks share: assignment, statistics over micro-batches and ranks, k-means, restart, usage."""
+"""What codebook quantizers share: gradients past the choice, assignment and its losses, statistics, restarts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.search import nearest
+from tokenizer.quantizers.search import LowRank, half_norms, kmeans, nearest
 from training import distributed
+
+Project = Callable[[Tensor], Tensor]  # (n, d) -> (n, D)
+
+
+def to_rows(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B * H * W, C)."""
+    return features.movedim(1, -1).flatten(0, -2)
+
+
+def to_grid(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B * H * W, C) -> (B, C, H, W), for a `shape` (B, ..., H, W)."""
+    return rows.unflatten(0, (shape[0], *shape[-2:])).movedim(-1, 1)
 
 
 def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
@@ -29,86 +45,139 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def to_rows(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B * H * W, C)."""
-    return features.movedim(1, -1).flatten(0, -2)
+def rotate(features: Tensor, vectors: Tensor) -> Tensor:
+    """`vectors` (N, D) in the forward pass, to the last bit; backwards the rotation trick (arXiv:2410.06424).
 
-
-def to_grid(rows: Tensor, codes: Tensor) -> Tensor:
-    """(B * H * W, C) and (B, H, W) -> (B, C, H, W)."""
-    return rows.unflatten(0, codes.shape).movedim(-1, 1)
-
-
-@torch.no_grad()
-def kmeans(rows: Tensor, num_codes: int, iterations: int, seed: int) -> Tensor:
-    """Centres of `rows`, (N, D) -> (num_codes, D): k-means++ seeding (Arthur & Vassilvitskii 2007), then Lloyd.
-
-    A centre that loses its rows moves to the row that is worst represented. With fewer rows than codes the
-    rows are repeated with noise of a hundredth of their spread.
+    The rotation R and the scale |q| / |e| that take a feature e to its vector q are constants to the gradient,
+    (|q| / |e|) R^T g, with R = I - 2 r r^T + 2 q^ e^^T of unit vectors e^, q^ and r along e^ + q^ (section 4.2).
     """
-    rows = rows.float()
-    generator = torch.Generator().manual_seed(seed)
-    spread = rows.std(0, correction=0).mean()
-    if len(rows) < num_codes:
-        extra = torch.randint(len(rows), (num_codes - len(rows),), generator=generator)
-        noise = torch.randn((len(extra), rows.shape[1]), generator=generator).to(rows)
-        rows = torch.cat([rows, rows[extra.to(rows.device)] + 0.01 * spread * noise])
-    centres = rows.new_empty(num_codes, rows.shape[1])
-    centres[0] = rows[torch.randint(len(rows), (), generator=generator)]
-    distances = (rows - centres[0]).square().sum(1)
-    uniform = torch.rand(num_codes, generator=generator, dtype=torch.float64).to(rows.device)
-    for index in range(1, num_codes):
-        cumulative = distances.double().cumsum(0)
-        chosen = torch.searchsorted(cumulative, uniform[index] * cumulative[-1]).clamp(max=len(rows) - 1)
-        centres[index] = rows[chosen]
-        distances = torch.minimum(distances, (rows - centres[index]).square().sum(1))
-    for _ in range(iterations):
-        codes = nearest(rows, centres)
-        counts = torch.bincount(codes, minlength=num_codes)
-        sums = torch.zeros_like(centres).index_add_(0, codes, rows)
-        empty = counts == 0
-        means = sums / counts.clamp(min=1)[:, None]
-        worst = (rows - centres[codes]).square().sum(1).topk(num_codes).indices
-        centres = torch.where(empty[:, None], rows[worst[empty.cumsum(0) - 1]], means)
-    return centres
+    return _Rotation.apply(features, vectors)
 
 
-class Statistics(nn.Module):
-    """Counts and sums of the features that met each code, since the last `reduce`.
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, vectors: Tensor) -> Tensor:
+        ctx.save_for_backward(features, vectors)
+        return vectors.clone()
 
-    Also keeps a few of the features for restarts, and usage over the last `window` updates for the log.
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        features, vectors = ctx.saved_tensors
+        scale = vectors.norm(dim=1, keepdim=True) / features.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        e, q = F.normalize(features, dim=1), F.normalize(vectors, dim=1)
+        r = F.normalize(e + q, dim=1)
+        along_r, along_q = ((gradient * unit).sum(1, keepdim=True) for unit in (r, q))
+        return scale * (gradient - 2 * along_r * r + 2 * along_q * e), None
+
+
+class Assignment(nn.Module):
+    """Features to their nearest codes, in fp32 whatever the autocast, and what that costs.
+
+    The loss is commitment * |z - sg(e)|^2, and |sg(z) - e|^2 where gradients move the codebook (van den Oord et
+    al. 2017, equation 3), as means over elements; in training plus entropy * (mean H(p) - H(mean p)).
     """
 
-    def __init__(self, num_codes: int, dim: int, *, window: int = 100) -> None:
+    def __init__(
+        self,
+        *,
+        learn_codebook: bool,
+        cosine: bool = False,
+        commitment: float = 0.25,
+        commitment_warmup_steps: int = 0,
+        entropy: float = 0.0,
+        entropy_temperature: float = 1.0,
+        rotation: bool = False,
+    ) -> None:
+        """`cosine`: features are brought to unit length; the codebook has to come in unit length, too."""
+        super().__init__()
+        self.learn_codebook, self.cosine, self.rotation = learn_codebook, cosine, rotation
+        self.commitment, self.commitment_warmup_steps = commitment, commitment_warmup_steps
+        self.entropy, self.entropy_temperature = entropy, entropy_temperature
+        warming = commitment_warmup_steps > 0
+        self.register_buffer("warmth", torch.tensor(0.0 if warming else 1.0), persistent=warming)
+
+    def forward(
+        self, features: Tensor, codebook: Tensor, statistics: Statistics, low_rank: LowRank | None = None
+    ) -> QuantizerOutput:
+        """(B, D, H, W) features and a codebook (K, D); `low_rank` are the same features, for a cheaper search."""
+        with torch.autocast(features.device.type, enabled=False):
+            rows = to_rows(features.float())
+            if self.cosine:
+                rows = F.normalize(rows, dim=1)
+            if low_rank is not None:  # a row's length does not change which cosine is the largest
+                codes = low_rank.nearest(codebook.detach())
+            else:
+                codes = nearest(rows.detach(), codebook.detach())
+            vectors = F.embedding(codes, codebook)
+            distance = F.mse_loss(rows, vectors.detach())
+            loss, parts = self.commitment * self.warmth * distance, {"commitment": distance}
+            if self.learn_codebook:
+                loss = loss + F.mse_loss(vectors, rows.detach())
+            if self.training:
+                statistics.gather(rows, codes)
+                if self.entropy:
+                    parts["entropy"] = entropy_loss(rows, codebook, self.entropy_temperature)
+                    loss = loss + self.entropy * parts["entropy"]
+            passed = (rotate if self.rotation else straight_through)(rows, vectors.detach())
+            codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
+            return QuantizerOutput(to_grid(passed, codes.shape), codes, loss, {**parts, **statistics.figures()})
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Set the commitment's weight for the step after this one."""
+        if self.commitment_warmup_steps > 0:
+            self.warmth.fill_(min(1.0, (step + 1) / self.commitment_warmup_steps))
+
+
+def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    """mean_n H(p_n) - H(q), q = mean_n p_n, in nats, of p_nk ~ exp(-|z_n - e_k|^2 / temperature).
+
+    Sure of each code and using all of them makes it small (Yu et al. 2023, arXiv:2310.05737, section 3.2). It is
+    -mean_n KL(p_n | q), and its gradient is the same with q held constant: so q is measured first, over all ranks,
+    and the sum over n is taken in chunks that are computed again in the backward pass.
+    """
+    chunks = rows.split(max(1, search.BUDGET // len(codebook)))
+
+    def log_p(z: Tensor, codebook: Tensor) -> Tensor:
+        return ((z @ codebook.T - half_norms(codebook)) * (2 / temperature)).log_softmax(1)
+
+    def negative_kl(z: Tensor, codebook: Tensor) -> Tensor:
+        log_share = log_p(z, codebook)
+        return (log_share.exp() * (log_q - log_share)).sum()
+
+    with torch.no_grad():
+        q = torch.stack([log_p(z, codebook).exp().sum(0) for z in chunks]).sum(0) / len(rows)
+        log_q = distributed.mean_(q).clamp(min=1e-30).log()
+    terms = [checkpoint(negative_kl, z, codebook, use_reentrant=False, preserve_rng_state=False) for z in chunks]
+    return torch.stack(terms).sum() / len(rows)
+
+
+class Usage(nn.Module):
+    """How often each code was met: since the last `reduce`, and over the last `window` updates for the log."""
+
+    def __init__(self, num_codes: int, dim: int = 0, *, window: int = 100) -> None:
+        """`dim`: of sums kept beside the counts."""
         super().__init__()
         self.num_codes, self.window = num_codes, window
-        self.register_buffer("counts", torch.zeros(num_codes), persistent=False)
-        self.register_buffer("sums", torch.zeros(num_codes, dim), persistent=False)
+        self.register_buffer("totals", torch.zeros(num_codes, 1 + dim), persistent=False)  # counts, sums
         self.register_buffer("usage", torch.zeros(num_codes))  # exponentially forgotten counts
-        self.candidates: list[Tensor] = []
+
+    @property
+    def counts(self) -> Tensor:
+        return self.totals[:, 0]
 
     @torch.no_grad()
-    def gather(self, rows: Tensor, codes: Tensor) -> None:
-        """Add (N, D) features and their (N,) codes."""
-        self.counts += torch.bincount(codes, minlength=self.num_codes)
-        self.sums.index_add_(0, codes, rows.float())
-        self.candidates.append(rows.detach().float())
+    def gather(self, codes: Tensor) -> None:
+        """Add codes of any shape."""
+        self.counts.add_(torch.bincount(codes.flatten(), minlength=self.num_codes))
 
     @torch.no_grad()
-    def reduce(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(counts (K,), sums (K, D), candidates (M, D)) over micro-batches and ranks, the same on every rank."""
-        packed = torch.cat([self.counts[:, None], self.sums], dim=1)
-        distributed.sum_(packed)
-        counts, sums = packed[:, 0].clone(), packed[:, 1:].clone()
-        candidates = torch.cat(self.candidates)
-        self.usage.mul_(1 - 1 / self.window).add_(counts)
-        self.clear()
-        return counts, sums, candidates
+    def reduce(self) -> Tensor:
+        """Counts (K,) over micro-batches and ranks, the same on every rank; gathering starts anew."""
+        return self._take()[:, 0]
 
     def clear(self) -> None:
-        self.counts.zero_()
-        self.sums.zero_()
-        self.candidates = []
+        self.totals.zero_()
 
     def figures(self) -> dict[str, Tensor]:
         """Usage (share of codes met lately) and perplexity, for the log."""
@@ -117,28 +186,86 @@ class Statistics(nn.Module):
         used = self.usage > self.usage.sum() / self.num_codes * 1e-3
         return {"usage": used.float().mean(), "perplexity": entropy.exp()}
 
+    def _take(self) -> Tensor:
+        totals = distributed.sum_(self.totals.clone())
+        self.usage.mul_(1 - 1 / self.window).add_(totals[:, 0])
+        self.clear()
+        return totals
 
-def quantize(
-    features: Tensor, codebook: Tensor, statistics: Statistics, commitment: float, learn_codebook: bool
-) -> QuantizerOutput:
-    """The nearest of `codebook`'s rows (K, D) for each of `features` (B, D, H, W), in fp32 whatever the autocast.
 
-    The loss is commitment * |z - sg(e)|^2, and |sg(z) - e|^2 where gradients move the codebook (van den Oord et
-    al. 2017, equation 3), as means over elements.
+class Statistics(Usage):
+    """Usage, sums of the features that met each code, and the features themselves for restarts."""
+
+    def __init__(self, num_codes: int, dim: int, *, keep_rows: bool = True, window: int = 100) -> None:
+        """`dim`: of the sums, 0 for none."""
+        super().__init__(num_codes, dim, window=window)
+        self.keep_rows = keep_rows
+        self.candidates: list[Tensor] = []
+
+    @property
+    def sums(self) -> Tensor:
+        return self.totals[:, 1:]
+
+    @torch.no_grad()
+    def gather(self, rows: Tensor, codes: Tensor) -> None:  # type: ignore[override]
+        """Add (N, D) features and their (N,) codes."""
+        super().gather(codes)
+        rows = rows.detach().float()
+        if self.sums.shape[1]:
+            self.sums.index_add_(0, codes, rows)
+        if self.keep_rows:
+            self.candidates.append(rows)
+
+    @torch.no_grad()
+    def reduce(self) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        """(counts (K,), sums (K, D), candidates (M, D) or None); counts and sums are the same on every rank."""
+        candidates = torch.cat(self.candidates) if self.candidates else None
+        totals = self._take()
+        return totals[:, 0], totals[:, 1:], candidates
+
+    def clear(self) -> None:
+        super().clear()
+        self.candidates = []
+
+
+def start_from(rows: Tensor, num_codes: int, seed: int, project: Project | None, cosine: bool = False) -> Tensor:
+    """A codebook (K, D) from rows (N, D), or from rows (N, d) that `project` maps to (n, D) keeping distances."""
+    centres = kmeans(F.normalize(rows.float(), dim=1) if cosine else rows, num_codes, seed)
+    centres = centres if project is None else project(centres).float()
+    return F.normalize(centres, dim=1) if cosine else centres
+
+
+@torch.no_grad()
+def revive(
+    book: Tensor,
+    mean_counts: Tensor,
+    candidates: Tensor | None,
+    step: int,
+    *,
+    below: float,
+    split: bool = False,
+    to_book: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:
+    """Put new vectors, in place, where a code is used less than `below` times the mean; all codes changed, (M,).
+
+    The new vectors are `to_book` of rows of the data (`candidates`, (N, D)), with the mean for their count; or, with
+    `split`, copies of the most used codes moved by a hundredth of the book's spread, each pair sharing its count.
     """
-    with torch.autocast(features.device.type, enabled=False):
-        rows = to_rows(features.float())
-        codes = nearest(rows.detach(), codebook.detach())
-        vectors = F.embedding(codes, codebook)
-        distance = F.mse_loss(rows, vectors.detach())
-        loss = commitment * distance
-        if learn_codebook:
-            loss = loss + F.mse_loss(vectors, rows.detach())
-        if statistics.training:
-            statistics.gather(rows.detach(), codes)
-        codes = codes.unflatten(0, (len(features), *features.shape[2:]))
-        passed = to_grid(straight_through(rows, vectors.detach()), codes)
-    return QuantizerOutput(passed, codes, loss, {"commitment": distance, **statistics.figures()})
+    mean = mean_counts.mean()
+    dead = (mean_counts < below * mean).nonzero()[:, 0]
+    if not split:
+        if len(dead):
+            book[dead] = to_book(pick_rows(candidates, len(dead), step))
+            mean_counts[dead] = mean
+        return dead
+    dead = dead[: len(book) - len(dead)]  # at most one copy of each code that is in use
+    split_codes = mean_counts.topk(len(dead)).indices
+    generator = torch.Generator().manual_seed(distributed.mix(step, len(dead)))
+    noise = torch.randn((len(dead), book.shape[1]), generator=generator).to(book)
+    book[dead] = book[split_codes] + 0.01 * book.std(0).mean() * noise
+    mean_counts[split_codes] /= 2
+    mean_counts[dead] = mean_counts[split_codes]
+    return torch.cat([dead, split_codes])
 
 
 @torch.no_grad()
@@ -154,3 +281,15 @@ def pick_rows(candidates: Tensor, count: int, step: int) -> Tensor:
     mine = (local >= 0) & (local < len(candidates))
     rows = candidates[local.clamp(0, len(candidates) - 1)] * mine[:, None]
     return distributed.sum_(rows)
+
+
+def mean_parts(outputs: Sequence[QuantizerOutput]) -> dict[str, Tensor]:
+    """The named terms of several levels, averaged."""
+    return {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
+
+
+def check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
+    """Raise ValueError unless each key's value is one of what follows it."""
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"quantizer.{name}={value!r} is not one of {', '.join(known)}")

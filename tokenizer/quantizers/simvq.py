@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Statistics, kmeans, pick_rows, quantize
+from tokenizer.quantizers.codebook import Assignment, LowRank, Project, Statistics, check_choices, revive, start_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,73 +17,103 @@ class SimVQConfig:
     kind: str = "simvq"
     num_codes: int = 8192
     code_dim: int = 256
-    commitment: float = 0.25
+    metric: str = "l2"  # as in the paper; "cosine": features and codes of unit length
     init: str = "normal"  # as in the paper; "kmeans" freezes centres of the data instead
-    restart_below: float = 0.0  # restart codes used less than this share of the mean; 0 is never
+    commitment: float = 0.25
+    commitment_warmup_steps: int = 0
+    entropy: float = 0.0  # weight of mean H(p) - H(mean p)
+    entropy_temperature: float = 1.0  # of p, in squared distances
+    rotation: bool = False  # the rotation trick in place of straight-through
+    restart: str = "none"  # of codes out of use: from "data", or "split" the most used codes
+    restart_below: float = 0.1  # share of the mean use
     restart_every: int = 50  # steps
 
     def __post_init__(self) -> None:
-        if self.init not in ("normal", "kmeans"):
-            raise ValueError(f"quantizer.init={self.init!r} is not one of normal, kmeans")
+        check_choices(
+            metric=(self.metric, ("l2", "cosine")),
+            init=(self.init, ("normal", "kmeans")),
+            restart=(self.restart, ("none", "data", "split")),
+        )
 
     def build(self) -> SimVQ:
+        assignment = Assignment(
+            learn_codebook=True,
+            cosine=self.metric == "cosine",
+            commitment=self.commitment,
+            commitment_warmup_steps=self.commitment_warmup_steps,
+            entropy=self.entropy,
+            entropy_temperature=self.entropy_temperature,
+            rotation=self.rotation,
+        )
         return SimVQ(
-            self.num_codes, self.code_dim, self.commitment, self.init == "kmeans", self.restart_below,
-            self.restart_every,
+            self.num_codes, self.code_dim, assignment, init=self.init, restart=self.restart,
+            restart_below=self.restart_below, restart_every=self.restart_every,
         )  # fmt: skip
 
 
 class SimVQ(nn.Module):
-    """Codes are the nearest rows of C W by L2 distance, with C (K, D) frozen and W (D, D) learnable."""
+    """Codes are the nearest rows of C W, with C (K, D) frozen and W (D, D) learnable."""
+
+    takes_low_rank = True
 
     def __init__(
         self,
         num_codes: int,
         dim: int,
-        commitment: float = 0.25,
-        kmeans_init: bool = False,
-        restart_below: float = 0.0,
+        assignment: Assignment,
+        *,
+        init: str = "normal",
+        restart: str = "none",
+        restart_below: float = 0.1,
         restart_every: int = 50,
     ) -> None:
         super().__init__()
-        self.num_codes, self.dim, self.commitment = num_codes, dim, commitment
-        self.kmeans_init, self.restart_below, self.restart_every = kmeans_init, restart_below, restart_every
+        self.num_codes, self.dim, self.assignment, self.init = (num_codes,), dim, assignment, init
+        self.restart, self.restart_below, self.restart_every = restart, restart_below, restart_every
         self.register_buffer("frozen", torch.randn(num_codes, dim) * dim**-0.5)
         self.transform = nn.Linear(dim, dim, bias=False)
         nn.init.orthogonal_(self.transform.weight)
         self.register_buffer("mean_counts", torch.ones(num_codes))
-        self.statistics = Statistics(num_codes, dim)
+        self.statistics = Statistics(num_codes, 0, keep_rows=restart == "data")
 
     @property
-    def codebook(self) -> Tensor:
-        """C W, (K, D), in fp32 whatever the outer autocast."""
+    def vectors(self) -> Tensor:
+        """What codes stand for: C W, (K, D), in fp32 whatever the outer autocast."""
         with torch.autocast(self.frozen.device.type, enabled=False):
-            return self.transform(self.frozen)
+            vectors = self.transform(self.frozen)
+            return F.normalize(vectors, dim=1) if self.assignment.cosine else vectors
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int) -> None:
-        """Start from data, (N, D), where the configuration asks for it: centres for C, the identity for W."""
-        if self.kmeans_init:
-            self.frozen.copy_(kmeans(rows, self.num_codes, iterations=10, seed=seed))
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
+        """Start from data, where the configuration asks for it: centres for C, the identity for W.
+
+        Rows are (N, D), or (N, d) before a `project` that keeps distances.
+        """
+        if self.init == "kmeans":
+            self.frozen.copy_(start_from(rows, len(self.frozen), seed, project, self.assignment.cosine))
             nn.init.eye_(self.transform.weight)
 
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        return quantize(features, self.codebook, self.statistics, self.commitment, learn_codebook=True)
+    def forward(self, features: Tensor, low_rank: LowRank | None = None) -> QuantizerOutput:
+        return self.assignment(features, self.vectors, self.statistics, low_rank)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, H, W) int64 -> (B, D, H, W) float32."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
+        """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
+        return F.embedding(codes.squeeze(1), self.vectors).movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
         """Count use; every `restart_every` steps solve r = c W for rows r of the data in place of dead codes."""
         if not taken:
             return self.statistics.clear()
+        self.assignment.update(step)
         counts, _, candidates = self.statistics.reduce()
         self.mean_counts.lerp_(counts, 0.01)
-        if self.restart_below > 0 and (step + 1) % self.restart_every == 0:
-            mean = self.mean_counts.mean()
-            dead = self.mean_counts < self.restart_below * mean
-            fresh = torch.linalg.lstsq(self.transform.weight, pick_rows(candidates, self.num_codes, step).T).solution.T
-            self.frozen.copy_(torch.where(dead[:, None], fresh, self.frozen))
-            self.mean_counts.copy_(torch.where(dead, mean, self.mean_counts))
+        if self.restart != "none" and (step + 1) % self.restart_every == 0:
+            revive(
+                self.frozen, self.mean_counts, candidates, step, below=self.restart_below,
+                split=self.restart == "split", to_book=self._solve,
+            )  # fmt: skip
+
+    def _solve(self, rows: Tensor) -> Tensor:
+        """c with c W = r, (m, D) -> (m, D)."""
+        return torch.linalg.lstsq(self.transform.weight, rows.T).solution.T

@@ -1,4 +1,8 @@
-"""Vector quantization with a gradient or a moving-average codebook (van den Oord et al. 2017, arXiv:1711.00937)."""
+"""Vector quantization with a gradient or a moving-average codebook (van den Oord et al. 2017, arXiv:1711.00937).
+
+With `metric: cosine` and a small `code_dim` it is the quantizer of ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) and
+LlamaGen (Sun et al. 2024, arXiv:2406.06525).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Statistics, kmeans, pick_rows, quantize
+from tokenizer.quantizers.codebook import Assignment, LowRank, Project, Statistics, check_choices, revive, start_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,86 +22,122 @@ class VectorConfig:
     num_codes: int = 512
     code_dim: int = 64
     codebook: str = "ema"  # or "gradient"
-    decay: float = 0.99
-    epsilon: float = 1e-5
+    metric: str = "l2"  # or "cosine": features and codes of unit length
+    decay: float = 0.99  # of the moving averages
+    epsilon: float = 1e-5  # of their Laplace smoothing
+    init: str = "kmeans"  # from data, or "normal", "uniform"
     commitment: float = 0.25
-    init: str = "kmeans"  # from data, or "normal"
-    restart_below: float = 0.0  # restart codes used less than this share of the mean; 0 is never
+    commitment_warmup_steps: int = 0
+    entropy: float = 0.0  # weight of mean H(p) - H(mean p)
+    entropy_temperature: float = 1.0  # of p, in squared distances (LlamaGen: 0.01 on unit vectors)
+    rotation: bool = False  # the rotation trick in place of straight-through
+    restart: str = "none"  # of codes out of use: from "data", or "split" the most used codes
+    restart_below: float = 0.1  # share of the mean use
 
     def __post_init__(self) -> None:
-        for name, choices in (("codebook", ("ema", "gradient")), ("init", ("kmeans", "normal"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"quantizer.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        check_choices(
+            codebook=(self.codebook, ("ema", "gradient")),
+            metric=(self.metric, ("l2", "cosine")),
+            init=(self.init, ("kmeans", "normal", "uniform")),
+            restart=(self.restart, ("none", "data", "split")),
+        )
 
     def build(self) -> VectorQuantizer:
+        assignment = Assignment(
+            learn_codebook=self.codebook == "gradient",
+            cosine=self.metric == "cosine",
+            commitment=self.commitment,
+            commitment_warmup_steps=self.commitment_warmup_steps,
+            entropy=self.entropy,
+            entropy_temperature=self.entropy_temperature,
+            rotation=self.rotation,
+        )
         return VectorQuantizer(
-            self.num_codes, self.code_dim, self.codebook == "ema", self.decay, self.epsilon, self.commitment,
-            self.init == "kmeans", self.restart_below,
+            self.num_codes, self.code_dim, assignment, decay=self.decay, epsilon=self.epsilon, init=self.init,
+            restart=self.restart, restart_below=self.restart_below,
         )  # fmt: skip
 
 
 class VectorQuantizer(nn.Module):
-    """Codes are the nearest rows of a codebook (K, D) by L2 distance."""
+    """Codes are the nearest rows of a codebook (K, D)."""
+
+    takes_low_rank = True
 
     def __init__(
         self,
         num_codes: int,
         dim: int,
-        ema: bool = True,
+        assignment: Assignment,
+        *,
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        commitment: float = 0.25,
-        kmeans_init: bool = True,
-        restart_below: float = 0.0,
+        init: str = "kmeans",
+        restart: str = "none",
+        restart_below: float = 0.1,
     ) -> None:
         super().__init__()
-        self.num_codes, self.dim, self.ema = num_codes, dim, ema
-        self.decay, self.epsilon, self.commitment = decay, epsilon, commitment
-        self.kmeans_init, self.restart_below = kmeans_init, restart_below
-        codebook = torch.randn(num_codes, dim) * dim**-0.5
-        if ema:
+        self.num_codes, self.dim, self.assignment = (num_codes,), dim, assignment
+        self.decay, self.epsilon, self.init = decay, epsilon, init
+        self.restart, self.restart_below = restart, restart_below
+        self.ema = not assignment.learn_codebook
+        codebook = torch.empty(num_codes, dim)
+        if init == "uniform":
+            codebook.uniform_(-1 / num_codes, 1 / num_codes)
+        else:
+            codebook.normal_(std=dim**-0.5)
+        if assignment.cosine:
+            codebook = F.normalize(codebook, dim=1)
+        if self.ema:
             self.register_buffer("codebook", codebook)
             self.register_buffer("mean_sums", codebook.clone())  # m of equation (7)
         else:
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("mean_counts", torch.ones(num_codes))  # N of equation (6)
-        self.statistics = Statistics(num_codes, dim)
+        self.statistics = Statistics(num_codes, dim if self.ema else 0, keep_rows=restart == "data")
+
+    @property
+    def vectors(self) -> Tensor:
+        """What codes stand for, (K, D)."""
+        if self.assignment.cosine and not self.ema:  # a moving average is kept at unit length
+            return F.normalize(self.codebook, dim=1)
+        return self.codebook
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int) -> None:
-        """Start from data, (N, D), where the configuration asks for it."""
-        if self.kmeans_init:
-            self._set(kmeans(rows, self.num_codes, iterations=10, seed=seed))
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
+        """Start from data, (N, D) or (N, d) before a `project` that keeps distances, where the configuration asks."""
+        if self.init == "kmeans":
+            self.codebook.copy_(start_from(rows, len(self.codebook), seed, project, self.assignment.cosine))
+            if self.ema:
+                self.mean_sums.copy_(self.codebook * self.mean_counts[:, None])
 
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        return quantize(features, self.codebook, self.statistics, self.commitment, learn_codebook=not self.ema)
+    def forward(self, features: Tensor, low_rank: LowRank | None = None) -> QuantizerOutput:
+        return self.assignment(features, self.vectors, self.statistics, low_rank)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, H, W) int64 -> (B, D, H, W) float32."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
+        """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
+        return F.embedding(codes.squeeze(1), self.vectors).movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
         """Move the averaged codebook (equations 6 to 8, Laplace-smoothed) and restart codes that fell out of use."""
         if not taken:
             return self.statistics.clear()
+        self.assignment.update(step)
         counts, sums, candidates = self.statistics.reduce()
         self.mean_counts.lerp_(counts, 1 - self.decay)
         if self.ema:
             self.mean_sums.lerp_(sums, 1 - self.decay)
             total = self.mean_counts.sum()
-            smoothed = (self.mean_counts + self.epsilon) / (total + self.num_codes * self.epsilon) * total
-            self.codebook.copy_(self.mean_sums / smoothed[:, None])
-        if self.restart_below > 0:
-            mean = self.mean_counts.mean()
-            dead = self.mean_counts < self.restart_below * mean
-            fresh = pick_rows(candidates, self.num_codes, step)
-            self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
-            self.mean_counts.copy_(torch.where(dead, mean, self.mean_counts))
+            smoothed = (self.mean_counts + self.epsilon) / (total + len(self.codebook) * self.epsilon) * total
+            torch.div(self.mean_sums, smoothed[:, None], out=self.codebook)
+            if self.assignment.cosine:
+                self.codebook.copy_(F.normalize(self.codebook, dim=1))
+        if self.restart != "none":
+            changed = revive(
+                self.codebook, self.mean_counts, candidates, step,
+                below=self.restart_below, split=self.restart == "split",
+            )  # fmt: skip
+            if self.assignment.cosine:
+                self.codebook[changed] = F.normalize(self.codebook[changed], dim=1)
             if self.ema:
-                self.mean_sums.copy_(torch.where(dead[:, None], fresh * mean, self.mean_sums))
-
-    def _set(self, codebook: Tensor) -> None:
-        self.codebook.copy_(codebook)
-        if self.ema:
-            self.mean_sums.copy_(codebook * self.mean_counts[:, None])
+                self.mean_sums[changed] = self.codebook[changed] * self.mean_counts[changed, None]

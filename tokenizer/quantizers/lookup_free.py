@@ -1,0 +1,138 @@
+"""A bit per channel: LFQ (Yu et al. 2023, arXiv:2310.05737) and BSQ (Zhao et al. 2024, arXiv:2406.07548)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.interface import QuantizerOutput
+from tokenizer.quantizers.codebook import Usage, straight_through, to_grid, to_rows
+from training import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupFreeConfig:
+    kind: str = "lookup_free"
+    bits: int = 10  # 2**bits codes
+    spherical: bool = False  # BSQ: features and codes on the unit sphere
+    commitment: float = 0.25
+    entropy: float = 0.1  # weight of both entropies
+    diversity: float = 1.0  # gamma, of the batch's entropy among them
+    temperature: float = 0.01  # of the soft assignment, in squared distance
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 24:
+            raise ValueError(f"quantizer.bits={self.bits} must be 1 to 24, as the use of 2**bits codes is counted")
+        if self.temperature <= 0:
+            raise ValueError(f"quantizer.temperature={self.temperature} must be above 0; 0.01 is usual")
+
+    def build(self) -> LookupFree:
+        return LookupFree(self.bits, self.spherical, self.commitment, self.entropy, self.diversity, self.temperature)
+
+
+class LookupFree(nn.Module):
+    """Codes are the signs of the channels, the first the highest bit; vectors are +-1, or +-1/sqrt(bits) on the sphere.
+
+    In training the loss wants confident positions and batches that use all codes: E H[q(c|z)] - diversity *
+    H[E q(c|z)], in nats, for the soft assignment q(c|z) ~ exp(-|z - c|^2 / temperature). Given z its bits are
+    independent, so the first entropy is a sum over bits. The second is taken over the joint codes for LFQ and, as
+    Zhao et al. do, over each bit alone for BSQ, which bounds the joint entropy from above.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        spherical: bool = False,
+        commitment: float = 0.25,
+        entropy: float = 0.1,
+        diversity: float = 1.0,
+        temperature: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_codes, self.spherical = bits, (2**bits,), spherical
+        self.commitment, self.entropy, self.diversity = commitment, entropy, diversity
+        self.scale = bits**-0.5 if spherical else 1.0
+        self.sharpness = 4 * self.scale / temperature  # |z + s|^2 - |z - s|^2 = 4 s z
+        self.register_buffer("places", torch.arange(bits - 1, -1, -1), persistent=False)
+        self.statistics = Usage(2**bits)
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """(B, bits, H, W)."""
+        with torch.autocast(features.device.type, enabled=False):
+            rows = to_rows(features.float())
+            if self.spherical:
+                rows = F.normalize(rows, dim=1)
+            bits = rows.detach() > 0
+            codes = (bits.long() << self.places).sum(1)
+            if self.training:
+                self.statistics.gather(codes)
+            vectors = self._values(bits)
+            commitment = F.mse_loss(rows, vectors)
+            loss, parts = self.commitment * commitment, {"commitment": commitment}
+            if self.training and self.entropy:
+                logits = rows * self.sharpness  # of each bit
+                sample_entropy = bit_entropy(logits).sum(1).mean()
+                mean = bit_probabilities(logits).mean(0) if self.spherical else mean_joint_probabilities(logits)
+                batch_entropy = entropy_of_mean(mean)
+                loss = loss + self.entropy * (sample_entropy - self.diversity * batch_entropy)
+                parts |= {"sample_entropy": sample_entropy, "batch_entropy": batch_entropy}
+            vectors = to_grid(straight_through(rows, vectors), features.shape)
+        codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
+        return QuantizerOutput(vectors, codes, loss, {**parts, **self.statistics.figures()})
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(B, 1, H, W) int64 -> (B, bits, H, W) float32."""
+        bits = codes.squeeze(1)[..., None] >> self.places & 1
+        return self._values(bits.bool()).movedim(-1, 1)
+
+    def initialise(self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Nothing starts from data."""
+
+    def update(self, step: int, taken: bool) -> None:
+        """Count use."""
+        self.statistics.reduce() if taken else self.statistics.clear()
+
+    def _values(self, bits: Tensor) -> Tensor:
+        return (2 * bits.float() - 1) * self.scale
+
+
+def bit_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of a bit with these logits, elementwise."""
+    size = logits.abs()
+    return F.softplus(-size) + size * (-size).sigmoid()
+
+
+def bit_probabilities(logits: Tensor) -> Tensor:
+    """(N, bits) -> (N, bits, 2), of a zero and of a one."""
+    return torch.stack([-logits, logits], dim=-1).sigmoid()
+
+
+def mean_joint_probabilities(logits: Tensor) -> Tensor:
+    """The mean over rows of the joint distribution of independent bits, (N, bits) -> (2**bits,), indexed by code.
+
+    The joint of a row is the outer product of the joints of its two halves, so its mean is one matrix product and
+    nothing larger than N x 2**(bits / 2) is kept.
+    """
+    high, low = logits.tensor_split(2, dim=1)
+    return (_joint(high).T @ _joint(low) / len(logits)).flatten()
+
+
+def _joint(logits: Tensor) -> Tensor:
+    """(N, bits) -> (N, 2**bits)."""
+    joint = logits.new_ones(len(logits), 1)
+    for pair in bit_probabilities(logits).unbind(1):
+        joint = (joint[:, :, None] * pair[:, None, :]).flatten(1)
+    return joint
+
+
+def entropy_of_mean(mean: Tensor) -> Tensor:
+    """Entropy in nats of mean probabilities of any shape, averaged over ranks first.
+
+    The gradient reaches this rank's probabilities at full weight, as averaging gradients over ranks expects.
+    """
+    mean = straight_through(mean, distributed.mean_(mean.detach().clone()))
+    return -(mean * mean.clamp(min=1e-30).log()).sum()

@@ -1,0 +1,69 @@
+"""Product quantization: groups of channels, each with a codebook of its own (Jegou et al. 2011, PAMI 33(1))."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.interface import QuantizerOutput
+from tokenizer.quantizers.codebook import Project, mean_parts
+from tokenizer.quantizers.simvq import SimVQConfig
+from tokenizer.quantizers.vector import VectorConfig
+from training import distributed
+from training.config import one_of
+
+HEADS = {"vector": VectorConfig, "simvq": SimVQConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductConfig:
+    kind: str = "product"
+    heads: int = 4
+    level: Any = one_of(HEADS, "vector", num_codes=256, code_dim=16)  # of each head; features have heads * its channels
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise ValueError(f"quantizer.heads={self.heads} must be at least 1")
+
+    def build(self) -> ProductQuantizer:
+        return ProductQuantizer([self.level.build() for _ in range(self.heads)])
+
+
+class ProductQuantizer(nn.Module):
+    """Level l quantizes the l-th group of channels; losses are averaged over heads."""
+
+    def __init__(self, levels: list[nn.Module]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        self.dims = [level.dim for level in levels]
+        self.dim = sum(self.dims)
+        self.num_codes = tuple(level.num_codes[0] for level in levels)
+
+    @torch.no_grad()
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
+        """Start each head from its channels of rows (N, C), or of what `project` makes of (N, d)."""
+        rows = rows if project is None else project(rows)
+        for head, (level, own) in enumerate(zip(self.levels, rows.split(self.dims, dim=1))):
+            level.initialise(own, distributed.mix(seed, head))
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        groups = features.split(self.dims, dim=1)
+        outputs = [level(group) for level, group in zip(self.levels, groups)]
+        return QuantizerOutput(
+            vectors=torch.cat([output.vectors for output in outputs], dim=1),
+            codes=torch.cat([output.codes for output in outputs], dim=1),
+            loss=torch.stack([output.loss for output in outputs]).mean(),
+            parts=mean_parts(outputs),
+        )
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(B, L, H, W) int64 -> (B, C, H, W) float32."""
+        grids = codes.split(1, dim=1)
+        return torch.cat([level.lookup(grid) for level, grid in zip(self.levels, grids)], dim=1)
+
+    def update(self, step: int, taken: bool) -> None:
+        for level in self.levels:
+            level.update(step, taken)
