@@ -1,0 +1,169 @@
+"""The interface that users of RAE and VQRAE know, by what its documentation says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import save_encoder
+
+from tokenizer import VQRAE
+from tokenizer.autoencoder import LatentNormaliser
+from tokenizer.vqrae import _decoder_config
+from training.command import UserError
+
+TINY_DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vqrae")
+    save_encoder(root / "mae")
+    (root / "decoder").mkdir()
+    (root / "decoder" / "config.json").write_text(json.dumps(TINY_DECODER))
+    torch.save({"mean": torch.randn(16, 4, 4), "var": 0.5 + torch.rand(16, 4, 4)}, root / "statistics.pt")
+    return root
+
+
+def model(folder, **arguments):
+    torch.manual_seed(0)
+    defaults = {
+        "encoder_cls": "MAEwNorm", "encoder_config_path": str(folder / "mae"), "encoder_input_size": 16,
+        "decoder_config_path": str(folder / "decoder"), "decoder_patch_size": 4, "num_embeddings": 20,
+        "codebook_dim": 48,
+    }  # fmt: skip
+    return VQRAE(**{**defaults, **arguments})
+
+
+def images(batch=3, size=16, seed=0):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+VARIANTS = {
+    "plain": {},
+    "ema": {"use_simvq": False},
+    "no projection": {"use_projection": False},
+    "statistics": {"normalization_stat_path": "statistics.pt"},
+    "quantized first": {"normalization_stat_path": "statistics.pt", "quantize_before_reshape": True},
+    "larger patches": {"decoder_patch_size": 6},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, folder):
+    arguments = dict(VARIANTS[request.param])
+    if "normalization_stat_path" in arguments:
+        arguments["normalization_stat_path"] = str(folder / "statistics.pt")
+    return model(folder, **arguments).eval()
+
+
+def test_forward_is_decode_of_encode(variant):
+    size = 4 * variant.autoencoder.encoder.stride
+    with torch.no_grad():
+        latents = variant.encode(images())
+        assert latents.shape == (3, 16, 4, 4)
+        assert torch.equal(variant(images()), variant.decode(latents))
+        assert variant.decode(latents).shape == (3, 3, size, size)
+
+
+def test_indices_are_the_latents(variant):
+    indices = variant.encode_to_indices(images())
+    assert indices.shape == (3, 4, 4) and indices.dtype == torch.int64 and int(indices.max()) < 20
+    with torch.no_grad():
+        expected = variant.decode(variant.encode(images()))
+    torch.testing.assert_close(variant.decode_from_indices(indices), expected)
+    torch.testing.assert_close(variant.decode_from_indices(indices.flatten(1)), expected)
+    with pytest.raises(ValueError, match="outside"):
+        variant.decode_from_indices(indices + 20)
+
+
+def test_images_of_any_size_are_resized_for_the_encoder(folder):
+    found = model(folder).eval().encode_to_indices(images(size=40))
+    assert found.shape == (3, 4, 4)
+
+
+def test_tokens_where_no_grid_is_asked_for(folder):
+    plain, tokens = model(folder).eval(), model(folder, reshape_to_2d=False).eval()
+    with torch.no_grad():
+        latents = tokens.encode(images())
+        assert torch.equal(latents, plain.encode(images()).flatten(2).transpose(1, 2))
+        assert torch.equal(tokens.decode(latents), plain(images()))
+    assert torch.equal(tokens.encode_to_indices(images()), plain.encode_to_indices(images()).flatten(1))
+    with pytest.raises(ValueError, match="15 tokens are no square grid"):
+        tokens.decode(latents[:, :15])
+
+
+def test_latents_are_normalised_by_the_statistics(folder):
+    path = str(folder / "statistics.pt")
+    saved = torch.load(path, weights_only=True)
+    first = model(folder, normalization_stat_path=path, quantize_before_reshape=True).eval()
+    raw = model(folder, quantize_before_reshape=True).eval()
+    with torch.no_grad():
+        expected = (raw.encode(images()) - saved["mean"]) / (saved["var"] + 1e-5).sqrt()
+        torch.testing.assert_close(first.encode(images()), expected)
+        torch.testing.assert_close(first(images()), raw(images()), atol=1e-4, rtol=1e-4)
+    assert isinstance(model(folder, normalization_stat_path=path).autoencoder.normaliser, LatentNormaliser)
+
+
+def test_noise_is_added_in_training_alone(folder):
+    noisy = model(folder, noise_tau=5.0, use_simvq=False)
+    with torch.no_grad():
+        assert not torch.equal(noisy.train().encode(images()), noisy.encode(images()))
+        assert torch.equal(noisy.eval().encode(images()), noisy.encode(images()))
+        assert torch.equal(noisy.train().encode_to_indices(images()), noisy.eval().encode_to_indices(images()))
+
+
+@pytest.mark.parametrize("use_simvq", [True, False])
+def test_both_stages_train(folder, use_simvq):
+    vqrae = model(folder, use_simvq=use_simvq, noise_tau=0.0).train()
+    for stage in (1, 2):
+        vqrae.set_stage(stage)
+        vqrae.zero_grad()
+        (vqrae(images()).square().mean() + vqrae.last_vq_loss).backward()
+        encoder = [p.grad is not None for p in vqrae.autoencoder.encoder.parameters()]
+        assert all(encoder) if stage == 2 else not any(encoder)
+        for name, parameter in vqrae.named_parameters():
+            assert parameter.grad is not None or name.startswith("autoencoder.encoder."), name
+    with pytest.raises(ValueError, match="stage 0"):
+        vqrae.set_stage(0)
+
+
+def test_usage_counts_what_training_met(folder):
+    vqrae = model(folder, use_simvq=False, noise_tau=0.0).train()
+    assert vqrae.get_codebook_usage() == {"usage": 0.0, "perplexity": 1.0, "num_codes": 20}
+    met = vqrae.encode_to_indices(images()).unique()
+    vqrae(images())
+    vqrae.update()
+    assert vqrae.get_codebook_usage()["usage"] == pytest.approx(len(met) / 20)
+    before = vqrae.autoencoder.quantizer.codebook.clone()
+    vqrae(images())
+    vqrae(images())  # applies what the call before gathered
+    assert not torch.equal(vqrae.autoencoder.quantizer.codebook, before)
+
+
+def test_the_notes_distillation_moves_quantized_features_alone(folder):
+    vqrae = model(folder)
+    continuous, quantized = (torch.randn(2, 16, 4, 4, requires_grad=True) for _ in range(2))
+    loss = vqrae.compute_distillation_loss(continuous, quantized)
+    torch.testing.assert_close(loss, (continuous - quantized).square().mean())
+    loss.backward()
+    assert continuous.grad is None and quantized.grad is not None
+
+
+def test_what_does_not_fit_is_refused(folder):
+    with pytest.raises(ValueError, match="encoder_cls='Clip' is not one of Dinov2withNorm"):
+        model(folder, encoder_cls="Clip")
+    with pytest.raises(ValueError, match=r"encoder_cls=SigLIP2wNorm does not go with .*'vit_mae'"):
+        model(folder, encoder_cls="SigLIP2wNorm")
+    with pytest.raises(UserError, match="decoder_config_path=nowhere: there is no such file"):
+        model(folder, decoder_config_path="nowhere")
+
+
+def test_decoder_names_are_presets():
+    assert _decoder_config("vit_mae-base").preset == "B" and _decoder_config("configs/decoder/ViTXL").preset == "XL"
