@@ -6,8 +6,9 @@ SHELL := /bin/bash
 
 CONFIG ?= digits
 DATA   ?=
-RUN    ?= runs/$(notdir $(CONFIG:/=))$(if $(DATA),-$(notdir $(DATA:/=)))
+RUN    ?= runs/$(if $(filter compare-%,$(MAKECMDGOALS)),quantizers,$(notdir $(CONFIG:/=))$(if $(DATA),-$(notdir $(DATA:/=))))
 NUM    ?= 500
+STEPS  ?=
 FRESH  ?=
 NPROC  ?=
 LPIPS  ?=
@@ -24,17 +25,21 @@ FLAGS      = $(if $(FRESH),$(if $(filter $@ demo,$(MAKECMDGOALS)),--fresh))
 # A tokenizer may take several runs, tokenizer-stage1, tokenizer-stage2, …: in the order of their names.
 TOKENIZERS := $(basename $(notdir $(sort $(wildcard $(CFG)/tokenizer*.yaml))))
 
-.PHONY: help setup demo test lint encoder tokenizer tokens prior samples report config-exists
+# Scores that need weights which are not the project's own.
+SCORES := $(if $(LPIPS),--lpips-net squeeze --lpips-weights "$(LPIPS)")
+
+.PHONY: help setup demo test lint encoder tokenizer tokens prior samples report compare-quantizers config-exists
 
 help: ## what can be made, and with what
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1|\2/p' Makefile | column -t -s '|'
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/p' Makefile | column -t -s '|'
 	@echo; echo "variables"
 	@printf '  %-8s %s\n' \
 	  CONFIG "folder under configs/ ($(CONFIG))" \
 	  DATA   "images: an embedded name, a folder, parquet, hub:owner/name (what CONFIG says)" \
 	  RUN    "folder for everything that is made ($(RUN))" \
 	  NUM    "number of samples ($(NUM))" \
+	  STEPS  "training steps of compare-quantizers (what its configurations say)" \
 	  FRESH  "1 starts the named stage over" \
 	  NPROC  "processes per machine, through torchrun (one, without it)" \
 	  LPIPS  "file of SqueezeNet 1.1's features, for LPIPS in the report" \
@@ -79,4 +84,9 @@ samples: prior ## draw samples from the prior
 	@$(LAUNCH) generate.sample "$(RUN)" --num $(NUM)
 
 report: samples ## evaluate, and write report.html
-	@$(LAUNCH) eval.run report "$(RUN)" $(if $(LPIPS),--lpips-net squeeze --lpips-weights "$(LPIPS)")
+	@$(LAUNCH) eval.run report "$(RUN)" $(SCORES)
+
+compare-quantizers: setup ## train every configs/cifar10/quantizers/*.yaml alike, and write one table with pictures
+	@set -e; for config in configs/cifar10/quantizers/*.yaml; do \
+	  $(LAUNCH) tokenizer.train "$$config" $(OVERRIDES) $(if $(STEPS),loop.steps=$(STEPS)) $(FLAGS); done
+	@$(LAUNCH) eval.run quantizers "$(RUN)" $(SCORES)

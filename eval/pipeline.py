@@ -1,4 +1,4 @@
-"""What evaluation finds in a pipeline's folder: tokens, their tokenizer, its data, the extractors."""
+"""What evaluation finds in a pipeline's folder, or in a tokenizer's: its data, the tokenizer, the extractors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tokenizer.data.sources import DataConfig, Images, open_split
 from tokenizer.data.transforms import to_uint8
 from tokenizer.interface import Tokenizer
 from tokenizer.run import load as load_tokenizer
+from tokenizer.run import load_config
 from training import distributed
 from training.checkpoint import weights_hash
 from training.config import from_dict
@@ -30,47 +31,61 @@ class Options:
     """How to measure; the command line of eval.run."""
 
     run: Path
-    extractor: Path | None = None  # folder of an in-domain extractor; run/extractor
+    extractor: Path | None = None  # folder of an in-domain extractor; a pipeline's is run/extractor
     lpips_weights: Path | None = None
     lpips_net: str = "squeeze"
     inception_weights: Path | None = None
     num: int | None = None  # at most so many images of each set
     batch_size: int = 100
     fresh: bool = False
+    encoder: str | None = None  # of probes: the pretrained encoder that the tokenizer began with
+    allow_differences: tuple[str, ...] = ()  # of comparisons: settings that may differ between runs
 
 
 class Pipeline:
-    """A pipeline's folder. Its parts are opened when first asked for."""
+    """A pipeline's folder, which holds tokens/, or the run folder of a tokenizer alone.
+
+    Its parts are opened when first asked for.
+    """
 
     def __init__(self, options: Options) -> None:
+        """Raises UserError when the folder is neither, or its tokens are not of the tokenizer's present weights."""
         self.options, self.folder = options, options.run
-        self.tokens = TokenCache.open(self.folder / "tokens")
-        self.tokens.check_tokenizer()
+        self.alone = (self.folder / "config.yaml").is_file() and not (self.folder / "tokens").is_dir()
+        self.tokenizer_folder = self.folder if self.alone else self.tokens.tokenizer_folder
 
     @property
     def report_folder(self) -> Path:
         return self.folder / "report"
 
     @functools.cached_property
+    def tokens(self) -> TokenCache:
+        tokens = TokenCache.open(self.folder / "tokens")
+        tokens.check_tokenizer()
+        return tokens
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.tokens.tokenizer_folder)
+        return load_tokenizer(self.tokenizer_folder)
 
     @functools.cached_property
     def tokenizer_hash(self) -> str:
-        return weights_hash(self.tokens.tokenizer_folder)
+        return weights_hash(self.tokenizer_folder)
 
     @functools.cached_property
     def data(self) -> DataConfig:
-        """The data that was encoded, and that the prior learned."""
+        """The data that was encoded, and that the prior learned; of a tokenizer alone, what it was trained on."""
+        if self.alone:
+            return load_config(self.folder).data
         return from_dict(DataConfig, self.tokens.manifest["data"], str(self.tokens.folder / "manifest.json"))
 
     @functools.cached_property
     def train(self) -> Images:
-        return open_split(self.data, "train")
+        return _open_split(self.data, "train")
 
     @functools.cached_property
     def held_out(self) -> Images:
-        return open_split(self.data, "held_out")
+        return _open_split(self.data, "held_out")
 
     @functools.cached_property
     def in_domain(self) -> InDomain:
@@ -79,9 +94,10 @@ class Pipeline:
 
     @functools.cached_property
     def extractors(self) -> list[Extractor]:
-        """The in-domain one, and the Inception where its weights are."""
+        """The in-domain one (of a tokenizer alone, if it was named), and the Inception where its weights are."""
         inception = find_inception(self.options.inception_weights)
-        return [self.in_domain, *([Inception(inception)] if inception else [])]
+        in_domain = [self.in_domain] if self.options.extractor or not self.alone else []
+        return [*in_domain, *([Inception(inception)] if inception else [])]
 
     @functools.cached_property
     def lpips(self) -> LPIPS | None:
@@ -98,6 +114,12 @@ class Pipeline:
     def batches(self, images: Images, title: str) -> Iterator[Batch]:
         """This rank's share of a split."""
         return share(self.places(images), self.options.batch_size, lambda places: load(images, places), title)
+
+
+@functools.lru_cache(maxsize=2)
+def _open_split(data: DataConfig, split: str) -> Images:
+    """Pipelines on the same data share its images."""
+    return open_split(data, split)
 
 
 def share(places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str) -> Iterator[Batch]:

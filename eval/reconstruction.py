@@ -56,7 +56,7 @@ def measure_frechet(
 
 
 def measure_reconstruction(pipeline: Pipeline) -> Record:
-    """The record of RUN's tokenizer: the kept one when it is current, else measured and kept."""
+    """The record of a tokenizer: the kept one when it is current, else measured and kept."""
     held_out, options = pipeline.held_out, pipeline.options
     places = pipeline.places(held_out)
     n = len(places)
@@ -80,7 +80,7 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
     codebook = CodebookUsage(model.layout, Origin(split, protocol, subject))
     distances = [PairedFrechet(extractor, origin) for extractor in pipeline.extractors]
     metrics = [paired, codebook, *distances]
-    for originals in pipeline.batches(held_out, "reconstruction"):
+    for originals in pipeline.batches(held_out, f"{pipeline.folder.name}: reconstruction"):
         batch = reconstruct(model, originals)
         for metric in metrics:
             metric.update(batch)
@@ -102,6 +102,8 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
             if figure in rows:
                 arrays[f"{name}_{figure}"] = rows[figure][chosen_rows].numpy()
     notes = [line for line in map(banner, pipeline.extractors) if line]
+    if not distances:
+        notes.append("rFD is left out: no extractor was given (--extractor).")
     if "ssim" not in rows:
         notes.append(f"SSIM is left out: images of {held_out.image_size} px are below its window.")
     if not pipeline.lpips:
