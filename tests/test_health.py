@@ -73,7 +73,7 @@ def test_a_perplexity_that_falls_far_is_called_out():
 def test_dead_codes(name):
     reading, warning = only(read_all(Health((CODES,)), name, [0.31] * 6))
     assert reading == 4 and f"{name}=31.0% of the codes stays below 50%" in warning
-    assert "quantizer.restart_below" in warning
+    assert "quantizer.restart=data" in warning
     assert not any(read_all(Health((CODES,)), name, [0.1, 0.2, 0.3, 0.4, 0.45, 0.6, 0.9]))
 
 

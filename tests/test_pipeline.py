@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from training.command import run_command
+from tiny import command
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "digits"
 LOOP = ["loop.steps=6", "loop.batch_size=8", "loop.log_every=2", "loop.save_every=3", "loop.preview_every=3"]
@@ -23,19 +20,6 @@ MODEL = [
     "model.decoder.heads=2", "calibration_images=24",
 ]  # fmt: skip
 MAE = ["mae.dim=32", "mae.depth=1", "mae.heads=2", "mae.decoder_dim=16", "mae.decoder_heads=2"]
-
-
-def command(module: str, *words: object) -> int:
-    """Run `python -m module words` in this process; its exit code."""
-    kept = sys.argv
-    sys.argv = [module, *map(str, words)]
-    try:
-        run_command(importlib.import_module(module).main)
-        return 0
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = kept
 
 
 @pytest.fixture(scope="module")

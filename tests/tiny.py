@@ -1,14 +1,17 @@
-"""Tiny random models in transformers' format, one for each family of encoders, as their publishers save them."""
+"""Tiny models of every family (in the format their publishers save) and kind; commands run in this process."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import torch
 
 from tokenizer.encoders.foundation import quiet_transformers
 from tokenizer.encoders.pretrain import initialise
 from tokenizer.quantizers.vector import VectorConfig
+from training.command import run_command
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
 WIDE = {**SHAPE, "intermediate_size": 32}
@@ -107,3 +110,16 @@ QUANTIZER_SIZES = {
     "lookup_free": {"bits": 5},
     "ibq": {"num_codes": 20, "code_dim": 8},
 }
+
+
+def command(module: str, *words: object) -> int:
+    """Run `python -m module words` in this process; its exit code."""
+    kept = sys.argv
+    sys.argv = [module, *map(str, words)]
+    try:
+        run_command(importlib.import_module(module).main)
+        return 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = kept

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 
 REVIVE = (
-    "start it from data (quantizer.init=kmeans), restart dead codes (quantizer.restart_below=0.1) or raise its entropy "
+    "start it from data (quantizer.init=kmeans), restart dead codes (quantizer.restart=data) or raise its entropy "
     "term (quantizer.entropy), as the kind allows"
 )
 
