@@ -206,6 +206,10 @@ def test_heads_are_checked_where_they_are_stated(reference, tmp_path):
     path = as_diffusers(tmp_path, reference.rae())
     with pytest.raises(UserError, match=r"config\.json: the decoder has 2 heads, and 4 here: set decoder\.heads=2"):
         load_decoder(ours(heads=4), path, MEAN, STD)
+    for damaged in ("{", "[]"):
+        (path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"config\.json: it is not the JSON of a model's settings"):
+            load_decoder(ours(heads=2), path, MEAN, STD)
 
 
 class Payload:

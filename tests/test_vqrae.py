@@ -167,3 +167,16 @@ def test_what_does_not_fit_is_refused(folder):
 
 def test_decoder_names_are_presets():
     assert _decoder_config("vit_mae-base").preset == "B" and _decoder_config("configs/decoder/ViTXL").preset == "XL"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_saved_one_is_the_same(name, folder, tmp_path):
+    arguments = dict(VARIANTS[name])
+    if "normalization_stat_path" in arguments:
+        arguments["normalization_stat_path"] = str(folder / "statistics.pt")
+    first = model(folder, **arguments).eval()
+    first.save_pretrained(tmp_path / "shared")
+    second = VQRAE.from_pretrained(tmp_path / "shared")
+    indices = first.encode_to_indices(images())
+    assert torch.equal(second.encode_to_indices(images()), indices)
+    assert torch.equal(second.decode_from_indices(indices), first.decode_from_indices(indices))

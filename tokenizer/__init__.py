@@ -1,4 +1,8 @@
-"""Images to discrete codes and back. `tokenizer.load(run_folder)` gives a trained tokenizer."""
+"""Images to discrete codes and back.
+
+`tokenizer.load(run_folder)` gives a trained tokenizer, `tokenizer.from_pretrained(name_or_folder)` a shared one, and
+`tokenizer.VQRAE` is the class behind the interface of RAE.
+"""
 
 from typing import Any
 
@@ -9,6 +13,10 @@ def __getattr__(name: str) -> Any:
         from tokenizer.run import load
 
         return load
+    if name == "from_pretrained":
+        from tokenizer.sharing import from_pretrained
+
+        return from_pretrained
     if name == "VQRAE":
         from tokenizer.vqrae import VQRAE
 

@@ -1,4 +1,4 @@
-"""Train a tokenizer: python -m tokenizer.train CONFIG.yaml [section.key=value ...] [--fresh]
+"""Train a tokenizer: python -m tokenizer.train CONFIG.yaml [section.key=value ...] [--fresh | --dry-run]
 
 Running the same command again resumes. Under torchrun the same command uses every process.
 """
@@ -15,6 +15,7 @@ from tokenizer.data.grid import image_grid
 from tokenizer.data.sampler import feed, keys_of_step
 from tokenizer.data.sources import Images, open_split
 from tokenizer.data.transforms import to_pixels
+from tokenizer.dry_run import dry_run
 from tokenizer.encoders.foundation import FoundationEncoder
 from tokenizer.health import Health
 from tokenizer.objective import Objective
@@ -62,9 +63,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         )  # fmt: skip
     if isinstance(autoencoder.encoder, FoundationEncoder) and distributed.is_main():
         autoencoder.encoder.save_architecture(run.folder / "weights" / "encoder")
-    places = torch.linspace(
-        0, len(held_out) - 1, min(256, len(held_out))
-    ).long()  # of every class
+    places = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).long()  # of every class
     shown = held_out.gather([(0, int(place)) for place in places])["images"]
 
     def begin() -> None:
@@ -105,7 +104,7 @@ def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:
 
 
 def main() -> None:
-    config_command("tokenizer.train", "Train a tokenizer.", TokenizerRun, train_tokenizer)
+    config_command("tokenizer.train", "Train a tokenizer.", TokenizerRun, train_tokenizer, dry_run)
 
 
 if __name__ == "__main__":

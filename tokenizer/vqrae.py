@@ -229,6 +229,25 @@ class VQRAE(nn.Module):
         used = {name: float(value) for name, value in figures.items()}
         return used | {"num_codes": self.autoencoder.quantizer.num_codes[0]}
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads: arguments, weights, the encoder's architecture, a card."""
+        from tokenizer.sharing import save_vqrae
+
+        save_vqrae(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None) -> VQRAE:
+        """From a folder, or a repository of the Hub. Raises UserError when there is none, or it is damaged."""
+        from tokenizer.sharing import load_vqrae
+
+        return load_vqrae(name_or_folder, revision)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
+        """Upload what `save_pretrained` writes to the Hub's `repo_id` (owner/name); its address."""
+        from tokenizer.sharing import push_vqrae
+
+        return push_vqrae(self, repo_id, private=private)
+
     def update(self, taken: bool = True) -> None:
         """Apply what the codebook gathered since the last call; `taken=False` throws it away."""
         self.autoencoder.update(self._steps, taken)

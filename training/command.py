@@ -56,20 +56,34 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; {hint}")
 
 
-def config_command(program: str, description: str, schema: type, run: Callable[..., object]) -> None:
+def config_command(
+    program: str,
+    description: str,
+    schema: type,
+    run: Callable[..., object],
+    dry_run: Callable[..., str] | None = None,
+) -> None:
     """The main of every command that a YAML describes: PROGRAM CONFIG.yaml [section.key=value ...] [--fresh].
 
-    `run(config, fresh=...)` does what the config of class `schema` says.
+    `run(config, fresh=...)` does what the config of class `schema` says; where there is a `dry_run(config)`, the
+    flag --dry-run prints what it returns instead.
     """
     parser = Parser(prog=f"python -m {program}", description=description)
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
     parser.add_argument("--fresh", action="store_true", help="remove what the run's folder holds and start over")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and write nothing")
     arguments = parser.parse_intermixed_args()
 
     from training import config, distributed
 
     loaded = config.load(schema, arguments.config, arguments.overrides)
     distributed.start()
-    run(loaded, fresh=arguments.fresh)
+    if dry_run and arguments.dry_run:
+        text = dry_run(loaded)
+        if distributed.is_main():
+            print(text)
+    else:
+        run(loaded, fresh=arguments.fresh)
     distributed.finish()

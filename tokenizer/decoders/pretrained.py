@@ -101,7 +101,10 @@ def _decoder_part(saved: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
 def _check_heads(decoder: ViTDecoder, file: Path) -> None:
     """The one size that weights do not show stands in diffusers' config.json."""
     config = file.with_name("config.json")
-    stated = json.loads(config.read_text()).get("decoder_num_attention_heads") if config.is_file() else None
+    try:
+        stated = json.loads(config.read_text()).get("decoder_num_attention_heads") if config.is_file() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"{config}: it is not the JSON of a model's settings: copy it again") from None
     if stated not in (None, decoder.heads):
         raise UserError(
             f"{config}: the decoder has {stated} heads, and {decoder.heads} here: set decoder.heads={stated}"

@@ -123,7 +123,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         query, key, value = (
-            rearrange(part(normed), "b c h w -> b 1 (h w) c") for part in (self.query, self.key, self.value)
+            rearrange(part(normed), "b c h w -> b 1 (h w) c").contiguous()
+            for part in (self.query, self.key, self.value)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
