@@ -282,6 +282,7 @@ PUBLISHED = {
     "OpenGVLab/InternVL3-1B-hf": 304.0,
     "facebook/vit-mae-base": 85.8,
     "google/vit-base-patch16-224": 85.8,
+    "facebook/dino-vits8": 21.7,
 }
 
 
@@ -300,6 +301,20 @@ def test_known_models_have_their_published_size(name, monkeypatch):
     assert all(value.is_meta for value in encoder.state_dict().values())
     count = sum(parameter.numel() for part in parts for parameter in part.parameters())
     assert round(count / 1e6, 1) == PUBLISHED[name]
+
+
+def test_images_are_resized_to_what_the_model_is_to_see(folders):
+    plain = FoundationConfig(name=str(folders["vit"])).build(16)
+    encoder = FoundationConfig(name=str(folders["vit"]), input_size=16).build(24)
+    assert encoder.stride == 6 and encoder.patch == 4
+    given = images(size=(24, 24))
+    seen = torch.nn.functional.interpolate(given, (16, 16), mode="bicubic", align_corners=False)
+    assert torch.equal(encoder(given), plain(seen))
+    assert encoder(images(size=(24, 24))[:, :, :12]).shape == (2, 16, 2, 4)  # half as high: the same pixels per feature
+    assert torch.equal(encoder(images(size=(40, 40)), (4, 4)), plain(images(size=(40, 40)), (4, 4)))
+    for size, image_size in ((14, 24), (16, 30), (2, 24)):
+        with pytest.raises(ValueError, match=f"data.image_size={image_size} with encoder.input_size={size}: the input"):
+            FoundationConfig(name=str(folders["vit"]), input_size=size).build(image_size)
 
 
 def test_an_unknown_name_without_weights_is_one_line():

@@ -46,7 +46,7 @@ def test_a_pipeline_of_several_levels(name, prior, tmp_path):
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 16, 16, 3)
     codes = torch.from_numpy(np.asarray(cache.split("held_out").codes[:4, 0]).astype(np.int64))
     assert tokenizer.load(cache.tokenizer_folder).decode(codes).shape == (4, 3, 16, 16)
-    assert command("eval.run", "reconstruction", tmp_path, "--num", 40) == 0
-    record = json.loads((tmp_path / "report" / "reconstruction.json").read_text())
+    assert command("eval.run", "reconstruction", cache.tokenizer_folder, "--num", 40) == 0
+    record = json.loads((cache.tokenizer_folder / "report" / "reconstruction.json").read_text())
     names = [measurement["name"] for measurement in record["measurements"]]
     assert sum("perplexity" in figure for figure in names) >= len(grids)

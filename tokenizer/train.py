@@ -16,7 +16,7 @@ from tokenizer.data.sampler import feed, keys_of_step
 from tokenizer.data.sources import Images, open_split
 from tokenizer.data.transforms import to_pixels
 from tokenizer.dry_run import dry_run
-from tokenizer.encoders.foundation import FoundationEncoder
+from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from tokenizer.health import Health
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun, load_autoencoder_weights, load_config
@@ -49,6 +49,8 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     objective = Objective(config.objective, autoencoder, _teacher(config, autoencoder), config.seed)
     if config.start_from is None and isinstance(autoencoder.encoder, FoundationEncoder):
         inputs["encoder"] = autoencoder.encoder.fingerprint()
+    if objective.discriminator is not None and hasattr(objective.discriminator.network, "trunk"):
+        inputs["discriminator"] = objective.discriminator.network.trunk.fingerprint()
     run = Run.open(folder, config, fresh=fresh, inputs=inputs)
     images.announce()
     turns = [
@@ -91,8 +93,10 @@ def _teacher(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None:
     """The pretrained encoder as it was before any training here, where features are to stay near its own."""
     if config.objective.distillation == 0 or config.objective.distillation_target != "teacher":
         return None
-    trained = config.start_from is not None and not load_config(Path(config.start_from)).model.encoder.frozen
-    return config.model.encoder.build(config.data.image_size) if trained else copy.deepcopy(autoencoder.encoder)
+    before = load_config(Path(config.start_from)).model.encoder if config.start_from is not None else None
+    if isinstance(before, FoundationConfig) and not before.frozen:  # it has learned since
+        return config.model.encoder.build(config.data.image_size)
+    return copy.deepcopy(autoencoder.encoder)
 
 
 def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:
