@@ -31,6 +31,7 @@ from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 from training import config as configuration
 from training import distributed
+from training.ema import Ema
 
 CODES, DIM = 12, 4
 SIZES = {"num_codes": CODES, "code_dim": DIM}
@@ -817,3 +818,26 @@ def test_levels_are_configured_in_place():
 def test_residuals_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ResidualConfig(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["vector", "simvq"])
+@pytest.mark.parametrize("restart", ["data", "split"])
+def test_the_average_takes_restarted_codes_at_once(kind, restart):
+    changes = {"restart_every": 1} if kind == "simvq" else {}
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS[kind](num_codes=CODES, code_dim=DIM, restart=restart, restart_below=0.1, **changes).build()
+    averaged = Ema(quantizer.train(), 0.99)
+    with torch.no_grad():
+        quantizer.mean_counts[:3] = -0.5
+    quantizer(features())
+    quantizer.update(1000, True)
+    before = {name: tensor.clone() for name, tensor in averaged.module.state_dict().items()}
+    averaged.update(1000)
+    ours, theirs = averaged.module.state_dict(), quantizer.state_dict()
+    name = "codebook" if kind == "vector" else "frozen"
+    changed = quantizer.changed
+    assert set(range(3)) <= set(changed.tolist()) and len(changed) < CODES
+    assert torch.equal(ours[name][changed], theirs[name][changed])
+    if kind == "vector":  # the others are averaged
+        kept = torch.ones(CODES, dtype=torch.bool).index_fill_(0, changed, False)
+        torch.testing.assert_close(ours[name][kept], before[name][kept].lerp(theirs[name][kept], 0.01))

@@ -9,7 +9,10 @@ from torch import nn
 
 
 class Ema:
-    """A frozen copy of `source` that follows it with `decay`, faster at first: min(decay, (1 + t)/(10 + t))."""
+    """A frozen copy of `source` that follows it with `decay`, faster at first: min(decay, (1 + t)/(10 + t)).
+
+    Submodules with a method `follow(source)` are told of each update, to take at once what must not be averaged.
+    """
 
     def __init__(self, source: nn.Module, decay: float) -> None:
         self.source, self.decay = source, decay
@@ -28,3 +31,6 @@ class Ema:
         for name in self.buffers:
             if not theirs[name].is_floating_point():  # flags and counters
                 ours[name].copy_(theirs[name])
+        for ours, theirs in zip(self.module.modules(), self.source.modules()):
+            if hasattr(theirs, "follow"):
+                ours.follow(theirs)

@@ -269,6 +269,14 @@ def revive(
 
 
 @torch.no_grad()
+def follow(quantizer: nn.Module, source: nn.Module, names: Sequence[str]) -> None:
+    """Copy the rows `source.changed` of tensors from one quantizer to another of the same shapes."""
+    if source.changed is not None:
+        for name in names:
+            getattr(quantizer, name)[source.changed] = getattr(source, name)[source.changed]
+
+
+@torch.no_grad()
 def pick_rows(candidates: Tensor, count: int, step: int) -> Tensor:
     """`count` of all ranks' candidates, (M, D) per rank -> (count, D): the same whatever the number of ranks.
 

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Assignment, LowRank, Project, Statistics, check_choices, revive, start_from
+from tokenizer.quantizers.codebook import (
+    Assignment,
+    LowRank,
+    Project,
+    Statistics,
+    check_choices,
+    follow,
+    revive,
+    start_from,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +84,7 @@ class SimVQ(nn.Module):
         nn.init.orthogonal_(self.transform.weight)
         self.register_buffer("mean_counts", torch.ones(num_codes))
         self.statistics = Statistics(num_codes, 0, keep_rows=restart == "data")
+        self.changed: Tensor | None = None  # codes that the last update restarted
 
     @property
     def vectors(self) -> Tensor:
@@ -103,16 +113,21 @@ class SimVQ(nn.Module):
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
         """Count use; every `restart_every` steps solve r = c W for rows r of the data in place of dead codes."""
+        self.changed = None
         if not taken:
             return self.statistics.clear()
         self.assignment.update(step)
         counts, _, candidates = self.statistics.reduce()
         self.mean_counts.lerp_(counts, 0.01)
         if self.restart != "none" and (step + 1) % self.restart_every == 0:
-            revive(
+            self.changed = revive(
                 self.frozen, self.mean_counts, candidates, step, below=self.restart_below,
                 split=self.restart == "split", to_book=self._solve,
             )  # fmt: skip
+
+    def follow(self, source: SimVQ) -> None:
+        """Take what `source` restarted in its last update: a mean of the old and the new vector is neither."""
+        follow(self, source, ["frozen", "mean_counts"])
 
     def _solve(self, rows: Tensor) -> Tensor:
         """c with c W = r, (m, D) -> (m, D)."""

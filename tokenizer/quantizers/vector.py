@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Assignment, LowRank, Project, Statistics, check_choices, revive, start_from
+from tokenizer.quantizers.codebook import (
+    Assignment,
+    LowRank,
+    Project,
+    Statistics,
+    check_choices,
+    follow,
+    revive,
+    start_from,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +103,7 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("mean_counts", torch.ones(num_codes))  # N of equation (6)
         self.statistics = Statistics(num_codes, dim if self.ema else 0, keep_rows=restart == "data")
+        self.changed: Tensor | None = None  # codes that the last update restarted
 
     @property
     def vectors(self) -> Tensor:
@@ -120,6 +130,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
         """Move the averaged codebook (equations 6 to 8, Laplace-smoothed) and restart codes that fell out of use."""
+        self.changed = None
         if not taken:
             return self.statistics.clear()
         self.assignment.update(step)
@@ -141,3 +152,8 @@ class VectorQuantizer(nn.Module):
                 self.codebook[changed] = F.normalize(self.codebook[changed], dim=1)
             if self.ema:
                 self.mean_sums[changed] = self.codebook[changed] * self.mean_counts[changed, None]
+            self.changed = changed
+
+    def follow(self, source: VectorQuantizer) -> None:
+        """Take what `source` restarted in its last update: a mean of the old and the new vector is neither."""
+        follow(self, source, ["codebook", "mean_counts", *(["mean_sums"] if self.ema else [])])
