@@ -728,6 +728,16 @@ def test_the_frozen_codebook_is_the_papers():
     assert float(frozen.mean()) == pytest.approx(0, abs=2e-3) and float(frozen.std()) == pytest.approx(64**-0.5, 0.02)
 
 
+def test_no_code_is_restarted_from_the_last_step_for_it_on(book_config):
+    changes = {"restart_every": 1} if isinstance(book_config, SimVQConfig) else {}
+    quantizer = build(book_config, restart="split", restart_until=2, **changes).train()
+    for step in range(4):
+        with torch.no_grad():
+            quantizer.mean_counts[:2] = -0.5
+        train_step(quantizer, step, features(seed=step))
+        assert (quantizer.changed is not None and len(quantizer.changed) > 0) == (step < 2)
+
+
 def test_simvq_restarts_only_when_it_is_time():
     quantizer = build(CASES["simvq"], restart="data", restart_below=0.5, restart_every=4).train()
     frozen = quantizer.frozen.clone()

@@ -36,6 +36,7 @@ class SimVQConfig:
     restart: str = "none"  # of codes out of use: from "data", or "split" the most used codes
     restart_below: float = 0.1  # share of the mean use
     restart_every: int = 50  # steps
+    restart_until: int = 0  # the step after which no code is restarted, 0 for none
 
     def __post_init__(self) -> None:
         check_choices(
@@ -56,7 +57,7 @@ class SimVQConfig:
         )
         return SimVQ(
             self.num_codes, self.code_dim, assignment, init=self.init, restart=self.restart,
-            restart_below=self.restart_below, restart_every=self.restart_every,
+            restart_below=self.restart_below, restart_every=self.restart_every, restart_until=self.restart_until,
         )  # fmt: skip
 
 
@@ -75,10 +76,12 @@ class SimVQ(nn.Module):
         restart: str = "none",
         restart_below: float = 0.1,
         restart_every: int = 50,
+        restart_until: int = 0,
     ) -> None:
         super().__init__()
         self.num_codes, self.dim, self.assignment, self.init = (num_codes,), dim, assignment, init
         self.restart, self.restart_below, self.restart_every = restart, restart_below, restart_every
+        self.restart_until = restart_until
         self.register_buffer("frozen", torch.randn(num_codes, dim) * dim**-0.5)
         self.transform = nn.Linear(dim, dim, bias=False)
         nn.init.orthogonal_(self.transform.weight)
@@ -119,7 +122,8 @@ class SimVQ(nn.Module):
         self.assignment.update(step)
         counts, _, candidates = self.statistics.reduce()
         self.mean_counts.lerp_(counts, 0.01)
-        if self.restart != "none" and (step + 1) % self.restart_every == 0:
+        wanted = self.restart != "none" and not 0 < self.restart_until <= step
+        if wanted and (step + 1) % self.restart_every == 0:
             self.changed = revive(
                 self.frozen, self.mean_counts, candidates, step, below=self.restart_below,
                 split=self.restart == "split", to_book=self._solve,

@@ -42,6 +42,7 @@ class VectorConfig:
     rotation: bool = False  # the rotation trick in place of straight-through
     restart: str = "none"  # of codes out of use: from "data", or "split" the most used codes
     restart_below: float = 0.1  # share of the mean use
+    restart_until: int = 0  # the step after which no code is restarted, 0 for none
 
     def __post_init__(self) -> None:
         check_choices(
@@ -63,7 +64,7 @@ class VectorConfig:
         )
         return VectorQuantizer(
             self.num_codes, self.code_dim, assignment, decay=self.decay, epsilon=self.epsilon, init=self.init,
-            restart=self.restart, restart_below=self.restart_below,
+            restart=self.restart, restart_below=self.restart_below, restart_until=self.restart_until,
         )  # fmt: skip
 
 
@@ -83,11 +84,12 @@ class VectorQuantizer(nn.Module):
         init: str = "kmeans",
         restart: str = "none",
         restart_below: float = 0.1,
+        restart_until: int = 0,
     ) -> None:
         super().__init__()
         self.num_codes, self.dim, self.assignment = (num_codes,), dim, assignment
         self.decay, self.epsilon, self.init = decay, epsilon, init
-        self.restart, self.restart_below = restart, restart_below
+        self.restart, self.restart_below, self.restart_until = restart, restart_below, restart_until
         self.ema = not assignment.learn_codebook
         codebook = torch.empty(num_codes, dim)
         if init == "uniform":
@@ -143,7 +145,7 @@ class VectorQuantizer(nn.Module):
             torch.div(self.mean_sums, smoothed[:, None], out=self.codebook)
             if self.assignment.cosine:
                 self.codebook.copy_(F.normalize(self.codebook, dim=1))
-        if self.restart != "none":
+        if self.restart != "none" and not 0 < self.restart_until <= step:
             changed = revive(
                 self.codebook, self.mean_counts, candidates, step,
                 below=self.restart_below, split=self.restart == "split",
