@@ -80,7 +80,7 @@ class AutoregressivePrior(nn.Module):
                 "an autoregressive prior continues a beginning: the known codes must all come before the "
                 "unknown ones in raster order; to fill any other hole use a masked prior"
             )
-        conditions = guided_labels(labels, self.num_classes, options.guidance)
+        conditions = guided_labels(labels, self.num_classes, options)
         copies = len(conditions) // max(1, len(labels))
         codes, cache, previous = known.clone(), None, None
         with evaluation(self):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -14,18 +16,23 @@ from training.loop import Loss
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-    """How to sample. Guidance: logits = u + s (c - u), so s = 1 is none (Ho & Salimans 2022)."""
+    """How to sample. Guidance: logits = u + s (c - u), so s = 1 is none (Ho & Salimans 2022, arXiv:2207.12598)."""
 
-    guidance: float = 1.0
+    guidance: float = 1.0  # s, at the end of its schedule
+    guidance_schedule: str = "constant"  # or "linear", "power_cosine" (Yu et al. 2024, arXiv:2411.00776): from 1 up
+    guidance_power: float = 2.75  # of power_cosine: the larger, the later
     temperature: float = 1.0
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # 1 keeps all
     steps: int = 0  # of iterative samplers; 0 takes the prior's default
+    sampler: str = ""  # one of the prior's; empty takes its default
     seed: int = 0
 
     def __post_init__(self) -> None:
         ranges = {
             "guidance": (0 <= self.guidance < float("inf"), "a number from 0"),
+            "guidance_schedule": (self.guidance_schedule in GUIDANCE, "one of " + ", ".join(GUIDANCE)),
+            "guidance_power": (0 < self.guidance_power < float("inf"), "a number above 0"),
             "temperature": (0 < self.temperature < float("inf"), "a number above 0"),
             "top_k": (self.top_k >= 0, "a count, or 0 for all"),
             "top_p": (0 < self.top_p <= 1, "a share in (0, 1]"),
@@ -35,6 +42,18 @@ class SampleOptions:
         for name, (holds, expected) in ranges.items():
             if not holds:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be {expected}")
+
+    def guidance_at(self, progress: float) -> float:
+        """s when the share `progress` in [0, 1] of the sampling is done."""
+        return 1 + (self.guidance - 1) * GUIDANCE[self.guidance_schedule](progress, self.guidance_power)
+
+
+# progress and power -> how much of s - 1 applies
+GUIDANCE: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda progress, power: 1.0,
+    "linear": lambda progress, power: progress,
+    "power_cosine": lambda progress, power: (1 - math.cos(math.pi * progress**power)) / 2,
+}
 
 
 @dataclasses.dataclass
@@ -52,15 +71,23 @@ class Prior(Protocol):
     1 is the time, the rest belong to the positions. Without it, torch's global generator draws it.
     `sample_ids` (B,) int64 seed the samples: sample i depends on options.seed, its id and its label only.
     `known` (B, N) holds codes to keep and -1 where codes are to be sampled.
+    `given` (B, M) are codes of other levels, known completely, where the prior was built on such a layout.
     """
 
     layout: CodeLayout
     num_classes: int
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None) -> Loss: ...
+    def loss(
+        self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None
+    ) -> Loss: ...
 
-    def nll(self, codes: Tensor, labels: Tensor) -> Likelihood: ...  # (B, N), (B,) int64
+    def nll(self, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood: ...  # (B, N), (B,) int64
 
     def sample(
-        self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None
+        self,
+        labels: Tensor,
+        options: SampleOptions,
+        sample_ids: Tensor,
+        known: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Tensor: ...  # (B, N) int64

@@ -121,7 +121,7 @@ class MaskedPrior(nn.Module):
             known = torch.full((len(labels), self.layout.length), -1, device=labels.device)
         codes = known
         initially_unknown = (codes < 0).sum(1)
-        conditions = guided_labels(labels, self.num_classes, options.guidance)
+        conditions = guided_labels(labels, self.num_classes, options)
         copies = len(conditions) // max(1, len(labels))
         steps = options.steps or self.steps
         with evaluation(self):

@@ -18,16 +18,19 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return torch.lerp(unconditional, conditional, scale)
 
 
-def guided_labels(labels: Tensor, num_classes: int, scale: float) -> Tensor:
+def guided_labels(labels: Tensor, num_classes: int, options: SampleOptions) -> Tensor:
     """(B,) labels -> (2B,) with the unconditional ones behind, or as they are where s = 1 needs none."""
-    return labels if scale == 1 else torch.cat([labels, torch.full_like(labels, num_classes)])
+    return labels if options.guidance == 1 else torch.cat([labels, torch.full_like(labels, num_classes)])
 
 
-def shape_logits(logits: Tensor, options: SampleOptions) -> Tensor:
-    """Logits for `guided_labels` (B or 2B, ..., K) -> guided, tempered, filtered (B, ..., K) float64."""
+def shape_logits(logits: Tensor, options: SampleOptions, progress: float = 0.0) -> Tensor:
+    """Logits for `guided_labels` (B or 2B, ..., K) -> guided, tempered, filtered (B, ..., K) float64.
+
+    `progress` in [0, 1] is the share of the sampling that is done, for the guidance's schedule.
+    """
     logits = logits.double()
     if options.guidance != 1:
-        logits = guide(*logits.chunk(2), options.guidance)
+        logits = guide(*logits.chunk(2), options.guidance_at(progress))
     return filter_logits(logits / options.temperature, options.top_k, options.top_p)
 
 
