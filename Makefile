@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 CONFIG ?= digits
 DATA   ?=
-RUN    ?= runs/$(if $(filter compare-%,$(MAKECMDGOALS)),quantizers,$(notdir $(CONFIG:/=))$(if $(DATA),-$(notdir $(DATA:/=))))
+RUN    ?= runs/$(if $(filter compare-quantizers,$(MAKECMDGOALS)),quantizers,$(notdir $(CONFIG:/=))$(if $(DATA),-$(notdir $(DATA:/=))))
 NUM    ?= 500
 STEPS  ?=
 FRESH  ?=
@@ -28,7 +28,7 @@ TOKENIZERS := $(basename $(notdir $(sort $(wildcard $(CFG)/tokenizer*.yaml))))
 # Scores that need weights which are not the project's own.
 SCORES := $(if $(LPIPS),--lpips-net squeeze --lpips-weights "$(LPIPS)")
 
-.PHONY: help setup demo test lint encoder tokenizer tokens prior samples report compare-quantizers config-exists
+.PHONY: help setup demo test lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench bench-gpu config-exists
 
 help: ## what can be made, and with what
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -39,7 +39,7 @@ help: ## what can be made, and with what
 	  DATA   "images: an embedded name, a folder, parquet, hub:owner/name (what CONFIG says)" \
 	  RUN    "folder for everything that is made ($(RUN))" \
 	  NUM    "number of samples ($(NUM))" \
-	  STEPS  "training steps of compare-quantizers (what its configurations say)" \
+	  STEPS  "training steps of compare-quantizers and compare-priors (what their configurations say)" \
 	  FRESH  "1 starts the named stage over" \
 	  NPROC  "processes per machine, through torchrun (one, without it)" \
 	  LPIPS  "file of SqueezeNet 1.1's features, for LPIPS in the report" \
@@ -90,3 +90,18 @@ compare-quantizers: setup ## train every configs/cifar10/quantizers/*.yaml alike
 	@set -e; for config in configs/cifar10/quantizers/*.yaml; do \
 	  $(LAUNCH) tokenizer.train "$$config" $(OVERRIDES) $(if $(STEPS),loop.steps=$(STEPS)) $(FLAGS); done
 	@$(LAUNCH) eval.run quantizers "$(RUN)" $(SCORES)
+
+compare-priors: tokens ## train every configs/CONFIG/priors/*.yaml alike on the tokens, sample, and write one table
+	@test -d "$(CFG)/priors" || { echo "error: CONFIG=$(CONFIG): there is no folder $(CFG)/priors" >&2; exit 2; }
+	@set -e; for config in "$(CFG)"/priors/*.yaml; do name=$$(basename "$$config" .yaml); \
+	  $(LAUNCH) priors.train "$$config" root="$(RUN)" $(if $(STEPS),loop.steps=$(STEPS)) $(FLAGS); \
+	  $(LAUNCH) generate.sample "$(RUN)/$$name" --num $(NUM) --out "$(RUN)/$$name/samples"; done
+	@$(LAUNCH) eval.run priors "$(RUN)"
+
+bench: setup ## speed and memory beside peers and physical limits, into benchmarks/RESULTS.md
+	@set -e; for name in $(basename $(notdir $(filter-out %/__init__.py %/measure.py,$(wildcard benchmarks/*.py)))); do \
+	  $(PY) -W ignore -m benchmarks.$$name; done
+
+bench-gpu: setup ## the same on a GPU
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: there is no GPU here" >&2; exit 2; }
+	@$(MAKE) --no-print-directory bench

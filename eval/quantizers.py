@@ -12,12 +12,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from eval.compare import check_alike, own_settings, table_of
+from eval.comparison_pictures import codebook_bars, curves_plot, labelled_grid, rate_plot
 from eval.pictures import Picture
 from eval.pipeline import Options, Pipeline
-from eval.quantizer_pictures import codebook_bars, curves_plot, labelled_grid, rate_plot
 from eval.reconstruction import measure_reconstruction
 from eval.record import Measurement, Record, dump_json
-from eval.report import Stage
+from eval.report import read_log
 from eval.tables import ARROWS, number
 from tokenizer.run import TokenizerRun, load_config
 from training import distributed
@@ -85,8 +86,10 @@ class Row:
         levels = [
             Level(u.settings["tokens"] // u.n, u.settings["num_codes"], p.value, u.value) for u, p in zip(used, spread)
         ]
-        curve = Stage.read(folder).curves.get("held_out.psnr", []) if (folder / "log.jsonl").is_file() else []
-        return Row(trained, record, levels, _seconds_per_step(folder), curve)
+        log = read_log(folder)
+        seconds = [value for _, value in log.get("seconds", [])]
+        median = statistics.median(seconds) if seconds else None
+        return Row(trained, record, levels, median, log.get("held_out.psnr", []))
 
     @property
     def name(self) -> str:
@@ -151,7 +154,7 @@ def compare_quantizers(options: Options) -> None:
     if not folders:
         raise UserError(f"{options.run}: no folder in it is a tokenizer's run (config.yaml and weights/): train one")
     trained = [Trained.read(options, folder) for folder in folders]
-    check_alike(trained, options.allow_differences)
+    check_alike({each.pipeline.folder: each.conditions for each in trained}, options.allow_differences)
     rows = sorted(map(Row.measure, trained), key=lambda row: (row.bits, row.name))
     if not distributed.is_main():
         return
@@ -172,22 +175,6 @@ def find_runs(folder: Path) -> list[Path]:
     configs = sorted(folder.glob("*/config.yaml"))
     runs = [path.parent for path in configs if weights_path(path.parent).is_file()]
     return [run for run in runs if "model" in OmegaConf.load(run / "config.yaml")]
-
-
-def check_alike(trained: Sequence[Trained], allowed: Sequence[str]) -> None:
-    """Raise UserError for the first condition that differs and is not allowed to."""
-    first = trained[0]
-    for field in allowed:
-        if field not in first.conditions:
-            raise UserError(f"--allow-differences {field}: is not one of {', '.join(first.conditions)}")
-    for field, was in first.conditions.items():
-        for other in trained[1:]:
-            now = other.conditions[field]
-            if field not in allowed and was != now:
-                raise UserError(
-                    f"{first.pipeline.folder} and {other.pipeline.folder} differ in {field} ({was} and {now}), so "
-                    f"they do not compare: train them alike, or allow and show it with --allow-differences {field}"
-                )
 
 
 def of_levels(counts: Iterable[int]) -> str:
@@ -220,16 +207,6 @@ def columns_of(rows: Sequence[Row], shown: Sequence[str]) -> dict[str, list[str]
     }
 
 
-def table_of(columns: dict[str, list[str]]) -> list[str]:
-    """Lines of Markdown, aligned: the first column to the left, the others to the right."""
-    padded = []
-    for head, cells in columns.items():
-        width = max(map(len, [head, *cells]))
-        place, rule = (str.rjust, "-" * (width - 1) + ":") if padded else (str.ljust, "-" * width)
-        padded.append([place(head, width), rule, *(place(cell, width) for cell in cells)])
-    return [f"| {' | '.join(line)} |" for line in zip(*padded)]
-
-
 def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pictures: Sequence[Picture]) -> str:
     conditions = [row.trained.conditions for row in rows]
     common = [
@@ -248,23 +225,10 @@ def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pi
     for picture in pictures:
         lines += ["", f"![{picture.name}](images/{picture.name})", "", picture.caption]
     lines += ["", "## Settings that differ", ""]
-    lines += [f"- **{row.name}**: {text}" for row, text in zip(rows, own_settings(rows))]
-    return "\n".join(lines) + "\n"
-
-
-def own_settings(rows: Sequence[Row]) -> list[str]:
-    """What each run's configuration says that not all others' say."""
-    configs = [_flat(to_dict(row.trained.config)) for row in rows]
-    named = ("name", "root")
-    return [
-        ", ".join(
-            f"`{key}={value}`"
-            for key, value in config.items()
-            if key not in named and any(key not in other or other[key] != value for other in configs)
-        )
-        or "none"
-        for config in configs
+    lines += [
+        f"- **{row.name}**: {text}" for row, text in zip(rows, own_settings([row.trained.config for row in rows]))
     ]
+    return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[Row]) -> list[Picture]:
@@ -306,30 +270,9 @@ def _weights_step(run: Path) -> int:
         return int((weights.metadata() or {}).get("step", 0))
 
 
-def _seconds_per_step(run: Path) -> float | None:
-    """The median of a training log; None without one."""
-    if not (run / "log.jsonl").is_file():
-        return None
-    seconds = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        try:
-            seconds.append(float(json.loads(line)["seconds"]))
-        except (ValueError, KeyError, TypeError):  # held-out figures, a warning, a line that a crash cut short
-            continue
-    return statistics.median(seconds) if seconds else None
-
-
 def _train_ids(run: Path) -> str:
     """The hash of the train images that a run was made from; empty where it is not known."""
     try:
         return json.loads((run / "inputs.json").read_text())["images"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"loop": {"steps": 3}} -> {"loop.steps": 3}."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -29,20 +29,25 @@ class Stage:
 
     @staticmethod
     def read(folder: Path) -> Stage:
-        """A run folder; lines of log.jsonl that a crash cut short are passed over."""
-        curves: dict[str, dict[int, float]] = {}
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            try:
-                values = json.loads(line)
-                step = int(values["step"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            for key, value in values.items():
-                if key not in BARE_LOG_KEYS and isinstance(value, int | float) and math.isfinite(value):
-                    curves.setdefault(key, {})[step] = float(value)
         config = folder / "config.yaml"
-        text = config.read_text() if config.is_file() else ""
-        return Stage(folder.name, text, {key: sorted(points.items()) for key, points in curves.items()})
+        curves = {key: points for key, points in read_log(folder).items() if key not in BARE_LOG_KEYS}
+        return Stage(folder.name, config.read_text() if config.is_file() else "", curves)
+
+
+def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by key of a run's log.jsonl, if there is one; lines that a crash cut short are passed over."""
+    curves: dict[str, dict[int, float]] = {}
+    log = folder / "log.jsonl"
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        try:
+            values = json.loads(line)
+            step = int(values["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        for key, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                curves.setdefault(key, {})[step] = float(value)
+    return {key: sorted(points.items()) for key, points in curves.items()}
 
 
 def find_stages(root: Path, others: Iterable[Path] = ()) -> list[Stage]:

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from eval import run as command
+from eval.compare import table_of
+from eval.comparison_pictures import rate_plot
 from eval.extractors import ExtractorRun, train_extractor
-from eval.quantizer_pictures import rate_plot
-from eval.quantizers import find_runs, of_levels, table_of
+from eval.quantizers import find_runs, of_levels
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.run import TokenizerRun, load
 from tokenizer.train import train_tokenizer

@@ -18,6 +18,7 @@ from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.objective import Objective, ObjectiveConfig
 from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers.codebook import to_rows
 from tokenizer.run import AUTOENCODERS
 from training.loop import Batch
 
@@ -279,12 +280,30 @@ def test_stages_switch_what_learns(encoder_folder):
 def test_normaliser_takes_other_grids():
     normaliser = LatentNormaliser(3, (4, 4))
     features = 5 + torch.randn(20, 3, 4, 4)
-    normaliser.measure(features)
+    normaliser.load(features.mean(0), features.var((0, 2, 3))[:, None, None])
     others = 5 + torch.randn(2, 3, 6, 6)
     assert normaliser(others).abs().mean() < 2
     torch.testing.assert_close(normaliser.inverse(normaliser(others)), others)
     with pytest.raises(ValueError, match=r"latent statistics: mean is \(4, 1, 1\), features are \(3, 4, 4\)"):
         normaliser.load(torch.zeros(4, 1, 1), torch.ones(3, 1, 1))
+
+
+def test_calibration_is_the_same_however_images_come_and_normalises_what_it_saw(encoder_folder):
+    given = images(24)
+    whole, parts = (build("vqrae", "vector", encoder_folder) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    whole.calibrate([given], seed=0)
+    parts.calibrate(list(given.split(7)), seed=0)
+    features = whole.encoder(given)
+    mean = features.mean(0)
+    torch.testing.assert_close(whole.normaliser.mean, mean)
+    spread = (features - mean).square().mean((0, 2, 3))[:, None, None]
+    torch.testing.assert_close(whole.normaliser.var, spread.expand_as(mean))
+    rows = to_rows(features)
+    positions = torch.arange(len(rows)) % mean[0].numel()
+    torch.testing.assert_close(whole.normaliser.of_rows(rows, positions), to_rows(whole.normaliser(features)))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(("kind", "decoder"), [("vqvae", "vit"), ("vqrae", "conv"), ("vqvae", "resnet")])

@@ -20,6 +20,7 @@ from tokenizer.encoders import ENCODERS
 from tokenizer.interface import CodeLayout, QuantizerOutput
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.codebook import LowRank, to_rows
+from tokenizer.quantizers.kmeans import Reservoir, rows_wanted
 from training.config import one_of
 
 
@@ -150,10 +151,17 @@ class Autoencoder(nn.Module):
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
         """Measure latent statistics and start the codebook from data: `batches` of (B, 3, H, W) images."""
         self.eval()
-        features = torch.cat([self.encoder(images) for images in batches])
+        num_positions = self.grid[0] * self.grid[1]
+        sample = Reservoir(rows_to_keep(self.quantizer, num_positions * sum(map(len, batches))), seed)
+        moments = _Moments()
+        for images in batches:
+            features = self.encoder(images)
+            moments.add(features)
+            sample.add(to_rows(features))
+        rows = sample.rows
         if isinstance(self.normaliser, LatentNormaliser):
-            self.normaliser.measure(features)
-        rows = torch.cat([to_rows(self.normaliser(part)) for part in features.split(256)])
+            self.normaliser.load(*moments.mean_and_variance())
+            rows = self.normaliser.of_rows(rows, (sample.places % num_positions).to(rows.device))
         project = self.project_in.of_rows if isinstance(self.project_in, Projection) else None
         self.quantizer.initialise(rows, seed, project)
 
@@ -210,11 +218,6 @@ class LatentNormaliser(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, *grid))
         self.register_buffer("var", torch.ones(channels, *grid))
 
-    def measure(self, features: Tensor) -> None:
-        """(M, C, h, w) features of training images."""
-        mean = features.mean(0)
-        self.load(mean, (features - mean).square().mean((0, 2, 3))[:, None, None])
-
     def load(self, mean: Tensor, var: Tensor) -> None:
         """Statistics, each (C, h, w) or broadcasting to it. Raises ValueError for other shapes."""
         for name, buffer, given in (("mean", self.mean, mean), ("var", self.var, var)):
@@ -228,6 +231,13 @@ class LatentNormaliser(nn.Module):
         mean, scale = self._at(features)
         return (features - mean) / scale
 
+    def of_rows(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """(N, C) features, changed in place, at places (N,) of the flattened grid."""
+        mean, scale = (each.flatten(1).T for each in self._at(self.mean[None]))
+        for part, places in zip(rows.split(8192), positions.split(8192)):
+            part.sub_(mean[places]).div_(scale[places])
+        return rows
+
     def inverse(self, normal: Tensor) -> Tensor:
         mean, scale = self._at(normal)
         return normal * scale + mean
@@ -239,3 +249,26 @@ class LatentNormaliser(nn.Module):
             mean = F.interpolate(mean[None], grid, mode="bicubic", align_corners=False)[0]
             var = F.interpolate(var[None], grid, mode="bilinear", align_corners=False)[0]
         return mean, (var + self.eps).sqrt()
+
+
+class _Moments:
+    """Features of training images, batch by batch: their mean per channel and position, their variance per channel."""
+
+    def __init__(self) -> None:
+        self.count, self.sums, self.squares = 0, 0.0, 0.0
+
+    def add(self, features: Tensor) -> None:
+        """(B, C, h, w)."""
+        features = features.double()
+        self.count += len(features)
+        self.sums, self.squares = self.sums + features.sum(0), self.squares + features.square().sum(0)
+
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        """(C, h, w), (C, 1, 1)."""
+        mean = self.sums / self.count
+        return mean, (self.squares / self.count - mean.square()).clamp(min=0).mean((1, 2))[:, None, None]
+
+
+def rows_to_keep(quantizer: nn.Module, available: int) -> int:
+    """How many rows of features a quantizer is started from, of so many."""
+    return min(available, rows_wanted(max(quantizer.num_codes)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.autoencoder import Projection, Reconstruction, grid_of
+from tokenizer.autoencoder import Projection, Reconstruction, grid_of, rows_to_keep
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.conv import ConvDecoder
 from tokenizer.encoders import ENCODERS
@@ -17,6 +17,7 @@ from tokenizer.encoders.conv import ConvEncoder
 from tokenizer.interface import CodeLayout, QuantizerOutput
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.codebook import to_rows
+from tokenizer.quantizers.kmeans import Reservoir
 from training.config import one_of
 
 
@@ -133,12 +134,21 @@ class Hierarchical(nn.Module):
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
         """Start both codebooks from data: `batches` of (B, 3, H, W) images."""
         self.eval()
-        features = [self.encoder(images) for images in batches]
-        tops = [self.top_encoder(part) for part in features]
-        self.top_quantizer.initialise(torch.cat([to_rows(self.project_top(part)) for part in tops]), seed)
-        vectors = [self._quantize_top(part).vectors for part in tops]
-        bottoms = [self._bottom_latents(*pair) for pair in zip(vectors, features)]
-        self.quantizer.initialise(torch.cat([to_rows(part) for part in bottoms]), seed)
+        num_images = sum(map(len, batches))
+        for quantizer, latents_of, num_positions in (
+            (self.top_quantizer, self._top_latents, self.layout.lengths[0]),
+            (self.quantizer, self._latents, self.layout.lengths[-1]),
+        ):
+            sample = Reservoir(rows_to_keep(quantizer, num_images * num_positions), seed)
+            for images in batches:
+                sample.add(to_rows(latents_of(self.encoder(images))))
+            quantizer.initialise(sample.rows, seed)
+
+    def _top_latents(self, features: Tensor) -> Tensor:
+        return self.project_top(self.top_encoder(features))
+
+    def _latents(self, features: Tensor) -> Tensor:
+        return self._bottom_latents(self._quantize_top(self.top_encoder(features)).vectors, features)
 
     def _quantize_top(self, encoded: Tensor) -> QuantizerOutput:
         with torch.autocast(encoded.device.type, enabled=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.search import LowRank, half_norms, kmeans, nearest
+from tokenizer.quantizers.kmeans import kmeans, segment_sums
+from tokenizer.quantizers.search import LowRank, half_norms, nearest
 from training import distributed
 
 Project = Callable[[Tensor], Tensor]  # (n, d) -> (n, D)
@@ -28,9 +30,9 @@ def to_grid(rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
-    """`vectors` in the forward pass, the identity for gradients (Bengio et al. 2013, arXiv:1308.3432).
+    """`vectors` in the forward pass, to the last bit; the identity for gradients (Bengio et al. 2013, arXiv:1308.3432).
 
-    Written so that the forward value is `vectors` to the last bit.
+    What is returned shares its memory with `vectors`.
     """
     return _StraightThrough.apply(features, vectors)
 
@@ -38,7 +40,7 @@ def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features: Tensor, vectors: Tensor) -> Tensor:
-        return vectors.clone()
+        return vectors.view_as(vectors)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -58,7 +60,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features: Tensor, vectors: Tensor) -> Tensor:
         ctx.save_for_backward(features, vectors)
-        return vectors.clone()
+        return vectors.view_as(vectors)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -101,32 +103,62 @@ class Assignment(nn.Module):
     ) -> QuantizerOutput:
         """(B, D, H, W) features and a codebook (K, D); `low_rank` are the same features, for a cheaper search."""
         with torch.autocast(features.device.type, enabled=False):
-            rows = to_rows(features.float())
-            if self.cosine:
-                rows = F.normalize(rows, dim=1)
+            rows = self.rows_of(features)
             if low_rank is not None:  # a row's length does not change which cosine is the largest
                 codes = low_rank.nearest(codebook.detach())
             else:
                 codes = nearest(rows.detach(), codebook.detach())
-            vectors = F.embedding(codes, codebook)
-            distance = F.mse_loss(rows, vectors.detach())
-            loss, parts = self.commitment * self.warmth * distance, {"commitment": distance}
-            if self.learn_codebook:
-                loss = loss + F.mse_loss(vectors, rows.detach())
-            if self.training:
-                statistics.gather(rows, codes)
-                if self.entropy:
-                    parts["entropy"] = entropy_loss(rows, codebook, self.entropy_temperature)
-                    loss = loss + self.entropy * parts["entropy"]
-            passed = (rotate if self.rotation else straight_through)(rows, vectors.detach())
-            codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
-            return QuantizerOutput(to_grid(passed, codes.shape), codes, loss, {**parts, **statistics.figures()})
+            return self.output(rows, codes, codebook, statistics, features.shape)
+
+    def rows_of(self, features: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B * H * W, D) float32, what is searched for."""
+        rows = to_rows(features.float())
+        return F.normalize(rows, dim=1) if self.cosine else rows
+
+    def output(
+        self, rows: Tensor, codes: Tensor, codebook: Tensor, statistics: Statistics, shape: Sequence[int]
+    ) -> QuantizerOutput:
+        """What follows from rows (N, D) and their codes (N,), for features of `shape`; called without autocast."""
+        vectors = embed(codes, codebook)
+        distance = F.mse_loss(rows, vectors.detach())
+        loss, parts = self.commitment * self.warmth * distance, {"commitment": distance}
+        if self.learn_codebook:
+            loss = loss + F.mse_loss(vectors, rows.detach())
+        if self.training:
+            statistics.gather(rows, codes)
+            if self.entropy:
+                parts["entropy"] = entropy_loss(rows, codebook, self.entropy_temperature)
+                loss = loss + self.entropy * parts["entropy"]
+        passed = (rotate if self.rotation else straight_through)(rows, vectors.detach())
+        codes = codes.unflatten(0, (shape[0], 1, *shape[2:]))
+        return QuantizerOutput(to_grid(passed, codes.shape), codes, loss, {**parts, **statistics.figures()})
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Set the commitment's weight for the step after this one."""
         if self.commitment_warmup_steps > 0:
             self.warmth.fill_(min(1.0, (step + 1) / self.commitment_warmup_steps))
+
+
+def build_assignment(config: Any, *, learn_codebook: bool) -> Assignment:
+    """The assignment that a quantizer's configuration describes with fields of these names."""
+    return Assignment(
+        learn_codebook=learn_codebook,
+        cosine=config.metric == "cosine",
+        commitment=config.commitment,
+        commitment_warmup_steps=config.commitment_warmup_steps,
+        entropy=config.entropy,
+        entropy_temperature=config.entropy_temperature,
+        rotation=config.rotation,
+    )
+
+
+def embed(codes: Tensor, codebook: Tensor) -> Tensor:
+    """Rows of the codebook (K, D), codes (...) -> (..., D); code -1, of features that are not finite, meets the first.
+
+    The loss of such features is not finite either, and the training loop skips their step.
+    """
+    return F.embedding(codes.clamp(min=0), codebook)
 
 
 def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
@@ -158,37 +190,51 @@ class Usage(nn.Module):
     def __init__(self, num_codes: int, dim: int = 0, *, window: int = 100) -> None:
         """`dim`: of sums kept beside the counts."""
         super().__init__()
-        self.num_codes, self.window = num_codes, window
-        self.register_buffer("totals", torch.zeros(num_codes, 1 + dim), persistent=False)  # counts, sums
+        self.num_codes, self.dim, self.window = num_codes, dim, window
         self.register_buffer("usage", torch.zeros(num_codes))  # exponentially forgotten counts
+        self.totals: list[Tensor] = []  # counts (K,) and sums (K, dim) gathered so far
+        self.shared = False  # whether the totals are those of all ranks
 
     @property
     def counts(self) -> Tensor:
-        return self.totals[:, 0]
+        return self._totals()[0]
 
     @torch.no_grad()
     def gather(self, codes: Tensor) -> None:
-        """Add codes of any shape."""
-        self.counts.add_(torch.bincount(codes.flatten(), minlength=self.num_codes))
+        """Add codes of any shape; -1 is not counted."""
+        codes = codes.flatten()
+        self._add(segment_sums(codes.new_empty((len(codes), 0), dtype=torch.float32), codes, self.num_codes))
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
         """Counts (K,) over micro-batches and ranks, the same on every rank; gathering starts anew."""
-        return self._take()[:, 0]
+        return self._take()[0]
 
     def clear(self) -> None:
-        self.totals.zero_()
+        self.totals, self.shared = [], False
 
     def figures(self) -> dict[str, Tensor]:
         """Usage (share of codes met lately) and perplexity, for the log."""
-        share = self.usage / self.usage.sum().clamp(min=1e-9)
-        entropy = -(share * share.clamp(min=1e-12).log()).sum()
-        used = self.usage > self.usage.sum() / self.num_codes * 1e-3
+        total = self.usage.sum()
+        entropy = torch.special.entr(self.usage / total.clamp(min=1e-9)).sum()
+        used = self.usage > total / self.num_codes * 1e-3
         return {"usage": used.float().mean(), "perplexity": entropy.exp()}
 
-    def _take(self) -> Tensor:
-        totals = distributed.sum_(self.totals.clone())
-        self.usage.mul_(1 - 1 / self.window).add_(totals[:, 0])
+    def _add(self, totals: Sequence[Tensor]) -> None:
+        if self.totals:
+            for total, more in zip(self.totals, totals):
+                total.add_(more)
+        else:
+            self.totals = list(totals)
+
+    def _totals(self) -> list[Tensor]:
+        """Zeros where nothing was gathered."""
+        return self.totals or [self.usage.new_zeros(self.num_codes), self.usage.new_zeros(self.num_codes, self.dim)]
+
+    def _take(self) -> list[Tensor]:
+        share([] if self.shared else [self])
+        totals = self._totals()
+        self.usage.mul_(1 - 1 / self.window).add_(totals[0])
         self.clear()
         return totals
 
@@ -202,35 +248,41 @@ class Statistics(Usage):
         self.keep_rows = keep_rows
         self.candidates: list[Tensor] = []
 
-    @property
-    def sums(self) -> Tensor:
-        return self.totals[:, 1:]
-
     @torch.no_grad()
     def gather(self, rows: Tensor, codes: Tensor) -> None:  # type: ignore[override]
         """Add (N, D) features and their (N,) codes."""
-        super().gather(codes)
         rows = rows.detach().float()
-        if self.sums.shape[1]:
-            self.sums.index_add_(0, codes, rows)
+        self._add(segment_sums(rows[:, : self.dim], codes, self.num_codes))
         if self.keep_rows:
             self.candidates.append(rows)
 
     @torch.no_grad()
     def reduce(self) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
         """(counts (K,), sums (K, D), candidates (M, D) or None); counts and sums are the same on every rank."""
-        candidates = torch.cat(self.candidates) if self.candidates else None
-        totals = self._take()
-        return totals[:, 0], totals[:, 1:], candidates
+        candidates = self.candidates
+        counts, sums = self._take()
+        return counts, sums, torch.cat(candidates) if len(candidates) > 1 else next(iter(candidates), None)
 
     def clear(self) -> None:
         super().clear()
         self.candidates = []
 
 
+@torch.no_grad()
+def share(statistics: Sequence[Usage]) -> None:
+    """Sum what was gathered over ranks, in one reduction for all of these."""
+    if distributed.world() > 1 and statistics:
+        totals = [total for each in statistics for total in each._totals()]
+        parts = distributed.sum_(torch.cat([total.flatten() for total in totals])).split([t.numel() for t in totals])
+        for each, counts, sums in zip(statistics, parts[::2], parts[1::2]):
+            each.totals = [counts, sums.view(each.num_codes, each.dim)]
+    for each in statistics:
+        each.shared = True
+
+
 def start_from(rows: Tensor, num_codes: int, seed: int, project: Project | None, cosine: bool = False) -> Tensor:
     """A codebook (K, D) from rows (N, D), or from rows (N, d) that `project` maps to (n, D) keeping distances."""
-    centres = kmeans(F.normalize(rows.float(), dim=1) if cosine else rows, num_codes, seed)
+    centres = kmeans(rows, num_codes, seed, cosine=cosine)
     centres = centres if project is None else project(centres).float()
     return F.normalize(centres, dim=1) if cosine else centres
 
@@ -246,54 +298,81 @@ def revive(
     split: bool = False,
     to_book: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Tensor:
-    """Put new vectors, in place, where a code is used less than `below` times the mean; all codes changed, (M,).
+    """Put new vectors, in place, where a code is used less than `below` times the mean; which codes changed, (K,) bool.
 
     The new vectors are `to_book` of rows of the data (`candidates`, (N, D)), with the mean for their count; or, with
-    `split`, copies of the most used codes moved by a hundredth of the book's spread, each pair sharing its count.
+    `split`, copies of the most used codes moved by a hundredth of the book's spread, each pair sharing its count; all
+    in one direction, drawn for the step (as in Linde, Buzo & Gray 1980).
     """
     mean = mean_counts.mean()
-    dead = (mean_counts < below * mean).nonzero()[:, 0]
+    dead = mean_counts < below * mean
+    places = dead.cumsum(0) - 1  # of dead codes, among them
     if not split:
-        if len(dead):
-            book[dead] = to_book(pick_rows(candidates, len(dead), step))
-            mean_counts[dead] = mean
+        if candidates is None:
+            return torch.zeros_like(dead)
+        replace_(book, dead, lambda rows: to_book(pick_rows(candidates, len(book), step, places[rows])))
+        mean_counts.copy_(torch.where(dead, mean, mean_counts))
         return dead
-    dead = dead[: len(book) - len(dead)]  # at most one copy of each code that is in use
-    split_codes = mean_counts.topk(len(dead)).indices
-    generator = torch.Generator().manual_seed(distributed.mix(step, len(dead)))
-    noise = torch.randn((len(dead), book.shape[1]), generator=generator).to(book)
-    book[dead] = book[split_codes] + 0.01 * book.std(0).mean() * noise
-    mean_counts[split_codes] /= 2
-    mean_counts[dead] = mean_counts[split_codes]
-    return torch.cat([dead, split_codes])
+    dead &= places < len(book) - dead.sum()  # at most one copy of each code that is in use
+    order = mean_counts.argsort(descending=True, stable=True)
+    parents, ranks = order[places], order.argsort()
+    halved = ranks < dead.sum()
+
+    def moved(rows: Tensor) -> Tensor:
+        generator = _generator(book.device, step, len(book))
+        shift = torch.randn(book.shape[1], generator=generator, device=book.device, dtype=book.dtype)
+        return book[parents[rows]] + 0.01 * book.std(0).mean() * shift
+
+    replace_(book, dead, moved)
+    mean_counts.copy_(torch.where(halved, mean_counts / 2, mean_counts))
+    mean_counts.copy_(torch.where(dead, mean_counts[parents], mean_counts))
+    return dead | halved
 
 
 @torch.no_grad()
 def follow(quantizer: nn.Module, source: nn.Module, names: Sequence[str]) -> None:
-    """Copy the rows `source.changed` of tensors from one quantizer to another of the same shapes."""
+    """Copy the rows `source.changed`, (K,) bool, of tensors from one quantizer to another of the same shapes."""
     if source.changed is not None:
         for name in names:
-            getattr(quantizer, name)[source.changed] = getattr(source, name)[source.changed]
+            replace_(getattr(quantizer, name), source.changed, lambda rows, name=name: getattr(source, name)[rows])
 
 
 @torch.no_grad()
-def pick_rows(candidates: Tensor, count: int, step: int) -> Tensor:
+def replace_(tensor: Tensor, mask: Tensor, new: Callable[[Tensor], Tensor]) -> None:
+    """Put `new` of row numbers (M,), (M, ...), where `mask` (K,) says, in place of rows of `tensor` (K, ...)."""
+    rows = _numbers_of(mask)
+    if len(rows):
+        chosen = mask[rows].view(-1, *[1] * (tensor.ndim - 1))
+        tensor.index_copy_(0, rows, torch.where(chosen, new(rows), tensor[rows]))
+
+
+def _numbers_of(mask: Tensor) -> Tensor:
+    """Numbers of at least the rows where a mask (K,) holds, (M,): of all on a GPU, not to wait for it."""
+    rows = torch.arange(len(mask), device=mask.device)
+    return rows[mask] if mask.device.type == "cpu" else rows
+
+
+@torch.no_grad()
+def pick_rows(candidates: Tensor, count: int, step: int, places: Tensor | None = None) -> Tensor:
     """`count` of all ranks' candidates, (M, D) per rank -> (count, D): the same whatever the number of ranks.
 
     Ranks hold consecutive shares of the global batch, so a row's global number does not depend on their count.
+    `places` (n,) of the `count`, at least -count, choose among them: (n, D).
     """
     total, first = len(candidates) * distributed.world(), len(candidates) * distributed.rank()
-    generator = torch.Generator().manual_seed(distributed.mix(step, count))
-    order = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
-    local = order.to(candidates.device) - first
+    device = candidates.device
+    generator = _generator(device, step, count)
+    rounds = range(-(-count // total))
+    order = torch.cat([torch.randperm(total, generator=generator, device=device) for _ in rounds])[:count]
+    local = (order if places is None else order[places]) - first
+    if distributed.world() == 1:
+        return candidates[local]
     mine = (local >= 0) & (local < len(candidates))
-    rows = candidates[local.clamp(0, len(candidates) - 1)] * mine[:, None]
-    return distributed.sum_(rows)
+    return distributed.sum_(candidates[local.clamp(0, len(candidates) - 1)].mul_(mine[:, None]))
 
 
-def mean_parts(outputs: Sequence[QuantizerOutput]) -> dict[str, Tensor]:
-    """The named terms of several levels, averaged."""
-    return {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
+def _generator(device: torch.device, *numbers: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(distributed.mix(*numbers))
 
 
 def check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Usage, check_choices, start_from, to_grid, to_rows
+from tokenizer.quantizers.codebook import Usage, check_choices, embed, start_from, to_grid, to_rows
 from tokenizer.quantizers.lookup_free import entropy_of_mean
 
 
@@ -70,11 +70,13 @@ class IBQ(nn.Module):
         """(B, D, H, W). The loss is the paper's double quantization loss, and in training the entropies."""
         with torch.autocast(features.device.type, enabled=False):
             rows = to_rows(features.float())
-            codes = search.nearest(rows.detach(), self.codebook.detach(), self.codebook.new_zeros(len(self.codebook)))
+            codes = search.nearest(
+                rows.detach(), self.codebook.detach(), offsets=self.codebook.new_zeros(len(self.codebook))
+            )
             if self.training:
                 self.statistics.gather(codes)
-            vectors = _IndexBackpropagation.apply(rows, self.codebook, codes, 1 / self.temperature)
-            chosen = F.embedding(codes, self.codebook)
+            vectors = _IndexBackpropagation.apply(rows, self.codebook, codes.clamp(min=0), 1 / self.temperature)
+            chosen = embed(codes, self.codebook)
             commitment = F.mse_loss(rows, chosen.detach())
             loss = F.mse_loss(vectors, rows) + self.commitment * commitment
             loss = loss + self.attraction * F.mse_loss(chosen, rows.detach())
@@ -89,7 +91,7 @@ class IBQ(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
-        return F.embedding(codes.squeeze(1), self.codebook).movedim(-1, 1)
+        return embed(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None) -> None:

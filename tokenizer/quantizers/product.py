@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Project, mean_parts
-from tokenizer.quantizers.simvq import SimVQConfig
-from tokenizer.quantizers.vector import VectorConfig
+from tokenizer.quantizers.codebook import Project
+from tokenizer.quantizers.levels import LEVELS, mean_parts, update_levels
+from tokenizer.quantizers.search import nearest
 from training import distributed
 from training.config import one_of
-
-HEADS = {"vector": VectorConfig, "simvq": SimVQConfig}
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductConfig:
     kind: str = "product"
     heads: int = 4
-    level: Any = one_of(HEADS, "vector", num_codes=256, code_dim=16)  # of each head; features have heads * its channels
+    level: Any = one_of(LEVELS, "vector", num_codes=256, code_dim=16)  # of a head; features have heads * its channels
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -36,22 +34,30 @@ class ProductQuantizer(nn.Module):
     """Level l quantizes the l-th group of channels; losses are averaged over heads."""
 
     def __init__(self, levels: list[nn.Module]) -> None:
+        """`levels`: heads of one kind and size."""
         super().__init__()
         self.levels = nn.ModuleList(levels)
-        self.dims = [level.dim for level in levels]
-        self.dim = sum(self.dims)
+        self.dim = len(levels) * levels[0].dim
         self.num_codes = tuple(level.num_codes[0] for level in levels)
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
         """Start each head from its channels of rows (N, C), or of what `project` makes of (N, d)."""
         rows = rows if project is None else project(rows)
-        for head, (level, own) in enumerate(zip(self.levels, rows.split(self.dims, dim=1))):
+        for head, (level, own) in enumerate(zip(self.levels, rows.chunk(len(self.levels), dim=1))):
             level.initialise(own, distributed.mix(seed, head))
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        groups = features.split(self.dims, dim=1)
-        outputs = [level(group) for level, group in zip(self.levels, groups)]
+        """(B, C, H, W). One search for all heads, then what each makes of its codes."""
+        with torch.autocast(features.device.type, enabled=False):
+            groups = features.chunk(len(self.levels), dim=1)
+            rows = [level.assignment.rows_of(group) for level, group in zip(self.levels, groups)]
+            books = [level.vectors for level in self.levels]
+            codes = nearest(*(torch.stack([each.detach() for each in heads]) for heads in (rows, books)))  # (L, N)
+            outputs = [
+                level.assignment.output(own, chosen, book, level.statistics, features.shape)
+                for level, own, chosen, book in zip(self.levels, rows, codes, books)
+            ]
         return QuantizerOutput(
             vectors=torch.cat([output.vectors for output in outputs], dim=1),
             codes=torch.cat([output.codes for output in outputs], dim=1),
@@ -65,5 +71,4 @@ class ProductQuantizer(nn.Module):
         return torch.cat([level.lookup(grid) for level, grid in zip(self.levels, grids)], dim=1)
 
     def update(self, step: int, taken: bool) -> None:
-        for level in self.levels:
-            level.update(step, taken)
+        update_levels(self.levels, step, taken)

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Project, mean_parts, straight_through
-from tokenizer.quantizers.simvq import SimVQConfig
-from tokenizer.quantizers.vector import VectorConfig
+from tokenizer.quantizers.codebook import Project, straight_through, to_grid, to_rows
+from tokenizer.quantizers.levels import LEVELS, mean_parts, update_levels
 from training.config import one_of
-
-LEVELS = {"vector": VectorConfig, "simvq": SimVQConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +63,18 @@ class ResidualQuantizer(nn.Module):
             pool = rest if len(self.levels) > 1 else torch.cat([pool, rest])
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        features = features.float()
-        rest, total, outputs = features, torch.zeros_like(features), []
-        depths = self._depths(features)
+        """(B, C, H, W). Levels are searched one after another, since each needs what the ones before it found."""
+        rest = to_rows(features.float())[:, :, None, None]  # (N, C, 1, 1): rows, which no level has to move
+        total, outputs, depths = torch.zeros_like(rest), [], self._depths(features)
         for index, level in enumerate(self._stack()):
             outputs.append(level(rest))
             vectors = outputs[-1].vectors.detach()
             rest = rest - vectors
-            total = total + (vectors if depths is None else vectors * (index < depths))
+            total += vectors if depths is None else vectors * (index < depths)
+        codes = torch.stack([output.codes.flatten() for output in outputs], dim=1)  # (N, L)
         return QuantizerOutput(
-            vectors=straight_through(features, total),
-            codes=torch.cat([output.codes for output in outputs], dim=1),
+            vectors=straight_through(features.float(), to_grid(total.flatten(1), features.shape)),
+            codes=to_grid(codes, features.shape).contiguous(),
             loss=torch.stack([output.loss for output in outputs]).sum(),
             parts=mean_parts(outputs),
         )
@@ -89,19 +87,19 @@ class ResidualQuantizer(nn.Module):
         return total
 
     def update(self, step: int, taken: bool) -> None:
-        for level in self.levels:
-            level.update(step, taken)
+        update_levels(self.levels, step, taken)
 
     def _stack(self) -> list[nn.Module]:
         return list(self.levels) * (self.depth // len(self.levels))
 
     def _depths(self, features: Tensor) -> Tensor | None:
-        """How many levels each image's vectors are summed over, (B, 1, 1, 1), where that is random."""
+        """How many levels each row's vectors are summed over, (N, 1, 1, 1), by image, where that is random."""
         if not (self.training and self.quantizer_dropout):
             return None
-        shape, device = (len(features), 1, 1, 1), features.device
-        fewer = torch.rand(shape, device=device) < self.quantizer_dropout
-        return torch.where(fewer, torch.randint(1, self.depth + 1, shape, device=device), self.depth)
+        (batch, _, height, width), device = features.shape, features.device
+        fewer = torch.rand(batch, device=device) < self.quantizer_dropout
+        depths = torch.where(fewer, torch.randint(1, self.depth + 1, (batch,), device=device), self.depth)
+        return depths.repeat_interleave(height * width)[:, None, None, None]
 
 
 def _vectors_of(level: nn.Module, rows: Tensor) -> Tensor:

@@ -1,38 +1,51 @@
-"""Nearest neighbours in a codebook and k-means, without an N x K matrix: chunked, fp32, ties to the lowest index."""
+"""Exact nearest neighbours in a codebook, without an N x K matrix: scored in chunks, decided in float64.
+
+A score is half a squared distance less what all codes share, o_k - <z, e_k> with o_k = |e_k|^2 / 2. A product in
+low precision (8-bit integers, bf16, or fp32 itself) scores all codes for some rows; a bound on its error
+(Cauchy-Schwarz on what its rounding took away, and gamma_D = D u for sums, Higham 2002, section 3.1) says which
+codes can still be the nearest. These are compared in fp32, and what fp32 cannot tell apart in float64. So the
+answer does not depend on chunks, threads or the precision of the product.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BUDGET = 1 << 24  # distances held at once, 64 MiB in fp32
-TILE = 64  # codes
-CHUNK = 8192  # rows handled at once
-SEEDING_ROUNDS = 64  # of k-means
-ROWS, ROWS_PER_CODE = 65536, 16  # k-means reads at most the larger of ROWS and ROWS_PER_CODE * K
+BUDGET = 6 << 20  # scores held at once, 24 MiB in fp32
+LEAST_ROWS = 32  # that a product takes, also where their scores are more
+TILE = 64  # codes that are looked at together
+MANY = 64  # tiles that may hold the nearest code: with more, a row is searched again, more precisely
+OPEN = -2  # the code of a row that is to be searched again
+UNIT = 2.0**-24  # roundoff of fp32
+TINY = 2.0**-126  # smaller products may be flushed to zero
+COARSE_DIM, COARSE_WORK = 256, 1 << 33  # channels, and multiplications, from which low precision gains
 
 
 @torch.no_grad()
-def nearest(features: Tensor, codebook: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Index of the codebook row with the smallest L2 distance, (N, D) and (K, D) -> (N,) int64.
+def nearest(features: Tensor, codebook: Tensor, metric: str = "l2", offsets: Tensor | None = None) -> Tensor:
+    """Index of the nearest codebook row, (..., N, D) and (..., K, D) -> (..., N) int64; -1 where z is not finite.
 
-    Equal distances go to the lowest index. Outer autocast does not reach the search. The row's own norm is
-    left out: argmin_k |e_k|^2 / 2 - <z, e_k>; `offsets` (K,) stand in place of |e_k|^2 / 2 where given. The
-    codebook is filled up to whole tiles, because a matrix product rounds differently in its last columns, and
-    equal codes would then have unequal distances.
+    `metric` is "l2" or "cosine"; where `offsets` o (..., K) are given, o_k - <z, e_k> is made smallest instead. It
+    is the index of a float64 search wherever the two best distances differ by more than fp32 rounding, and the
+    lowest among equal codes. Codes that are not finite are never nearest. Leading dimensions are searches of their
+    own. Outer autocast does not reach it. Beyond its inputs it holds a copy of one codebook and BUDGET scores.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, codebook = features.float(), codebook.float()
-        filling = -len(codebook) % TILE
-        offsets = half_norms(codebook) if offsets is None else offsets
-        offsets = F.pad(offsets, (0, filling), value=float("inf"))  # (K + filling,)
-        codebook = F.pad(codebook, (0, 0, 0, filling))
-        rows = max(1, BUDGET // len(codebook))
-        chunks = [torch.addmm(offsets, z, codebook.T, alpha=-1).argmin(1) for z in features.split(rows)]
-        return torch.cat(chunks) if chunks else features.new_zeros(0, dtype=torch.int64)
+        if metric == "cosine":  # a row's length does not change which cosine is the largest
+            codebook, offsets = F.normalize(codebook, dim=-1), codebook.new_zeros(codebook.shape[:-1])
+        if features.dim() == 2:
+            return _nearest(features, codebook, offsets)
+        own = [None] * len(features) if offsets is None else offsets
+        return torch.stack([nearest(z, book, offsets=o) for z, book, o in zip(features, codebook, own)])
 
 
 def half_norms(codebook: Tensor) -> Tensor:
@@ -54,58 +67,292 @@ class LowRank:
         with torch.autocast(codebook.device.type, enabled=False):
             codebook = codebook.float()
             offsets = half_norms(codebook) - codebook @ self.bias.float()
-            return nearest(self.rows, codebook @ self.weight.float(), offsets)
+            return nearest(self.rows, codebook @ self.weight.float(), offsets=offsets)
 
 
-@torch.no_grad()
-def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = None) -> Tensor:
-    """Centres of `rows`, (N, D) -> (num_codes, D): seeding in rounds, then Lloyd's iterations (10; 3 above 8192 codes).
+@torch.library.custom_op("tessera::nearest", mutates_args=())
+def _nearest(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
+    """One search in fp32; opaque to torch.compile."""
+    if features.device.type != "cpu":
+        return _without_host(features, codebook, offsets)
+    codes = features.new_full((len(features),), OPEN, dtype=torch.int64)
+    book = _Book.of(codebook, offsets)
+    for kind in choose_products(len(features), book) if book else ():
+        todo = (codes == OPEN).nonzero()[:, 0]
+        if len(todo):
+            with _full_precision():
+                product = kind(book)
+                found = [_search(features[own], book, product) for own in todo.split(_rows_at_once(len(book.offsets)))]
+            codes[todo] = torch.cat(found)
+    todo = (codes == OPEN).nonzero()[:, 0]
+    if len(todo):
+        codes[todo] = _in_float64(features[todo], codebook, offsets)
+    return codes
 
-    A round draws rows in proportion to their squared distance from the centres so far: one at a time up to 65
-    codes, which is k-means++ (Arthur & Vassilvitskii 2007), and several at once above (Bahmani et al. 2012,
-    arXiv:1203.6402). Of more than 65536 rows and 16 per code, as many are drawn by `seed`. A centre that loses its
-    rows moves to the row that is worst represented. With fewer rows than codes the rows are repeated with noise of
-    a hundredth of their spread.
+
+@_nearest.register_fake
+def _(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
+    return features.new_empty(len(features), dtype=torch.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Book:
+    """A codebook less its mean, because bounds grow with lengths, and filled up to whole tiles.
+
+    Filled, because a matrix product may round its last columns in another way: equal codes have to score equally.
     """
-    rows = rows.float()
-    generator = torch.Generator().manual_seed(seed)
-    if len(rows) < num_codes:
-        extra = torch.randint(len(rows), (num_codes - len(rows),), generator=generator)
-        noise = torch.randn((len(extra), rows.shape[1]), generator=generator).to(rows)
-        rows = torch.cat([rows, rows[extra.to(rows.device)] + 0.01 * rows.std(0, correction=0).mean() * noise])
-    most = max(ROWS, ROWS_PER_CODE * num_codes)
-    if len(rows) > most:
-        rows = rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
-    centres, codes = _seed_centres(rows, num_codes, generator)
-    for iteration in range(iterations or (10 if num_codes <= 8192 else 3)):
-        codes = nearest(rows, centres) if iteration else codes
-        counts = torch.bincount(codes, minlength=num_codes)
-        worst = _squared_distances(rows, centres, codes).topk(int((counts == 0).sum())).indices
-        centres = torch.zeros_like(centres).index_add_(0, codes, rows) / counts.clamp(min=1)[:, None]
-        centres[counts == 0] = rows[worst]
-    return centres
+
+    codebook: Tensor  # (K, D), as it was given
+    given: Tensor | None  # its offsets (K,), as they were given
+    shift: Tensor  # (D,), the mean code
+    offsets: Tensor  # (K',), of the codes less their mean; infinite from K on
+    radius: float  # of the longest code
+    largest: float  # of the given offsets, in absolute value
+
+    @classmethod
+    def of(cls, codebook: Tensor, offsets: Tensor | None) -> _Book | None:
+        """None where something is not finite, or too large for its square to be."""
+        shift = codebook.mean(0)
+        lengths = torch.cat([torch.linalg.vector_norm(part - shift, dim=1) for part in codebook.split(TILE * 16)])
+        own = lengths.square() / 2 if offsets is None else offsets
+        radius, largest = float(lengths.max()), float(own.abs().max())
+        if not float(lengths.max().square()) + largest < torch.inf:
+            return None
+        own = F.pad(own, (0, -len(codebook) % TILE), value=torch.inf)
+        return cls(codebook, offsets, shift, own, radius, 0.0 if offsets is None else largest)
+
+    def parts(self) -> Iterator[Tensor]:
+        """The centred codes, (K', D), in pieces of whole tiles."""
+        for part in self.codebook.split(TILE * 16):
+            yield F.pad(part - self.shift, (0, 0, 0, -len(part) % TILE))
+
+    def centre(self, rows: Tensor) -> Tensor:
+        """Rows less the shift, where that changes all scores of a row alike."""
+        return rows - self.shift if self.given is None else rows
+
+    def rounding(self, lengths: Tensor) -> Tensor:
+        """How far a score computed in fp32 may be from the true one, for rows of these lengths, (n,) -> (n,)."""
+        dim = len(self.shift)
+        lengthy = (dim + 8) * UNIT * self.radius * (lengths + self.radius)
+        return lengthy + (4 * UNIT * self.largest + dim * TINY)
+
+    def score(self, z: Tensor, row: Tensor, code: Tensor) -> Tensor:
+        """Scores in fp32 of pairs of a centred row and a code, (P,) each -> (P,)."""
+        pairs = zip(*(index.split(_pairs_at_once(z)) for index in (row, code)))
+        return torch.cat([self.offsets[k] - ((self.codebook[k] - self.shift) * z[n]).sum(1) for n, k in pairs])
+
+    def exact_score(self, rows: Tensor, row: Tensor, code: Tensor) -> Tensor:
+        """The same in float64 and of the vectors as they were given."""
+        scores = []
+        for n, k in zip(*(index.split(_pairs_at_once(rows)) for index in (row, code))):
+            z, e = rows[n].double(), self.codebook[k].double()
+            if self.given is None:
+                scores.append((z - e).square_().sum(1) / 2)
+            else:
+                scores.append(self.given[k].double() - (z * e).sum(1))
+        return torch.cat(scores)
 
 
-def _seed_centres(rows: Tensor, num_codes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`num_codes` different rows, and which of them is nearest to each row.
+class _Product(Protocol):
+    """Scores of centred rows z (n, D) with all codes."""
 
-    The largest d_i / E_i, of exponential E_i, are a draw in proportion to d_i, without repetition.
+    exact: bool  # as fp32 is
+
+    def __init__(self, book: _Book) -> None: ...
+
+    def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]: ...
+
+    # (n, K'), and how far they may be from those of fp32, (n,); they are valid until the next call
+
+
+class InFloat32:
+    """One product, in which the offsets are a further channel."""
+
+    exact = True
+
+    def __init__(self, book: _Book) -> None:
+        dim = len(book.shift)
+        self.codes = torch.empty(len(book.offsets), dim + 1)
+        torch.cat(list(book.parts()), out=self.codes[:, :dim])
+        self.codes[:, dim] = book.offsets
+        at_once = _rows_at_once(len(self.codes))
+        self.rows, self.buffer = torch.ones(at_once, dim + 1), torch.empty(at_once, len(self.codes))
+
+    def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
+        rows = self.rows[: len(z)]
+        torch.neg(z, out=rows[:, :-1])
+        return torch.mm(rows, self.codes.T, out=self.buffer[: len(z)]), 0.0
+
+
+class InBFloat16:
+    """Factors and products rounded to 8 bits, sums in fp32."""
+
+    exact = False
+
+    def __init__(self, book: _Book) -> None:
+        self.offsets, self.radius = book.offsets, book.radius
+        parts = list(book.parts())
+        self.codes = torch.cat([part.bfloat16() for part in parts])
+        self.lost = max(_longest(part - part.bfloat16()) for part in parts)
+
+    def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
+        rounded = z.bfloat16()
+        lost = torch.linalg.vector_norm(z - rounded, dim=1)
+        reach = self.radius + self.lost  # of a rounded code
+        slack = lost * reach + lengths * self.lost + 2.0**-8 * (lengths + lost) * reach
+        return self.offsets - (rounded @ self.codes.T).float(), slack
+
+
+class InInt8:
+    """Rows in 7 bits and codes in 8, each with its own scale: the sum of two products fits into 16 bits."""
+
+    exact = False
+
+    def __init__(self, book: _Book) -> None:
+        self.offsets = book.offsets
+        parts, scales, self.lost, self.reach = [], [], 0.0, 0.0
+        for part in book.parts():
+            scale = part.abs().amax(1, keepdim=True).clamp(min=TINY) / 127
+            whole = (part / scale).round_()
+            parts.append(whole.to(torch.int8))
+            scales.append(scale)
+            kept = whole.mul_(scale)
+            self.reach = max(self.reach, _longest(kept))
+            self.lost = max(self.lost, _longest(part - kept))
+        self.scales = torch.cat(scales)[:, 0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an API that newer versions may lack
+            codes = torch._make_per_tensor_quantized_tensor(torch.cat(parts), 1.0, 0)
+        self.packed = torch.ops.quantized.linear_prepack(codes, None)
+
+    def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
+        scale = z.abs().amax(1, keepdim=True).clamp(min=TINY) / 63
+        whole = (z / scale).round_()
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(whole, 1.0, 64, self.packed)
+        lost = torch.linalg.vector_norm(z - whole.mul_(scale), dim=1)
+        slack = lost * self.reach + lengths * self.lost + 8 * UNIT * (lengths + lost) * self.reach
+        return torch.addcmul(self.offsets, product.mul_(self.scales), scale, value=-1, out=product), slack
+
+
+def choose_products(num_rows: int, book: _Book) -> list[type[_Product]]:
+    """What is fastest for this size on this processor, and then what decides the rows that it left open."""
+    num_codes, dim = book.codebook.shape
+    if dim >= COARSE_DIM and num_rows * num_codes * dim >= COARSE_WORK:
+        if any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")):
+            return [InBFloat16, InFloat32]
+        if torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch, "_make_per_tensor_quantized_tensor"):
+            return [InInt8, InFloat32]
+    return [InFloat32]
+
+
+def _search(rows: Tensor, book: _Book, product: _Product) -> Tensor:
+    """(n, D) -> (n,), by short lists of the codes that can be nearest; OPEN where a list would be long."""
+    z = book.centre(rows)
+    lengths = torch.linalg.vector_norm(z, dim=1)
+    scores, slack = product.scores(z, lengths)
+    tiles = scores.view(len(z), -1, TILE)
+    lowest = tiles.amin(2)  # of each tile
+    rounding = 2 * book.rounding(lengths)
+    if product.exact:
+        best = lowest.amin(1)
+    else:  # what the likeliest code really scores: the nearest scores no more
+        tile = lowest.argmin(1)
+        code = tile * TILE + tiles[torch.arange(len(z)), tile].argmin(1)
+        best = book.score(z, torch.arange(len(z)), code.clamp(max=len(book.codebook) - 1))
+    limit = best + (slack + rounding)
+    row, tile = (lowest <= limit[:, None]).nonzero(as_tuple=True)
+    num_tiles = torch.bincount(row, minlength=len(z))
+    short = (0 < num_tiles) & (num_tiles <= MANY)  # none where something is not finite
+    if not short.all():
+        row, tile = row[short[row]], tile[short[row]]
+    pair, place = (tiles[row, tile] <= limit[row, None]).nonzero(as_tuple=True)
+    row, code = row[pair], tile[pair] * TILE + place
+    if not product.exact:
+        row, code = _keep_lowest(row, code, book.score(z, row, code), rounding)
+    several = torch.bincount(row, minlength=len(z))[row] > 1
+    if several.any():
+        pairs, exactly = (row[several], code[several]), torch.zeros_like(lengths, dtype=torch.float64)
+        pairs = _keep_lowest(*pairs, book.exact_score(rows, *pairs), exactly)
+        row, code = (torch.cat([own[~several], kept]) for own, kept in zip((row, code), pairs))
+    return row.new_full((len(z),), OPEN).scatter_reduce(0, row, code, "amin", include_self=False)
+
+
+def _keep_lowest(row: Tensor, code: Tensor, scores: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """Those pairs whose score is within the row's `margin` (n,) of the lowest of the row."""
+    lowest = torch.full_like(margin, torch.inf, dtype=scores.dtype).scatter_reduce(0, row, scores, "amin")
+    kept = scores <= (lowest + margin)[row]
+    return row[kept], code[kept]
+
+
+def _in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
+    """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,)."""
+    codes = rows.new_full((len(rows),), -1, dtype=torch.int64)
+    height = TILE * 16
+    at_once = BUDGET // (4 * height)
+    for part, own in zip(rows.split(at_once), codes.split(at_once)):
+        z, best = part.double(), torch.full((len(part),), torch.inf, dtype=torch.float64)
+        for start in range(0, len(codebook), height):
+            e = codebook[start : start + height].double()
+            o = e.square().sum(1) / 2 if offsets is None else offsets[start : start + height].double()
+            filling = -len(e) % TILE
+            scores = F.pad(o, (0, filling), value=torch.inf) - z @ F.pad(e, (0, 0, 0, filling)).T
+            lowest, index = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.inf).min(1)
+            better = lowest < best
+            own[better], best[better] = index[better] + start, lowest[better]
+    return codes.masked_fill_(~rows.isfinite().all(1), -1)
+
+
+def _without_host(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
+    """The search on a device, nothing of which waits for the host: the fused kernel, or chunks without it.
+
+    In chunks, the likeliest four codes of each row are compared in float64.
     """
-    drawn = torch.randint(len(rows), (1,), generator=generator).to(rows.device)
-    chosen, codes = rows.new_empty(0, dtype=torch.int64), torch.zeros_like(rows[:, 0], dtype=torch.int64)
-    distances = torch.full_like(rows[:, 0], float("inf"))
-    for share in [*filter(len, torch.arange(1, num_codes).chunk(SEEDING_ROUNDS)), ()]:
-        own = nearest(rows, rows[drawn])
-        fresh = _squared_distances(rows, rows[drawn], own)
-        codes = torch.where(fresh < distances, own + len(chosen), codes)
-        distances = torch.minimum(distances, fresh)
-        chosen = torch.cat([chosen, drawn])
-        race = torch.empty(len(rows)).exponential_(generator=generator).to(rows.device)
-        drawn = (distances / race).index_fill_(0, chosen, -1.0).topk(len(share)).indices
-    return rows[chosen], codes
+    from tokenizer.quantizers import fused
+
+    if fused.available(features.device):  # codes in few channels lie closer than halves can tell apart
+        return fused.nearest_fused(features, codebook, offsets, coarse="fp16" if codebook.shape[1] > 4 else "ieee")
+    usable = codebook.isfinite().all(1)
+    book = codebook.where(usable[:, None], 0.0)
+    if offsets is None:
+        shift = book.mean(0)
+        rows, book = features - shift, book - shift
+        own = half_norms(book)
+    else:
+        rows, own = features, offsets
+    own = own.where(usable & own.isfinite(), torch.inf)
+    codes = []
+    with _full_precision():
+        for z in rows.split(_rows_at_once(len(book))):
+            scores = torch.addmm(own, z, book.T, alpha=-1)
+            likely = scores.topk(min(3, len(book)), largest=False).indices
+            likely = torch.cat([likely, scores.argmin(1, keepdim=True)], 1).sort(1).values  # the first of equal ones
+            exact = own[likely].double() - (book[likely].double() * z[:, None].double()).sum(2)
+            codes.append(likely.gather(1, exact.argmin(1, keepdim=True))[:, 0])
+    found = torch.cat(codes) if codes else features.new_zeros(0, dtype=torch.int64)
+    return found.where(features.isfinite().all(1), -1)
 
 
-def _squared_distances(rows: Tensor, centres: Tensor, codes: Tensor) -> Tensor:
-    """|z_n - e_k(n)|^2, (N,)."""
-    parts = zip(rows.split(CHUNK), codes.split(CHUNK))
-    return torch.cat([(part - centres[own]).square().sum(1) for part, own in parts])
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No tf32 or bf16 in products of fp32 numbers, whatever the process has allowed elsewhere."""
+    settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before):
+            setting.fp32_precision = precision
+
+
+def _rows_at_once(num_codes: int) -> int:
+    return max(LEAST_ROWS, BUDGET // num_codes)
+
+
+def _pairs_at_once(rows: Tensor) -> int:
+    return max(1, BUDGET // (4 * rows.shape[1]))
+
+
+def _longest(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dim=1).max())

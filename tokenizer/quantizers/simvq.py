@@ -14,7 +14,9 @@ from tokenizer.quantizers.codebook import (
     LowRank,
     Project,
     Statistics,
+    build_assignment,
     check_choices,
+    embed,
     follow,
     revive,
     start_from,
@@ -46,15 +48,7 @@ class SimVQConfig:
         )
 
     def build(self) -> SimVQ:
-        assignment = Assignment(
-            learn_codebook=True,
-            cosine=self.metric == "cosine",
-            commitment=self.commitment,
-            commitment_warmup_steps=self.commitment_warmup_steps,
-            entropy=self.entropy,
-            entropy_temperature=self.entropy_temperature,
-            rotation=self.rotation,
-        )
+        assignment = build_assignment(self, learn_codebook=True)
         return SimVQ(
             self.num_codes, self.code_dim, assignment, init=self.init, restart=self.restart,
             restart_below=self.restart_below, restart_every=self.restart_every, restart_until=self.restart_until,
@@ -111,7 +105,7 @@ class SimVQ(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
-        return F.embedding(codes.squeeze(1), self.vectors).movedim(-1, 1)
+        return embed(codes.squeeze(1), self.vectors).movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:

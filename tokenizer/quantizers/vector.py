@@ -18,8 +18,11 @@ from tokenizer.quantizers.codebook import (
     LowRank,
     Project,
     Statistics,
+    build_assignment,
     check_choices,
+    embed,
     follow,
+    replace_,
     revive,
     start_from,
 )
@@ -53,15 +56,7 @@ class VectorConfig:
         )
 
     def build(self) -> VectorQuantizer:
-        assignment = Assignment(
-            learn_codebook=self.codebook == "gradient",
-            cosine=self.metric == "cosine",
-            commitment=self.commitment,
-            commitment_warmup_steps=self.commitment_warmup_steps,
-            entropy=self.entropy,
-            entropy_temperature=self.entropy_temperature,
-            rotation=self.rotation,
-        )
+        assignment = build_assignment(self, learn_codebook=self.codebook == "gradient")
         return VectorQuantizer(
             self.num_codes, self.code_dim, assignment, decay=self.decay, epsilon=self.epsilon, init=self.init,
             restart=self.restart, restart_below=self.restart_below, restart_until=self.restart_until,
@@ -105,7 +100,7 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("mean_counts", torch.ones(num_codes))  # N of equation (6)
         self.statistics = Statistics(num_codes, dim if self.ema else 0, keep_rows=restart == "data")
-        self.changed: Tensor | None = None  # codes that the last update restarted
+        self.changed: Tensor | None = None  # (K,) bool, codes that the last update restarted
 
     @property
     def vectors(self) -> Tensor:
@@ -127,7 +122,7 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
-        return F.embedding(codes.squeeze(1), self.vectors).movedim(-1, 1)
+        return embed(codes.squeeze(1), self.vectors).movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
@@ -141,20 +136,19 @@ class VectorQuantizer(nn.Module):
         if self.ema:
             self.mean_sums.lerp_(sums, 1 - self.decay)
             total = self.mean_counts.sum()
-            smoothed = (self.mean_counts + self.epsilon) / (total + len(self.codebook) * self.epsilon) * total
-            torch.div(self.mean_sums, smoothed[:, None], out=self.codebook)
-            if self.assignment.cosine:
-                self.codebook.copy_(F.normalize(self.codebook, dim=1))
+            scale = (self.mean_counts + self.epsilon) / (total + len(self.codebook) * self.epsilon) * total
+            if self.assignment.cosine:  # whatever the scale, the mean is brought to unit length
+                scale = self.mean_sums.norm(dim=1).maximum(1e-12 * scale)
+            torch.div(self.mean_sums, scale[:, None], out=self.codebook)
         if self.restart != "none" and not 0 < self.restart_until <= step:
-            changed = revive(
+            self.changed = revive(
                 self.codebook, self.mean_counts, candidates, step,
                 below=self.restart_below, split=self.restart == "split",
             )  # fmt: skip
             if self.assignment.cosine:
-                self.codebook[changed] = F.normalize(self.codebook[changed], dim=1)
+                replace_(self.codebook, self.changed, lambda rows: F.normalize(self.codebook[rows], dim=1))
             if self.ema:
-                self.mean_sums[changed] = self.codebook[changed] * self.mean_counts[changed, None]
-            self.changed = changed
+                replace_(self.mean_sums, self.changed, lambda rows: self.codebook[rows] * self.mean_counts[rows, None])
 
     def follow(self, source: VectorQuantizer) -> None:
         """Take what `source` restarted in its last update: a mean of the old and the new vector is neither."""

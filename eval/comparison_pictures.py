@@ -1,4 +1,4 @@
-"""Pictures that put tokenizers side by side: rate against distortion, use of codebooks, training, reconstructions."""
+"""Pictures that put runs side by side: points, bars of codebooks, training curves, rows of images."""
 
 from __future__ import annotations
 
@@ -21,29 +21,34 @@ PLACES = [(side * (8 + up), sign * up, "left" if side > 0 else "right")
 
 def rate_plot(names: Sequence[str], bits: Sequence[float], psnr: Sequence[float]) -> bytes:
     """Bits per image against PSNR, dB, each point with its name, as SVG."""
+    return points_plot(names, bits, psnr, "bits per image", "PSNR, dB")
+
+
+def points_plot(names: Sequence[str], places: Sequence[float], heights: Sequence[float], across: str, up: str) -> bytes:
+    """Named points on a logarithmic and a linear axis, as SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
     from matplotlib.ticker import StrMethodFormatter
 
     figure = _figure(5.5)
-    axes = figure.add_subplot(xlabel="bits per image", ylabel="PSNR, dB", xscale="log")
-    axes.scatter(bits, psnr, color=FIRST, zorder=3)
-    axes.set_xlim(min(bits) / 1.6, max(bits) * 1.6)
+    axes = figure.add_subplot(xlabel=across, ylabel=up, xscale="log")
+    axes.scatter(places, heights, color=FIRST, zorder=3)
+    axes.set_xlim(min(places) / 1.6, max(places) * 1.6)
     axes.margins(y=0.15)
     ticks: list[float] = []
-    for tick in sorted(bits):
+    for tick in sorted(places):
         ticks += [tick] if not ticks or tick > 1.08 * ticks[-1] else []
     axes.set_xticks(ticks)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if min(places) >= 10 else "{x:.3g}"))
     axes.minorticks_off()
     axes.tick_params(axis="x", labelrotation=45)
     axes.grid(color=GRID)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # settles the layout, which labels depend on
     figure.set_layout_engine("none")
-    points = axes.transData.transform(list(zip(bits, psnr)))
+    points = axes.transData.transform(list(zip(places, heights)))
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]  # what labels keep off, in pixels
-    for name, *point in zip(names, bits, psnr):
+    for name, *point in zip(names, places, heights):
         label = axes.annotate(
             name, point, PLACES[0][:2], textcoords="offset points", va="center", fontsize=9, color=INK,
             arrowprops={"arrowstyle": "-", "color": FIRST, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},

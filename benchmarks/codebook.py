@@ -1,0 +1,198 @@
+"""Codebook search and training step, beside vector-quantize-pytorch and the bare matrix product.
+
+    python -m benchmarks.codebook [steps|search|memory|exactness ...]     all four, on the GPU where there is one
+
+Results go to RESULTS.md beside this file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import in_fresh_process, keep, median, peak_mib, ratio, seconds, table
+from tokenizer.quantizers import search
+from tokenizer.quantizers.simvq import SimVQConfig
+from tokenizer.quantizers.vector import VectorConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(8192, 768, 16384), (65536, 64, 1024), (32768, 8, 16384)]  # features, channels, codes
+SEARCHES = [(8192, 768, 16384), (8192, 1536, 16384), (65536, 64, 1024)]
+LARGE = (8192, 768, 16384)
+ROWS = 10_000_000  # of the exactness check
+
+
+def images(num_rows: int, dim: int) -> Tensor:
+    """(B, D, 32, 32) features that want a gradient."""
+    return torch.randn(num_rows // 1024, dim, 32, 32, device=DEVICE).requires_grad_()
+
+
+def ours(config: VectorConfig | SimVQConfig, features: Tensor):
+    """A training step of one of our quantizers, as a function."""
+    quantizer = config.build().to(DEVICE).train()
+
+    def step() -> None:
+        output = quantizer(features)
+        (output.vectors.sum() + output.loss).backward()
+        quantizer.update(0, True)
+        features.grad = None
+        quantizer.zero_grad()
+
+    return step
+
+
+def peer(kind: str, dim: int, num_codes: int, features: Tensor):
+    """A training step of vector-quantize-pytorch, as a function."""
+    from vector_quantize_pytorch import SimVQ, VectorQuantize
+
+    if kind == "vector":
+        quantizer = VectorQuantize(dim=dim, codebook_size=num_codes, accept_image_fmap=True)
+    else:
+        quantizer = SimVQ(dim=dim, codebook_size=num_codes, accept_image_fmap=True)
+    quantizer = quantizer.to(DEVICE).train()
+
+    def step() -> None:
+        quantized, _, loss = quantizer(features)
+        (quantized.sum() + loss.sum()).backward()
+        features.grad = None
+        quantizer.zero_grad()
+
+    return step
+
+
+def product_of(rows: Tensor, codebook: Tensor):
+    """The bare fp32 product of the same shape, 32 MiB of it at a time, as a function."""
+    at_once = max(1, (1 << 23) // len(codebook))
+    out = torch.empty(at_once, len(codebook), device=DEVICE)
+
+    def product() -> None:
+        for z in rows.split(at_once):
+            torch.mm(z, codebook.T, out=out[: len(z)])
+
+    return product
+
+
+def steps() -> None:
+    lines = []
+    for num_rows, dim, num_codes in SHAPES:
+        for kind, config in (("vector", VectorConfig), ("simvq", SimVQConfig)):
+            features = images(num_rows, dim)
+            rivals = {
+                "ours": ours(config(num_codes=num_codes, code_dim=dim, init="normal"), features),
+                "theirs": peer(kind, dim, num_codes, features),
+            }
+            taken = seconds(rivals, 3)
+            figures = [f"{median(taken[name]):.3f}" for name in ("ours", "theirs")]
+            lines.append([f"{kind}, {num_rows} × {dim}, K = {num_codes}", *figures, ratio(taken, "theirs", "ours")])
+    head = ["forward, straight-through, backward, update", "ours, s", "vector-quantize-pytorch, s", "theirs / ours"]
+    keep("Codebook: training step", "python -m benchmarks.codebook steps", table(head, lines))
+
+
+def searches() -> None:
+    lines = []
+    for num_rows, dim, num_codes in SEARCHES:
+        rows, codebook = torch.randn(num_rows, dim, device=DEVICE), torch.randn(num_codes, dim, device=DEVICE)
+        rivals = {"product": product_of(rows, codebook)}
+        kinds = [[search.InFloat32]]
+        if DEVICE == "cpu":
+            chosen = search.choose_products(num_rows, search._Book.of(codebook, None))
+            kinds = [*kinds, chosen] if len(chosen) > 1 else kinds
+        automatic = search.choose_products
+        for kind in kinds:
+
+            def run(kind=kind, rows=rows, codebook=codebook) -> None:
+                search.choose_products = lambda *_: kind
+                search.nearest(rows, codebook)
+
+            rivals[kind[0].__name__ if DEVICE == "cpu" else "fused"] = run
+        taken = seconds(rivals)
+        search.choose_products = automatic
+        for name in list(rivals)[1:]:
+            lines.append(
+                [f"{num_rows} × {dim}, K = {num_codes}, {name}", f"{median(taken[name]):.3f}",
+                 f"{median(taken['product']):.3f}", ratio(taken, name, "product")]
+            )  # fmt: skip
+    head = ["exact search", "search, s", "bare fp32 product, s", "search / product"]
+    keep("Codebook: search", "python -m benchmarks.codebook search", table(head, lines))
+
+
+def memory_of(what: str, num_rows: int) -> None:
+    """Print MiB beyond inputs of one call, in a process of its own."""
+    _, dim, num_codes = LARGE
+    torch.manual_seed(0)
+    if what == "search":
+        rows, codebook = torch.randn(num_rows, dim), torch.randn(num_codes, dim)
+        search.nearest(rows[:600], codebook[:600])
+        before = peak_mib()
+        search.nearest(rows, codebook)
+    else:
+        features = images(num_rows, dim)
+        config = (VectorConfig if what.endswith("vector") else SimVQConfig)(num_codes=num_codes, code_dim=dim)
+        step = ours(config, features) if what.startswith("our") else peer(what[6:], dim, num_codes, features)
+        before = peak_mib()
+        step()
+    print(peak_mib() - before)
+
+
+def memory() -> None:
+    num_rows, dim, num_codes = LARGE
+    matrix = num_rows * num_codes * 4 / 2**20
+    lines = []
+    for what, count in [
+        ("search", num_rows), ("search", 2 * num_rows), ("search", 4 * num_rows),
+        *((f"{who}-{kind}", num_rows) for kind in ("vector", "simvq") for who in ("our", "their")),
+    ]:  # fmt: skip
+        mib = float(in_fresh_process("benchmarks.codebook", "memory-of", what, str(count)))
+        lines.append([f"{what}, {count} × {dim}, K = {num_codes}", f"{mib:.0f}", f"{mib / matrix:.3f}"])
+    head = ["fresh process each", "MiB beyond inputs", f"over {num_rows} × {num_codes} in fp32"]
+    keep("Codebook: memory", "python -m benchmarks.codebook memory", table(head, lines))
+
+
+def exactness() -> None:
+    """Every product against float64, on random rows; the adversarial ones are tests/test_search.py."""
+    lines = []
+    kinds = [search.InFloat32, search.InBFloat16]
+    if torch.backends.quantized.engine in ("x86", "fbgemm"):
+        kinds.append(search.InInt8)
+    automatic = search.choose_products
+    for num_rows, dim, num_codes in ((ROWS * 8 // 10, 8, 64), (ROWS * 2 // 10, 32, 256), (20_000, 768, 4096)):
+        wrong, differing, started = dict.fromkeys(kinds, 0), 0, time.monotonic()
+        codebook = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(dim)).to(DEVICE)
+        for block, start in enumerate(range(0, num_rows, 100_000)):
+            count = min(100_000, num_rows - start)
+            rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(block)).to(DEVICE)
+            parts = rows.split(8192)
+            half = codebook.double().square().sum(1) / 2
+            true = torch.cat([(half - z.double() @ codebook.double().T).argmin(1) for z in parts])
+            found = []
+            for kind in kinds:
+                search.choose_products = lambda *_, kind=kind: [kind, search.InFloat32]
+                found.append(search.nearest(rows, codebook))
+                wrong[kind] += int((found[-1] != true).sum())
+            differing += int(sum((codes != found[0]).sum() for codes in found[1:]))
+        figures = [", ".join(f"{kind.__name__} {count}" for kind, count in wrong.items()), str(differing)]
+        lines.append([f"{num_rows:,} × {dim}, K = {num_codes}", *figures, f"{time.monotonic() - started:.0f}"])
+    search.choose_products = automatic
+    head = ["random rows", "other than the float64 search", "differing between paths", "s"]
+    keep("Codebook: exactness", "python -m benchmarks.codebook exactness", table(head, lines))
+
+
+PARTS = {"steps": steps, "search": searches, "memory": memory, "exactness": exactness}
+
+
+def main() -> None:
+    asked = sys.argv[1:] or list(PARTS)
+    if asked[0] == "memory-of":
+        return memory_of(asked[1], int(asked[2]))
+    unknown = [name for name in asked if name not in PARTS]
+    if unknown:
+        sys.exit(f"error: {unknown[0]}: the parts are {', '.join(PARTS)}")
+    for name in asked:
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()

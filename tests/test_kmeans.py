@@ -1,0 +1,183 @@
+"""Laws of k-means, its seeds, sums by code and samples of streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenizer.quantizers import kmeans as module
+from tokenizer.quantizers import search
+from tokenizer.quantizers.kmeans import Reservoir, kmeans, rows_wanted, segment_sums
+
+
+def squared_error(rows, centres):
+    return float((rows - centres[search.nearest(rows, centres)]).square().sum(1).mean())
+
+
+def seeds(rows, num_codes, seed):
+    return module._seed_centres(rows, num_codes, torch.Generator().manual_seed(seed))
+
+
+# sums by code
+
+
+@pytest.mark.parametrize(("num_rows", "dim", "num_codes"), [(500, 7, 30), (40, 3, 900), (0, 3, 4), (100, 0, 9)])
+def test_sums_are_those_of_each_code(num_rows, dim, num_codes):
+    rows, codes = torch.randn(num_rows, dim), torch.randint(-1, num_codes, (num_rows,))
+    rows[codes < 0] = float("nan")
+    counts, sums = segment_sums(rows, codes, num_codes)
+    known = codes >= 0
+    assert torch.equal(counts, torch.bincount(codes[known], minlength=num_codes).float())
+    wanted = torch.zeros(num_codes, dim).index_add_(0, codes[known], rows[known])
+    torch.testing.assert_close(sums, wanted, atol=1e-5, rtol=0)
+    assert sums.shape == (num_codes, dim) and not sums[counts == 0].any()
+
+
+def test_sums_take_strided_rows_and_repeat_to_the_last_bit():
+    whole, codes = torch.randn(3000, 12), torch.randint(5, (3000,))
+    first = segment_sums(whole[:, 3:9], codes, 5)
+    again = segment_sums(whole[:, 3:9].contiguous(), codes, 5)
+    assert all(torch.equal(one, other) for one, other in zip(first, again))
+
+
+# k-means
+
+
+def test_kmeans_finds_clusters():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    rows = centres.repeat(50, 1) + 0.01 * torch.randn(200, 2)
+    found = kmeans(rows, 4, iterations=5, seed=3)
+    assert torch.cdist(centres, found).min(1).values.max() < 0.02
+    assert torch.equal(found, kmeans(rows, 4, iterations=5, seed=3))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_centres_are_means_of_what_is_nearest_to_them(monkeypatch, cosine):
+    monkeypatch.setattr(module, "CHUNK", 64)
+    rows = torch.randn(150, 3) + 0.5
+    centres = kmeans(rows, 6, seed=1, iterations=60, cosine=cosine)
+    seen = F.normalize(rows, dim=1) if cosine else rows
+    codes = torch.cdist(seen, centres).argmin(1)
+    torch.testing.assert_close(centres, torch.stack([seen[codes == code].mean(0) for code in range(6)]))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_kmeans_does_not_depend_on_chunks(monkeypatch, cosine):
+    rows = torch.randn(500, 4)
+    whole = kmeans(rows, 20, seed=0, cosine=cosine)
+    sizes, nearest = [], search.nearest
+    monkeypatch.setattr(search, "nearest", lambda z, book: sizes.append(len(z)) or nearest(z, book))
+    monkeypatch.setattr(module, "CHUNK", 64)
+    torch.testing.assert_close(kmeans(rows, 20, seed=0, cosine=cosine), whole)
+    assert max(sizes) == 64
+
+
+def test_cosine_is_blind_to_length():
+    rows, lengths = torch.randn(300, 5), torch.rand(300, 1) + 0.1
+    one, other = (kmeans(given, 8, seed=0, cosine=True) for given in (rows, rows * lengths))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one, kmeans(F.normalize(rows, dim=1), 8, seed=0))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_kmeans_with_fewer_rows_than_codes(num_rows):
+    rows = torch.randn(num_rows, 5)
+    found = kmeans(rows, 8, iterations=3, seed=0)
+    assert found.shape == (8, 5) and found.isfinite().all()
+    assert torch.cdist(rows, found).min(1).values.max() < 0.2
+
+
+def test_kmeans_with_fewer_values_than_codes():
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(40, 1)
+    found = kmeans(rows, 5, iterations=3, seed=0)
+    assert found.isfinite().all()
+    assert torch.cdist(rows, found).min(1).values.max() == 0
+
+
+def test_kmeans_refuses_rows_that_are_not_finite():
+    rows = torch.randn(50, 3)
+    rows[7, 1], rows[9] = float("inf"), float("nan")
+    with pytest.raises(ValueError, match="2 of 50 features are not finite"):
+        kmeans(rows, 4, seed=0)
+
+
+@pytest.mark.parametrize("num_codes", [1, 65, 66, 500])
+def test_seeds_are_different_rows_and_know_who_is_nearest(num_codes):
+    rows = torch.randn(700, 3)
+    centres, codes, squared = seeds(rows, num_codes, 1)
+    assert len(centres.unique(dim=0)) == num_codes
+    assert (centres[:, None] == rows).all(2).any(1).all()
+    distances = torch.cdist(rows.double(), centres.double())
+    own = distances.gather(1, codes[:, None])[:, 0]
+    torch.testing.assert_close(own, distances.amin(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(squared.double(), own.square(), atol=1e-6, rtol=1e-5)
+
+
+def test_seeds_are_drawn_in_proportion_to_squared_distance():
+    """From one centre at 0, rows at 1 and at 3 are second centres one time and nine times in ten."""
+    rows = torch.tensor([[0.0], [0.0], [0.0], [0.0], [0.0], [0.0], [0.0], [0.0], [1.0], [3.0]])
+    counts = torch.zeros(4)
+    for seed in range(1000):
+        centres = seeds(rows, 2, seed)[0]
+        if centres[0] == 0:
+            counts[int(centres[1])] += 1
+    share = counts / counts.sum()
+    assert counts[0] == 0 and abs(float(share[3]) - 0.9) < 0.035  # 3 standard deviations are 0.032
+
+
+def test_kmeans_reads_no_more_rows_than_it_has_to(monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 100)
+    monkeypatch.setattr(module, "ROWS_PER_CODE", 10)
+    asked, nearest = [], search.nearest
+    monkeypatch.setattr(search, "nearest", lambda rows, book: asked.append(len(rows)) or nearest(rows, book))
+    for num_rows, num_codes, read in ((90, 4, 90), (300, 4, 100), (300, 20, 200)):
+        asked.clear()
+        assert kmeans(torch.randn(num_rows, 2), num_codes, seed=0).shape == (num_codes, 2)
+        assert set(asked) == {read} and rows_wanted(num_codes) == max(100, 10 * num_codes)
+
+
+def test_kmeans_lowers_the_error_of_its_seeds():
+    rows = torch.randn(3000, 8)
+    assert squared_error(rows, kmeans(rows, 200, seed=0)) < 0.85 * squared_error(rows, seeds(rows, 200, 0)[0])
+
+
+# samples of a stream
+
+
+def sample(stream, size, seed, cuts):
+    reservoir = Reservoir(size, seed)
+    for part in stream.tensor_split(cuts):
+        reservoir.add(part)
+    return reservoir
+
+
+@pytest.mark.parametrize("length", [5, 40, 41, 1000])
+def test_a_sample_does_not_depend_on_how_the_stream_is_cut(length):
+    stream = torch.randn(length, 3)
+    whole = sample(stream, 40, 7, [])
+    assert len(whole.rows) == len(whole.places) == min(length, 40)
+    assert torch.equal(whole.rows, stream[whole.places])
+    assert len(whole.places.unique()) == len(whole.places)
+    if length <= 40:
+        assert torch.equal(whole.rows, stream)
+    for cuts in ([1], [0, 3, 4], [39, 40], [41, 44, 300], list(range(1, length))):
+        parts = sample(stream, 40, 7, cuts)
+        assert torch.equal(parts.places, whole.places) and torch.equal(parts.rows, whole.rows)
+    if length > 40:
+        assert not torch.equal(sample(stream, 40, 8, []).places, whole.places)
+
+
+def test_a_sample_is_uniform():
+    stream, counts = torch.zeros(60, 1), torch.zeros(60)
+    for seed in range(1000):
+        counts[sample(stream, 15, seed, [7, 20, 23, 50]).places] += 1
+    share = counts / 1000
+    assert (share - 0.25).abs().max() < 4 * (0.25 * 0.75 / 1000) ** 0.5  # standard deviations
+
+
+def test_a_sample_keeps_no_batch():
+    reservoir = Reservoir(10, 0)
+    reservoir.add(torch.randn(1000, 4, dtype=torch.float16))
+    assert reservoir.rows.dtype == torch.float32
+    assert reservoir.rows.untyped_storage().nbytes() == 10 * 4 * 4

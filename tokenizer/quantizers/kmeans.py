@@ -1,0 +1,141 @@
+"""k-means on the codebook's search, a chunk of rows at a time, and a bounded sample of a stream of rows for it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tokenizer.quantizers.search as search
+from training.command import UserError
+
+CHUNK = 8192  # rows handled at once
+SEEDING_ROUNDS = 64
+ROWS, ROWS_PER_CODE = 65536, 16
+
+
+def rows_wanted(num_codes: int) -> int:
+    """As many rows as k-means reads at most."""
+    return max(ROWS, ROWS_PER_CODE * num_codes)
+
+
+@torch.no_grad()
+def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = None, *, cosine: bool = False) -> Tensor:
+    """Centres of `rows`, (N, D) -> (num_codes, D): seeding in rounds, then Lloyd's iterations (10; 3 above 8192 codes).
+
+    A round draws rows in proportion to their squared distance from the centres so far: one at a time up to 65
+    codes, which is k-means++ (Arthur & Vassilvitskii 2007), and several at once above (Bahmani et al. 2012,
+    arXiv:1203.6402). Of more than `rows_wanted`, as many are drawn by `seed`. A centre that loses its rows moves to
+    the row that is worst represented. With fewer rows than codes the rows are repeated with noise of a hundredth of
+    their spread. `cosine`: rows are brought to unit length. Raises ValueError for rows that are not finite.
+    """
+    bad = sum(int((~part.isfinite()).any(1).sum()) for part in rows.split(CHUNK))
+    if bad:
+        raise UserError(f"k-means: {bad} of {len(rows)} features are not finite: look at the encoder and its images")
+    generator = torch.Generator().manual_seed(seed)
+    if len(rows) < num_codes:
+        rows = _seen(rows, cosine)
+        extra = torch.randint(len(rows), (num_codes - len(rows),), generator=generator)
+        noise = torch.randn((len(extra), rows.shape[1]), generator=generator).to(rows)
+        rows = torch.cat([rows, rows[extra.to(rows.device)] + 0.01 * rows.std(0, correction=0).mean() * noise])
+    elif len(rows) > rows_wanted(num_codes):
+        rows = rows[torch.randperm(len(rows), generator=generator)[: rows_wanted(num_codes)].to(rows.device)]
+    centres, codes, distances = _seed_centres(rows, num_codes, generator, cosine)
+    for iteration in range(iterations or (10 if num_codes <= 8192 else 3)):
+        if iteration:
+            codes, distances = _nearest(rows, centres, cosine)
+        counts, centres = torch.zeros_like(centres[:, 0]), torch.zeros_like(centres)
+        for part, own in zip(rows.split(CHUNK), codes.split(CHUNK)):
+            more, sums = segment_sums(_seen(part, cosine), own, num_codes)
+            counts += more
+            centres += sums
+        centres /= counts.clamp(min=1)[:, None]
+        worst = distances.topk(int((counts == 0).sum())).indices
+        centres[counts == 0] = _seen(rows[worst], cosine)
+    return centres
+
+
+@torch.no_grad()
+def segment_sums(rows: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """How many of (N, D) rows have each code, (K,), and the sums of these rows, (K, D); code -1 is not counted.
+
+    Rows are sorted by code and each code's are added in their order: repeatable on every device, and as fast as
+    `index_add_` on a CPU. No shape depends on the codes, so that no GPU is waited for.
+    """
+    codes, order = (codes % (num_codes + 1)).sort(stable=True)  # -1 comes last
+    first = torch.searchsorted(codes, torch.arange(num_codes + 1, device=codes.device))
+    sums = F.embedding_bag(order, rows.float(), first, mode="sum")
+    return first.diff().float(), sums[:-1]
+
+
+class Reservoir:
+    """At most `size` rows of a stream, each equally likely, drawn by seed (Vitter 1985, algorithm R).
+
+    They are the same however the stream is cut into batches, and all of it, in order, where it is no longer.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.length = size, 0  # of the sample, of the stream
+        self.generator = torch.Generator().manual_seed(seed)
+        self._rows, self._places = torch.empty(0), torch.full((size,), -1)
+
+    @property
+    def rows(self) -> Tensor:
+        """(M, D) float32."""
+        return self._rows[: self.length]
+
+    @property
+    def places(self) -> Tensor:
+        """Each row's number in the stream, (M,) int64, on the CPU."""
+        return self._places[: self.length]
+
+    @torch.no_grad()
+    def add(self, rows: Tensor) -> None:
+        """(n, D), the next of the stream."""
+        if not self.length:
+            self._rows = torch.empty((self.size, rows.shape[1]), device=rows.device)
+        places = torch.arange(self.length, self.length + len(rows))
+        drawn = torch.rand(len(rows), generator=self.generator, dtype=torch.float64) * (places + 1)
+        slots = torch.where(places < self.size, places, drawn.long())  # row i takes the place of one of 0 ... i
+        taken = slots < self.size
+        self._places.scatter_reduce_(0, slots[taken], places[taken], "amax")  # the last of those for one place
+        fresh = (self._places >= self.length).nonzero()[:, 0]
+        self._rows[fresh.to(rows.device)] = rows[(self._places[fresh] - self.length).to(rows.device)].float()
+        self.length += len(rows)
+
+
+def _seed_centres(
+    rows: Tensor, num_codes: int, generator: torch.Generator, cosine: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`num_codes` different rows, and which of them is nearest to each row, at what squared distance.
+
+    The largest d_i / E_i, of exponential E_i, are a draw in proportion to d_i, without repetition.
+    """
+    drawn = torch.randint(len(rows), (1,), generator=generator).to(rows.device)
+    chosen = torch.empty(0, dtype=torch.int64, device=rows.device)
+    codes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    distances = torch.full((len(rows),), float("inf"), device=rows.device)
+    for share in [*filter(len, torch.arange(1, num_codes).chunk(SEEDING_ROUNDS)), ()]:
+        own, fresh = _nearest(rows, _seen(rows[drawn], cosine), cosine)
+        codes = torch.where(fresh < distances, own + len(chosen), codes)
+        distances = torch.minimum(distances, fresh)
+        chosen = torch.cat([chosen, drawn])
+        race = torch.empty(len(rows)).exponential_(generator=generator).to(rows.device)
+        drawn = (distances / race).index_fill_(0, chosen, -1.0).topk(len(share)).indices
+    return _seen(rows[chosen], cosine), codes, distances
+
+
+def _nearest(rows: Tensor, centres: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """Codes (N,) and squared distances |z_n - e_k(n)|^2, (N,)."""
+    found = []
+    for part in rows.split(CHUNK):
+        part = _seen(part, cosine)
+        codes = search.nearest(part, centres)
+        found.append((codes, (part - centres[codes]).square().sum(1)))
+    codes, distances = zip(*found)
+    return torch.cat(codes), torch.cat(distances)
+
+
+def _seen(rows: Tensor, cosine: bool) -> Tensor:
+    """Rows as k-means sees them."""
+    return F.normalize(rows.float(), dim=1) if cosine else rows.float()
