@@ -4,6 +4,7 @@ beside the same figure between real images, without which it says little."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,15 @@ class Samples:
         return torch.from_numpy(self.images[ids.numpy()]).permute(0, 3, 1, 2)
 
 
-def measure_generation(pipeline: Pipeline) -> Record:
-    """The record of RUN/samples: the kept one when it is current, else measured and kept."""
+def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str = "generation") -> Record:
+    """The record of RUN/samples, or of another `folder` and `kind`: the kept one if current, else measured and kept."""
     options = pipeline.options
-    samples = Samples.open(pipeline.folder / "samples", pipeline.held_out.image_size)
+    folder = folder or pipeline.folder / "samples"
+    samples = Samples.open(folder, pipeline.held_out.image_size)
     maker = samples.made_from.get("tokenizer_sha256", pipeline.tokenizer_hash)
     if maker != pipeline.tokenizer_hash:
         raise UserError(
-            f"{pipeline.folder / 'samples'}: decoded by a tokenizer with weights {maker[:8]}…, and they are "
+            f"{folder}: decoded by a tokenizer with weights {maker[:8]}…, and they are "
             f"now {pipeline.tokenizer_hash[:8]}…: sample again"
         )
     reconstruction = measure_reconstruction(pipeline)
@@ -88,7 +90,7 @@ def measure_generation(pipeline: Pipeline) -> Record:
         "batch_size": options.batch_size,
         "reconstruction": reconstruction.hash,
     }
-    kept = Record.load(pipeline.report_folder, "generation", settings)
+    kept = Record.load(pipeline.report_folder, kind, settings)
     if kept and not options.fresh:
         return kept
 
@@ -119,7 +121,7 @@ def measure_generation(pipeline: Pipeline) -> Record:
             measurements += agreement.measurements
             arrays |= agreement.arrays
             notes += agreement.notes
-    record = Record("generation", settings, measurements, arrays, notes)
+    record = Record(kind, settings, measurements, arrays, notes)
     if distributed.is_main():
         record.save(pipeline.report_folder)
     return record
@@ -135,20 +137,32 @@ class Origins:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """One extractor's view of samples and real images."""
+class Real:
+    """One extractor's view of real images."""
 
-    samples: Extraction
     held_out: Extraction
     train: Extraction  # evenly spaced, about as many as the held-out images
     train_moments: Moments  # of the whole split
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen(Real):
+    """And of samples."""
+
+    samples: Extraction
+
+
 def _extract(pipeline: Pipeline, extractor: Extractor, samples: Samples, n: int) -> Seen:
-    drawn, held_out, train = (FeatureRows(extractor) for _ in range(3))
-    size, name = pipeline.options.batch_size, extractor.name
-    for batch in share(torch.arange(n), size, samples.load, f"samples, {name}"):
+    drawn = FeatureRows(extractor)
+    for batch in share(torch.arange(n), pipeline.options.batch_size, samples.load, f"samples, {extractor.name}"):
         drawn.update(batch)
+    return Seen(**vars(_extract_real(pipeline, extractor)), samples=drawn.gathered())
+
+
+@functools.lru_cache(maxsize=2)
+def _extract_real(pipeline: Pipeline, extractor: Extractor) -> Real:
+    """Kept, because several sets of samples may be measured against the same images."""
+    held_out, train, name = FeatureRows(extractor), FeatureRows(extractor), extractor.name
     for batch in pipeline.batches(pipeline.held_out, f"held-out images, {name}"):
         held_out.update(batch)
     moments = Moments.empty(extractor.dim)
@@ -158,7 +172,7 @@ def _extract(pipeline: Pipeline, extractor: Extractor, samples: Samples, n: int)
         moments.update(extraction.features)
         kept = batch.ids % stride == 0
         train.add(batch.ids[kept], Extraction(extraction.features[kept], extraction.probabilities[kept]))
-    return Seen(drawn.gathered(), held_out.gathered(), train.gathered(), moments.reduced())
+    return Real(held_out.gathered(), train.gathered(), moments.reduced())
 
 
 def _distances(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:

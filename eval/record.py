@@ -18,7 +18,7 @@ import torch
 
 from training.checkpoint import digest, replace_file
 
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity", "pillow", "constriction")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,14 @@ import argparse
 import dataclasses
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from training.command import Parser, UserError, run_command
+
+if TYPE_CHECKING:
+    from priors.interface import SampleOptions
 
 
 def parse_classes(text: str, names: list[str]) -> tuple[int, ...]:
@@ -47,31 +52,79 @@ def find_prior(path: Path) -> Path:
     raise UserError(f"{path}: holds no trained prior: train one first (python -m priors.train)")
 
 
+def add_class_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """--classes and --unconditional."""
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--classes", default="", help=f"names, numbers and ranges: 0,3-5,cat ({default})")
+    kinds.add_argument("--unconditional", action="store_true", help="of no class")
+
+
+def chosen_classes(arguments: argparse.Namespace, names: list[str]) -> tuple[int, ...]:
+    """The class numbers that --classes or --unconditional name; len(names) is the unconditional one."""
+    return (len(names),) if arguments.unconditional else parse_classes(arguments.classes, names)
+
+
+# The fields of SampleOptions on the command line.
+SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
+    "guidance": (float, "classifier-free guidance scale, 1 is none"),
+    "guidance_schedule": (str, "constant, or rising from 1: linear, power_cosine"),
+    "guidance_power": (float, "of power_cosine: the larger, the later"),
+    "temperature": (float, "divides the logits"),
+    "top_k": (int, "keep the k likeliest codes, 0 for all"),
+    "top_p": (float, "keep the fewest codes of this probability"),
+    "steps": (int, "of a prior that samples in parallel steps, 0 for its own number"),
+    "sampler": (str, "one of the prior's; TOP/BOTTOM of a hierarchical one"),
+    "seed": (int, "sample i depends on the seed, i and its class"),
+}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """A flag per field of SampleOptions, with `several` of comma-separated values; and --batch-size."""
+    for name, (kind, explained) in SAMPLING.items():
+        help_text = f"{explained} (the prior's own)"
+        parser.add_argument(_flag(name), type=_several(kind) if several else kind, help=help_text)
+    parser.add_argument("--batch-size", type=int, default=50, help="changes speed and memory only (50)")
+
+
+def sampling_options(arguments: argparse.Namespace, default: SampleOptions) -> SampleOptions:
+    """The prior's own options with those that were given. Raises UserError for a value out of range."""
+    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    return dataclasses.replace(default, **given)
+
+
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for a count below 1."""
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{_flag(name)} {getattr(arguments, name)}: at least 1 is needed")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
+    def values(text: str) -> tuple:
+        return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+
+    values.__name__ = kind.__name__  # argparse's errors show it
+    return values
+
+
 def _parse() -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m generate.sample", description="Draw class-conditional samples from a trained prior."
-    )
+    parser = Parser(prog="python -m generate.sample", description="Draw samples from a trained prior.")
     parser.add_argument("run", type=Path, help="a prior's run folder, or a root folder that holds prior/")
     parser.add_argument("--num", type=int, default=100, help="samples, shared evenly by the classes (100)")
-    parser.add_argument("--classes", default="", help="names, numbers and ranges: 0,3-5,cat (all)")
+    add_class_options(parser, "all")
     parser.add_argument("--out", type=Path, help="output folder (samples/ beside the prior)")
-    own = "(the prior's own)"
-    parser.add_argument("--guidance", type=float, help=f"classifier-free guidance scale, 1 is none {own}")
-    parser.add_argument("--temperature", type=float, help=f"divides the logits {own}")
-    parser.add_argument("--top-k", type=int, help=f"keep the k likeliest codes, 0 for all {own}")
-    parser.add_argument("--top-p", type=float, help=f"keep the fewest codes of this probability {own}")
-    parser.add_argument("--steps", type=int, help=f"steps of a masked prior {own}")
-    parser.add_argument("--seed", type=int, help=f"sample i depends on the seed, i and its class {own}")
-    parser.add_argument("--batch-size", type=int, default=50, help="changes speed and memory only (50)")
+    add_sampling_options(parser)
     parser.add_argument("--png", action="store_true", help="also write every sample as a file")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = _parse()
-    for name in ("num", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
+    check_counts(arguments, "num", "batch_size")
 
     from generate.images import Request, write_samples
     from priors.record import read_record
@@ -79,10 +132,8 @@ def main() -> None:
 
     folder = find_prior(arguments.run)
     record = read_record(folder)
-    names = [field.name for field in dataclasses.fields(record.sampling)]
-    asked = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    options = dataclasses.replace(record.sampling, **asked)
-    classes = parse_classes(arguments.classes, record.class_names)
+    options = sampling_options(arguments, record.sampling)
+    classes = chosen_classes(arguments, record.class_names)
     request = Request(arguments.num, classes, options, arguments.png)
     distributed.start()
     write_samples(folder, record, request, arguments.out or folder.parent / "samples", arguments.batch_size)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from priors.autoregressive import AutoregressiveConfig
-from priors.masked import MaskedConfig
+from priors.hierarchical import FAMILIES, HierarchicalConfig
 
 if TYPE_CHECKING:
     from priors.interface import Prior
 
-PRIORS = {"autoregressive": AutoregressiveConfig, "masked": MaskedConfig}
+PRIORS = {**FAMILIES, "hierarchical": HierarchicalConfig}
 
 
 def load(run_folder: str | Path) -> Prior:

@@ -1,93 +1,180 @@
-"""Autoregressive prior: raster order, level after level (VQGAN, Esser et al. 2021, arXiv:2012.09841)."""
+"""Autoregressive prior: code after code, level after level (VQGAN, Esser et al. 2021, arXiv:2012.09841), in raster
+order or in permuted ones (RAR, Yu et al. 2024, arXiv:2411.00776)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from priors.backbone import Backbone, check_settings, cross_entropy, evaluation
+from priors.backbone import BackboneConfig, check_settings, cross_entropy, evaluation
 from priors.interface import Likelihood, SampleOptions
-from priors.sampling import categorical, guided_labels, gumbel, shape_logits
+from priors.sampling import categorical, guided_labels, gumbel, shape_logits, uniform_noise
 from tokenizer.interface import CodeLayout
 from training.command import UserError
 from training.loop import Loss
 
+ORDERS = ("raster", "random", "annealed")
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveConfig:
+    """`order` of the positions of a level in training; "annealed": permuted ones, less and less often, then raster."""
+
     kind: str = "autoregressive"
-    dim: int = 128
-    depth: int = 4
-    heads: int = 4
-    dropout: float = 0.1
+    order: str = "raster"
+    anneal_start_step: int = 0  # of annealed: up to here every order is permuted,
+    anneal_end_step: int = 0  # from here on none
     label_dropout: float = 0.1  # share of labels made unconditional, for guidance
     label_smoothing: float = 0.0
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
 
     def __post_init__(self) -> None:
-        check_settings(
-            self.dim,
-            self.depth,
-            self.heads,
-            dropout=self.dropout,
-            label_dropout=self.label_dropout,
-            label_smoothing=self.label_smoothing,
-        )
+        check_settings(label_dropout=self.label_dropout, label_smoothing=self.label_smoothing)
+        if self.order not in ORDERS:
+            raise ValueError(f"prior.order={self.order!r} is not one of {', '.join(ORDERS)}")
+        if self.order == "annealed" and not 0 <= self.anneal_start_step < self.anneal_end_step:
+            raise ValueError(
+                f"prior.anneal_end_step={self.anneal_end_step} must come after anneal_start_step="
+                f"{self.anneal_start_step}: half and three quarters of loop.steps are usual"
+            )
 
-    def build(self, layout: CodeLayout, num_classes: int) -> AutoregressivePrior:
-        backbone = Backbone(layout, num_classes, self.dim, self.depth, self.heads, True, self.dropout)
-        return AutoregressivePrior(backbone, num_classes, self.label_dropout, self.label_smoothing)
+    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> AutoregressivePrior:
+        return AutoregressivePrior(
+            self.backbone.build(layout, num_classes, causal=True, given=given),
+            num_classes,
+            self.label_dropout,
+            self.label_smoothing,
+            self.order,
+            (self.anneal_start_step, self.anneal_end_step),
+        )
 
 
 class AutoregressivePrior(nn.Module):
-    """p(codes | label) = product over i of p(code i | codes before i, label). Likelihoods are exact."""
+    """p(codes | label) = product over i of p(code i | codes before i in the order, label). Likelihoods are exact.
+
+    `backbone` is causal (priors.backbone), or a network with its methods for raster order (priors.pixelcnn).
+    """
 
     def __init__(
-        self, backbone: Backbone, num_classes: int, label_dropout: float = 0.0, label_smoothing: float = 0.0
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        label_dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        order: str = "raster",
+        anneal_steps: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.backbone, self.layout, self.num_classes = backbone, backbone.layout, num_classes
         self.label_dropout, self.label_smoothing = label_dropout, label_smoothing
+        self.order, self.anneal_steps = order, anneal_steps
+        if order == "annealed":
+            self.register_buffer("next_step", torch.zeros((), dtype=torch.int64))
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None) -> Loss:
+    def update(self, step: int, taken: bool) -> None:
+        """After each optimizer step: orders anneal."""
+        if self.order == "annealed":
+            self.next_step.fill_(step + 1)
+
+    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None) -> Loss:
         """Mean cross-entropy per position. (B, N), (B,) int64; `uniform` as in priors.interface.Prior."""
         if uniform is None:
-            uniform = torch.rand(len(codes), 1, device=codes.device)
+            uniform = torch.rand(len(codes), self.layout.length + 2, device=codes.device)
         labels = torch.where(uniform[:, 0] < self.label_dropout, self.num_classes, labels)
-        logits = self.backbone(codes, labels)
+        logits = self.backbone(codes, labels, order=self.training_order(uniform), given=given)
         total = cross_entropy(self.layout, logits, codes, self.label_smoothing).mean()
         with torch.no_grad():
             nats = cross_entropy(self.layout, logits, codes).mean() if self.label_smoothing else total
         return Loss(total, {"nats_per_token": nats.detach()})
 
-    def nll(self, codes: Tensor, labels: Tensor) -> Likelihood:
-        """Exact, summed over positions in float64."""
+    def training_order(self, uniform: Tensor) -> Tensor | None:
+        """(B, N) positions, permuted within levels, from the draws of a loss; None where all are raster."""
+        if self.order == "raster":
+            return None
+        keys = uniform[:, 2:]
+        if self.order == "annealed":
+            start, end = self.anneal_steps
+            share = ((end - self.next_step) / (end - start)).clamp(0, 1)  # of orders that are permuted
+            raster = torch.arange(self.layout.length, dtype=keys.dtype, device=keys.device)
+            keys = torch.where(uniform[:, 1:2] < share, keys, raster)
+        return order_within_levels(self.layout, keys)
+
+    def nll(self, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood:
+        """Exact, of codes drawn in raster order, summed over positions in float64."""
         with evaluation(self):
-            logits = [level.double() for level in self.backbone(codes, labels)]
+            logits = [level.double() for level in self.backbone(codes, labels, given=given)]
             return Likelihood(cross_entropy(self.layout, logits, codes).sum(1), "exact")
 
-    def sample(self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        labels: Tensor,
+        options: SampleOptions,
+        sample_ids: Tensor,
+        known: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """(B, N) int64, one position at a time with cached keys and values; `options.steps` plays no part.
 
-        Raises UserError unless the known codes of each sample come before its unknown ones: an order fixed in
-        advance conditions exactly on a beginning, and on nothing else.
+        Samplers: "raster"; of a prior trained in random order "random" (the default) and "raster". A random order
+        begins in each level with the known codes, so that what is drawn is conditioned on them exactly.
+
+        Raises UserError unless the known codes of each sample come before its unknown ones: in raster order they
+        are a beginning; in random order, where one code of a level is unknown, none of the levels after it is known.
         """
+        batch, length = len(labels), self.layout.length
         if known is None:
-            known = torch.full((len(labels), self.layout.length), -1, device=labels.device)
-        if ((known[:, 1:] >= 0) & (known[:, :-1] < 0)).any():
-            raise UserError(
-                "an autoregressive prior continues a beginning: the known codes must all come before the "
-                "unknown ones in raster order; to fill any other hole use a masked prior"
-            )
+            known = torch.full((batch, length), -1, device=labels.device)
+        sampler = choose_sampler(options, ("random", "raster") if self.order == "random" else ("raster",))
+        keys = torch.arange(length, device=labels.device).expand(batch, -1)
+        if sampler == "random":
+            keys = uniform_noise(options.seed, sample_ids, length, (length,)) - (known >= 0).double()
+        order = order_within_levels(self.layout, keys)
+        _check_known(known.gather(1, order) >= 0, sampler)
         conditions = guided_labels(labels, self.num_classes, options)
-        copies = len(conditions) // max(1, len(labels))
-        codes, cache, previous = known.clone(), None, None
+        copies = len(conditions) // max(1, batch)
+        codes, previous = known.clone(), None
         with evaluation(self):
-            for position in range(self.layout.length):
-                logits, cache = self.backbone.step(position, previous, conditions, cache)
-                logits = shape_logits(logits, options)
-                drawn = categorical(logits, gumbel(options.seed, sample_ids, position, logits.shape[1:]))
-                codes[:, position] = torch.where(known[:, position] < 0, drawn, known[:, position])
-                previous = codes[:, position].repeat(copies)
+            decoding = self.backbone.decoding(
+                conditions,
+                order=order.repeat(copies, 1) if sampler == "random" else None,
+                given=None if given is None else given.repeat(copies, 1),
+            )
+            for slot in range(length):
+                logits = shape_logits(decoding.step(slot, previous), options, slot / length)
+                drawn = categorical(logits, gumbel(options.seed, sample_ids, slot, logits.shape[1:]))
+                position = order[:, slot, None]
+                kept = codes.gather(1, position)[:, 0]
+                code = torch.where(kept < 0, drawn, kept)
+                codes.scatter_(1, position, code[:, None])
+                previous = code.repeat(copies)
         return codes
+
+
+def order_within_levels(layout: CodeLayout, keys: Tensor) -> Tensor:
+    """(B, N) keys -> (B, N) int64: the positions of each level by rising key, level after level."""
+    return torch.cat([span.start + keys[:, span].argsort(dim=1, stable=True) for span, _ in layout.spans()], 1)
+
+
+def choose_sampler(options: SampleOptions, names: Sequence[str]) -> str:
+    """The sampler asked for, or the first of `names`. Raises UserError where it is none of them."""
+    if options.sampler and options.sampler not in names:
+        raise UserError(f"sampler is {options.sampler!r}: this prior has {', '.join(dict.fromkeys(names))}")
+    return options.sampler or names[0]
+
+
+def _check_known(known: Tensor, sampler: str) -> None:
+    """(B, N) bool in the order of sampling."""
+    if not (known[:, 1:] & ~known[:, :-1]).any():
+        return
+    if sampler == "raster":
+        raise UserError(
+            "a prior in raster order continues a beginning: the known codes must all come before the unknown ones; "
+            "to fill any other hole use a masked prior, or an autoregressive one trained with prior.order=random"
+        )
+    raise UserError(
+        "an autoregressive prior goes from level to level: where codes of a level are unknown, none of the levels "
+        "after it may be known; to fill such a hole use a masked prior"
+    )

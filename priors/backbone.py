@@ -1,17 +1,19 @@
-"""The transformer under the priors: codes and labels to logits, on x-transformers' attention layers.
+"""The transformer under the priors: codes and a label to logits, on x-transformers' attention and feed-forward.
 
-Pre-norm with RMSNorm, SwiGLU, normalised queries and keys. Slot i predicts position i and is the sum of a
-token, the place of position i (level, row, column) and the class. Causal: the token is the code at i - 1, the
-first slot's is the class. Bidirectional: it is the code at i, or the mask; a class token stands before all.
+Pre-norm with RMSNorm (arXiv:1910.07467), SwiGLU (arXiv:2002.05202), normalised queries and keys
+(arXiv:2302.05442). A slot is the sum of a token and the place (level, row, column) of the position that it
+predicts. Bidirectional: slot i holds the code at i, or the mask. Causal: slot i holds the code of slot i - 1, the
+first holds the class; slots may come in any order, as each knows its target (arXiv:2411.00776).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,67 @@ from torch import Tensor, nn
 
 from tokenizer.interface import CodeLayout
 
+if TYPE_CHECKING:
+    from priors.engine import Decoding
+
+POSITIONS = ("rotary", "learned")
+CONDITIONINGS = ("prefix", "adaln")
+ROTARY_BASE = 100.0  # of grids tens of codes wide, as in Heo et al. 2024, arXiv:2403.13298
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Sizes, and two choices.
+
+    positions: "learned" adds places to slots; "rotary" besides turns queries and keys by row and column
+    (Heo et al. 2024, arXiv:2403.13298). conditioning: "prefix" makes the class a first token and adds it to every
+    slot; "adaln" has it set shift, scale and gate of every branch, zero at first (AdaLN-zero, Peebles & Xie 2022,
+    arXiv:2212.09748), at 6 dim^2 weights a block more than the 13 dim^2 that it has.
+    """
+
+    dim: int = 128
+    depth: int = 4
+    heads: int = 4
+    dropout: float = 0.1
+    positions: str = "rotary"
+    conditioning: str = "prefix"
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads:
+            raise ValueError(
+                f"prior.backbone: dim={self.dim} must be a multiple of heads={self.heads}, and depth={self.depth} "
+                "at least 1"
+            )
+        check_settings("prior.backbone", dropout=self.dropout)
+        for name, known in (("positions", POSITIONS), ("conditioning", CONDITIONINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"prior.backbone.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.positions == "rotary" and self.dim // self.heads % 4:
+            raise ValueError(
+                f"prior.backbone: dim={self.dim} / heads={self.heads} must be a multiple of 4 for rotary positions"
+            )
+
+    def build(self, layout: CodeLayout, num_classes: int, *, causal: bool, given: CodeLayout | None = None) -> Backbone:
+        return Backbone(
+            layout,
+            num_classes,
+            self.dim,
+            self.depth,
+            self.heads,
+            causal=causal,
+            dropout=self.dropout,
+            rotary=self.positions == "rotary",
+            adaptive=self.conditioning == "adaln",
+            given=given,
+        )
+
 
 class Backbone(nn.Module):
-    """Codes and labels to logits per level. The mask and the classes have none, so they are never sampled."""
+    """Codes and a label to logits per level. The mask and the classes have none, so they are never sampled.
+
+    `given` is the layout of codes that are known completely: they stand before the slots as a context. Grids of
+    different sizes share coordinates, in units of the finest.
+    """
 
     def __init__(
         self,
@@ -31,77 +91,163 @@ class Backbone(nn.Module):
         dim: int,
         depth: int,
         heads: int,
+        *,
         causal: bool,
-        dropout: float,
+        dropout: float = 0.0,
+        rotary: bool = True,
+        adaptive: bool = False,
+        given: CodeLayout | None = None,
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.jit, used at its import
-            from x_transformers import Decoder, Encoder
+            from x_transformers.x_transformers import RMSNorm
 
-        self.layout, self.causal, self.mask_id = layout, causal, sum(layout.num_codes)
+        self.layout, self.num_classes, self.given = layout, num_classes, given
+        self.causal, self.rotary, self.adaptive = causal, rotary, adaptive
+        whole = layout if given is None else CodeLayout(layout.grids + given.grids, layout.num_codes + given.num_codes)
+        self.levels = [level for level, length in enumerate(layout.lengths) for _ in range(length)]  # of each slot
+        self.mask_id = sum(whole.num_codes)
+        place_ids = _place_ids(whole)
+        num_places = int(place_ids.max()) + 1
+
         self.tokens = nn.Embedding(self.mask_id + 1, dim)
         self.classes = nn.Embedding(num_classes + 1, dim)  # the last is unconditional
-        place_ids = _place_ids(layout)
-        self.places = nn.Embedding(int(place_ids.max()) + 1, dim)
+        self.places = nn.Embedding(num_places, dim)  # of what a slot predicts
+        # Rotated keys tell where the code that a causal slot holds comes from; else a slot has this in its sum.
+        self.sources = nn.Embedding(num_places, dim) if causal and not rotary else None
         self.dropout = nn.Dropout(dropout)
-        self.layers = (Decoder if causal else Encoder)(
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            use_rmsnorm=True,
-            attn_dim_head=dim // heads,
-            attn_flash=True,
-            attn_qk_rmsnorm=True,
-            attn_sublayer_dropout=dropout,
-            ff_mult=3,
-            ff_glu=True,
-            ff_swish=True,
-            ff_no_bias=True,
-            ff_sublayer_dropout=dropout,
-        )
+        self.blocks = nn.ModuleList(Block(dim, heads, causal, dropout, adaptive) for _ in range(depth))
+        self.norm = RMSNorm(dim, unit_offset=True)
+        self.modulation = nn.Linear(dim, 2 * dim) if adaptive else None
         self.heads = nn.ModuleList(nn.Linear(dim, size) for size in layout.num_codes)
-        for embedding in (self.tokens, self.classes, self.places):
-            nn.init.normal_(embedding.weight, std=3**-0.5)  # a slot, the sum of three, has unit variance
-        for head in self.heads:  # every code is as likely as any other before training
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-        levels = torch.arange(len(layout.grids)).repeat_interleave(torch.tensor(layout.lengths))
-        starts = torch.tensor([0, *layout.num_codes]).cumsum(0)
-        self.register_buffer("place_ids", place_ids, persistent=False)
-        self.register_buffer("token_starts", starts[levels], persistent=False)
-        self.levels = levels.tolist()
 
-    def forward(self, codes: Tensor, labels: Tensor) -> list[Tensor]:
-        """(B, N) codes, negative where masked, and (B,) labels -> (B, n, num_codes) float32 per level."""
-        tokens, classes = self._embed(codes, slice(None)), self._classes(labels)
+        share = 1 / (2 + (not adaptive) + (self.sources is not None))  # of each term in a slot's unit variance
+        for embedding, terms in ((self.tokens, 1), (self.classes, 1), (self.places, 3), (self.sources, 3)):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=(share / terms) ** 0.5)
+        for linear in (*self.heads, *([self.modulation] if adaptive else [])):
+            nn.init.zeros_(linear.weight)  # every code is as likely as any other before training
+            nn.init.zeros_(linear.bias)
+        sizes, lengths = torch.tensor([0, *whole.num_codes]), torch.tensor(whole.lengths)
+        self.register_buffer("place_ids", place_ids, persistent=False)
+        self.register_buffer("token_starts", sizes.cumsum(0)[:-1].repeat_interleave(lengths), persistent=False)
+        self.register_buffer("angles", _angles(whole, dim // heads) if rotary else None, persistent=False)
+
+    def forward(
+        self, codes: Tensor, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
+    ) -> list[Tensor]:
+        """(B, N) int64 codes, negative where masked, and (B,) labels -> (B, n, num_codes) float32 per level.
+
+        `order` (B, N) int64, of a causal backbone: the position of each slot, permuted within levels; slot i sees
+        the codes of the slots before it. Logits are in the order of positions all the same. `given` (B, M) int64.
+        """
+        assert order is None or self.causal, "only a causal backbone has an order"
+        tokens = self.embed(codes if order is None else codes.gather(1, order), slice(0, self.layout.length))
         if self.causal:
-            slots = self._slots(torch.cat([classes, tokens[:, :-1]], 1), classes, slice(None))
-            features = self.layers(slots)
-        else:
-            slots = self._slots(tokens, classes, slice(None))
-            features = self.layers(torch.cat([classes, slots], 1))[:, 1:]
+            tokens = torch.cat([self.classes(labels)[:, None], tokens[:, :-1]], 1)
+        context, context_angles = self.context(labels, given)
+        places, queries, keys = self.slots(order)
+        if not self.adaptive:
+            places = places + self.classes(labels)[:, None]
+        angles = None
+        if self.rotary:
+            angles = [torch.cat([context_angles.expand(len(own), -1, -1), own], 1) for own in (queries, keys)]
+        condition = self.condition(labels)
+        features = self.dropout(torch.cat([context, tokens + places], 1))
+        for block in self.blocks:
+            features = block(features, condition, angles)
+        features = self.norm(features[:, context.shape[1] :])
+        if condition is not None:
+            shift, scale = self.modulation(condition).chunk(2, -1)
+            features = features * (1 + scale) + shift
+        if order is not None:
+            features = features.gather(1, order.argsort(1)[..., None].expand_as(features))
         return [head(features[:, span]).float() for head, (span, _) in zip(self.heads, self.layout.spans())]
 
-    def step(self, position: int, previous: Tensor | None, labels: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """Logits (B, num_codes) of a position, and the cache for the next; `previous` (B,) is the last code.
+    def decoding(self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None) -> Decoding:
+        """The same logits slot by slot from cached keys and values, without dropout; of a causal backbone."""
+        from priors.engine import Decoding
 
-        Only of a causal backbone. Positions come in order from 0, where `previous` and `cache` are None.
-        """
-        assert self.causal and (previous is None) == (cache is None) == (position == 0)
-        classes, here = self._classes(labels), slice(position, position + 1)
-        token = classes if previous is None else self._embed(previous[:, None], slice(position - 1, position))
-        features, cache = self.layers(self._slots(token, classes, here), cache=cache, return_hiddens=True)
-        return self.heads[self.levels[position]](features[:, 0]).float(), cache
+        return Decoding(self, labels, order=order, given=given)
 
-    def _embed(self, codes: Tensor, span: slice) -> Tensor:
+    def embed(self, codes: Tensor, span: slice) -> Tensor:
+        """Codes of the slots in `span`, in any order within levels, or of the given positions behind all slots."""
         return self.tokens(torch.where(codes < 0, self.mask_id, codes + self.token_starts[span]))
 
-    def _classes(self, labels: Tensor) -> Tensor:
-        return rearrange(self.classes(labels), "b d -> b 1 d")
+    def slots(self, order: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Places that slots add to tokens, (1 or B, N, dim); angles (1 or B, N, dim_head) of queries and of keys.
 
-    def _slots(self, tokens: Tensor, classes: Tensor, span: slice) -> Tensor:
-        return self.dropout(tokens + classes + self.places(self.place_ids[span]).sum(1))
+        A query is turned to the position that its slot predicts, a key to that of the code that its slot holds.
+        """
+        positions = torch.arange(self.layout.length, device=self.place_ids.device)[None] if order is None else order
+        ids = self.place_ids[positions]
+        places = self.places(ids).sum(-2)
+        if self.sources is not None:
+            places = places + _one_slot_later(self.sources(ids).sum(-2))
+        if not self.rotary:
+            return places, None, None
+        angles = self.angles[positions]
+        return places, angles, _one_slot_later(angles) if self.causal else angles
+
+    def context(self, labels: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What stands before the slots, (B, C, dim) and (1, C, dim_head): a class token unless causal, given codes."""
+        assert (given is None) == (self.given is None), "given codes are for a backbone built for their layout"
+        classes, span = self.classes(labels)[:, None], slice(self.layout.length, None)
+        parts, angles = [classes[:, :0]], self.angles[None, :0] if self.rotary else None
+        if not self.causal and not self.adaptive:
+            parts.append(classes)
+            angles = F.pad(angles, (0, 0, 0, 1)) if self.rotary else None
+        if given is not None:
+            tokens = self.embed(given, span) + self.places(self.place_ids[span]).sum(-2)
+            parts.append(tokens if self.adaptive else tokens + classes)
+            angles = torch.cat([angles, self.angles[None, span]], 1) if self.rotary else None
+        return torch.cat(parts, 1), angles
+
+    def condition(self, labels: Tensor) -> Tensor | None:
+        """(B, 1, dim), what sets the modulations, if there are any."""
+        return F.silu(self.classes(labels))[:, None] if self.adaptive else None
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network, each on normalised features and added to them."""
+
+    def __init__(self, dim: int, heads: int, causal: bool, dropout: float, adaptive: bool) -> None:
+        super().__init__()
+        from x_transformers.x_transformers import Attention, FeedForward, RMSNorm
+
+        self.attention_norm = RMSNorm(dim, unit_offset=True)
+        self.attention = Attention(
+            dim,
+            dim_head=dim // heads,
+            heads=heads,
+            causal=causal,
+            flash=True,
+            qk_rmsnorm=True,
+            project_out=True,
+            sublayer_dropout=dropout,
+        )
+        self.feedforward_norm = RMSNorm(dim, unit_offset=True)
+        self.feedforward = FeedForward(dim, mult=3, glu=True, swish=True, no_bias=True, sublayer_dropout=dropout)
+        self.modulation = nn.Linear(dim, 6 * dim) if adaptive else None
+        if adaptive:
+            nn.init.zeros_(self.modulation.weight)  # every block is the identity before training
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, features: Tensor, condition: Tensor | None, angles: list[Tensor] | None) -> Tensor:
+        """(B, n, dim), (B, 1, dim) and the (1 or B, n, dim_head) angles of queries and of keys -> (B, n, dim)."""
+        if self.modulation is None:
+            features = features + self.attend(self.attention_norm(features), angles)
+            return features + self.feedforward(self.feedforward_norm(features))
+        shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition).chunk(6, -1)
+        features = features + gate * self.attend(self.attention_norm(features) * (1 + scale) + shift, angles)
+        return features + gate2 * self.feedforward(self.feedforward_norm(features) * (1 + scale2) + shift2)
+
+    def attend(self, features: Tensor, angles: list[Tensor] | None) -> Tensor:
+        if angles is None:
+            return self.attention(features)
+        queries, keys = ((side, None) for side in angles)  # None: no xPos
+        return self.attention(features, context=features, rotary_pos_emb=queries, context_rotary_pos_emb=keys)
 
 
 def cross_entropy(layout: CodeLayout, logits: list[Tensor], codes: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -114,13 +260,11 @@ def cross_entropy(layout: CodeLayout, logits: list[Tensor], codes: Tensor, label
     return torch.cat(levels, 1)
 
 
-def check_settings(dim: int, depth: int, heads: int, **shares: float) -> None:
-    """Raise ValueError for sizes that make no network and shares outside [0, 1)."""
-    if min(dim, depth, heads) < 1 or dim % heads:
-        raise ValueError(f"prior: dim={dim} must be a multiple of heads={heads}, and depth={depth} at least 1")
+def check_settings(section: str = "prior", **shares: float) -> None:
+    """Raise ValueError for shares outside [0, 1)."""
     for name, share in shares.items():
         if not 0 <= share < 1:
-            raise ValueError(f"prior.{name}={share} must be in [0, 1)")
+            raise ValueError(f"{section}.{name}={share} must be in [0, 1)")
 
 
 @contextlib.contextmanager
@@ -135,16 +279,38 @@ def evaluation(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def _place_ids(layout: CodeLayout) -> Tensor:
-    """(N, 3) int64: rows of the embedding table for the level, row and column of each position, all distinct.
+def _one_slot_later(values: Tensor) -> Tensor:
+    """(B, N, d): what the slot before had, and zeros first, where a causal slot holds the class."""
+    return F.pad(values[:, :-1], (0, 0, 1, 0))
 
-    A grid that is not two-dimensional counts its last axis as columns and the others as rows.
-    """
+
+def _flat_grids(layout: CodeLayout) -> list[tuple[int, int]]:
+    """Rows and columns per level. A grid that is not two-dimensional counts its last axis as columns."""
+    return [(math.prod(grid[:-1]), grid[-1]) for grid in layout.grids]
+
+
+def _place_ids(layout: CodeLayout) -> Tensor:
+    """(N, 3) int64: rows of the embedding table for the level, row and column of each position, all distinct."""
     parts, start = [], 0
-    for grid in layout.grids:
-        rows, columns = math.prod(grid[:-1]), grid[-1]
+    for rows, columns in _flat_grids(layout):
         index = torch.arange(rows * columns)
         row, column = start + 1 + index // columns, start + 1 + rows + index % columns
         parts.append(torch.stack([torch.full_like(index, start), row, column], 1))
         start += 1 + rows + columns
     return torch.cat(parts)
+
+
+def _angles(layout: CodeLayout, dim_head: int) -> Tensor:
+    """(N, dim_head) radians: the first half of a head turns with the row, the second with the column.
+
+    Rows and columns are the centres of the codes in units of the finest grid. Neighbours in a head share an angle.
+    """
+    grids = _flat_grids(layout)
+    finest = [max(sides) for sides in zip(*grids)]
+    frequencies = ROTARY_BASE ** -(torch.arange(0, dim_head // 2, 2) / (dim_head // 2))
+    parts = []
+    for grid in grids:
+        axes = [(torch.arange(side) + 0.5) * (finest[axis] / side) - 0.5 for axis, side in enumerate(grid)]
+        centres = torch.cartesian_prod(*axes)  # (n, 2) in raster order
+        parts.append(rearrange(centres[..., None] * frequencies, "n s f -> n (s f)"))
+    return torch.cat(parts).repeat_interleave(2, dim=1)

@@ -1,4 +1,5 @@
-"""MaskGIT: masked tokens filled in a few parallel steps (Chang et al. 2022, arXiv:2202.04200)."""
+"""MaskGIT: masked tokens filled in a few parallel steps (Chang et al. 2022, arXiv:2202.04200), the most confident
+ones first, or in Halton order (Besnier et al. 2025, arXiv:2503.17076)."""
 
 from __future__ import annotations
 
@@ -7,89 +8,102 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from priors.backbone import Backbone, check_settings, cross_entropy, evaluation
+from priors.autoregressive import choose_sampler
+from priors.backbone import BackboneConfig, check_settings, cross_entropy, evaluation
+from priors.bounds import lowest, order_agnostic_bound
+from priors.halton import halton_turns, rolled
 from priors.interface import Likelihood, SampleOptions
 from priors.sampling import categorical, guided_labels, gumbel, shape_logits, uniform_noise
 from priors.schedules import SCHEDULES, mean_share
 from tokenizer.interface import CodeLayout
-from training.distributed import mix
 from training.loop import Loss
 
-STRATA = 8  # mask counts per image in the likelihood bound
+SAMPLERS = {"confidence": "cosine", "halton": "arc_cosine"}  # with the schedules of their papers
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedConfig:
     kind: str = "masked"
-    dim: int = 128
-    depth: int = 4
-    heads: int = 4
-    dropout: float = 0.1
     label_dropout: float = 0.1  # share of labels made unconditional, for guidance
     label_smoothing: float = 0.1
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # of the masked share in training
+    sampler: str = "confidence"  # or "halton", where sampling is asked for no other
+    sampling_schedule: str = ""  # of the masked share in sampling; empty takes the sampler's own
     steps: int = 8
     choice_temperature: float = 4.5  # of the noise on confidences
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
 
     def __post_init__(self) -> None:
-        check_settings(
-            self.dim,
-            self.depth,
-            self.heads,
-            dropout=self.dropout,
-            label_dropout=self.label_dropout,
-            label_smoothing=self.label_smoothing,
-        )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"prior.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        check_settings(label_dropout=self.label_dropout, label_smoothing=self.label_smoothing)
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("sampling_schedule", ("", *SCHEDULES)),
+            ("sampler", SAMPLERS),
+        ):
+            if getattr(self, name) not in known:
+                listed = ", ".join(filter(None, known))
+                raise ValueError(f"prior.{name}={getattr(self, name)!r} is not one of {listed}")
         if self.steps < 1:
             raise ValueError(f"prior.steps={self.steps}: at least 1 is needed")
+        if not 0 <= self.choice_temperature < float("inf"):
+            raise ValueError(f"prior.choice_temperature={self.choice_temperature} must be a number from 0")
 
-    def build(self, layout: CodeLayout, num_classes: int) -> MaskedPrior:
-        backbone = Backbone(layout, num_classes, self.dim, self.depth, self.heads, False, self.dropout)
+    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> MaskedPrior:
         return MaskedPrior(
-            backbone,
+            self.backbone.build(layout, num_classes, causal=False, given=given),
             num_classes,
             self.label_dropout,
             self.label_smoothing,
             self.schedule,
+            self.sampler,
+            self.sampling_schedule,
             self.steps,
             self.choice_temperature,
         )
 
 
 class MaskedPrior(nn.Module):
-    """p(code i | known codes, label) for every masked i at once. -1 stands for the mask."""
+    """p(code i | known codes, label) for every masked i at once. -1 stands for the mask.
+
+    Codes drawn in one step are drawn independently of each other: the fewer steps, the further from the law that
+    the conditionals belong to. One code a step in an order that does not look at the codes draws from that law:
+    "halton" with N steps does; "confidence" looks at the codes, and only without it (choice_temperature to infinity)
+    would.
+    """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: nn.Module,
         num_classes: int,
         label_dropout: float = 0.0,
         label_smoothing: float = 0.0,
         schedule: str = "cosine",
+        sampler: str = "confidence",
+        sampling_schedule: str = "",
         steps: int = 8,
         choice_temperature: float = 4.5,
     ) -> None:
         super().__init__()
         self.backbone, self.layout, self.num_classes = backbone, backbone.layout, num_classes
         self.label_dropout, self.label_smoothing = label_dropout, label_smoothing
-        self.schedule, self.steps, self.choice_temperature = SCHEDULES[schedule], steps, choice_temperature
-        self.mean_share = mean_share(self.schedule)
+        self.schedule, self.mean_share = SCHEDULES[schedule], mean_share(SCHEDULES[schedule])
+        self.sampler, self.sampling_schedule = sampler, sampling_schedule
+        self.steps, self.choice_temperature = steps, choice_temperature
+        self.register_buffer("halton_turns", halton_turns(self.layout), persistent=False)
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None) -> Loss:
+    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None) -> Loss:
         """Cross-entropy of masked codes. (B, N), (B,) int64; `uniform` as in priors.interface.Prior.
 
         The sum is divided by the *expected* number of masked codes: each code weighs as in MaskGIT, and the
-        mean over a batch does not depend on how the batch was split over processes.
+        mean over a batch does not depend on how the batch was split over processes. It is no likelihood.
         """
         length = self.layout.length
         if uniform is None:
             uniform = torch.rand(len(codes), length + 2, device=codes.device)
         labels = torch.where(uniform[:, 0] < self.label_dropout, self.num_classes, labels)
         num_masked = (self.schedule(uniform[:, 1]) * length).ceil().clamp(1, length)
-        masked = _lowest(uniform[:, 2:], num_masked)
-        logits = self.backbone(codes.masked_fill(masked, -1), labels)
+        masked = lowest(uniform[:, 2:], num_masked)
+        logits = self.backbone(codes.masked_fill(masked, -1), labels, given=given)
         nats = cross_entropy(self.layout, logits, codes, self.label_smoothing)
         total = (nats * masked).sum() / (len(codes) * length * self.mean_share)
         with torch.no_grad():
@@ -97,72 +111,76 @@ class MaskedPrior(nn.Module):
             per_masked = (plain * masked).sum() / masked.sum()
         return Loss(total, {"nats_per_masked_token": per_masked})
 
-    def nll(self, codes: Tensor, labels: Tensor) -> Likelihood:
-        """A bound: the mean over orders of the likelihood, E_k[(N / k) sum over k masked codes of -log p].
+    def nll(self, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood:
+        """A bound: the mean over orders of the likelihood."""
+        return order_agnostic_bound(self.backbone, codes, labels, given)
 
-        k is uniform in 1..N, stratified; which codes are masked depends on the sequence alone, so batches do
-        not matter. (MaskGIT's own loss weighs the terms otherwise and is no likelihood.)
+    def sample(
+        self,
+        labels: Tensor,
+        options: SampleOptions,
+        sample_ids: Tensor,
+        known: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N) int64. Each step draws all unknown codes and keeps some of them; N steps are the most.
+
+        Samplers: "confidence" keeps those drawn with most confidence under annealed noise, "halton" those whose
+        turn it is, level after level, in an order that starts somewhere else in each sample.
         """
-        length, nats = self.layout.length, torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
-        own = torch.tensor([mix(*row) for row in codes.tolist()], dtype=torch.int64, device=codes.device)
-        with evaluation(self):
-            for stratum in range(STRATA):
-                drawn = uniform_noise(0, own, stratum, (length + 1,))
-                num_masked = ((stratum + drawn[:, 0]) / STRATA * length).floor() + 1
-                masked = _lowest(drawn[:, 1:], num_masked)
-                logits = [level.double() for level in self.backbone(codes.masked_fill(masked, -1), labels)]
-                total = (cross_entropy(self.layout, logits, codes) * masked).sum(1)
-                nats += total * (length / num_masked) / STRATA
-        return Likelihood(nats, "bound")
-
-    def sample(self, labels: Tensor, options: SampleOptions, sample_ids: Tensor, known: Tensor | None = None) -> Tensor:
-        """(B, N) int64. Each step draws all unknown codes and keeps those drawn with most confidence."""
+        batch, length = len(labels), self.layout.length
         if known is None:
-            known = torch.full((len(labels), self.layout.length), -1, device=labels.device)
-        codes = known
-        initially_unknown = (codes < 0).sum(1)
+            known = torch.full((batch, length), -1, device=labels.device)
+        sampler = choose_sampler(options, (self.sampler, *SAMPLERS))
+        steps = min(options.steps or self.steps, length)
+        schedule = SCHEDULES[self.sampling_schedule or SAMPLERS[sampler]]
+        shares = schedule(torch.arange(1, steps + 1, dtype=torch.float64) / steps).tolist()
         conditions = guided_labels(labels, self.num_classes, options)
-        copies = len(conditions) // max(1, len(labels))
-        steps = options.steps or self.steps
+        copies = len(conditions) // max(1, batch)
+        given = None if given is None else given.repeat(copies, 1)
+        codes, initially_unknown = known, (known < 0).sum(1)
+        streams = len(self.layout.grids) + 1  # of noise in each step
+        if sampler == "halton":
+            starts = uniform_noise(options.seed, sample_ids, steps * streams, (streams - 1,))
+            turns = rolled(self.layout, self.halton_turns, starts).double()
         with evaluation(self):
-            for step in range(steps):
-                logits = self.backbone(codes.repeat(copies, 1), conditions)
-                drawn, confidence = self._draw(logits, options, sample_ids, step)
+            for step, share in enumerate(shares):
+                logits = self.backbone(codes.repeat(copies, 1), conditions, given=given)
+                drawn, confidence = self._draw(logits, options, sample_ids, step * streams, step / steps)
                 unknown = codes < 0
                 codes = torch.where(unknown, drawn, codes)
-                progress = (step + 1) / steps
                 if step + 1 == steps:
                     break  # the result is what was drawn before the last re-masking
-                stream = (step + 1) * (len(logits) + 1) - 1
-                noise = gumbel(options.seed, sample_ids, stream, (self.layout.length,))
-                confidence = confidence + self.choice_temperature * (1 - progress) * noise
-                share = float(self.schedule(torch.tensor(progress, dtype=torch.float64)))
-                num_masked = _num_remasked(initially_unknown, unknown.sum(1), share)
-                least_confident = _lowest(confidence.masked_fill(~unknown, torch.inf), num_masked)
-                codes = codes.masked_fill(least_confident, -1)
+                if sampler == "halton":
+                    num_masked = _num_waiting(initially_unknown, step, share)
+                    masked = lowest(-turns.masked_fill(~unknown, -torch.inf), num_masked)
+                else:
+                    noise = gumbel(options.seed, sample_ids, (step + 1) * streams - 1, (length,))
+                    confidence = confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
+                    num_masked = _num_remasked(initially_unknown, unknown.sum(1), share)
+                    masked = lowest(confidence.masked_fill(~unknown, torch.inf), num_masked)
+                codes = codes.masked_fill(masked, -1)
         return codes
 
     def _draw(
-        self, logits: list[Tensor], options: SampleOptions, sample_ids: Tensor, step: int
+        self, logits: list[Tensor], options: SampleOptions, sample_ids: Tensor, stream: int, progress: float
     ) -> tuple[Tensor, Tensor]:
         """A code for every position and its log-probability, both (B, N)."""
         drawn, log_probabilities = [], []
         for level, raw in enumerate(logits):
-            shaped = shape_logits(raw, options)
-            stream = step * (len(logits) + 1) + level
-            codes = categorical(shaped, gumbel(options.seed, sample_ids, stream, shaped.shape[1:]))
+            shaped = shape_logits(raw, options, progress)
+            codes = categorical(shaped, gumbel(options.seed, sample_ids, stream + level, shaped.shape[1:]))
             drawn.append(codes)
             log_probabilities.append(shaped.log_softmax(-1).gather(-1, codes[..., None])[..., 0])
         return torch.cat(drawn, 1), torch.cat(log_probabilities, 1)
-
-
-def _lowest(values: Tensor, counts: Tensor) -> Tensor:
-    """(B, N) values and (B,) counts -> (B, N) bool, true at each row's `count` lowest values."""
-    ranks = values.argsort(dim=1, stable=True).argsort(dim=1)
-    return ranks < counts[:, None]
 
 
 def _num_remasked(initially_unknown: Tensor, unknown: Tensor, share: float) -> Tensor:
     """Codes to mask again: a share of those unknown at first, fewer than now, at least one if any."""
     wanted = (initially_unknown * share).floor().long()
     return wanted.minimum(unknown - 1).clamp_min(1).minimum(unknown)
+
+
+def _num_waiting(initially_unknown: Tensor, step: int, share: float) -> Tensor:
+    """Codes whose turn comes after `step`: at most a share of those unknown at first, at most all but step + 1."""
+    return (initially_unknown * share).ceil().long().minimum(initially_unknown - step - 1).clamp_min(0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from priors import PRIORS
+from priors.diffusion import antithetic
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
 from training import distributed
@@ -59,13 +60,14 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     def loss(batch: Batch, step: int) -> Loss:
         shape = (cache.layout.length + 2,)
         uniform = distributed.draw((config.seed, step, LOSS_STREAM), batch.positions, shape)
+        uniform = antithetic(uniform, batch.positions, config.loop.batch_size)
         return prior.loss(batch["codes"], batch["labels"], uniform)
 
     sequences = TokenSequences(cache.split("train"), config.seed)
     return train(
         config.loop,
         run,
-        [Turn("prior", prior, loss, config.optimizer)],
+        [Turn("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))],
         feed(sequences, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers),
         seed=config.seed,
         published=prior,
@@ -104,7 +106,9 @@ class Measure:
         device = distributed.device()
         likelihoods = [prior.nll(codes.to(device), labels.to(device)) for codes, labels in parts]
         nats = torch.cat([likelihood.nats for likelihood in likelihoods])
-        name = {"exact": "nats_per_token", "bound": "nats_per_token_bound"}[likelihoods[0].kind]
+        name = {"exact": "nats_per_token", "bound": "nats_per_token_bound"}.get(likelihoods[0].kind)
+        if name is None:
+            return {}
         return {name: float(nats.mean()) / prior.layout.length}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import command
 
 import tokenizer
 from generate.images import Request, class_grid, draw_samples, write_samples
-from generate.sample import find_prior, parse_classes
+from generate.sample import SAMPLING, add_sampling_options, find_prior, parse_classes, sampling_options
 from generate.sample import main as sample_command
 from priors import load
 from priors.interface import SampleOptions
@@ -72,7 +74,7 @@ def make_root(root):
 def settings(root):
     raw = {
         "root": str(root),
-        "prior": {"dim": 16, "depth": 1, "heads": 2, "dropout": 0.0},
+        "prior": {"backbone": {"dim": 16, "depth": 1, "heads": 2, "dropout": 0.0}},
         "loop": {"steps": 60, "batch_size": 30, "save_every": 60, "preview_every": 30, "ema_decay": 0.9},
         "optimizer": {"lr": 0.01, "warmup_steps": 5},
     }
@@ -171,6 +173,46 @@ def test_classes_by_name_number_and_range():
     for wrong in ("5", "3-7", "3-1"):
         with pytest.raises(UserError, match="0 to 4"):
             parse_classes(wrong, names)
+
+
+def test_every_option_has_a_flag():
+    default = SampleOptions(guidance=1.5, seed=4)
+    assert list(SAMPLING) == [field.name for field in dataclasses.fields(SampleOptions)]
+    parser = argparse.ArgumentParser()
+    add_sampling_options(parser)
+    assert sampling_options(parser.parse_args([]), default) == default
+    words = ["--guidance-schedule", "power_cosine", "--guidance-power", "1.2", "--sampler", "raster", "--top-k", "3"]
+    wanted = {"guidance_schedule": "power_cosine", "guidance_power": 1.2, "sampler": "raster", "top_k": 3}
+    assert sampling_options(parser.parse_args(words), default) == dataclasses.replace(default, **wanted)
+    with pytest.raises(UserError, match="guidance-schedule is late: it must be one of constant, linear"):
+        sampling_options(parser.parse_args(["--guidance-schedule", "late"]), default)
+
+
+def test_a_wrong_sampler_is_one_line_that_names_the_priors(root, tmp_path, capsys):
+    assert command("generate.sample", root, "--sampler", "rastre", "--out", tmp_path / "out", "--num", 3) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "'rastre'" in error and "raster" in error.replace("rastre", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unconditional_samples_are_of_no_class(root, tmp_path):
+    out = tmp_path / "out"
+    assert command("generate.sample", root, "--unconditional", "--num", 4, "--png", "--out", out) == 0
+    assert np.load(out / "samples.npz")["arr_1"].tolist() == [3] * 4
+    assert (out / "000003-unconditional.png").is_file()
+    assert command("generate.sample", root, "--unconditional", "--classes", "cat", "--out", out) == 2
+
+
+def test_seconds_leave_the_first_of_several_batches_out(monkeypatch):
+    class Warming:
+        def sample(self, labels, options, ids, known=None):
+            clock[0] += 100 if ids[0] == 0 else 6
+            return torch.zeros(len(ids), 4, dtype=torch.int64)
+
+    clock = [0.0]
+    monkeypatch.setattr("generate.images.time.monotonic", lambda: clock[0])
+    assert draw_samples(Warming(), Painter(), request(num=7), 3).seconds_per_image == 2
+    assert draw_samples(Warming(), Painter(), request(num=3), 4).seconds_per_image == 25
 
 
 def test_no_prior_is_one_line(tmp_path):

@@ -40,7 +40,7 @@ def test_a_pipeline_of_several_levels(name, prior, tmp_path):
     assert command("tokenizer.encode", CONFIGS / "tokens.yaml", *where) == 0
     cache = TokenCache.open(tmp_path / "tokens")
     assert (cache.layout.grids, cache.layout.num_codes) == (grids, sizes)
-    sized = [f"prior={{kind: {prior}, dim: 32, depth: 1, heads: 2}}"]
+    sized = [f"prior={{kind: {prior}, backbone: {{dim: 32, depth: 1, heads: 2}}}}"]
     assert command("priors.train", CONFIGS / "prior.yaml", *where, *sized, *LOOP) == 0
     assert command("generate.sample", tmp_path, "--num", 10) == 0
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 16, 16, 3)

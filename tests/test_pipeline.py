@@ -51,7 +51,7 @@ def root(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("tokenizer-stage1", "tokenizer-stage2"):
         assert command("tokenizer.train", CONFIGS / f"{stage}.yaml", *where, *data, *LOOP, *MODEL) == 0
     assert command("tokenizer.encode", CONFIGS / "tokens.yaml", *where) == 0
-    prior = ["prior.dim=32", "prior.depth=1", "prior.heads=2"]
+    prior = ["prior.backbone.dim=32", "prior.backbone.depth=1", "prior.backbone.heads=2"]
     assert command("priors.train", CONFIGS / "prior.yaml", *where, *prior, *LOOP) == 0
     assert command("generate.sample", root, "--num", 12) == 0
     return root

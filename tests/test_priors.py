@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from priors import PRIORS
-from priors.backbone import Backbone, _place_ids
+from priors.autoregressive import AutoregressiveConfig
+from priors.backbone import BackboneConfig
+from priors.halton import halton_turns, rolled
 from priors.interface import SampleOptions
-from priors.masked import MaskedPrior, _num_remasked
+from priors.masked import MaskedConfig, MaskedPrior, _num_remasked, _num_waiting
+from priors.pixelcnn import PixelCNNConfig
 from priors.record import PriorRecord, read_record
 from priors.sampling import categorical, filter_logits, guide, gumbel
 from priors.schedules import SCHEDULES, mean_share
@@ -25,18 +27,33 @@ from training.config import load
 ONE_LEVEL = CodeLayout(((2, 3),), (7,))
 TWO_LEVELS = CodeLayout(((1, 2), (2, 2)), (5, 9))
 NUM_CLASSES = 3
-LAYOUTS = pytest.mark.parametrize("layout", [ONE_LEVEL, TWO_LEVELS], ids=["one_level", "two_levels"])
-KINDS = pytest.mark.parametrize("kind", PRIORS)
+RESIDUAL = CodeLayout(((2, 2),) * 3, (4,) * 3)
+GIVEN = CodeLayout(((1, 2),), (6,))
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [ONE_LEVEL, TWO_LEVELS, RESIDUAL], ids=["one_level", "two_levels", "residual"]
+)
+FAMILIES = {
+    "raster": AutoregressiveConfig(),
+    "random": AutoregressiveConfig(order="random"),
+    "annealed": AutoregressiveConfig(order="annealed", anneal_end_step=100),
+    "masked": MaskedConfig(),
+    "halton": MaskedConfig(sampler="halton"),
+    "pixelcnn": PixelCNNConfig(channels=32, depth=2, kernel=3, dropout=0.0),
+}
+EXACT = ("raster", "random", "annealed", "pixelcnn")
+KINDS = pytest.mark.parametrize("kind", FAMILIES)
 
 
-def make(kind: str, layout: CodeLayout, trained: bool = True, **settings):
+def make(kind: str, layout: CodeLayout, trained: bool = True, given: CodeLayout | None = None, **settings):
     """A small prior; `trained` stands for weights that say something."""
     torch.manual_seed(0)
-    settings = {"dim": 32, "depth": 2, "heads": 2, "dropout": 0.0, **settings}
-    prior = PRIORS[kind](**settings).build(layout, NUM_CLASSES)
+    if kind != "pixelcnn":
+        settings["backbone"] = BackboneConfig(dim=32, depth=2, heads=2, dropout=0.0)
+    prior = dataclasses.replace(FAMILIES[kind], **settings).build(layout, NUM_CLASSES, given)
     if trained:
-        for head in prior.backbone.heads:
-            torch.nn.init.normal_(head.weight, std=0.2)
+        for parameter in prior.parameters():
+            if not parameter.any():  # the last layers, and biases
+                torch.nn.init.normal_(parameter, std=1.0 if kind == "pixelcnn" else 0.5)
     return prior.eval()
 
 
@@ -52,7 +69,7 @@ def test_untrained_prior_is_uniform_and_likelihood_is_known(kind, layout):
     likelihood = make(kind, layout, trained=False).nll(random_codes(layout, 4), torch.tensor([0, 1, 2, 3]))
     expected = layout.bits * math.log(2)
     assert likelihood.nats.dtype == torch.float64
-    if kind == "autoregressive":
+    if kind in EXACT:
         assert likelihood.kind == "exact"
         torch.testing.assert_close(likelihood.nats, torch.full((4,), expected, dtype=torch.float64))
     else:  # a Monte Carlo bound, exact here only where all positions cost the same
@@ -61,10 +78,11 @@ def test_untrained_prior_is_uniform_and_likelihood_is_known(kind, layout):
             torch.testing.assert_close(likelihood.nats, torch.full((4,), expected, dtype=torch.float64))
 
 
-def test_exact_likelihood_sums_to_one_over_all_sequences():
+@pytest.mark.parametrize("kind", EXACT)
+def test_exact_likelihood_sums_to_one_over_all_sequences(kind):
     layout = CodeLayout(((1, 1), (1, 2)), (2, 3))
     codes = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(3))
-    nats = make("autoregressive", layout).nll(codes, torch.ones(len(codes), dtype=torch.int64)).nats
+    nats = make(kind, layout).nll(codes, torch.ones(len(codes), dtype=torch.int64)).nats
     assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-6)
 
 
@@ -87,7 +105,7 @@ class ExactConditionals(torch.nn.Module):
         self.sequences = torch.cartesian_prod(*[torch.arange(2)] * 8)
         self.joint = (2 * torch.randn(256, generator=torch.Generator().manual_seed(6)).double()).softmax(0)
 
-    def forward(self, codes, labels):
+    def forward(self, codes, labels, *, given=None):
         agrees = ((codes[:, None] == self.sequences) | (codes[:, None] < 0)).all(-1)
         ones = (agrees * self.joint) @ self.sequences.double() / (agrees * self.joint).sum(1, keepdim=True)
         return [torch.stack([1 - ones, ones], -1).clamp_min(1e-30).log()]
@@ -101,46 +119,21 @@ def test_masked_bound_is_the_entropy_when_conditionals_are_exact():
 
 
 @LAYOUTS
-def test_cached_decoding_equals_full_logits(layout):
-    backbone = make("autoregressive", layout).backbone
-    codes, labels = random_codes(layout, 5), torch.tensor([0, 1, 2, 3, 0])
-    full = [level[:, i] for level in backbone(codes, labels) for i in range(level.shape[1])]
-    cache, previous = None, None
-    for position, expected in enumerate(full):
-        logits, cache = backbone.step(position, previous, labels, cache)
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        previous = codes[:, position]
-
-
-@LAYOUTS
-def test_causal_logits_see_only_what_comes_before(layout):
-    backbone, codes = make("autoregressive", layout).backbone, random_codes(layout, 1)
-    labels = torch.tensor([1])
-    before = torch.cat([level.flatten() for level in backbone(codes, labels)])
+@pytest.mark.parametrize("order", ["raster", "random"])
+def test_codes_have_no_say_in_what_comes_before_them(order, layout):
+    """By gradients: a code's likelihood depends on the codes before it in the order, and on no other."""
+    prior, codes = make(order, layout), random_codes(layout, 1)
+    uniform = torch.rand(1, layout.length + 2, generator=torch.Generator().manual_seed(8))
+    positions = prior.training_order(uniform)
+    rank = torch.arange(layout.length) if positions is None else positions[0].argsort()
+    before = prior.backbone(codes, torch.tensor([1]), order=positions)
     for position in range(layout.length):
         changed = codes.clone()
-        changed[:, position] = (changed[:, position] + 1) % 5
-        after = torch.cat([level.flatten() for level in backbone(changed, labels)])
-        last = sum(size * len(range(*span.indices(position + 1))) for span, size in layout.spans())
-        torch.testing.assert_close(after[:last], before[:last])
-        assert position + 1 == layout.length or not torch.allclose(after[last:], before[last:])
-
-
-@LAYOUTS
-def test_bidirectional_logits_see_everything_but_a_masked_code(layout):
-    backbone, codes = make("masked", layout).backbone, random_codes(layout, 1)
-    labels = torch.tensor([1])
-    changed = codes.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % 5
-    assert not torch.allclose(backbone(codes, labels)[0], backbone(changed, labels)[0])
-    codes[:, -1] = changed[:, -1] = -1
-    assert torch.equal(backbone(codes, labels)[0], backbone(changed, labels)[0])
-
-
-@pytest.mark.parametrize("grids", [((4, 4), (8, 8)), ((2, 5), (2, 5)), ((16,),), ((2, 3, 4),)])
-def test_places_are_distinct(grids):
-    ids = _place_ids(CodeLayout(grids, (8,) * len(grids)))
-    assert len(ids.unique(dim=0)) == len(ids) == sum(math.prod(grid) for grid in grids)
+        changed[:, position] = (changed[:, position] + 1) % 4
+        after = prior.backbone(changed, torch.tensor([1]), order=positions)
+        for old, new, (span, _) in zip(before, after, layout.spans()):
+            moved = (old - new)[0].abs().amax(1) > 1e-5
+            assert torch.equal(moved, rank[span] > rank[position])
 
 
 @LAYOUTS
@@ -169,9 +162,10 @@ def test_a_sample_depends_on_its_own_id_and_label_only(kind, layout, guidance):
     assert not torch.equal(prior.sample(labels, dataclasses.replace(options, seed=6), ids), whole)
 
 
-def test_autoregressive_samples_follow_the_distribution():
+@pytest.mark.parametrize("kind", ["raster", "pixelcnn"])
+def test_autoregressive_samples_follow_the_distribution(kind):
     layout = CodeLayout(((1, 2),), (2,))
-    prior, count = make("autoregressive", layout), 4000
+    prior, count = make(kind, layout), 4000
     pairs = torch.cartesian_prod(torch.arange(2), torch.arange(2))
     expected = (-prior.nll(pairs, torch.zeros(4, dtype=torch.int64)).nats).exp()
     drawn = prior.sample(torch.zeros(count, dtype=torch.int64), SampleOptions(), torch.arange(count))
@@ -180,8 +174,9 @@ def test_autoregressive_samples_follow_the_distribution():
 
 
 @LAYOUTS
-def test_masked_keeps_known_codes_exactly(layout):
-    prior, codes = make("masked", layout), random_codes(layout, 32)
+@pytest.mark.parametrize("kind", ["masked", "halton"])
+def test_masked_keeps_known_codes_exactly(kind, layout):
+    prior, codes = make(kind, layout), random_codes(layout, 32)
     labels, ids = torch.zeros(32, dtype=torch.int64), torch.arange(32)
     known = torch.where(torch.rand(codes.shape, generator=torch.Generator().manual_seed(2)) < 0.5, codes, -1)
     known[0], known[1] = codes[0], -1  # all known, none known
@@ -208,8 +203,58 @@ def test_remasking_counts_for_every_initial_hole():
         assert (int(unknown) > 0) == (initial > 0)
 
 
-def test_autoregressive_continues_a_beginning_and_nothing_else():
-    prior, codes = make("autoregressive", TWO_LEVELS), random_codes(TWO_LEVELS, 6)
+def test_halton_turns_are_counted_for_every_initial_hole():
+    for initial in range(20):
+        unknown = initial
+        for step in range(7):
+            share = float(SCHEDULES["arc_cosine"](torch.tensor((step + 1) / 8, dtype=torch.float64)))
+            waiting = int(_num_waiting(torch.tensor([initial]), step, share))
+            done = max(step + 1, math.floor((1 - share) * initial + 1e-9))
+            assert waiting == max(0, initial - done) <= unknown
+            unknown = waiting
+
+
+@pytest.mark.parametrize("grid", [(4, 9), (1, 1), (3, 5), (16,), (2, 3, 4), (32, 32), (7, 1)])
+def test_halton_order_visits_every_cell(grid):
+    turns = halton_turns(CodeLayout((grid,), (2,)))
+    assert turns.sort().values.tolist() == list(range(math.prod(grid)))
+
+
+def test_halton_order_is_the_sequences():
+    """(1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9), ... on 8 rows and 9 columns."""
+    turns = halton_turns(CodeLayout(((8, 9),), (2,))).view(8, 9)
+    visits = [(4, 3), (2, 6), (6, 1), (1, 4), (5, 7), (3, 2), (7, 5), (0, 8)]
+    assert [int(turns[cell]) for cell in visits] == list(range(8))
+    turns = halton_turns(CodeLayout(((16, 16),), (2,))).view(16, 16)
+    early = (turns < 64).float()
+    quarters = early.unflatten(0, (2, 8)).unflatten(2, (2, 8)).sum((1, 3))
+    assert ((quarters - 16).abs() <= 2).all()  # any start of it is spread over the grid
+
+
+def test_halton_order_starts_anywhere_and_goes_level_by_level():
+    turns = halton_turns(TWO_LEVELS)
+    order = rolled(TWO_LEVELS, turns, torch.tensor([[0.0, 0.0], [0.6, 0.99]], dtype=torch.float64))
+    assert torch.equal(order[0], turns + torch.tensor([0, 0, 2, 2, 2, 2]))
+    assert torch.equal(order[1], torch.cat([(turns[:2] + 1) % 2, 2 + (turns[2:] + 3) % 4]))
+
+
+def test_annealing_makes_orders_raster():
+    prior = make("annealed", RESIDUAL, anneal_start_step=10, anneal_end_step=30)
+    uniform = torch.rand(4000, RESIDUAL.length + 2, generator=torch.Generator().manual_seed(9))
+    raster = torch.arange(RESIDUAL.length)
+    for step, share in ((0, 1.0), (10, 1.0), (15, 0.75), (25, 0.25), (30, 0.0), (99, 0.0)):
+        prior.update(step - 1, True)  # of the step before
+        orders = prior.training_order(uniform)
+        assert torch.equal(orders.sort(1).values, raster.expand_as(orders))
+        assert torch.equal(orders // 4, raster.expand_as(orders) // 4)  # levels stay in their order
+        permuted = (orders != raster).any(1).float().mean()
+        assert float(permuted) == pytest.approx(share, abs=0.03)
+    assert int(prior.state_dict()["next_step"]) == 99  # a checkpoint goes on where it stopped
+
+
+@pytest.mark.parametrize("kind", ["raster", "annealed", "pixelcnn"])
+def test_raster_order_continues_a_beginning_and_nothing_else(kind):
+    prior, codes = make(kind, TWO_LEVELS), random_codes(TWO_LEVELS, 6)
     labels, ids = torch.zeros(6, dtype=torch.int64), torch.arange(6)
     known = torch.where(torch.arange(6)[None] < torch.arange(6)[:, None], codes, -1)  # row i knows i codes
     drawn = prior.sample(labels, SampleOptions(), ids, known)
@@ -221,22 +266,62 @@ def test_autoregressive_continues_a_beginning_and_nothing_else():
 
 
 @LAYOUTS
+def test_random_order_fills_any_hole_of_the_last_level_begun(layout):
+    prior, codes = make("random", layout), random_codes(layout, 32)
+    labels, ids = torch.zeros(32, dtype=torch.int64), torch.arange(32)
+    last = torch.arange(layout.length) >= layout.length - layout.lengths[-1]
+    hidden = last & (torch.rand(codes.shape, generator=torch.Generator().manual_seed(2)) < 0.5)
+    drawn = prior.sample(labels, SampleOptions(), ids, codes.masked_fill(hidden, -1))
+    layout.check(drawn)
+    assert torch.equal(drawn[~hidden], codes[~hidden]) and not torch.equal(drawn, codes)
+
+
 @KINDS
-def test_training_reaches_the_entropy_of_four_sequences(kind, layout):
+def test_given_codes_are_conditioned_on(kind):
+    prior, codes = make(kind, ONE_LEVEL, given=GIVEN), random_codes(ONE_LEVEL, 8)
+    labels, ids, uniform = torch.arange(8) % 3, torch.arange(8), torch.rand(8, ONE_LEVEL.length + 2)
+    given, other = random_codes(GIVEN, 8), (random_codes(GIVEN, 8) + 1) % 6
+    options = SampleOptions(guidance=2.0)
+    assert not torch.equal(prior.nll(codes, labels, given=given).nats, prior.nll(codes, labels, given=other).nats)
+    losses = [prior.loss(codes, labels, uniform, given=each).total for each in (given, other)]
+    assert not torch.equal(*losses)
+    drawn = prior.sample(labels, options, ids, given=given)
+    ONE_LEVEL.check(drawn)
+    assert not torch.equal(drawn, prior.sample(labels, options, ids, given=other))
+    alone = prior.sample(labels[3:4], options, ids[3:4], given=given[3:4])
+    assert torch.equal(alone, drawn[3:4])
+
+
+@KINDS
+def test_unknown_samplers_are_refused_by_name(kind):
+    with pytest.raises(UserError, match=r"'ddim': this prior has (raster|random|confidence|halton)"):
+        make(kind, ONE_LEVEL).sample(torch.zeros(1, dtype=torch.int64), SampleOptions(sampler="ddim"), torch.arange(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "repeats", "excess"),
+    [
+        ("raster", ONE_LEVEL, 1, 0.02),
+        ("raster", RESIDUAL, 1, 0.02),
+        ("random", TWO_LEVELS, 4, 0.05),
+        ("pixelcnn", TWO_LEVELS, 1, 0.02),
+        ("masked", TWO_LEVELS, 16, 0.3),
+    ],
+)
+def test_training_reaches_the_entropy_of_four_sequences(kind, layout, repeats, excess):
     codes, labels = random_codes(layout, 4), torch.zeros(4, dtype=torch.int64)
-    prior = make(kind, layout, trained=False, dim=64, label_dropout=0.0, label_smoothing=0.0).train()
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3)
-    repeats = 1 if kind == "autoregressive" else 16
-    for _ in range(150):
+    prior = make(kind, layout, trained=False, label_dropout=0.0, label_smoothing=0.0).train()
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
+    for _ in range(100):
         optimizer.zero_grad()
         prior.loss(codes.repeat(repeats, 1), labels.repeat(repeats)).total.backward()
         optimizer.step()
     assert all(parameter.grad is not None for parameter in prior.parameters())
     nats = float(prior.nll(codes, labels).nats.mean())
-    assert nats == pytest.approx(math.log(4), abs=0.02 if kind == "autoregressive" else 0.6)
+    assert nats == pytest.approx(math.log(4), abs=excess)
     drawn = prior.sample(labels.repeat(16), SampleOptions(), torch.arange(64))
     share = (drawn[:, None] == codes[None]).all(-1).any(1).float().mean()
-    assert share > (0.95 if kind == "autoregressive" else 0.6)
+    assert share > (0.6 if kind == "masked" else 0.9)
 
 
 @KINDS
@@ -314,9 +399,19 @@ def test_config_errors_are_one_line(tmp_path):
     path.write_text("prior: {kind: masked, schedule: cosin}\n")
     with pytest.raises(UserError, match="cosin"):
         load(PriorRun, path)
-    for wrong in ("dim: 30, heads: 4", "depth: 0", "dropout: 1.5", "label_dropout: -1"):
-        path.write_text(f"prior: {{kind: autoregressive, {wrong}}}\n")
-        with pytest.raises(UserError, match=wrong.split(":")[0]):
+    wrong = [
+        ("order", "order: spiral"),
+        ("anneal_end_step", "order: annealed, anneal_start_step: 5"),
+        ("label_dropout", "label_dropout: -1"),
+        ("heads", "backbone: {dim: 30, heads: 4}"),
+    ]
+    for name, setting in wrong:
+        path.write_text(f"prior: {{kind: autoregressive, {setting}}}\n")
+        with pytest.raises(UserError, match=name):
+            load(PriorRun, path)
+    for name, setting in (("sampler", "sampler: hilbert"), ("sampling_schedule", "sampling_schedule: x")):
+        path.write_text(f"prior: {{kind: masked, {setting}}}\n")
+        with pytest.raises(UserError, match=name):
             load(PriorRun, path)
     path.write_text("root: runs/a\n")
     assert load(PriorRun, path).tokens == "runs/a/tokens"
@@ -349,8 +444,9 @@ def test_record_round_trip_and_damage(tmp_path):
         read_record(tmp_path / "nowhere")
 
 
-def test_backbone_copies():  # the loop averages a deep copy
+@KINDS
+def test_priors_copy(kind):  # the loop averages a deep copy
     import copy
 
-    backbone = Backbone(ONE_LEVEL, NUM_CLASSES, 32, 1, 2, False, 0.1)
-    assert list(copy.deepcopy(backbone).state_dict()) == list(backbone.state_dict())
+    prior = make(kind, ONE_LEVEL)
+    assert list(copy.deepcopy(prior).state_dict()) == list(prior.state_dict())
