@@ -6,6 +6,7 @@ folder, on the data that it was trained on: `python -m benchmarks.evaluation sen
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import in_fresh_process, keep, median, peak_mib, ratio, seconds, table
+from benchmarks.measure import in_fresh_process, keep, median, ratio, seconds, table
 from eval.extractors import Classifier, InDomain, tag
 from eval.frechet import Gaussian, frechet_distance
 from eval.moments import Moments
@@ -62,14 +63,20 @@ def distance() -> None:
         rivals = {"ours": ours, "torch-fidelity": fidelity}
         if n >= DIM:  # a product without full rank has no root for scipy
             rivals["scipy sqrtm"] = scipys
-        values: dict[str, float] = {}
-        taken = seconds({name: lambda name=name, f=f: values.update({name: f()}) for name, f in rivals.items()}, 3)
+        values = {name: rival() for name, rival in rivals.items()}
+        taken = seconds(rivals, 3)
         for name in rivals:
             off = abs(values[name] / values["ours"] - 1)
             figures = [f"{median(taken[name]):.2f}", ratio(taken, name, "ours"), f"{values[name]:.10f}", f"{off:.0e}"]
             lines.append([f"{name}, N = {n:,}", *figures])
     head = [f"Fréchet distance, {DIM}-d", "s", "times ours", "value", "relative difference"]
     keep("Evaluation: Fréchet distance", "python -m benchmarks.evaluation distance", table(head, lines))
+
+
+def peak_mib() -> float:
+    """Largest resident size of this process since it was started. (getrusage's also counts that of its parent before
+    exec, which hides a small child.)"""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def memory_of(path: Path, n: int) -> None:
@@ -136,7 +143,7 @@ def sensitivity(folder: Path) -> None:
 
     harmed = {"as they are": images}
     harmed |= {f"noise of {levels} levels": noisy(images, levels) for levels in (4, 16, 64)}
-    harmed |= {f"blurred {times} times": blurred(images, times) for times in (1, 2, 4)}
+    harmed |= {f"blur, {times} pass" + "es" * (times > 1): blurred(images, times) for times in (1, 2, 4)}
     harmed |= {f"{dropped} of {classes} classes dropped": without(dropped) for dropped in (1, 2, 5)}
     harmed |= {f"{n // times:,} images, {times} times each": copies(times) for times in (10, 40, 100)}
     lines, clean = [], None

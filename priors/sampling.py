@@ -12,6 +12,9 @@ from torch import Tensor
 
 from priors.interface import SampleOptions
 
+# the state of a generator that has drawn nothing, without its counter and key
+EMPTY = {"bit_generator": "Philox", "buffer": np.zeros(4, np.uint64), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """logits = u + s (c - u): s = 1 is exactly the conditional, s = 0 exactly the unconditional."""
@@ -53,9 +56,12 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 def uniform_noise(seed: int, sample_ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """(B, *shape) float64 in (0, 1) on the ids' device; a row depends on seed, its id and stream only."""
     rows = np.empty((len(sample_ids), *shape))
+    philox = np.random.Philox(0)  # one for all rows: making one reads the system's entropy
+    generator, counter = np.random.Generator(philox), np.array([0, 0, 0, stream], np.uint64)
     for row, sample_id in zip(rows, sample_ids.tolist()):
-        key = np.array([seed, sample_id], np.uint64)
-        np.random.Generator(np.random.Philox(counter=[0, 0, 0, stream], key=key)).random(out=row)
+        state = {"counter": counter, "key": np.array([seed, sample_id], np.uint64)}
+        philox.state = {**EMPTY, "state": state}
+        generator.random(out=row)
     return torch.from_numpy(rows).clamp_min(np.finfo(np.float64).tiny).to(sample_ids.device)
 
 

@@ -1,0 +1,202 @@
+"""Laws of decoding slot by slot: its logits are the backbone's, whatever the options, and so are its samples."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from test_backbone import (
+    GIVEN,
+    LAYOUTS,
+    NUM_CLASSES,
+    ONE_LEVEL,
+    OPTIONS,
+    TWO_LEVELS,
+    make,
+    per_position,
+    random_codes,
+    random_order,
+    x_transformers_of,
+)
+
+from priors.engine import CHUNK, Decoding
+from priors.sampling import categorical, gumbel
+from tokenizer.interface import CodeLayout
+
+ORDERED = pytest.mark.parametrize("ordered", [False, True], ids=["raster", "ordered"])
+KNOWN = pytest.mark.parametrize("given", [None, GIVEN], ids=["alone", "given"])
+LABELS = torch.tensor([0, 1, 2, 3, 0])  # 3 is the unconditional one
+LONG = CodeLayout(((9, 11),), (6,))  # longer than a chunk
+
+
+def decoded(backbone, codes, labels, order=None, given=None, **how) -> list[torch.Tensor]:
+    """Logits of each slot, (B, num_codes) of its level, when the slots before it hold `codes`."""
+    decoding, previous, logits = Decoding(backbone, labels, order=order, given=given, **how), None, []
+    for slot in range(backbone.layout.length):
+        logits.append(decoding.step(slot, previous))
+        previous = codes[:, slot] if order is None else codes.gather(1, order[:, slot : slot + 1])[:, 0]
+    return logits
+
+
+def assert_agreement(backbone, device="cpu", ordered=False, **how) -> None:
+    """Logits of every slot within 1e-4 of those of the whole sequence."""
+    layout, labels = backbone.layout, LABELS.to(device)
+    codes, known = random_codes(layout, 5).to(device), random_codes(backbone.given, 5)
+    known = None if known is None else known.to(device)
+    order = random_order(layout, 5).to(device) if ordered else None
+    with torch.no_grad():
+        full = per_position(backbone(codes, labels, order=order, given=known))
+    turn = torch.arange(layout.length).expand(5, -1) if order is None else order
+    for slot, logits in enumerate(decoded(backbone, codes, labels, order, known, **how)):
+        expected = torch.stack([full[position][row] for row, position in enumerate(turn[:, slot].tolist())])
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert float(expected.std()) > 0.1
+
+
+@LAYOUTS
+@KNOWN
+@ORDERED
+@OPTIONS
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_decoding_equals_full_logits(static, positions, conditioning, ordered, given, layout):
+    backbone = make(layout, causal=True, given=given, positions=positions, conditioning=conditioning)
+    assert_agreement(backbone, ordered=ordered, static=static)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("settings", [{"heads": 1}, {"heads": 8}, {"dim": 30, "heads": 2, "positions": "learned"}])
+def test_decoding_of_many_slots_and_heads_of_any_size(settings, static):
+    assert LONG.length > CHUNK
+    assert_agreement(make(LONG, causal=True, given=GIVEN, **settings), static=static)
+
+
+@ORDERED
+def test_samples_are_those_of_full_logits(ordered):
+    backbone = make(TWO_LEVELS, causal=True, conditioning="adaln")
+    labels, ids, length = torch.arange(64) % 4, torch.arange(64), TWO_LEVELS.length
+    order = random_order(TWO_LEVELS, 64) if ordered else torch.arange(length).expand(64, -1)
+
+    def sample(logits_at) -> torch.Tensor:
+        codes = torch.full((64, length), -1)
+        for slot in range(length):
+            logits = logits_at(slot, codes).double()
+            drawn = categorical(logits, gumbel(3, ids, slot, logits.shape[1:]))
+            codes.scatter_(1, order[:, slot : slot + 1], drawn[:, None])
+        return codes
+
+    @torch.no_grad()
+    def whole(slot: int, codes: torch.Tensor) -> torch.Tensor:
+        span, logits = next(
+            (span, level)
+            for (span, _), level in zip(TWO_LEVELS.spans(), backbone(codes, labels, order=order))
+            if slot < span.stop
+        )
+        return logits[torch.arange(64), order[:, slot] - span.start]
+
+    decoding = backbone.decoding(labels, order=order if ordered else None)
+
+    def stepwise(slot: int, codes: torch.Tensor) -> torch.Tensor:
+        return decoding.step(slot, codes.gather(1, order[:, slot - 1 : slot])[:, 0] if slot else None)
+
+    drawn = sample(whole)
+    assert torch.equal(sample(stepwise), drawn) and len(drawn.unique(dim=0)) > 40
+
+
+def test_greedy_codes_are_those_that_x_transformers_generates_with_its_cache():
+    from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+
+    layout = CodeLayout(((4, 5),), (11,))
+    backbone = make(layout, causal=True, positions="learned", depth=3, heads=4)
+    labels, codes, previous = torch.arange(16) % 4, [], None
+    decoding = backbone.decoding(labels)
+    for slot in range(layout.length):
+        previous = decoding.step(slot, previous).argmax(-1)
+        codes.append(previous)
+    theirs = AutoregressiveWrapper(x_transformers_of(backbone)).generate(
+        11 + labels[:, None],
+        layout.length,
+        temperature=0.0,
+        cache_kv=True,
+        sum_embeds=backbone.classes(labels)[:, None].detach(),
+    )
+    assert torch.equal(torch.stack(codes, 1), theirs) and len(theirs.unique()) > 3
+
+
+@OPTIONS
+def test_guidance_is_one_batch(positions, conditioning):
+    backbone = make(ONE_LEVEL, causal=True, positions=positions, conditioning=conditioning)
+    codes, unconditional = random_codes(ONE_LEVEL, 5), torch.full((5,), NUM_CLASSES)
+    both = decoded(backbone, codes.repeat(2, 1), torch.cat([LABELS, unconditional]))
+    apart = [decoded(backbone, codes, labels) for labels in (LABELS, unconditional)]
+    for slot in range(ONE_LEVEL.length):
+        torch.testing.assert_close(both[slot], torch.cat([side[slot] for side in apart]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_the_cache_stays_where_it_is_and_a_row_is_written_once(static):
+    backbone, codes = make(ONE_LEVEL, causal=True, given=GIVEN), random_codes(ONE_LEVEL, 5)
+    decoding, previous = Decoding(backbone, LABELS, given=random_codes(GIVEN, 5), static=static), None
+    addresses = [part.data_ptr() for pair in decoding.cache for part in pair]
+    for slot in range(ONE_LEVEL.length):
+        before = [part.clone() for pair in decoding.cache for part in pair]
+        decoding.step(slot, previous)
+        previous = codes[:, slot]
+        for old, new in zip(before, itertools.chain(*decoding.cache)):
+            written = (old != new).any(-1).any(0).any(0)
+            assert written.nonzero().flatten().tolist() == [GIVEN.length + slot]
+    assert addresses == [part.data_ptr() for pair in decoding.cache for part in pair]
+
+
+def test_slots_come_in_order():
+    decoding = make(ONE_LEVEL, causal=True).decoding(LABELS)
+    decoding.step(0, None)
+    with pytest.raises(AssertionError, match="slot 1 is next"):
+        decoding.step(2, LABELS)
+    with pytest.raises(AssertionError, match="causal"):
+        make(ONE_LEVEL, causal=False).decoding(LABELS)
+
+
+def test_weights_are_read_when_decoding_begins_and_are_left_as_they_were():
+    backbone, codes = make(TWO_LEVELS, causal=True).train(), random_codes(TWO_LEVELS, 5)
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    first = decoded(backbone, codes, LABELS)
+    assert backbone.training and all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(first, decoded(backbone, codes, LABELS)))  # no dropout
+    with torch.no_grad():
+        backbone.blocks[0].attention.to_v.weight.mul_(2)
+    assert not torch.allclose(first[0], decoded(backbone, codes, LABELS)[0])
+
+
+def test_no_rows_give_no_rows():
+    logits = decoded(make(ONE_LEVEL, causal=True), random_codes(ONE_LEVEL, 0), LABELS[:0])
+    assert [level.shape for level in logits] == [(0, 7)] * 6
+
+
+@OPTIONS
+def test_autocast_sets_the_precision(positions, conditioning):
+    backbone = make(TWO_LEVELS, causal=True, given=GIVEN, positions=positions, conditioning=conditioning)
+    codes, known = random_codes(TWO_LEVELS, 5), random_codes(GIVEN, 5)
+    exact = decoded(backbone, codes, LABELS, given=known)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Decoding(backbone, LABELS, given=known).cache[0][0].dtype == torch.bfloat16
+        low = decoded(backbone, codes, LABELS, given=known)
+    for a, b in zip(exact, low):
+        assert b.dtype == torch.float32 and 0 < float((a - b).abs().max()) < 0.15
+
+
+@pytest.mark.slow
+def test_compiled_decoding_equals_full_logits():
+    assert_agreement(make(TWO_LEVELS, causal=True, given=GIVEN, conditioning="adaln"), ordered=True, compiled=True)
+
+
+@pytest.mark.gpu
+@KNOWN
+@ORDERED
+@OPTIONS
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_replayed_graphs_equal_full_logits(compiled, positions, conditioning, ordered, given):
+    for layout in (TWO_LEVELS, LONG):
+        backbone = make(layout, causal=True, given=given, positions=positions, conditioning=conditioning)
+        assert_agreement(backbone.to("cuda"), "cuda", ordered=ordered, compiled=compiled)
