@@ -51,7 +51,7 @@ def peer(kind: str, dim: int, num_codes: int, features: Tensor):
     if kind == "vector":
         quantizer = VectorQuantize(dim=dim, codebook_size=num_codes, accept_image_fmap=True)
     else:
-        quantizer = SimVQ(dim=dim, codebook_size=num_codes, accept_image_fmap=True)
+        quantizer = SimVQ(dim=dim, codebook_size=num_codes, channel_first=True)
     quantizer = quantizer.to(DEVICE).train()
 
     def step() -> None:

@@ -137,9 +137,22 @@ class _Book:
         return lengthy + (4 * UNIT * self.largest + dim * TINY)
 
     def score(self, z: Tensor, row: Tensor, code: Tensor) -> Tensor:
-        """Scores in fp32 of pairs of a centred row and a code, (P,) each -> (P,)."""
-        pairs = zip(*(index.split(_pairs_at_once(z)) for index in (row, code)))
-        return torch.cat([self.offsets[k] - ((self.codebook[k] - self.shift) * z[n]).sum(1) for n, k in pairs])
+        """Scores in fp32 of pairs of a centred row and a code, (P,) each, rows ascending and codes in a row -> (P,).
+
+        A product with no more entries than there are pairs; codes as they were given, so `rerounding` bounds it.
+        """
+        first = F.pad(torch.bincount(row, minlength=len(z)).cumsum(0), (1, 0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # sparse tensors are called a beta
+            shape = (len(z), len(self.codebook))
+            wanted = torch.sparse_csr_tensor(first, code, z.new_zeros(len(code)), shape, check_invariants=False)
+            products = torch.sparse.sampled_addmm(wanted, z, self.codebook.T, beta=0.0).values()
+        return self.offsets[code] - (products - (z @ self.shift)[row])
+
+    def rerounding(self, lengths: Tensor) -> Tensor:
+        """The error of `score`, as `rounding` is that of a product with centred codes."""
+        extra = 2 * (len(self.shift) + 8) * UNIT * torch.linalg.vector_norm(self.shift) * lengths
+        return self.rounding(lengths) + extra
 
     def exact_score(self, rows: Tensor, row: Tensor, code: Tensor) -> Tensor:
         """The same in float64 and of the vectors as they were given."""
@@ -252,14 +265,14 @@ def _search(rows: Tensor, book: _Book, product: _Product) -> Tensor:
     scores, slack = product.scores(z, lengths)
     tiles = scores.view(len(z), -1, TILE)
     lowest = tiles.amin(2)  # of each tile
-    rounding = 2 * book.rounding(lengths)
     if product.exact:
-        best = lowest.amin(1)
+        limit = lowest.amin(1) + 2 * book.rounding(lengths)
     else:  # what the likeliest code really scores: the nearest scores no more
         tile = lowest.argmin(1)
-        code = tile * TILE + tiles[torch.arange(len(z)), tile].argmin(1)
-        best = book.score(z, torch.arange(len(z)), code.clamp(max=len(book.codebook) - 1))
-    limit = best + (slack + rounding)
+        each = torch.arange(len(z))
+        code = tile * TILE + tiles[each, tile].argmin(1)
+        best = book.score(z, each, code.clamp(max=len(book.codebook) - 1))
+        limit = best + slack + book.rounding(lengths) + book.rerounding(lengths)
     row, tile = (lowest <= limit[:, None]).nonzero(as_tuple=True)
     num_tiles = torch.bincount(row, minlength=len(z))
     short = (0 < num_tiles) & (num_tiles <= MANY)  # none where something is not finite
@@ -268,7 +281,7 @@ def _search(rows: Tensor, book: _Book, product: _Product) -> Tensor:
     pair, place = (tiles[row, tile] <= limit[row, None]).nonzero(as_tuple=True)
     row, code = row[pair], tile[pair] * TILE + place
     if not product.exact:
-        row, code = _keep_lowest(row, code, book.score(z, row, code), rounding)
+        row, code = _keep_lowest(row, code, book.score(z, row, code), 2 * book.rerounding(lengths))
     several = torch.bincount(row, minlength=len(z))[row] > 1
     if several.any():
         pairs, exactly = (row[several], code[several]), torch.zeros_like(lengths, dtype=torch.float64)
