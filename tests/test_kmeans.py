@@ -181,3 +181,15 @@ def test_a_sample_keeps_no_batch():
     reservoir.add(torch.randn(1000, 4, dtype=torch.float16))
     assert reservoir.rows.dtype == torch.float32
     assert reservoir.rows.untyped_storage().nbytes() == 10 * 4 * 4
+
+
+@pytest.mark.parametrize("dim", [0, 1, 5])
+@pytest.mark.parametrize(("num_rows", "num_codes"), [(7, 40), (40, 7), (1, 1), (8192, 16384)])
+def test_segment_sums_of_more_codes_than_rows_and_of_no_columns(num_rows, num_codes, dim):
+    rows, codes = torch.randn(num_rows, dim), torch.randint(num_codes, (num_rows,))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    counts, sums = segment_sums(rows, codes, num_codes)
+    torch.set_num_threads(threads)
+    assert torch.equal(counts, torch.bincount(codes, minlength=num_codes).float())
+    torch.testing.assert_close(sums, torch.zeros(num_codes, dim).index_add_(0, codes, rows), atol=1e-5, rtol=1e-5)

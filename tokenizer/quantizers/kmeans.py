@@ -64,8 +64,11 @@ def segment_sums(rows: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, T
     """
     codes, order = (codes % (num_codes + 1)).sort(stable=True)  # -1 comes last
     first = torch.searchsorted(codes, torch.arange(num_codes + 1, device=codes.device))
-    sums = F.embedding_bag(order, rows.float(), first, mode="sum")
-    return first.diff().float(), sums[:-1]
+    if rows.shape[1]:
+        sums = F.embedding_bag(order, rows.float(), first, mode="sum")[:-1]
+    else:  # only the counts are wanted
+        sums = rows.new_zeros((num_codes, 0), dtype=torch.float32)
+    return first.diff().float(), sums
 
 
 class Reservoir:
