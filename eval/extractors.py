@@ -1,14 +1,15 @@
 """Feature extractors and what their figures may be called.
 
-"FID" and "IS" belong to one network, the 2015-12-05 Inception, known by its SHA-256. Without it, figures come
-from a small classifier trained on the data at hand; they carry its name and hash (`FD[digits-cnn@a1b2c3d4]`)
-and compare with nothing else.
+"FID", "IS" and "KID" belong to one network, the 2015-12-05 Inception, "FD-DINOv2" and "CMMD" to one DINOv2 and one
+CLIP, each known by its SHA-256. Without them, figures come from a small classifier trained on the data at hand, or
+from other weights; they carry a name and a hash (`FD[digits-cnn@a1b2c3d4]`) and compare with nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 from pathlib import Path
 from typing import Protocol
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.interface import Batch
+from eval.protocols import resize_bicubic, resize_bilinear
 from tokenizer.data.sampler import feed
 from tokenizer.data.sources import DataConfig, Images, open_split
 from tokenizer.data.transforms import to_float
+from tokenizer.encoders.foundation import IMAGENET, quiet_transformers
+from tokenizer.perceptual import TRUNKS
 from training import config as configuration
 from training import distributed
 from training.checkpoint import Run, load_weights, sha256, weights_hash
@@ -29,10 +33,87 @@ from training.loop import Batch as TrainingBatch
 from training.loop import LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-KNOWN_INCEPTIONS = ("6726825d",)  # SHA-256 prefixes, as in the released file's name
-STANDARD_NAMES = {"FD": "FID", "rFD": "rFID", "IS": "IS"}
 TASKS = ("classes", "rotation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Published weights: where they are looked for, how they are recognised, what fetches them."""
+
+    file: str  # in torch's cache, $TORCH_HOME/hub/checkpoints; those of towers are folders
+    sha256: tuple[str, ...]  # of the published file, or as much of it as its publisher gives
+    fetch: str  # a command; {path} is where the file belongs
+    flag: str  # of eval.run
+    variable: str  # of the environment
+
+    @property
+    def place(self) -> Path:
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.file
+
+    def find(self, given: Path | None = None) -> Path | None:
+        """The path given, else the variable's, else the place in torch's cache; None when nothing is there.
+
+        Raises UserError when what was given, or what the variable names, does not exist.
+        """
+        for source, path in ((self.flag, given), (self.variable, os.environ.get(self.variable))):
+            if path and not Path(path).exists():
+                raise UserError(f"{source} {path}: no such file; {self.missing()}")
+            if path:
+                return Path(path)
+        return self.place if self.place.exists() else None
+
+    def missing(self) -> str:
+        """Which file, which hash, which folder, and the command that fetches it."""
+        return (
+            f"{self.file} (SHA-256 {self.sha256[0]}) belongs into {self.place.parent}, or wherever {self.flag} or "
+            f"{self.variable} says: {self.fetch.format(path=self.place)}"
+        )
+
+    def knows(self, sha256: str) -> bool:
+        return sha256.startswith(self.sha256)
+
+
+FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+# The SqueezeNet trunk is also known as its convolutions alone.
+SQUEEZE_FEATURES = "435cedb387e95bc8291893f61a3a64f0345b8c23a05139aceef43947efb3d52d"
+WEIGHTS = {
+    "inception": Weights(
+        "weights-inception-2015-12-05-6726825d.pth",
+        ("6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",),
+        f"curl -Lfo {{path}} {FIDELITY}weights-inception-2015-12-05-6726825d.pth",
+        "--inception-weights",
+        "TESSERA_INCEPTION",
+    ),
+    "dinov2": Weights(
+        "dinov2-large",
+        ("399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",),
+        "hf download facebook/dinov2-large config.json model.safetensors --local-dir {path}",
+        "--dinov2",
+        "TESSERA_DINOV2",
+    ),
+    "clip": Weights(
+        "clip-vit-large-patch14-336",
+        ("c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",),
+        "hf download openai/clip-vit-large-patch14-336 config.json pytorch_model.bin --local-dir {path}",
+        "--clip",
+        "TESSERA_CLIP",
+    ),
+} | {
+    f"lpips-{net}": Weights(
+        file,
+        (Path(file).stem.rpartition("-")[2], *((SQUEEZE_FEATURES,) if net == "squeeze" else ())),
+        f"curl -Lfo {{path}} https://download.pytorch.org/models/{file}",
+        "--lpips-weights",
+        f"TESSERA_LPIPS_{net.upper()}",
+    )
+    for net, file in TRUNKS.items()
+}
+# What figures of the standard networks are called, by the networks' names.
+STANDARD_NAMES = {
+    "inception-2015-12-05": {"FD": "FID", "rFD": "rFID", "FD∞": "FID∞", "IS": "IS", "KD": "KID"},
+    "dinov2-vit-l-14": {"FD": "FD-DINOv2", "rFD": "rFD-DINOv2", "FD∞": "FD∞-DINOv2", "KD": "KD-DINOv2"},
+    "clip-vit-l-14-336": {"MMD": "CMMD"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +121,7 @@ class Extraction:
     """What an extractor sees in n images."""
 
     features: Tensor  # (n, D) float32
-    probabilities: Tensor  # (n, C) float32, of the extractor's own classes
+    probabilities: Tensor  # (n, C) float32, of the extractor's own classes; (n, 0) where it has none
 
 
 class Extractor(Protocol):
@@ -48,16 +129,18 @@ class Extractor(Protocol):
     sha256: str  # of its weights
     standard: bool  # whether the standard names may be used
     dim: int  # D
+    input_size: int  # S, pixels per side that its network sees
     settings: dict  # for measurements
 
-    def __call__(self, images: Tensor) -> Extraction: ...  # (B, 3, H, W) uint8
+    def __call__(self, images: Tensor) -> Extraction: ...  # (B, 3, H, W) uint8, resized as its figures' names want
+
+    def see(self, inputs: Tensor) -> Extraction: ...  # (B, 3, S, S) floats in [0, 255], resized already
 
 
 def figure_name(figure: str, extractor: Extractor) -> str:
     """ "FD" -> "FID" for the standard network and "FD[name@hash]" for any other."""
-    if extractor.standard and figure in STANDARD_NAMES:
-        return STANDARD_NAMES[figure]
-    return f"{figure}[{tag(extractor)}]"
+    names = STANDARD_NAMES.get(extractor.name, {}) if extractor.standard else {}
+    return names.get(figure, f"{figure}[{tag(extractor)}]")
 
 
 def tag(extractor: Extractor) -> str:
@@ -98,21 +181,22 @@ class FeatureRows:
         return Extraction(features[order], probabilities[order])
 
 
-# The standard network
+# The standard networks
 
 
 class Inception:
     """torch-fidelity's port of the 2015-12-05 Inception, with its resize: 2048 features, 1008 classes."""
 
-    dim = 2048
+    dim, input_size = 2048, 299
 
     def __init__(self, path: Path) -> None:
+        """Raises UserError for a file that is missing or holds another network."""
         if not path.is_file():
-            raise UserError(f"--inception-weights {path}: no such file")
+            raise UserError(f"--inception-weights {path}: no such file; {WEIGHTS['inception'].missing()}")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.sha256 = sha256(path)
-        self.standard = self.sha256.startswith(KNOWN_INCEPTIONS)
+        self.standard = WEIGHTS["inception"].knows(self.sha256)
         self.name = "inception-2015-12-05" if self.standard else "inception"
         self.settings = {"extractor": self.name, "extractor_sha256": self.sha256, "resize": "torch-fidelity"}
         try:
@@ -123,21 +207,113 @@ class Inception:
             self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], tensors)
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--inception-weights {path}: not the Inception weights ({first[:120]})") from error
+            raise UserError(
+                f"--inception-weights {path}: not the Inception weights ({first[:120]}); "
+                f"{WEIGHTS['inception'].missing()}"
+            ) from error
         self.network.to(distributed.device())
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Extraction:
-        features, logits = self.network(images.to(distributed.device()))
-        return Extraction(features.float(), logits.float().softmax(1))
+        return self.see(resize_bilinear(images.to(distributed.device()), self.input_size))
+
+    @torch.no_grad()
+    def see(self, inputs: Tensor) -> Extraction:
+        """The network's forward, after its resize; its scores leave out the last layer's bias, as IS wants."""
+        maps = (inputs.to(distributed.device()) - 128) / 128
+        *layers, last = self.network.children()
+        for layer in layers:
+            maps = layer(maps)
+        features = maps.flatten(1)
+        return Extraction(features, features.mm(last.weight.T).double().softmax(1).float())
+
+
+class Tower:
+    """A pretrained vision transformer through transformers, fed as published figures feed it: the whole image to a
+    square by Pillow's antialiased bicubic on uint8. Features are what its publisher pools: DINOv2's class token
+    (Stein et al. 2023, arXiv:2306.04675), CLIP's embedding at unit length. It knows no classes."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        """`kind`: a key of TOWERS; `folder`: config.json and weights in transformers' format.
+
+        Raises UserError for a folder that is missing, damaged or holds another model.
+        """
+        import transformers
+        from safetensors import SafetensorError
+
+        known, weights = TOWERS[kind], WEIGHTS[kind]
+        files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+        try:
+            if not files:
+                raise OSError("no model.safetensors")
+            with quiet_transformers():
+                self.network, report = getattr(transformers, known.model_class).from_pretrained(
+                    folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+                )
+            if lacking := sorted(report["missing_keys"]):
+                raise ValueError(f"lacks {lacking[0]}")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).split("\n")[0][:120]
+            raise UserError(
+                f"{weights.flag} {folder}: no {kind} of transformers ({reason}); {weights.missing()}"
+            ) from None
+        self.sha256 = sha256(files[0])
+        self.standard = weights.knows(self.sha256)
+        self.name = known.name if self.standard else kind
+        self.settings = {"extractor": self.name, "extractor_sha256": self.sha256, "resize": "Pillow bicubic, uint8"}
+        config = self.network.config
+        self.input_size = known.input_size or config.image_size
+        self.pooled = known.pooled
+        self.dim = config.projection_dim if known.pooled == "image_embeds" else config.hidden_size
+        if kind == "dinov2":
+            fit_positions(self.network.embeddings, self.input_size // config.patch_size)
+        self.network.to(distributed.device()).eval().requires_grad_(False)
+        self.mean, self.std = (torch.tensor(values, device=distributed.device()) for values in known.normalisation)
+
+    def __call__(self, images: Tensor) -> Extraction:
+        return self.see(resize_bicubic(images, self.input_size).to(distributed.device()).float())
+
+    @torch.no_grad()
+    def see(self, inputs: Tensor) -> Extraction:
+        pixels = (inputs.to(self.mean) / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
+        features = getattr(self.network(pixels), self.pooled)
+        if self.pooled == "image_embeds":
+            features = F.normalize(features, dim=1)
+        return Extraction(features, features.new_zeros(len(features), 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerKind:
+    name: str  # of the standard weights
+    model_class: str  # of transformers
+    pooled: str  # which of its outputs
+    input_size: int | None  # None: what its config says
+    normalisation: tuple[list[float], list[float]]  # mean and std of pixels in [0, 1]
+
+
+CLIP_PIXELS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+TOWERS = {
+    "dinov2": TowerKind("dinov2-vit-l-14", "Dinov2Model", "pooler_output", 224, IMAGENET),
+    "clip": TowerKind("clip-vit-l-14-336", "CLIPVisionModelWithProjection", "image_embeds", None, CLIP_PIXELS),
+}
+
+
+@torch.no_grad()
+def fit_positions(embeddings: nn.Module, side: int) -> None:
+    """Give a DINOv2 the positions of side x side patches as its first release interpolates them, which published
+    figures inherit: by a factor that a tenth of a patch was added to. transformers' own differ by a little."""
+    class_token, grid = embeddings.position_embeddings.split([1, embeddings.position_embeddings.shape[1] - 1], 1)
+    trained = round(grid.shape[1] ** 0.5)
+    if trained == side:
+        return
+    maps = grid.unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, scale_factor=(side + 0.1) / trained, mode="bicubic")
+    fitted = torch.cat([class_token, maps.flatten(2).transpose(1, 2)], 1)
+    embeddings.position_embeddings = nn.Parameter(fitted, requires_grad=False)
 
 
 def find_inception(given: Path | None) -> Path | None:
-    """The path given, else the file in torch's cache ($TORCH_HOME/hub/checkpoints) if it is there."""
-    if given is not None:
-        return given
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    return kept if kept.is_file() else None
+    """The path given, else the variable's, else the file in torch's cache ($TORCH_HOME/hub/checkpoints)."""
+    return WEIGHTS["inception"].find(given)
 
 
 # The in-domain classifier
@@ -284,6 +460,7 @@ class InDomain:
         self.name, self.task, self.dim = self.config.name, self.config.task, self.config.dim
         self.sha256 = weights_hash(folder)
         weights = load_weights(folder)
+        self.input_size = self.config.data.image_size
         self.num_classes = len(weights["head.bias"])
         self.network = Classifier(self.config.width, self.dim, self.num_classes)
         self.network.load_state_dict(weights)
@@ -295,9 +472,12 @@ class InDomain:
             "extractor_task": self.task,
         }
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Extraction:
-        features = self.network.features(to_float(images.to(distributed.device())))
+        return self.see(images)
+
+    @torch.no_grad()
+    def see(self, inputs: Tensor) -> Extraction:
+        features = self.network.features(to_float(inputs.to(distributed.device())))
         return Extraction(features, self.network.head(F.relu(features)).softmax(1))
 
 

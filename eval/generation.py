@@ -1,5 +1,5 @@
-"""How close samples come to real images: Fréchet distances, Inception Score, manifolds, class agreement; each
-beside the same figure between real images, without which it says little."""
+"""How close samples come to real images: Fréchet and kernel distances, Inception Score, manifolds, memorisation,
+class agreement; most beside the same figure between real images, without which they say little."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.extractors import Extraction, Extractor, FeatureRows, InDomain, banner, figure_name
-from eval.frechet import Gaussian
+from eval.cmmd import cmmd
+from eval.extractors import Extraction, Extractor, FeatureRows, Inception, InDomain, banner, figure_name
+from eval.frechet import Gaussian, frechet_infinity
 from eval.inception_score import inception_score
+from eval.kid import kernel_distance
 from eval.manifold import manifold
 from eval.moments import Moments
-from eval.pipeline import Pipeline, share
+from eval.neighbours import find_copying
+from eval.pipeline import Pipeline, load, pixels, share
 from eval.reconstruction import measure_frechet, measure_reconstruction
 from eval.record import Measurement, Origin, Record, share_interval
+from eval.reference import read_reference
 from training import distributed
 from training.checkpoint import sha256
 from training.command import UserError
@@ -30,6 +34,9 @@ IS_SPLITS = 10
 TRUSTED_ACCURACY = 0.8  # of the in-domain classifier on real images; below it the report warns
 SHOWN_CLASSES, SHOWN_PER_CLASS = 20, 12
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000  # of KID, as published; smaller sets give smaller subsets
+INFINITY_POINTS = 15
+SHOWN_NEAREST = 12  # samples beside their training neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +94,8 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
         "data": [split.identity() for split in (pipeline.train, pipeline.held_out)],
         "data_n": [len(pipeline.places(split)) for split in (pipeline.train, pipeline.held_out)],
         "extractors": [extractor.settings for extractor in pipeline.extractors],
+        "clip": pipeline.clip and pipeline.clip.settings,
+        "reference_sha256": _hash_reference(options.reference),
         "batch_size": options.batch_size,
         "reconstruction": reconstruction.hash,
     }
@@ -110,17 +119,23 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
     for extractor in pipeline.extractors:
         seen = _extract(pipeline, extractor, samples, settings["n"])
         measurements += _distances(extractor, seen, origins)
+        measurements += _kernel_distances(extractor, seen, origins)
         measurements += [m for m in reconstruction.measurements if m.name == figure_name("rFD", extractor)]
         if getattr(extractor, "task", "classes") == "rotation":
             notes.append(f"The score of class probabilities is left out: {extractor.name} knows no classes.")
-        else:
+        elif seen.samples.probabilities.shape[1]:
             measurements += _scores(extractor, seen, origins)
         measurements += _manifolds(extractor, seen, origins)
         if extractor is pipeline.in_domain:
             agreement = _agreement(pipeline, seen, samples, origins)
-            measurements += agreement.measurements
-            arrays |= agreement.arrays
+            copying = _copying(pipeline, seen, samples, origins)
+            measurements += copying.measurements + agreement.measurements
+            arrays |= copying.arrays | agreement.arrays
             notes += agreement.notes
+    if pipeline.clip:
+        measurements += _clip_distances(pipeline, samples, settings["n"], origins)
+    if options.reference:
+        measurements.append(_to_reference(pipeline, options.reference, samples, settings["n"], origins.samples))
     record = Record(kind, settings, measurements, arrays, notes)
     if distributed.is_main():
         record.save(pipeline.report_folder)
@@ -143,6 +158,7 @@ class Real:
     held_out: Extraction
     train: Extraction  # evenly spaced, about as many as the held-out images
     train_moments: Moments  # of the whole split
+    train_features: Tensor | None  # of the whole split, by the in-domain extractor alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +178,7 @@ def _extract(pipeline: Pipeline, extractor: Extractor, samples: Samples, n: int)
 @functools.lru_cache(maxsize=2)
 def _extract_real(pipeline: Pipeline, extractor: Extractor) -> Real:
     """Kept, because several sets of samples may be measured against the same images."""
-    held_out, train, name = FeatureRows(extractor), FeatureRows(extractor), extractor.name
+    held_out, train, whole, name = *(FeatureRows(extractor) for _ in range(3)), extractor.name
     for batch in pipeline.batches(pipeline.held_out, f"held-out images, {name}"):
         held_out.update(batch)
     moments = Moments.empty(extractor.dim)
@@ -172,7 +188,10 @@ def _extract_real(pipeline: Pipeline, extractor: Extractor) -> Real:
         moments.update(extraction.features)
         kept = batch.ids % stride == 0
         train.add(batch.ids[kept], Extraction(extraction.features[kept], extraction.probabilities[kept]))
-    return Real(held_out.gathered(), train.gathered(), moments.reduced())
+        if isinstance(extractor, InDomain):
+            whole.add(batch.ids, extraction)
+    features = whole.gathered().features if isinstance(extractor, InDomain) else None
+    return Real(held_out.gathered(), train.gathered(), moments.reduced(), features)
 
 
 def _distances(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
@@ -181,11 +200,77 @@ def _distances(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measu
     train, held_out = Gaussian.of_moments(seen.train_moments), Gaussian.of_features(real)
     to_train = {"reference": "train split", "reference_n": seen.train_moments.count}
     to_held_out = {"reference": "held-out split", "reference_n": len(real)}
-    return [
+    found = [
         measure_frechet(origins.samples, f"{name} to held-out", extractor, rows, held_out, **to_held_out),
         measure_frechet(origins.samples, f"{name} to train", extractor, rows, train, **to_train),
         measure_frechet(origins.held_out, f"{name} of real images", extractor, real, train, **to_train),
     ]
+    least = len(rows) // 10
+    if 2 <= least <= len(rows) - INFINITY_POINTS:
+        line = frechet_infinity(rows, train, INFINITY_POINTS, least)
+        how = to_train | extractor.settings | {"points": INFINITY_POINTS, "least": least, "draw_seed": 0}
+        details = {"slope": line.slope, "counts": list(line.counts), "distances": list(line.distances)}
+        name = f"{figure_name('FD∞', extractor)} to train"
+        found.insert(2, origins.samples.measure(name, line.value, "", False, len(rows), details=details, **how))
+    return found
+
+
+def _kernel_distances(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
+    real, found = seen.held_out.features, []
+    for suffix, origin, rows in (
+        (" to held-out", origins.samples, seen.samples.features),
+        (" of real images", origins.train, seen.train.features),
+    ):
+        least = min(len(rows), len(real))
+        size = KERNEL_SUBSET_SIZE if least >= KERNEL_SUBSET_SIZE else least // 2
+        if size < 2:
+            continue
+        distance = kernel_distance(rows, real, KERNEL_SUBSETS, size)
+        how = extractor.settings | {"reference": "held-out split", "reference_n": len(real), "kernel": "(xy/D + 1)^3"}
+        how |= {"subsets": distance.subsets, "subset_size": distance.subset_size, "draw_seed": 2020}
+        details = {"deviation_over_subsets": distance.deviation}
+        name = figure_name("KD", extractor) + suffix
+        found.append(origin.measure(name, distance.mean, "", False, len(rows), details=details, **how))
+    return found
+
+
+def _clip_distances(pipeline: Pipeline, samples: Samples, n: int, origins: Origins) -> list[Measurement]:
+    """CMMD, of samples and of real images."""
+    extractor, held_out, train, drawn = pipeline.clip, *(FeatureRows(pipeline.clip) for _ in range(3))
+    for rows, batches in (
+        (held_out, pipeline.batches(pipeline.held_out, "held-out images, clip")),
+        (train, pipeline.batches(pipeline.train, "train images, clip")),
+        (drawn, share(torch.arange(n), pipeline.options.batch_size, samples.load, "samples, clip")),
+    ):
+        for batch in batches:
+            rows.update(batch)
+    real, found = held_out.gathered().features, []
+    for suffix, origin, rows in (("", origins.samples, drawn), (" of real images", origins.train, train)):
+        features = rows.gathered().features
+        how = extractor.settings | {"reference": "held-out split", "reference_n": len(real)}
+        name = figure_name("MMD", extractor) + suffix
+        found.append(origin.measure(name, cmmd(features, real), "", False, len(features), **how))
+    return found
+
+
+def _hash_reference(path: Path | None) -> str | None:
+    if path is not None and not path.is_file():
+        raise UserError(
+            f"--reference {path}: no such file: give an ADM reference, or make one: eval.run reference-stats"
+        )
+    return path and sha256(path)
+
+
+def _to_reference(pipeline: Pipeline, path: Path, samples: Samples, n: int, origin: Origin) -> Measurement:
+    """The distance to a file's statistics, by the Inception where its weights are, else by the in-domain extractor."""
+    extractor = next((each for each in pipeline.extractors if isinstance(each, Inception)), pipeline.in_domain)
+    reference = read_reference(path, extractor, pipeline.options.batch_size)
+    rows = FeatureRows(extractor)
+    for batch in share(torch.arange(n), pipeline.options.batch_size, samples.load, f"samples, {extractor.name}"):
+        rows.update(batch)
+    own = Origin(origin.split, {"batch_size": pipeline.options.batch_size}, origin.subject)
+    name = f"{figure_name('FD', extractor)} to {path.name}"
+    return measure_frechet(own, name, extractor, rows.gathered().features, reference.gaussian, **reference.settings)
 
 
 def _scores(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
@@ -226,25 +311,50 @@ def _spread(rows: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class Part:
+    """Of a record."""
+
     measurements: list[Measurement]
     arrays: dict[str, np.ndarray]
     notes: list[str]
 
 
-def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origins) -> Agreement:
+def _copying(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origins) -> Part:
+    """Samples against their nearest training images, and the pictures of those that lie nearest."""
+    extractor, places = pipeline.in_domain, pipeline.places(pipeline.train)
+    found = find_copying(seen.samples.features, seen.held_out.features, seen.train_features)
+    n = len(seen.samples.features)
+    how = extractor.settings | {
+        "train_n": len(places),
+        "beside": "held-out images",
+        "beside_n": len(seen.held_out.features),
+    }
+    name = figure_name("nearer to train than held-out images", extractor)
+    figure = origins.samples.measure(name, found.nearer, "%", False, n, interval=found.interval, **how)
+    closest = found.distances[:, 0].argsort(stable=True)[:SHOWN_NEAREST]
+    neighbours = [pixels(load(pipeline.train, places[column])) for column in found.neighbours[closest].T]
+    arrays = {
+        "nearest_samples": samples.images[closest.numpy()],
+        "nearest_train": np.stack(neighbours),
+        "nearest_percentiles": found.percentiles[closest].numpy(),
+        "percentiles": found.percentiles.numpy(),
+    }
+    return Part([figure], arrays, [])
+
+
+def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origins) -> Part:
     """Share of samples whose label the in-domain classifier recognises, and of real held-out images."""
     classifier: InDomain = pipeline.in_domain
     if classifier.task != "classes":
-        return Agreement([], {}, ["Class agreement is left out: the data has fewer than two classes."])
+        return Part([], {}, ["Class agreement is left out: the data has fewer than two classes."])
     real_labels = pipeline.held_out.labels[pipeline.places(pipeline.held_out)]
     real = _recognised(seen.held_out, real_labels)
     found = [_share(origins.held_out, "classifier accuracy on real images", real, classifier)]
     if samples.labels is None:
-        return Agreement(found, {}, ["Class agreement is left out: samples.npz has no labels (arr_1)."])
+        return Part(found, {}, ["Class agreement is left out: samples.npz has no labels (arr_1)."])
     labels = torch.from_numpy(samples.labels[: len(seen.samples.features)])
     if not bool(((labels >= 0) & (labels < classifier.num_classes)).all()):
-        return Agreement(found, {}, ["Class agreement is left out: the samples are unconditional."])
+        return Part(found, {}, ["Class agreement is left out: the samples are unconditional."])
     hits = _recognised(seen.samples, labels)
     totals = labels.bincount(minlength=classifier.num_classes)
     right = labels[hits].bincount(minlength=classifier.num_classes)
@@ -260,7 +370,7 @@ def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origin
             f"{classifier.name} recognises only {100 * accuracy:.0f} % of real held-out images: class agreement and "
             "the distances by its features say little here."
         )
-    return Agreement(found, {"agreement_right": right.numpy(), "agreement_total": totals.numpy()}, notes)
+    return Part(found, {"agreement_right": right.numpy(), "agreement_total": totals.numpy()}, notes)
 
 
 def _recognised(extraction: Extraction, labels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,15 @@ def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 2020) -
     """(N, C) rows summing to 1 -> exp E[KL(p(y|x) || p(y))] per split.
 
     Rows are shuffled with a fixed seed first: samples come sorted by class, and contiguous chunks of those
-    would hold few classes each.
+    would hold few classes each. Order and splits are torch-fidelity's, so that the score is too.
     """
-    if not 1 <= splits <= len(probabilities):
-        raise ValueError(f"{splits} splits of {len(probabilities)} rows")
-    order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(seed))
+    n = len(probabilities)
+    if not 1 <= splits <= n:
+        raise ValueError(f"{splits} splits of {n} rows")
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(n))
+    ends = [split * n // splits for split in range(1, splits)]
     scores = []
-    for part in probabilities.to("cpu", torch.float64)[order].tensor_split(splits):
+    for part in probabilities.to("cpu", torch.float64)[order].tensor_split(ends):
         negative_entropy = torch.special.xlogy(part, part).sum(1).mean()
         marginal = part.mean(0)
         scores.append((negative_entropy - torch.special.xlogy(marginal, marginal).sum()).exp())

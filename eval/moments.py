@@ -1,8 +1,12 @@
-"""Mean and covariance from streamed raw moments (n, Σx, Σxxᵀ) in float64: shards merge by addition."""
+"""Mean and covariance of streamed rows in float64 (Chan, Golub and LeVeque 1983): shards and ranks merge exactly.
+
+Squares are summed about the mean, not about 0: features far from 0 lose no digits.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -12,11 +16,11 @@ from training import distributed
 
 @dataclasses.dataclass
 class Moments:
-    """Raw moments of D-dimensional rows."""
+    """Of D-dimensional rows."""
 
     count: int
-    total: Tensor  # (D,) float64, Σx
-    outer: Tensor  # (D, D) float64, Σxxᵀ
+    mean: Tensor  # (D,) float64
+    scatter: Tensor  # (D, D) float64, Σ(x - mean)(x - mean)ᵀ
 
     @staticmethod
     def empty(dim: int) -> Moments:
@@ -32,34 +36,45 @@ class Moments:
 
     def update(self, rows: Tensor) -> None:
         """Add (n, D) rows."""
+        if not len(rows):
+            return
         rows = rows.detach().to("cpu", torch.float64)
-        self.count += len(rows)
-        self.total += rows.sum(0)
-        self.outer += rows.T @ rows
+        mean = rows.mean(0)
+        step = self._join(len(rows), mean)
+        rows = torch.cat([rows - mean, step[None]])
+        self.scatter.addmm_(rows.T, rows)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of the rows of both."""
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+        both = Moments(self.count, self.mean.clone(), self.scatter + other.scatter)
+        if other.count:
+            step = both._join(other.count, other.mean)
+            both.scatter.addr_(step, step)
+        return both
+
+    def _join(self, count: int, mean: Tensor) -> Tensor:
+        """Take over the count and mean of other rows; the (D,) whose outer product the scatter still lacks."""
+        total = self.count + count
+        difference = mean - self.mean
+        step = difference * math.sqrt(self.count * count / total)
+        self.mean += difference * (count / total)
+        self.count = total
+        return step
 
     def reduced(self) -> Moments:
-        """Sum over ranks; all ranks get the same."""
+        """Over ranks; all ranks get the same."""
         device = distributed.device()
-        flat = torch.cat([torch.tensor([self.count], dtype=torch.float64), self.total, self.outer.flatten()])
-        flat = distributed.sum_(flat.to(device)).cpu()
-        dim = len(self.total)
-        return Moments(round(flat[0].item()), flat[1 : 1 + dim], flat[1 + dim :].unflatten(0, (dim, dim)))
-
-    @property
-    def mean(self) -> Tensor:
-        """(D,) float64."""
-        if self.count < 1:
-            raise ValueError("the mean of no rows")
-        return self.total / self.count
+        sums = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
+        sums = distributed.sum_(sums.to(device)).cpu()
+        count = round(sums[-1].item())
+        mean = sums[:-1] / max(1, count)
+        step = (self.mean - mean) * math.sqrt(self.count)
+        scatter = distributed.sum_(torch.addr(self.scatter, step, step).to(device)).cpu()
+        return Moments(count, mean, scatter)
 
     @property
     def covariance(self) -> Tensor:
         """(D, D) float64, unbiased (n - 1), symmetric."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
-        covariance = (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
-        return (covariance + covariance.T) / 2
+        return (self.scatter + self.scatter.T) / (2 * (self.count - 1))

@@ -1,8 +1,11 @@
-"""The report as one HTML file that a double click opens offline: styles and pictures are inside."""
+"""The report as one HTML file that a double click opens offline: styles, pictures and its one script are inside."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -40,13 +43,94 @@ th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--lin
 th { font-weight: 600; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 details summary { cursor: pointer; color: var(--accent); }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 12px 0; font-size: 14px; }
+a, th button { color: var(--accent); }
+th button { all: unset; cursor: pointer; }
+:is(a, summary, th button, input, select):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+th[aria-sort=ascending] button::after { content: " ▲"; }
+th[aria-sort=descending] button::after { content: " ▼"; }
+img.smooth { image-rendering: auto; }
+.slider { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 16px; margin-top: 10px; font-size: 13px; }
+.slider canvas { image-rendering: pixelated; width: 224px; height: auto; border: 1px solid var(--line); }
+.slider div { display: grid; gap: 8px; min-width: 200px; flex: 1; max-width: 420px; }
+.slider input { width: 100%; accent-color: var(--accent); }
 code, pre { font: 12px/1.45 ui-monospace, monospace; }
 pre { overflow: auto; background: #f4f5f8; padding: 12px; border-radius: 6px; max-height: 420px; }
 td pre { max-width: 420px; max-height: 240px; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
+# Sorts tables by a click on a head, and gives every strip of pairs a view with a slider from original to
+# reconstruction. Without it everything is still there to read.
+SCRIPT = """
+"use strict";
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  const value = (row, at, numeric) => {
+    const text = row.cells[at].textContent.trim();
+    if (!numeric) return text;
+    const number = text.startsWith("\u221e") ? Infinity : parseFloat(text.replaceAll(",", ""));
+    return Number.isNaN(number) ? -Infinity : number;
+  };
+  heads.forEach((head, at) => {
+    const button = document.createElement("button"), numeric = head.classList.contains("number");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    head.setAttribute("aria-sort", "none");
+    button.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      const state = down ? "descending" : "ascending";
+      heads.forEach(other => other.setAttribute("aria-sort", other === head ? state : "none"));
+      const order = (a, b) => {
+        const [x, y] = [value(a, at, numeric), value(b, at, numeric)];
+        return (numeric ? (x > y) - (x < y) : x.localeCompare(y)) * (down ? -1 : 1);
+      };
+      body.append(...[...body.rows].sort(order));
+    });
+  });
+}
+for (const strip of document.querySelectorAll("img[data-pairs]")) {
+  const pairs = Number(strip.dataset.pairs), gap = 2;  // as tokenizer.data.grid lays them out
+  const [canvas, view, panel] = ["canvas", "div", "div"].map(name => document.createElement(name));
+  const range = (text, max, start) => {
+    const label = document.createElement("label"), input = document.createElement("input");
+    Object.assign(input, { type: "range", min: 0, max: max, value: start });
+    label.append(text, input);
+    panel.append(label);
+    input.addEventListener("input", draw);
+    return input;
+  };
+  const chosen = range("Image", pairs - 1, 0);
+  const edge = range("Original to the left, reconstruction to the right", 100, 50);
+  view.className = "slider";
+  canvas.setAttribute("role", "img");
+  view.append(canvas, panel);
+  strip.closest("figure").append(view);
+  function draw() {
+    const width = (strip.naturalWidth - gap) / pairs - gap, height = (strip.naturalHeight - gap) / 3 - gap;
+    const left = gap + chosen.value * (width + gap), cut = Math.round(width * edge.value / 100);
+    const pen = canvas.getContext("2d");
+    canvas.width = width;
+    canvas.height = height;
+    pen.drawImage(strip, left, gap + height + gap, width, height, 0, 0, width, height);
+    if (cut) pen.drawImage(strip, left, gap, cut, height, 0, 0, cut, height);
+    pen.fillStyle = "#c89211";
+    pen.fillRect(Math.min(width - 1, cut), 0, Math.max(1, width / 200), height);
+    const text = `Image ${Number(chosen.value) + 1} of ${pairs}`;
+    chosen.setAttribute("aria-valuetext", text);
+    canvas.setAttribute("aria-label", `${text}: original up to ${edge.value} % from the left, then reconstruction`);
+  }
+  strip.addEventListener("click", event => {
+    chosen.value = Math.floor(event.offsetX / strip.clientWidth * pairs);
+    draw();
+  });
+  strip.complete ? draw() : strip.addEventListener("load", draw);
+}
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
 VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 COLUMNS = ("figure", "value", "95 %", "N", "of", "extractor", "seed", "settings")
 NUMBERS = ("value", "95 %", "N")
+FIGURES_TITLE, SETTINGS_TITLE = "All figures", "Settings"
 
 
 def html_page(
@@ -57,16 +141,20 @@ def html_page(
     records: Sequence[Record],
     stages: Sequence[Stage],
 ) -> str:
+    titles = [*(section.title for section in sections), FIGURES_TITLE, SETTINGS_TITLE]
     blocks = [
         _element("h1", escape(title)),
+        "<nav>" + "".join(f'<a href="#{_anchor(each)}">{escape(each)}</a>' for each in titles) + "</nav>",
         *(_element("div", escape(note), "banner" if note.startswith("Not ") else "note") for note in notes),
         _element("div", "".join(map(_tile, headlines(figures))), "tiles"),
         *map(_section, sections),
         _figures_section(figures),
         _settings_section(records, stages),
     ]
-    head = f'<meta charset="utf-8">{VIEWPORT}{_element("title", escape(title))}{_element("style", STYLE)}'
-    body = _element("main", "\n".join(blocks))
+    policy = POLICY.format(base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">{VIEWPORT}'
+    head += _element("title", escape(title)) + _element("style", STYLE)
+    body = _element("main", "\n".join(blocks)) + _element("script", SCRIPT)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
@@ -82,15 +170,30 @@ def _section(section: Section) -> str:
         _element("figure", picture.inline() + _element("figcaption", escape(picture.caption)))
         for picture in section.pictures
     )
-    return _element("section", _heading(section.title, section.text) + pictures)
+    table = ""
+    if section.table:
+        columns, numbers = section.table.columns, section.table.numbers
+        rows = [
+            "".join(
+                _element("td", escape(text), "number" if name in numbers else "") for name, text in zip(columns, cells)
+            )
+            for cells in zip(*columns.values())
+        ]
+        table = _table(list(columns), numbers, rows)
+    return _titled(section.title, section.text, table + pictures)
 
 
 def _figures_section(figures: Sequence[Measurement]) -> str:
-    head = "".join(_element("th", name, "number" if name in NUMBERS else "") for name in COLUMNS)
-    rows = "\n".join(_element("tr", _cells(figure)) for figure in figures)
-    table = _element("div", f"<table><tr>{head}</tr>\n{rows}</table>", "scroll")
     text = "Figures with equal settings hashes may be compared. Arrows say which way is better."
-    return _element("section", _heading("All figures", text) + table)
+    return _titled(FIGURES_TITLE, text, _table(COLUMNS, NUMBERS, list(map(_cells, figures))))
+
+
+def _table(heads: Sequence[str], numbers: Sequence[str], rows: Sequence[str]) -> str:
+    """`rows` are cells in HTML."""
+    head = "".join(f'<th scope="col"{" class=number" if name in numbers else ""}>{escape(name)}</th>' for name in heads)
+    body = "\n".join(_element("tr", row) for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return _element("div", table, "scroll")
 
 
 def _cells(figure: Measurement) -> str:
@@ -115,11 +218,16 @@ def _settings_section(records: Sequence[Record], stages: Sequence[Stage]) -> str
     for record in records:
         content = _json({"settings": record.settings, "environment": record.environment})
         folds.append(_fold(f"{record.kind}: settings and environment", content))
-    return _element("section", _heading("Settings", "What was run, resolved.") + "".join(folds))
+    return _titled(SETTINGS_TITLE, "What was run, resolved.", "".join(folds))
 
 
-def _heading(title: str, text: str) -> str:
-    return _element("h2", escape(title)) + _element("p", escape(text))
+def _titled(title: str, text: str, content: str) -> str:
+    heading = _element("h2", escape(title)) + _element("p", escape(text))
+    return f'<section id="{_anchor(title)}">{heading}{content}</section>'
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def _fold(summary: str, text: str) -> str:

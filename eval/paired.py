@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from eval.extractors import WEIGHTS
 from eval.interface import Batch
 from eval.record import Measurement, Origin, mean_interval
 from tokenizer.data.transforms import to_float
@@ -18,14 +18,6 @@ from training import distributed
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2  # for images in [0, 1]
-
-# SHA-256 of the trunks that the published heads were trained on: torchvision's files, by the prefix in their
-# names, and the same SqueezeNet 1.1 convolutions saved alone.
-KNOWN_TRUNKS = {
-    "alex": ("7be5be79",),
-    "vgg": ("397923af",),
-    "squeeze": ("b8a52dc0", "435cedb387e95bc8291893f61a3a64f0345b8c23a05139aceef43947efb3d52d"),
-}
 
 
 def squared_error(images: Tensor, references: Tensor) -> Tensor:
@@ -43,21 +35,24 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 pairs -> (B,) float64 in [-1, 1]: mean over RGB and unpadded windows."""
     if min(images.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} px, not {tuple(images.shape[-2:])}")
-    x, y = images.float() / 255, references.float() / 255
-    offsets = torch.arange(WINDOW, device=x.device, dtype=torch.float64) - WINDOW // 2
-    window = torch.exp(-offsets.square() / (2 * SIGMA**2))
-    window = (window / window.sum()).to(x.dtype)
+    x, y = images.double() / 255, references.double() / 255  # in float32, variances of flat windows are noise
+    down, right = (blur_matrix(size).to(x.device) for size in x.shape[-2:])
 
     def blur(maps: Tensor) -> Tensor:
-        channels = maps.shape[1]
-        maps = F.conv2d(maps, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
-        return F.conv2d(maps, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return down.T @ maps @ right
 
     mean_x, mean_y, square_x, square_y, product = blur(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
     variances = square_x - mean_x**2 + square_y - mean_y**2
     covariance = product - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
-    return (luminance * (2 * covariance + C2) / (variances + C2)).flatten(1).double().mean(1)
+    return (luminance * (2 * covariance + C2) / (variances + C2)).flatten(1).mean(1)
+
+
+def blur_matrix(size: int) -> Tensor:
+    """(size, size - WINDOW + 1) float64: each column is the Gaussian window at one place of a line of pixels."""
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
+    window = torch.exp(-offsets.square() / (2 * SIGMA**2))
+    return torch.eye(size, dtype=torch.float64).unfold(1, WINDOW, 1) @ (window / window.sum())
 
 
 class LPIPS:
@@ -68,7 +63,7 @@ class LPIPS:
         """Raises UserError for an unknown net and for a file that is missing or holds another trunk."""
         self.network = Perceptual(net, weights).to(distributed.device())
         self.sha256 = self.network.sha256
-        known = self.sha256.startswith(KNOWN_TRUNKS[net])
+        known = WEIGHTS[f"lpips-{net}"].knows(self.sha256)
         self.name = f"LPIPS-{net}" if known else f"LPIPS-{net}@{self.sha256[:8]}"
 
     def fits(self, size: int) -> bool:

@@ -25,6 +25,8 @@ class Picture:
     name: str  # file name
     caption: str
     content: bytes | str
+    pairs: int = 0  # columns of a pair_strip, which the page gives a slider
+    smooth: bool = False  # when scaled: a plot, not pixels
 
     def file(self) -> bytes:
         if isinstance(self.content, bytes):
@@ -35,7 +37,9 @@ class Picture:
         if isinstance(self.content, str):
             return self.content
         data = base64.b64encode(self.content).decode()
-        return f'<img alt="{html.escape(self.caption)}" src="data:image/png;base64,{data}">'
+        more = f' data-pairs="{self.pairs}"' if self.pairs else ""
+        more += ' class="smooth"' if self.smooth else ""
+        return f'<img alt="{html.escape(self.caption)}"{more} src="data:image/png;base64,{data}">'
 
 
 def pair_strip(originals: np.ndarray, images: np.ndarray) -> bytes:
@@ -74,7 +78,29 @@ def codebook_plot(counts: np.ndarray, width: int = 720, height: int = 180) -> st
     return _svg(width, height, shapes, "codebook use")
 
 
-def bars(shares: Sequence[tuple[str, float]], width: int = 720, row: int = 24) -> str:
+def heat_map(values: np.ndarray, unit: str, width: int = 360) -> str:
+    """(H, W) values -> SVG: a cell for each, from the lowest in white to the highest in full colour."""
+    rows, columns = values.shape
+    low, high = float(values.min()), float(values.max())
+    side = min(32.0, width / columns)
+    shares = (values - low) / ((high - low) or 1)
+    shapes = [
+        f'<rect x="{column * side:.2f}" y="{row * side:.2f}" width="{side:.2f}" height="{side:.2f}" fill="{LINE}" '
+        f'fill-opacity="{shares[row, column]:.3f}"><title>row {row + 1}, column {column + 1}: '
+        f"{number(float(values[row, column]))} {html.escape(unit)}</title></rect>"
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    bottom = rows * side
+    box = f'x="0" y="0" width="{columns * side:.2f}" height="{bottom:.2f}"'
+    shapes += [
+        f'<rect {box} fill="none" stroke="{FILL}"/>',
+        _text(0, bottom + 16, f"white {number(low)}, full {number(high)} {unit}", "start"),
+    ]
+    return _svg(max(columns * side, 200), bottom + 24, shapes, "value by position")
+
+
+def bars(shares: Sequence[tuple[str, float]], width: int = 720, row: int = 24, label: str = "share per class") -> str:
     """(name, percent) rows -> SVG of horizontal bars over 0..100 %."""
     left, right = 150, 60
     reach = width - left - right
@@ -89,7 +115,7 @@ def bars(shares: Sequence[tuple[str, float]], width: int = 720, row: int = 24) -
             f"<title>{html.escape(name)}: {share:.1f} %</title></rect>",
             _text(width - right + 8, top + 15, f"{share:.1f} %", "start", INK),
         ]
-    return _svg(width, 12 + len(shares) * row, shapes, "share per class")
+    return _svg(width, 12 + len(shares) * row, shapes, label)
 
 
 def curves_plot(curves: dict[str, list[tuple[int, float]]], columns: int = 3) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.extractors import Extractor, Inception, InDomain, find_inception, open_extractor
+from eval.extractors import WEIGHTS, Extractor, Inception, InDomain, Tower, find_inception, open_extractor
 from eval.interface import Batch
 from eval.paired import LPIPS
 from tokenizer.cache import TokenCache
@@ -35,6 +35,12 @@ class Options:
     lpips_weights: Path | None = None
     lpips_net: str = "squeeze"
     inception_weights: Path | None = None
+    dinov2: Path | None = None  # folders of published towers
+    clip: Path | None = None
+    reference: Path | None = None  # .npz of statistics or images, for samples
+    protocol: tuple[str, ...] = ()  # of eval.protocols, for samples
+    prior: Path | None = None  # that codes tokens; a pipeline's is run/prior
+    rate_distortion: bool = False
     num: int | None = None  # at most so many images of each set
     batch_size: int = 100
     fresh: bool = False
@@ -94,15 +100,22 @@ class Pipeline:
 
     @functools.cached_property
     def extractors(self) -> list[Extractor]:
-        """The in-domain one (of a tokenizer alone, if it was named), and the Inception where its weights are."""
-        inception = find_inception(self.options.inception_weights)
-        in_domain = [self.in_domain] if self.options.extractor or not self.alone else []
-        return [*in_domain, *([Inception(inception)] if inception else [])]
+        """The in-domain one (of a tokenizer alone, if it was named), Inception and DINOv2 where their weights are."""
+        inception, dinov2 = find_inception(self.options.inception_weights), WEIGHTS["dinov2"].find(self.options.dinov2)
+        found: list[Extractor] = [self.in_domain] if self.options.extractor or not self.alone else []
+        found += [Inception(inception)] if inception else []
+        return found + ([Tower("dinov2", dinov2)] if dinov2 else [])
+
+    @functools.cached_property
+    def clip(self) -> Tower | None:
+        """Of CMMD; None without weights."""
+        path = WEIGHTS["clip"].find(self.options.clip)
+        return Tower("clip", path) if path else None
 
     @functools.cached_property
     def lpips(self) -> LPIPS | None:
         """None without weights, and where the images are too small for it."""
-        path = self.options.lpips_weights
+        path = WEIGHTS[f"lpips-{self.options.lpips_net}"].find(self.options.lpips_weights)
         lpips = LPIPS(self.options.lpips_net, path) if path else None
         return lpips if lpips and lpips.fits(self.data.image_size) else None
 
@@ -110,6 +123,11 @@ class Pipeline:
         """The items of a split that are measured, (n,) int64: all, or `num` that lie evenly in it."""
         n, limit = len(images), self.options.num
         return torch.arange(n) if limit is None or limit >= n else torch.linspace(0, n - 1, limit).long()
+
+    def split_name(self, images: Images) -> str:
+        """What figures over `places` say that they are of."""
+        name, n = images.split.replace("_", "-"), len(self.places(images))
+        return name if n == len(images) else f"{name}, {n} of {len(images)}"
 
     def batches(self, images: Images, title: str) -> Iterator[Batch]:
         """This rank's share of a split."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eval.codebook import CodebookUsage
-from eval.extractors import Extractor, FeatureRows, banner, figure_name
+from eval.extractors import WEIGHTS, Extractor, FeatureRows, banner, figure_name
 from eval.frechet import Gaussian, frechet_distance, frechet_jackknife
 from eval.interface import Batch
 from eval.paired import Paired
@@ -74,7 +74,7 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
         return kept
 
     model = pipeline.tokenizer
-    split = "held-out" if n == len(held_out) else f"held-out, {n} of {len(held_out)}"
+    split = pipeline.split_name(held_out)
     origin = Origin(split, protocol | {"reference": "the encoder's input after uint8"}, subject)
     paired = Paired(origin, pipeline.lpips)
     codebook = CodebookUsage(model.layout, Origin(split, protocol, subject))
@@ -93,7 +93,7 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
         "worst": order[:EXTREMES],
         "best": order.flip(0)[:EXTREMES],
     }
-    arrays = {f"histogram_{level}": counts.numpy() for level, counts in enumerate(codebook.histograms())}
+    arrays = {}
     for name, chosen_rows in chosen.items():
         originals = load(held_out, places[chosen_rows]).to(distributed.device())
         batch = reconstruct(model, Batch(originals, places[chosen_rows]))
@@ -108,7 +108,9 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
         notes.append(f"SSIM is left out: images of {held_out.image_size} px are below its window.")
     if not pipeline.lpips:
         small = f"images of {held_out.image_size} px are too small for its trunk"
-        reason = small if options.lpips_weights else "no trunk weights were given (--lpips-weights)"
+        weights = WEIGHTS[f"lpips-{options.lpips_net}"]
+        lacking = f"{weights.file} is missing ({weights.flag}; `python -m eval.doctor` says how to fetch it)"
+        reason = small if weights.find(options.lpips_weights) else lacking
         notes.append(f"LPIPS is left out: {reason}.")
     record = Record("reconstruction", settings, measurements, arrays, notes)
     if distributed.is_main():

@@ -119,15 +119,20 @@ class Record:
     @staticmethod
     def load(folder: Path, kind: str, settings: dict[str, Any]) -> Record | None:
         """The kept record if it was made with exactly these settings and is whole, else None."""
-        wanted = digest({"kind": kind, **settings})
+        kept = Record.read(folder, kind)
+        return kept if kept and kept.hash == digest({"kind": kind, **settings}) else None
+
+    @staticmethod
+    def read(folder: Path, kind: str) -> Record | None:
+        """The kept record, whatever its settings; None when there is none, or it is not whole."""
         try:
             fields = json.loads((folder / f"{kind}.json").read_text())
             with np.load(folder / f"{kind}.npz") as stored:
                 arrays = {name: stored[name] for name in stored.files}
-            if fields["hash"] != wanted or str(arrays.pop("record_hash")) != wanted:
-                return None
             measurements = [Measurement.from_dict(each) for each in fields["measurements"]]
-            return Record(kind, settings, measurements, arrays, fields["notes"], fields["environment"])
+            own = str(arrays.pop("record_hash"))
+            record = Record(kind, fields["settings"], measurements, arrays, fields["notes"], fields["environment"])
+            return record if own == fields["hash"] == record.hash else None
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None  # absent, torn or of an older version: measured again
 

@@ -8,14 +8,22 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from eval.compare import table_of
+from eval.generation import measure_generation
+from eval.likelihood import measure_likelihood
 from eval.page import html_page
-from eval.pictures import ERROR_TOP, Picture, bars, codebook_plot, curves_plot, pair_strip, png
+from eval.pipeline import Pipeline
+from eval.reconstruction import measure_reconstruction
 from eval.record import Measurement, Record, dump_json
+from eval.sections import SECTIONS, Section, curves_section
 from eval.tables import ARROWS, extractor_text, interval_text, seed_text, unique_figures, value_text
-from training.checkpoint import digest, replace_file
+from eval.token_records import measure_codebook
+from priors.record import is_prior
+from training.checkpoint import digest, replace_file, weights_hash
+from training.command import UserError
 
+KEPT = ("rate", "rate_distortion")  # records that a report takes as they are
+PAGE = 2  # what is shown, and how: pages of another number are written again
 BARE_LOG_KEYS = ("step", "seconds", "images_per_second")
 
 
@@ -57,11 +65,28 @@ def find_stages(root: Path, others: Iterable[Path] = ()) -> list[Stage]:
     return [Stage.read(folder) for folder in sorted(folders, key=lambda f: (f / "log.jsonl").stat().st_mtime)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    title: str
-    text: str
-    pictures: list[Picture]
+def collect_records(pipeline: Pipeline) -> list[Record]:
+    """What a report shows of a pipeline: measured where need be; what takes long, only if it was measured already."""
+    records = [measure_reconstruction(pipeline), measure_codebook(pipeline)]
+    generation, notes = measure_generation(pipeline), []
+    subject = {
+        "tokenizer_sha256": pipeline.tokenizer_hash,
+        "samples_sha256": generation.settings["samples_sha256"],
+        "data": records[0].settings["data"],
+    }
+    prior = pipeline.options.prior or pipeline.folder / "prior"
+    if is_prior(prior):
+        subject["prior_sha256"] = weights_hash(prior)
+        try:
+            records.append(measure_likelihood(pipeline, prior))
+        except UserError as error:
+            notes.append(f"The prior's likelihood is left out: {error}.")
+    for kind in KEPT:
+        record = Record.read(pipeline.report_folder, kind)
+        if record and all(record.settings.get(key, value) == value for key, value in subject.items()):
+            records.append(record)
+    generation = dataclasses.replace(generation, notes=[*generation.notes, *notes])
+    return [*records, generation]
 
 
 def write_report(
@@ -70,6 +95,7 @@ def write_report(
     """Write the three files and images/ into `folder`; False, and nothing written, when they are current."""
     current = digest(
         {
+            "page": PAGE,
             "title": title,
             "records": [record.to_dict() for record in records],
             "stages": [dataclasses.asdict(stage) for stage in stages],
@@ -79,7 +105,7 @@ def write_report(
     if all((folder / name).is_file() for name in names) and _hash_of(folder / "report.json") == current:
         return False
     sections = [section for record in records for section in SECTIONS[record.kind](record, class_names)]
-    sections += [_curves_section(stages)] if stages else []
+    sections += [curves_section(stages)] if stages else []
     notes = list(dict.fromkeys(note for record in records for note in record.notes))
     figures = unique_figures(records)
     for picture in (picture for section in sections for picture in section.pictures):
@@ -96,74 +122,6 @@ def write_report(
     }
     replace_file(folder / "report.json", dump_json(content))  # last: it says that the others are current
     return True
-
-
-# Sections of the records
-
-
-def _reconstruction_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
-    arrays = record.arrays
-    pictures = [
-        Picture(
-            "reconstructions.png",
-            f"Originals, reconstructions, and absolute error (white is {ERROR_TOP} levels of 255 or more); "
-            "images that lie evenly in the split.",
-            pair_strip(arrays["shown_originals"], arrays["shown_images"]),
-        )
-    ]
-    by = "LPIPS" if "best_lpips" in arrays else "PSNR"
-    for which in ("best", "worst"):
-        values = " ".join(f"{value:.1f}" for value in arrays[f"{which}_psnr"])
-        caption = f"The {which} by {by}, {which} first. PSNR: {values} dB."
-        strip = pair_strip(arrays[f"{which}_originals"], arrays[f"{which}_images"])
-        pictures.append(Picture(f"{which}.png", caption, strip))
-    histograms = [arrays[f"histogram_{i}"] for i in range(sum(n.startswith("histogram_") for n in arrays))]
-    plots = []
-    for level, counts in enumerate(histograms, start=1):
-        suffix = f"-{level}" if len(histograms) > 1 else ""
-        caption = f"Use of the {len(counts):,} codes, most used first" + (f", level {level}." if suffix else ".")
-        plots.append(Picture(f"codebook{suffix}.svg", caption, codebook_plot(counts)))
-    return [
-        Section("Reconstructions", "Held-out images, never seen in training.", pictures),
-        Section("Codebook", "Counted over the whole held-out split; the line marks even use.", plots),
-    ]
-
-
-def _generation_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
-    arrays = record.arrays
-    images, labels = arrays["samples"], arrays.get("sample_labels")
-    if labels is None:
-        grid, caption = png(images, 12), "Samples in order, not chosen."
-    else:
-        shown = list(dict.fromkeys(labels.tolist()))
-        columns = max(int((labels == label).sum()) for label in shown)
-        blank = np.full((columns, *images.shape[1:]), 255, np.uint8)
-        rows = [np.concatenate([images[labels == label], blank])[:columns] for label in shown]
-        names = [class_names[label] if label < len(class_names) else "unconditional" for label in shown]
-        grid, caption = (
-            png(np.concatenate(rows), columns),
-            f"One class per row: {', '.join(names)}. Not chosen.",
-        )
-    found = [Section("Samples", "Drawn from the prior and decoded.", [Picture("samples.png", caption, grid)])]
-    if "agreement_total" in arrays:
-        total, right = arrays["agreement_total"], arrays["agreement_right"]
-        shares = [(class_names[i], 100 * right[i] / total[i]) for i in np.flatnonzero(total)[:50]]
-        picture = Picture(
-            "agreement.svg", "Share of each class's samples that the classifier recognises.", bars(shares)
-        )
-        found.append(Section("Class agreement", "By the in-domain classifier, trained on real images.", [picture]))
-    return found
-
-
-SECTIONS = {"reconstruction": _reconstruction_sections, "generation": _generation_sections}
-
-
-def _curves_section(stages: Sequence[Stage]) -> Section:
-    pictures = []
-    for number, stage in enumerate(stages, start=1):
-        if stage.curves:
-            pictures.append(Picture(f"training-{number}-{stage.name}.svg", stage.name, curves_plot(stage.curves)))
-    return Section("Training", "Every run's log over steps, oldest run first.", pictures)
 
 
 def _markdown(title: str, notes: list[str], figures: Sequence[Measurement], sections: Sequence[Section]) -> str:
@@ -187,6 +145,7 @@ def _markdown(title: str, notes: list[str], figures: Sequence[Measurement], sect
     lines += ["", "Every figure with its full settings is in [report.json](report.json)."]
     for section in sections:
         lines += ["", f"## {section.title}", "", section.text]
+        lines += ["", *table_of(section.table.columns)] if section.table else []
         for picture in section.pictures:
             lines += ["", f"![{picture.name}](images/{picture.name})", "", picture.caption]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Measure a pipeline or its tokenizer, or compare tokenizers: python -m eval.run COMMAND FOLDER."""
+"""Measure a pipeline or its tokenizer, or compare several: python -m eval.run COMMAND FOLDER."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from eval.pipeline import Options, Pipeline
     from eval.record import Record
 
+PROTOCOLS = ("adm", "llamagen", "clean-fid", "torch-fidelity")  # eval.protocols', named here for --help alone
+
 
 def main() -> None:
     arguments = parse()
@@ -21,7 +23,10 @@ def main() -> None:
 
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default, worth a percent of a distance
     distributed.start()
-    COMMANDS[arguments.command](options(arguments))
+    if arguments.command == REFERENCE:
+        reference_stats(arguments)
+    else:
+        COMMANDS[arguments.command](options(arguments))
     distributed.finish()
 
 
@@ -32,6 +37,33 @@ def reconstruction(options: Options) -> None:
 
     pipeline = Pipeline(options)
     show(pipeline, [measure_reconstruction(pipeline)])
+
+
+def codebook(options: Options) -> None:
+    """how held-out images use the codes: usage, perplexity, dead codes, entropy by position, neighbours"""
+    from eval.pipeline import Pipeline
+    from eval.token_records import measure_codebook
+
+    pipeline = Pipeline(options)
+    show(pipeline, [measure_codebook(pipeline)])
+
+
+def rate(options: Options) -> None:
+    """what held-out codes cost: fixed, by unigrams, by a prior, and as files; beside picture formats if asked for"""
+    from eval.pipeline import Pipeline
+    from eval.rate_distortion import markdown, plot
+    from eval.token_records import measure_rate, measure_rate_distortion, read_rate_distortion
+    from training import distributed
+
+    pipeline = Pipeline(options)
+    show(pipeline, [measure_rate(pipeline)])
+    if options.rate_distortion:
+        record = measure_rate_distortion(pipeline)
+        show(pipeline, [record])
+        if distributed.is_main():
+            found, drawn = read_rate_distortion(record), pipeline.report_folder / "rate_distortion.png"
+            plot(found, drawn)
+            print(f"\n{markdown(found)}\n{drawn}", flush=True)
 
 
 def probe(options: Options) -> None:
@@ -50,26 +82,44 @@ def quantizers(options: Options) -> None:
     compare_quantizers(options)
 
 
+def priors(options: Options) -> None:
+    """the priors in a pipeline's folder side by side: RUN/priors.md, priors.json and pictures"""
+    from eval.priors import compare_priors
+
+    compare_priors(options)
+
+
+def likelihood(options: Options) -> None:
+    """RUN/prior on held-out codes: nats per token, bits per pixel, bits per image, exact or a bound"""
+    from eval.likelihood import measure_likelihood
+    from eval.pipeline import Pipeline
+
+    pipeline = Pipeline(options)
+    show(pipeline, [measure_likelihood(pipeline, options.prior or pipeline.folder / "prior")])
+
+
 def generation(options: Options) -> None:
-    """RUN/samples against real images: FD, IS, precision and recall, class agreement"""
+    """RUN/samples against real images: FD, IS, precision and recall, memorisation, class agreement"""
     from eval.generation import measure_generation
     from eval.pipeline import Pipeline
 
     pipeline = Pipeline(options)
     show(pipeline, [measure_generation(pipeline)])
+    if options.protocol:
+        from eval.emulation import measure_protocols
+
+        show(pipeline, [measure_protocols(pipeline)])
 
 
 def report(options: Options) -> None:
-    """reconstruction and generation, and RUN/report/report.html, report.md and report.json from them"""
-    from eval.generation import measure_generation
+    """all that concerns a pipeline, and RUN/report/report.html, report.md and report.json from it"""
     from eval.pipeline import Pipeline
-    from eval.reconstruction import measure_reconstruction
-    from eval.report import find_stages, write_report
+    from eval.report import collect_records, find_stages, write_report
     from eval.tables import headlines, text_table, unique_figures
     from training import distributed
 
     pipeline = Pipeline(options)
-    records = [measure_reconstruction(pipeline), measure_generation(pipeline)]
+    records = collect_records(pipeline)
     if not distributed.is_main():
         return
     extractor = options.extractor or pipeline.folder / "extractor"
@@ -81,6 +131,21 @@ def report(options: Options) -> None:
     print(text_table(headlines(unique_figures(records))))
     state = "written" if written else "up to date"
     print(f"{pipeline.report_folder / 'report.html'}: {state}", flush=True)
+
+
+def reference_stats(arguments: argparse.Namespace) -> None:
+    """statistics of a set of images, for figures against it: python -m eval.run generation RUN --reference FILE"""
+    from eval.reference import choose_extractor, write_reference
+    from training import distributed
+
+    extractor = choose_extractor(arguments.extractor, arguments.inception_weights)
+    made = write_reference(
+        arguments.data, arguments.out, extractor, split=arguments.split, image_size=arguments.image_size,
+        num=arguments.num, batch_size=arguments.batch_size,
+    )  # fmt: skip
+    if distributed.is_main():
+        about = f"{made.settings['reference_n']:,} images by {extractor.name}@{extractor.sha256[:8]}"
+        print(f"{arguments.out}: {about}, SHA-256 {made.settings['reference_sha256']}", flush=True)
 
 
 def show(pipeline: Pipeline, records: list[Record]) -> None:
@@ -97,55 +162,80 @@ def show(pipeline: Pipeline, records: list[Record]) -> None:
 COMMANDS = {
     "reconstruction": reconstruction,
     "generation": generation,
-    "report": report,
+    "codebook": codebook,
+    "rate": rate,
+    "likelihood": likelihood,
     "probe": probe,
+    "report": report,
     "quantizers": quantizers,
+    "priors": priors,
 }
+REFERENCE = "reference-stats"
 PIPELINE = ("RUN", "the pipeline's folder, which holds tokens/")
 EITHER = ("RUN", "a tokenizer's run folder, or a pipeline's, which holds tokens/")
-FOLDERS = {"reconstruction": EITHER, "probe": EITHER, "quantizers": ("FOLDER", "folder of tokenizers' run folders")}
+FOLDERS = dict.fromkeys(("reconstruction", "codebook", "rate", "probe"), EITHER)
+FOLDERS["quantizers"] = ("FOLDER", "folder of tokenizers' run folders")
+# Groups of flags, by the commands that have them.
+LPIPS = ("reconstruction", "generation", "rate", "report", "quantizers", "priors")
+EXTRACTORS = ("reconstruction", "generation", "report", "quantizers", "priors", REFERENCE)
+TOWERS = ("reconstruction", "generation", "report", "quantizers", "priors")
+SAMPLES = ("generation", "report")
+PRIOR = ("rate", "likelihood", "report")
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(prog="python -m eval.run", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, function in COMMANDS.items():
+    for name, function in {**COMMANDS, REFERENCE: reference_stats}.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        metavar, explained = FOLDERS.get(name, PIPELINE)
-        command.add_argument("run", type=Path, metavar=metavar, help=explained)
-        command.add_argument("--num", type=int, help="measure at most so many images of each set")
-        command.add_argument("--batch-size", type=int, default=100)
-        command.add_argument("--fresh", action="store_true", help="measure again; extractors stay")
+        add = command.add_argument
+        if name == REFERENCE:
+            add("data", metavar="DATA", help="embedded name, folder, parquet, hub:owner/name, or .npz file of images")
+            add("--out", type=Path, required=True, metavar="FILE", help=".npz file to write")
+            add("--split", default="train", choices=("train", "held_out"))
+            add("--image-size", type=int, help="the side of the images; an in-domain extractor knows its own")
+        else:
+            metavar, explained = FOLDERS.get(name, PIPELINE)
+            add("run", type=Path, metavar=metavar, help=explained)
+            add("--fresh", action="store_true", help="measure again; extractors stay")
+        add("--num", type=int, help="measure at most so many images of each set")
+        add("--batch-size", type=int, default=100)
+        if name in LPIPS:
+            add("--lpips-weights", type=Path, metavar="PATH", help="trunk of LPIPS, torchvision's file")
+            add("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
+        if name in EXTRACTORS:
+            add("--inception-weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth")
+            add("--extractor", type=Path, metavar="RUN", help="in-domain extractor; a pipeline's is RUN/extractor")
+        if name in TOWERS:
+            add("--dinov2", type=Path, metavar="FOLDER", help="facebook/dinov2-large, for FD-DINOv2")
+        if name in SAMPLES:
+            add("--clip", type=Path, metavar="FOLDER", help="openai/clip-vit-large-patch14-336, for CMMD")
+            add("--reference", type=Path, metavar="FILE", help=".npz of statistics or images, such as ADM's, for FID")
+        if name in PRIOR:
+            add("--prior", type=Path, metavar="RUN", help="the prior; a pipeline's is RUN/prior")
+        if name == "generation":
+            add("--protocol", nargs="+", default=(), choices=PROTOCOLS, help="what other evaluators would say")
+        if name == "rate":
+            explained = "beside JPEG, WebP and AVIF, too, on --num images (100)"
+            add("--rate-distortion", action="store_true", help=explained)
         if name == "probe":
-            command.add_argument(
-                "--encoder", metavar="NAME", help="folder or Hub name of the pretrained encoder that the run began with"
-            )
-            continue
-        command.add_argument("--lpips-weights", type=Path, metavar="PATH", help="trunk of LPIPS, torchvision's file")
-        command.add_argument("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
-        command.add_argument(
-            "--inception-weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth"
-        )
-        command.add_argument(
-            "--extractor", type=Path, metavar="RUN", help="in-domain extractor; a pipeline's is RUN/extractor"
-        )
-        if name == "quantizers":
-            command.add_argument(
-                "--allow-differences", nargs="+", default=(), metavar="FIELD", help="settings that may differ"
-            )
-    return parser.parse_args()
+            explained = "folder or Hub name of the pretrained encoder that the run began with"
+            add("--encoder", metavar="NAME", help=explained)
+        if name in ("quantizers", "priors"):
+            add("--allow-differences", nargs="+", default=(), metavar="FIELD", help="settings that may differ")
+    arguments = parser.parse_args()
+    for name, least in (("num", 2), ("batch_size", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    return arguments
 
 
 def options(arguments: argparse.Namespace) -> Options:
     from eval.pipeline import Options
 
     given = {name: value for name, value in vars(arguments).items() if name != "command"}
-    for name, least in (("num", 2), ("batch_size", 1)):
-        if given[name] is not None and given[name] < least:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]}: must be at least {least}")
-    if "allow_differences" in given:
-        given["allow_differences"] = tuple(given["allow_differences"])
-    return Options(**given)
+    return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ HEADLINES = (
     r"F.* to held-out$",
     r"F.* of real images$",
     r"IS(\[.*\])?$",
+    r"nearer to train",
+    r"NLL",
     r"class agreement$",
     r"classifier accuracy",
 )

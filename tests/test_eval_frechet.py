@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from eval.frechet import Gaussian, frechet_distance, frechet_jackknife, jackknife
+from eval.frechet import (
+    Gaussian,
+    extrapolate,
+    frechet_distance,
+    frechet_infinity,
+    frechet_jackknife,
+    jackknife,
+    nuclear_norm,
+)
 from eval.inception_score import inception_score
 from eval.manifold import manifold
 from eval.moments import Moments
@@ -26,7 +34,18 @@ def test_merged_shards_equal_one_pass() -> None:
     assert merged.count == 1000
     torch.testing.assert_close(merged.mean, rows.mean(0), rtol=1e-12, atol=0)
     torch.testing.assert_close(merged.covariance, torch.cov(rows.T), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(merged.reduced().outer, merged.outer, rtol=0, atol=0)
+    torch.testing.assert_close(merged.reduced().scatter, merged.scatter, rtol=0, atol=0)
+    for same in (Moments.empty(16).merge(merged), merged.merge(Moments.empty(16))):
+        assert torch.equal(same.covariance, merged.covariance) and same.count == 1000
+
+
+def test_rows_far_from_zero_keep_their_covariance() -> None:
+    """Raw moments would lose 14 of 16 digits here."""
+    rows = normal(1000, 8, 1)
+    far = Moments.empty(8)
+    for part in (rows + 1e7).split(13):
+        far.update(part)
+    torch.testing.assert_close(far.covariance, torch.cov(rows.T), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("n", [5, 63, 64, 65, 300])
@@ -68,6 +87,43 @@ def test_frechet_is_torch_fidelitys(n: int, m: int) -> None:
     assert ours == pytest.approx(moments, rel=1e-6)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0, 6.0])
+def test_eigenvalues_are_taken_only_where_they_are_as_good_as_singular_values(spread: float) -> None:
+    scales = torch.logspace(0, -spread, 40, dtype=torch.float64)
+    a, b = normal(40, 40, 1) * scales, normal(40, 40, 2) * scales
+    assert float(nuclear_norm(a, b)) == pytest.approx(float(torch.linalg.svdvals(a @ b.T).sum()), rel=1e-10)
+
+
+def test_every_route_gives_one_distance() -> None:
+    """Rank-deficient or not, by features or by moments."""
+    wide = torch.linalg.qr(normal(64, 64, 3)).Q[:30]
+    for n, m in ((500, 400), (40, 500), (20, 25)):
+        a, b = normal(n, 30, 4) @ wide, (normal(m, 30, 5) + 0.1) @ wide  # 30 of 64 dimensions
+        ways = [Gaussian.of_features, lambda rows: Gaussian.of_moments(Moments.of(rows))]
+        found = [frechet_distance(first(a), second(b)) for first in ways for second in ways]
+        assert found == pytest.approx([found[0]] * 4, rel=1e-9)
+        low = [frechet_distance(*(way(rows @ wide.T) for rows in (a, b))) for way in ways]
+        assert low == pytest.approx([found[0]] * 2, rel=1e-9)
+
+
+def test_extrapolation_finds_the_line() -> None:
+    counts = [50, 80, 200, 1000]
+    assert extrapolate(counts, [3 + 40 / count for count in counts]) == pytest.approx((3, 40))
+
+
+def test_infinity_has_less_bias_than_the_distance() -> None:
+    truth = Gaussian(torch.zeros(16).double(), torch.eye(16).double())
+    features = normal(3000, 16, 6)
+    found = frechet_infinity(features, truth)
+    plain = frechet_distance(Gaussian.of_features(features), truth)
+    assert found.counts[0] == 300 and found.counts[-1] == 3000 and len(found.counts) == 15
+    assert found.distances[-1] == pytest.approx(plain)
+    assert abs(found.value) < 0.3 * plain
+    assert found == frechet_infinity(features, truth)
+    with pytest.raises(ValueError, match="too few"):
+        frechet_infinity(features[:16], truth)
+
+
 def test_jackknife_of_a_mean_is_the_standard_error() -> None:
     values = normal(400, 1, 8)[:, 0]
     found = jackknife(400, lambda kept: float(values[kept].mean()), blocks=400 // 2)
@@ -104,13 +160,16 @@ def test_inception_score_known_answers() -> None:
         inception_score(constant[:5], splits=10)
 
 
-def test_inception_score_is_torch_fidelitys() -> None:
+@pytest.mark.parametrize("splits", [1, 3, 10])
+def test_inception_score_is_torch_fidelitys(splits: int) -> None:
+    """Their order and their uneven splits too."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    logits = normal(500, 10, 11) * 2
-    theirs = isc_features_to_metric(logits, splits=1, shuffle=False, rng_seed=0)
-    ours = inception_score(logits.softmax(1), splits=1)
-    assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    logits = normal(503, 10, 11).float() * 2
+    theirs = isc_features_to_metric(logits, splits=splits, rng_seed=2020)
+    ours = inception_score(logits.double().softmax(1).float(), splits)
+    assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert ours.deviation == pytest.approx(theirs["inception_score_std"], rel=1e-6, abs=1e-9)
 
 
 def test_manifold_by_hand() -> None:

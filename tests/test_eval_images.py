@@ -13,6 +13,7 @@ from eval.codebook import CodebookUsage, usage
 from eval.interface import Batch
 from eval.paired import C1, LPIPS, Paired, psnr, squared_error, ssim
 from eval.record import Origin
+from tokenizer.data.transforms import to_float, to_uint8
 from tokenizer.interface import CodeLayout
 from training.command import UserError
 
@@ -34,13 +35,13 @@ def test_psnr_of_a_constant_offset(offset: int) -> None:
 
 def test_ssim_known_answers() -> None:
     images = random_images(3)
-    torch.testing.assert_close(ssim(images, images), torch.ones(3).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ssim(images, images), torch.ones(3).double(), rtol=0, atol=1e-12)
     a, b = (
         torch.full((1, 3, 16, 16), 51, dtype=torch.uint8),
         torch.full((1, 3, 16, 16), 204, dtype=torch.uint8),
     )
     expected = (2 * 0.2 * 0.8 + C1) / (0.2**2 + 0.8**2 + C1)
-    assert float(ssim(a, b)) == pytest.approx(expected, rel=1e-3)  # float32 variances of constants
+    assert float(ssim(a, b)) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="11 px"):
         ssim(images[..., :10], images[..., :10])
 
@@ -57,7 +58,7 @@ def test_ssim_is_the_definition() -> None:
         covariance = (weights * a * b).sum() - mean_a * mean_b
         top = (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
         values.append(top / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
-    assert float(ssim(x, y)) == pytest.approx(np.mean(values), abs=1e-5)
+    assert float(ssim(x, y)) == pytest.approx(np.mean(values), rel=1e-9)
 
 
 def test_paired_measures_means_and_keeps_order() -> None:
@@ -74,6 +75,11 @@ def test_paired_measures_means_and_keeps_order() -> None:
     assert found["PSNR"].value == math.inf and found["PSNR"].interval is None  # four images are exact
     assert found["PSNR, pooled"].value == pytest.approx(float(psnr(rows["error"].mean())))
     assert {measurement.n for measurement in found.values()} == {5}
+
+
+def test_all_levels_survive_the_way_through_floats() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
 
 
 @pytest.mark.skipif(not SQUEEZE.is_dir(), reason="the SqueezeNet trunk is not here")
@@ -104,6 +110,31 @@ def test_lpips_of_an_unknown_trunk_is_named_by_hash(tmp_path: Path) -> None:
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"trunk\.pth"):
         LPIPS("squeeze", path)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+def test_lpips_is_the_packages(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, on a trunk in torchvision's format; the classifiers, which neither uses, are left unset."""
+    import lpips as package
+
+    for name in ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "trunc_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+    theirs = package.LPIPS(net=net, pretrained=True, pnet_rand=True, verbose=False).eval()
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, parameter in theirs.net.named_parameters():  # slice2.3.weight is torchvision's features.3.weight
+        spread = (2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.1
+        parameter.data = spread * torch.randn(parameter.shape, generator=generator)
+        state["features." + name.partition(".")[2]] = parameter.data
+    torch.save(state, tmp_path / "trunk.pth")
+    ours = LPIPS(net, tmp_path / "trunk.pth")
+    x, y = random_images(2, 40, 1), random_images(2, 40, 2)
+    with torch.no_grad():
+        expected = theirs(to_float(x), to_float(y)).flatten()
+    assert torch.equal(ours(x, y).float(), expected) and expected.min() > 0
+    assert ours(x, x).tolist() == [0, 0]
+    ours.network.train()
+    assert torch.equal(ours(x, y).float(), expected)  # no dropout in the heads, whatever a parent asks
 
 
 def test_usage_known_answers() -> None:

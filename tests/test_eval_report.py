@@ -286,6 +286,6 @@ def test_a_judge_that_fails_on_real_images_is_called_out(accuracy):
     )
     samples = Samples(np.zeros((10, 4, 4, 3), np.uint8), labels.numpy(), "", {})
     origins = Origins(*(Origin(name, {}, {}) for name in ("samples", "held-out", "train")))
-    found = _agreement(pipeline, Seen(seen, seen, seen, None), samples, origins)
+    found = _agreement(pipeline, Seen(samples=seen, held_out=seen, train=seen, train_moments=None), samples, origins)
     assert found.measurements[0].value == 100 * accuracy
     assert bool(found.notes) == (accuracy < 0.8) and all("50 % of real" in note for note in found.notes)
