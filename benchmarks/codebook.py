@@ -84,7 +84,7 @@ def steps() -> None:
                 "ours": ours(config(num_codes=num_codes, code_dim=dim, init="normal"), features),
                 "theirs": peer(kind, dim, num_codes, features),
             }
-            taken = seconds(rivals, 3)
+            taken = seconds(rivals, 2)
             figures = [f"{median(taken[name]):.3f}" for name in ("ours", "theirs")]
             lines.append([f"{kind}, {num_rows} × {dim}, K = {num_codes}", *figures, ratio(taken, "theirs", "ours")])
     head = ["forward, straight-through, backward, update", "ours, s", "vector-quantize-pytorch, s", "theirs / ours"]

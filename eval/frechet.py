@@ -2,14 +2,15 @@
 
     d² = |μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁Σ₂)^½
 
-With any factors Σᵢ = FᵢᵀFᵢ the last trace is the sum of the singular values of F₁F₂ᵀ, which no rank
-deficiency disturbs: nothing is added to a diagonal, and nothing is complex. Centred features are such factors
-when N < D; otherwise Cholesky gives them.
+The last trace is the sum of the singular values of F₁F₂ᵀ for any factors Σᵢ = FᵢᵀFᵢ. Centred features are such
+factors, and the quick way when N < D. Otherwise it is the sum of the roots of the eigenvalues of L₂ᵀΣ₁L₂, which is
+symmetric and similar to Σ₁Σ₂ when Σ₂ = L₂L₂ᵀ (Cholesky). Nothing is added to a diagonal, and nothing is complex.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,26 +27,15 @@ ROOT_ROUNDING = 1e-11
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """A mean and a factor of the covariance."""
+    """A mean, and a covariance or fewer rows than columns that factor it."""
 
     mean: Tensor  # (D,) float64
-    factor: Tensor  # (r, D) float64; covariance = factorᵀ factor
+    covariance: Tensor | None = None  # (D, D) float64, positive semidefinite up to rounding; or
+    rows: Tensor | None = None  # (r, D) float64; covariance = rowsᵀ rows
 
     @staticmethod
     def of_moments(moments: Moments) -> Gaussian:
-        return Gaussian.of_covariance(moments.mean, moments.covariance)
-
-    @staticmethod
-    def of_covariance(mean: Tensor, covariance: Tensor) -> Gaussian:
-        """(D,), (D, D) positive semidefinite; negative eigenvalues are rounding and count as 0."""
-        covariance = covariance.double()
-        lower, failed = torch.linalg.cholesky_ex(covariance)
-        pivots = lower.diagonal()
-        if not failed and pivots.min() > PIVOT_RATIO * pivots.max():
-            return Gaussian(mean.double(), lower.T)
-        values, vectors = torch.linalg.eigh(covariance)
-        kept = values > values.max().clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-        return Gaussian(mean.double(), values[kept].sqrt()[:, None] * vectors.T[kept])
+        return Gaussian(moments.mean, moments.covariance)
 
     @staticmethod
     def of_features(features: Tensor) -> Gaussian:
@@ -56,7 +46,24 @@ class Gaussian:
             return Gaussian.of_moments(Moments.of(features))
         features = features.to("cpu", torch.float64)
         mean = features.mean(0)
-        return Gaussian(mean, (features - mean) / math.sqrt(len(features) - 1))
+        return Gaussian(mean, rows=(features - mean) / math.sqrt(len(features) - 1))
+
+    @property
+    def trace(self) -> Tensor:
+        return self.covariance.trace() if self.rows is None else self.rows.square().sum()
+
+    @functools.cached_property
+    def factor(self) -> Tensor:
+        """(r, D) with covariance = factorᵀ factor; negative eigenvalues are rounding and count as 0."""
+        if self.rows is not None:
+            return self.rows
+        lower, failed = torch.linalg.cholesky_ex(self.covariance)
+        pivots = lower.diagonal()
+        if not failed and pivots.min() > PIVOT_RATIO * pivots.max():
+            return lower.T
+        values, vectors = torch.linalg.eigh(self.covariance)
+        kept = values > values.max().clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+        return values[kept].sqrt()[:, None] * vectors.T[kept]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +79,38 @@ class Jackknife:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """d² >= 0; 0 for equal Gaussians up to rounding."""
     means = (a.mean - b.mean).square().sum()
-    traces = a.factor.square().sum() + b.factor.square().sum()
-    return max(0.0, float(means + traces - 2 * nuclear_norm(a.factor, b.factor)))
+    return max(0.0, float(means + a.trace + b.trace - 2 * root_trace(a, b)))
 
 
-def nuclear_norm(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of singular values of abᵀ, for factors (r, D) and (s, D)."""
-    if torch.equal(a, b):
-        return a.square().sum()  # aaᵀ is positive semidefinite: its trace
-    cross = a @ b.T
-    if min(cross.shape) == a.shape[1]:
-        # Roots of the eigenvalues of a symmetric matrix come several times faster, but a small one magnifies the
-        # rounding of its eigenvalue λ, about eps·λ_max, by 1/(2√λ). Roundings are taken as independent.
-        values = torch.linalg.eigvalsh(cross @ cross.T).clamp(min=0)
-        roots = values.sqrt()
-        rounding = torch.finfo(values.dtype).eps * values.max() * (0.5 / roots).norm()
-        if rounding < ROOT_ROUNDING * roots.sum():
-            return roots.sum()
-    return torch.linalg.svdvals(cross).sum()
+def root_trace(a: Gaussian, b: Gaussian) -> Tensor:
+    """tr (Σ₁Σ₂)^½, a scalar."""
+    if a.covariance is not None and b.covariance is not None:
+        if torch.equal(a.covariance, b.covariance):
+            return a.trace
+        values = product_eigenvalues(a.covariance, b.covariance)
+        if values is not None:
+            # A small root √λ magnifies the rounding of its eigenvalue, about eps·λ_max, by 1/(2√λ). Roundings are
+            # taken as independent.
+            roots = values.clamp(min=0).sqrt()
+            rounding = torch.finfo(values.dtype).eps * values.max() * (0.5 / roots).norm()
+            if rounding < ROOT_ROUNDING * roots.sum():
+                return roots.sum()
+    if torch.equal(a.factor, b.factor):
+        return a.trace
+    return torch.linalg.svdvals(a.factor @ b.factor.T).sum()
+
+
+def product_eigenvalues(a: Tensor, b: Tensor) -> Tensor | None:
+    """Eigenvalues of ab, (D,), for symmetric (D, D) float64; None where b has no Cholesky factor."""
+    from scipy.linalg.lapack import dsygst
+
+    lower, failed = torch.linalg.cholesky_ex(b)
+    if failed:
+        return None
+    # A third of the work of two matrix products. LAPACK counts columns first: it reads a row-major lower triangle as
+    # an upper one, and so leaves the upper triangle of UaUᵀ, U = Lᵀ, which is the row-major lower one of LᵀaL.
+    reduced, _ = dsygst(a.numpy().T, lower.contiguous().numpy().T, itype=2, lower=0)
+    return torch.linalg.eigvalsh(torch.from_numpy(reduced.T), UPLO="L")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-details summary { cursor: pointer; color: var(--accent); }
+details summary { cursor: pointer; white-space: nowrap; color: var(--accent); }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 12px 0; font-size: 14px; }
 a, th button { color: var(--accent); }
 th button { all: unset; cursor: pointer; }

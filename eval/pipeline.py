@@ -40,7 +40,7 @@ class Options:
     reference: Path | None = None  # .npz of statistics or images, for samples
     protocol: tuple[str, ...] = ()  # of eval.protocols, for samples
     prior: Path | None = None  # that codes tokens; a pipeline's is run/prior
-    rate_distortion: bool = False
+    rate_distortion: int | None = None  # so many images beside picture formats
     num: int | None = None  # at most so many images of each set
     batch_size: int = 100
     fresh: bool = False
@@ -119,14 +119,14 @@ class Pipeline:
         lpips = LPIPS(self.options.lpips_net, path) if path else None
         return lpips if lpips and lpips.fits(self.data.image_size) else None
 
-    def places(self, images: Images) -> Tensor:
-        """The items of a split that are measured, (n,) int64: all, or `num` that lie evenly in it."""
-        n, limit = len(images), self.options.num
+    def places(self, images: Images, most: int | None = None) -> Tensor:
+        """The items of a split that are measured, (n,) int64: all, or `most` (else `num`) that lie evenly in it."""
+        n, limit = len(images), most or self.options.num
         return torch.arange(n) if limit is None or limit >= n else torch.linspace(0, n - 1, limit).long()
 
-    def split_name(self, images: Images) -> str:
-        """What figures over `places` say that they are of."""
-        name, n = images.split.replace("_", "-"), len(self.places(images))
+    def split_name(self, images: Images, places: Tensor) -> str:
+        """What figures over these places say that they are of."""
+        name, n = images.split.replace("_", "-"), len(places)
         return name if n == len(images) else f"{name}, {n} of {len(images)}"
 
     def batches(self, images: Images, title: str) -> Iterator[Batch]:

@@ -74,7 +74,7 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
         return kept
 
     model = pipeline.tokenizer
-    split = pipeline.split_name(held_out)
+    split = pipeline.split_name(held_out, places)
     origin = Origin(split, protocol | {"reference": "the encoder's input after uint8"}, subject)
     paired = Paired(origin, pipeline.lpips)
     codebook = CodebookUsage(model.layout, Origin(split, protocol, subject))

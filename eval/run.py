@@ -216,16 +216,16 @@ def parse() -> argparse.Namespace:
         if name == "generation":
             add("--protocol", nargs="+", default=(), choices=PROTOCOLS, help="what other evaluators would say")
         if name == "rate":
-            explained = "beside JPEG, WebP and AVIF, too, on --num images (100)"
-            add("--rate-distortion", action="store_true", help=explained)
+            explained = "beside JPEG, WebP and AVIF, too, on N images (100)"
+            add("--rate-distortion", nargs="?", const=100, type=int, metavar="N", help=explained)
         if name == "probe":
             explained = "folder or Hub name of the pretrained encoder that the run began with"
             add("--encoder", metavar="NAME", help=explained)
         if name in ("quantizers", "priors"):
             add("--allow-differences", nargs="+", default=(), metavar="FIELD", help="settings that may differ")
     arguments = parser.parse_args()
-    for name, least in (("num", 2), ("batch_size", 1)):
-        value = getattr(arguments, name)
+    for name, least in (("num", 2), ("batch_size", 1), ("rate_distortion", 1)):
+        value = getattr(arguments, name, None)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     return arguments

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
+import html
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from einops import rearrange, reduce, repeat
-from torch import Tensor, nn
+from torch import Tensor
+from toy_pipeline import evaluate, make_pipeline, tiny_extractor
 
-from eval import run as command
-from eval.extractors import Extraction, ExtractorRun, InDomain, banner, figure_name, rotate, train_extractor
+from eval.extractors import Extraction, InDomain, banner, figure_name, rotate, train_extractor
 from eval.record import Measurement, Record
 from eval.report import Stage, write_report
 from eval.tables import number, text_table
-from tokenizer.data.sources import DataConfig
-from tokenizer.interface import CodeLayout
-from training.checkpoint import write_weights
 from training.command import UserError
-from training.config import to_yaml
-from training.loop import LoopConfig
-
-DATA = DataConfig(source="digits", image_size=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,51 +33,6 @@ class NamedExtractor:
 
     def __call__(self, images: Tensor) -> Extraction:
         raise NotImplementedError
-
-
-class BlockTokenizer(nn.Module):
-    """4x4 blocks to 16 grey levels."""
-
-    layout = CodeLayout(grids=((4, 4),), num_codes=(16,))
-
-    def encode(self, images: Tensor) -> Tensor:
-        grey = reduce(images, "b c (h p) (w q) -> b (h w)", "mean", p=4, q=4)
-        return ((grey + 1) / 2 * 15).round().long()
-
-    def decode(self, codes: Tensor) -> Tensor:
-        blocks = rearrange(codes.float() / 15 * 2 - 1, "b (h w) -> b h w", h=4)
-        return repeat(blocks, "b h w -> b c (h p) (w q)", c=3, p=4, q=4)
-
-
-def make_pipeline(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root with tokens of BlockTokenizer, blurred digits as samples, and an extractor of a few steps."""
-    from tokenizer import encode
-    from tokenizer.data.sources import open_split
-    from tokenizer.run import TokenizerRun
-
-    model = BlockTokenizer()
-    for module in ("tokenizer.encode.load", "eval.pipeline.load_tokenizer"):
-        monkeypatch.setattr(module, lambda folder: model)
-    write_weights(root / "tokenizer" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {})
-    (root / "tokenizer" / "config.yaml").write_text(to_yaml(TokenizerRun(data=DATA)))
-    encode.encode_data(encode.TokensRun(root=str(root), tokenizer=str(root / "tokenizer")))
-    train = open_split(DATA, "train").gather([(0, index) for index in range(120)])
-    images = (model.decode(model.encode(train["images"])) + 1) * 127.5
-    (root / "samples").mkdir()
-    pixels = images.round().byte().permute(0, 2, 3, 1).numpy()
-    np.savez(root / "samples" / "samples.npz", arr_0=pixels, arr_1=train["labels"].numpy())
-    train_extractor(tiny_extractor(), root / "extractor")
-    return root
-
-
-def tiny_extractor(task: str = "classes") -> ExtractorRun:
-    loop = LoopConfig(steps=30, batch_size=64, precision="fp32", ema_decay=0.8)
-    return ExtractorRun(name="digits-cnn", task=task, data=DATA, width=8, dim=16, loop=loop)
-
-
-def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["eval.run", *map(str, arguments)])
-    command.main()
 
 
 def test_only_the_known_network_may_use_the_standard_names() -> None:
@@ -179,14 +127,23 @@ def test_numbers_for_people() -> None:
 def synthetic_records() -> list[Record]:
     pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     arrays = {f"{which}_{side}": pictures for which in ("shown", "best", "worst") for side in ("originals", "images")}
-    arrays |= {"best_psnr": np.arange(6.0), "worst_psnr": np.arange(6.0), "histogram_0": np.arange(32)}
+    arrays |= {"best_psnr": np.arange(6.0), "worst_psnr": np.arange(6.0)}
     hostile = "<script>alert(1)</script>"
     settings = {"extractor": hostile, "extractor_sha256": "ab" * 32}
     figures = [measurement(), measurement(name=f"rFD[{hostile}]", settings=settings, interval=(1.0, 2.0))]
     generated = {"samples": pictures, "sample_labels": np.array([0, 0, 1, 1, 1, 2])}
     generated |= {"agreement_right": np.array([2, 1]), "agreement_total": np.array([2, 3])}
+    generated |= {"nearest_samples": pictures, "nearest_train": np.stack([pictures] * 3)}
+    generated |= {"nearest_percentiles": np.arange(6.0), "percentiles": np.arange(50.0)}
+    codes = {"histogram_0": np.arange(32), "position_entropy_0": np.arange(6.0).reshape(2, 3)}
+    rates = [
+        measurement(name=name, value=value, unit=unit, settings={"rate": hostile})
+        for name, value, unit in (("rate, fixed", 80.0, "bits/image"), ("rate per pixel, fixed", 1.25, "bits/pixel"))
+    ]
     return [
         Record("reconstruction", {"a": 1}, figures, arrays, ["Not FID, not IS: in-domain."], {}),
+        Record("codebook", {"c": 3}, [figures[0]], codes, [], {}),
+        Record("rate", {"d": 4}, rates, {}, [], {}),
         Record("generation", {"b": 2}, [measurement(name="class agreement"), figures[1]], generated, [], {}),
     ]
 
@@ -201,19 +158,52 @@ def test_report_is_self_contained_and_a_no_op_when_current(tmp_path: Path) -> No
     names = ["<b>zero</b>", "one"]
     assert write_report(tmp_path, "toy", synthetic_records(), stages, names)
     page = (tmp_path / "report.html").read_text()
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|https?://|url\(|@import|<script|<b>zero""", page)
-    assert page.count("<svg") == 3 and page.count("data:image/png;base64,") == 4
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)|https?://|url\(|@import|<script>alert|<b>zero""", page)
+    assert page.count("<svg") == 5 and page.count("data:image/png;base64,") == 5
     assert "Not FID, not IS: in-domain." in page
     markdown = (tmp_path / "report.md").read_text()
     linked = re.findall(r"\]\((images/.*?)\)", markdown)
-    assert len(linked) == 7 and all((tmp_path / path).is_file() for path in linked)
+    assert len(linked) == 10 and all((tmp_path / path).is_file() for path in linked)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert len(content["figures"]) == 3  # the shared one once
+    assert len(content["figures"]) == 5  # the shared ones once
     needed = {"name", "value", "n", "split", "settings", "settings_hash"}
     assert all(needed <= set(figure) for figure in content["figures"])
     assert not write_report(tmp_path, "toy", synthetic_records(), stages, names)
     (tmp_path / "report.html").unlink()
     assert write_report(tmp_path, "toy", synthetic_records(), stages, names)
+
+
+def test_a_page_runs_its_own_script_alone_and_reads_without_it(tmp_path: Path) -> None:
+    write_report(tmp_path, "toy", synthetic_records(), [], ["zero", "one"])
+    page = (tmp_path / "report.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', page)[1]
+    assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
+    assert all(word in script for word in ("aria-sort", "img[data-pairs]"))
+    assert page.count('data-pairs="6"') == 3  # shown, best, worst
+    targets = re.findall(r'href="#(.*?)"', page)
+    assert targets and all(page.count(f'id="{target}"') == 1 for target in targets)
+    static = page.replace(script, "")
+    assert "<button" not in static and "<canvas" not in static and "hidden" not in static
+    assert all(f"<h2>{title}</h2>" in static for title in ("Rate", "Codebook", "Nearest training images", "Samples"))
+
+
+def test_every_figure_stands_once_with_its_settings(tmp_path: Path) -> None:
+    write_report(tmp_path, "toy", synthetic_records(), [], ["zero", "one"])
+    page = (tmp_path / "report.html").read_text()
+    section = page[page.index('<section id="all-figures">') : page.index('<section id="settings">')]
+    rows = re.findall(r"<tr><td>(.*?)</tr>", section, re.S)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert len(rows) == len(content["figures"])
+    for row, figure in zip(rows, content["figures"]):
+        assert f"<code>{figure['settings_hash'][:8]}</code>" in row and row.count("<details>") == 1
+        assert html.escape(figure["name"]) in row
+        folded = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", row, re.S)[1]))
+        assert folded["settings"] == figure["settings"]
+    table = page[page.index('<section id="rate">') : page.index('<section id="samples">')]
+    assert "<td>fixed</td>" in table and "80.00" in table and "1.250" in table
+    assert "| fixed |" in (tmp_path / "report.md").read_text()
 
 
 def test_damaged_log_lines_are_passed_over(tmp_path: Path) -> None:
@@ -241,6 +231,8 @@ def test_the_command_from_tokens_to_report(
     expected = ["PSNR", "SSIM", "codebook usage", "perplexity", "rate, fixed", "class agreement"]
     expected += [f"FD{mark} to held-out", f"FD{mark} to train", f"FD{mark} of real images", f"IS{mark}"]
     expected += [f"{figure}{mark}" for figure in ("precision", "recall", "density", "coverage")]
+    expected += [f"FD∞{mark} to train", f"KD{mark} to held-out", f"KD{mark} of real images"]
+    expected += [f"nearer to train than held-out images{mark}", "code entropy per position"]
     assert set(expected) <= set(figures)
     assert figures["PSNR"]["n"] == figures[f"rFD{mark}"]["n"] > 300 and figures["class agreement"]["n"] == 120
     assert figures["rate, fixed"]["value"] == 64
@@ -286,6 +278,11 @@ def test_a_judge_that_fails_on_real_images_is_called_out(accuracy):
     )
     samples = Samples(np.zeros((10, 4, 4, 3), np.uint8), labels.numpy(), "", {})
     origins = Origins(*(Origin(name, {}, {}) for name in ("samples", "held-out", "train")))
-    found = _agreement(pipeline, Seen(samples=seen, held_out=seen, train=seen, train_moments=None), samples, origins)
+    found = _agreement(
+        pipeline,
+        Seen(samples=seen, held_out=seen, train=seen, train_moments=None, train_features=None),
+        samples,
+        origins,
+    )
     assert found.measurements[0].value == 100 * accuracy
     assert bool(found.notes) == (accuracy < 0.8) and all("50 % of real" in note for note in found.notes)

@@ -1,0 +1,215 @@
+"""Reference statistics in .npz files: ours, and those of ADM's evaluator (Dhariwal and Nichol 2021, arXiv:2105.05233).
+
+mu (D,), sigma (D, D)   of an extractor's features over the whole set
+n, features, about      ours alone: the count, up to 10,000 rows (m, D) evenly spaced, and the settings as JSON
+arr_0 (N, H, W, 3)      uint8 images: all there is of samples; beside ADM's mu, sigma, images for manifolds
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.extractors import WEIGHTS, Extractor, Inception, InDomain
+from eval.frechet import Gaussian
+from eval.interface import Batch
+from eval.moments import Moments
+from eval.pipeline import load, share
+from tokenizer.data.sources import DataConfig, open_split
+from training import distributed
+from training.checkpoint import replace_file, sha256
+from training.command import UserError
+
+KEPT_ROWS = 10_000
+IMAGES = "arr_0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a set of images is compared with."""
+
+    gaussian: Gaussian
+    features: Tensor | None  # (m, D) float32 for manifolds and kernels; None where the file has none
+    settings: dict[str, Any]  # of measurements: file, hash, count (None: ADM's files do not say)
+
+
+def write_reference(
+    data: str, out: Path, extractor: Extractor, *, split: str = "train", image_size: int | None = None,
+    num: int | None = None, batch_size: int = 100,
+) -> Reference:  # fmt: skip
+    """Measure images and keep their statistics in `out`, a .npz file; what `read_reference` gives for it.
+
+    `data`: a source as of DataConfig, at `image_size` (an in-domain extractor knows its own), at most `num` images
+    that lie evenly in its `split`; or a .npz file of images.
+    """
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out}: statistics are kept in a .npz file")
+    if data.endswith(".npz"):
+        path = Path(data)
+        header = image_header(path)
+        n = header.shape[0] if num is None else min(num, header.shape[0])
+        batches = npz_batches(path, batch_size, n)
+        identity = {"source": path.name, "sha256": sha256(path), "n": n, "image_size": header.shape[1]}
+    else:
+        size = image_size or (extractor.input_size if isinstance(extractor, InDomain) else None)
+        if size is None:
+            raise UserError(f"{data}: at what size? say --image-size, for statistics of images of other sizes differ")
+        images = open_split(DataConfig(source=data, image_size=size), split)
+        n = len(images) if num is None else min(num, len(images))
+        places = torch.linspace(0, len(images) - 1, n, dtype=torch.float64).round().long()
+        batches = share(torch.arange(n), batch_size, lambda chosen: load(images, places[chosen]), images.name)
+        identity = images.identity() | {"measured": n}
+    seen = extract(batches, extractor, n)
+    about = {"extractor": extractor.settings, "data": identity, "batch_size": batch_size}
+    arrays = {
+        "mu": seen.moments.mean.numpy(),
+        "sigma": seen.moments.covariance.numpy(),
+        "n": np.array(seen.moments.count),
+        "features": seen.features.numpy(),
+        "about": np.array(json.dumps(about, sort_keys=True)),
+    }
+    if distributed.is_main():
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        replace_file(out, content.getvalue())
+    distributed.barrier()
+    return read_reference(out, extractor, batch_size)
+
+
+def choose_extractor(in_domain: Path | None, inception: Path | None) -> Extractor:
+    """The in-domain extractor of a folder, else the Inception; UserError where its weights are not found either."""
+    if in_domain is not None:
+        return InDomain(in_domain)
+    path = WEIGHTS["inception"].find(inception)
+    if path is None:
+        raise UserError(f"name an in-domain extractor with --extractor, or fetch {WEIGHTS['inception'].missing()}")
+    return Inception(path)
+
+
+def read_reference(path: Path, extractor: Extractor, batch_size: int = 100) -> Reference:
+    """Statistics for figures of this extractor; images without statistics are measured.
+
+    Raises UserError when the file is missing or damaged, or its statistics are another extractor's.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in ("mu", "sigma", "n", "features", "about") if name in stored.files}
+            has_images = IMAGES in stored.files
+        about = json.loads(str(arrays["about"])) if "about" in arrays else None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: give an ADM reference, or make one: eval.run reference-stats") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged, or no .npz file of arrays ({error})") from None
+    settings = {"reference": path.name, "reference_sha256": sha256(path)}
+    fits = _made_by(extractor, about)
+    if {"mu", "sigma"} <= arrays.keys() and fits:
+        gaussian = Gaussian(*_statistics(path, arrays, extractor.dim))
+        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+        n = int(arrays["n"]) if "n" in arrays else None
+        if features is None and has_images:
+            features = _of_images(path, extractor, batch_size).features
+        return Reference(gaussian, features, settings | {"reference_n": n})
+    if has_images:
+        seen = _of_images(path, extractor, batch_size)
+        return Reference(
+            Gaussian.of_moments(seen.moments), seen.features, settings | {"reference_n": seen.moments.count}
+        )
+    if not fits:
+        maker = about["extractor"]["extractor"] if about else "inception-2015-12-05"
+        raise UserError(
+            f"{path}: statistics by {maker}, and these figures are by {extractor.name}@{extractor.sha256[:8]}: "
+            "make them with that one (eval.run reference-stats)"
+        )
+    raise UserError(f"{path}: holds neither statistics (mu, sigma) nor images ({IMAGES})")
+
+
+def _made_by(extractor: Extractor, about: dict[str, Any] | None) -> bool:
+    """Whether a file's statistics are this extractor's; files that say nothing are of the standard Inception."""
+    if about is None:
+        return extractor.standard and extractor.name == "inception-2015-12-05"
+    return about["extractor"] == extractor.settings
+
+
+def _statistics(path: Path, arrays: dict[str, np.ndarray], dim: int) -> tuple[Tensor, Tensor]:
+    mean, covariance = (torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in ("mu", "sigma"))
+    if mean.shape != (dim,) or covariance.shape != (dim, dim):
+        raise UserError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} are not of {dim} features")
+    if not (mean.isfinite().all() and torch.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9)):
+        raise UserError(f"{path}: mu is not finite, or sigma is not symmetric: the file is damaged")
+    return mean, (covariance + covariance.T) / 2
+
+
+# Images
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """An extractor's view of images, over all ranks."""
+
+    moments: Moments
+    features: Tensor  # (m, D) float32, m <= KEPT_ROWS, evenly spaced, in order
+
+
+def extract(batches: Iterable[Batch], extractor: Extractor, n: int) -> Seen:
+    """n images in this rank's batches; ids are places in 0..n-1. Memory does not grow with n beyond KEPT_ROWS."""
+    moments, stride = Moments.empty(extractor.dim), -(-n // KEPT_ROWS)
+    ids, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, extractor.dim)]
+    for batch in batches:
+        features = extractor(batch.images).features
+        moments.update(features)
+        kept = batch.ids % stride == 0
+        ids.append(batch.ids[kept])
+        rows.append(features.cpu()[kept])
+    order = distributed.gather_rows(torch.cat(ids)).argsort()
+    return Seen(moments.reduced(), distributed.gather_rows(torch.cat(rows))[order])
+
+
+def _of_images(path: Path, extractor: Extractor, batch_size: int) -> Seen:
+    n = image_header(path).shape[0]
+    return extract(npz_batches(path, batch_size, n), extractor, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    shape: tuple[int, ...]
+    offset: int  # of the pixels within arr_0.npy
+
+
+def image_header(path: Path) -> Header:
+    """Of a .npz file's arr_0; UserError unless it holds uint8 (N, H, H, 3), N > 0."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            offset = file.tell()
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: holds no images as ADM's files do, {IMAGES} ({error})") from None
+    good = len(shape) == 4 and shape[0] > 0 and shape[1] == shape[2] and shape[3] == 3
+    if dtype != np.uint8 or fortran or not good:
+        raise UserError(f"{path}: {IMAGES} is {dtype} {shape}, not uint8 (N, H, H, 3)")
+    return Header(shape, offset)
+
+
+def npz_batches(path: Path, batch_size: int, n: int) -> Iterator[Batch]:
+    """This rank's share of the first n images of a .npz file, read as they are needed."""
+    header = image_header(path)
+    size = header.shape[1]
+    with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as file:
+        file.read(header.offset)
+        for number, places in enumerate(torch.arange(n).split(batch_size)):
+            data = file.read(len(places) * size * size * 3)
+            if len(data) != len(places) * size * size * 3:
+                raise UserError(f"{path}: {IMAGES} ends before its {header.shape[0]} images: damaged")
+            if number % distributed.world() == distributed.rank():
+                images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, size, size, 3)
+                yield Batch(images.permute(0, 3, 1, 2).to(distributed.device()), places)
