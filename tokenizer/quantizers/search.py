@@ -84,6 +84,7 @@ def _nearest(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tens
                 product = kind(book)
                 found = [_search(features[own], book, product) for own in todo.split(_rows_at_once(len(book.offsets)))]
             codes[todo] = torch.cat(found)
+            del product
     todo = (codes == OPEN).nonzero()[:, 0]
     if len(todo):
         codes[todo] = _in_float64(features[todo], codebook, offsets)
@@ -186,7 +187,10 @@ class InFloat32:
     def __init__(self, book: _Book) -> None:
         dim = len(book.shift)
         self.codes = torch.empty(len(book.offsets), dim + 1)
-        torch.cat(list(book.parts()), out=self.codes[:, :dim])
+        start = 0
+        for part in book.parts():
+            self.codes[start : start + len(part), :dim] = part
+            start += len(part)
         self.codes[:, dim] = book.offsets
         at_once = _rows_at_once(len(self.codes))
         self.rows, self.buffer = torch.ones(at_once, dim + 1), torch.empty(at_once, len(self.codes))
