@@ -91,9 +91,8 @@ compare-quantizers: setup ## train every configs/cifar10/quantizers/*.yaml alike
 	  $(LAUNCH) tokenizer.train "$$config" $(OVERRIDES) $(if $(STEPS),loop.steps=$(STEPS)) $(FLAGS); done
 	@$(LAUNCH) eval.run quantizers "$(RUN)" $(SCORES)
 
-compare-priors: tokens ## train every configs/CONFIG/priors/*.yaml alike on the tokens, sample, and write one table
-	@test -d "$(CFG)/priors" || { echo "error: CONFIG=$(CONFIG): there is no folder $(CFG)/priors" >&2; exit 2; }
-	@set -e; for config in "$(CFG)"/priors/*.yaml; do name=$$(basename "$$config" .yaml); \
+compare-priors: tokens ## train every configs/priors/*.yaml alike on CONFIG's tokens, sample, and write one table
+	@set -e; for config in configs/priors/*.yaml; do name=$$(basename "$$config" .yaml); \
 	  $(LAUNCH) priors.train "$$config" root="$(RUN)" $(if $(STEPS),loop.steps=$(STEPS)) $(FLAGS); \
 	  $(LAUNCH) generate.sample "$(RUN)/$$name" --num $(NUM) --out "$(RUN)/$$name/samples"; done
 	@$(LAUNCH) eval.run priors "$(RUN)"
