@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import in_fresh_process, keep, median, ratio, seconds, table
-from eval.extractors import Classifier, InDomain, tag
+from eval.extractors import tag
 from eval.frechet import Gaussian, frechet_distance
+from eval.in_domain import Classifier, InDomain
 from eval.moments import Moments
 from eval.pipeline import load
 from eval.reference import npz_batches

@@ -64,7 +64,8 @@ def _weights_file(path: Path) -> Path | None:
 
 def examine_extractors(folder: Path) -> Iterator[Finding]:
     """In-domain extractors of the pipelines in a folder."""
-    from eval.extractors import InDomain, tag
+    from eval.extractors import tag
+    from eval.in_domain import InDomain
 
     found = sorted(path.parent for path in folder.glob("*/extractor/weights"))
     if not found:

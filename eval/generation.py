@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from eval.cmmd import cmmd
-from eval.extractors import Extraction, Extractor, FeatureRows, Inception, InDomain, banner, figure_name
+from eval.extractors import Extraction, Extractor, FeatureRows, Inception, banner, figure_name
 from eval.frechet import Gaussian, frechet_infinity
+from eval.in_domain import InDomain
 from eval.inception_score import inception_score
 from eval.kid import kernel_distance
 from eval.manifold import manifold

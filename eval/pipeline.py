@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.extractors import WEIGHTS, Extractor, Inception, InDomain, Tower, find_inception, open_extractor
+from eval.extractors import WEIGHTS, Extractor, Inception, Tower, find_inception
+from eval.in_domain import InDomain, open_extractor
 from eval.interface import Batch
 from eval.paired import LPIPS
 from tokenizer.cache import TokenCache

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.extractors import WEIGHTS, Extractor, Inception, InDomain
+from eval.extractors import WEIGHTS, Extractor, Inception
 from eval.frechet import Gaussian
+from eval.in_domain import InDomain
 from eval.interface import Batch
 from eval.moments import Moments
 from eval.pipeline import load, share

@@ -12,7 +12,7 @@ import torch
 from tiny import command
 
 import priors
-from eval.extractors import ExtractorRun, train_extractor
+from eval.in_domain import ExtractorRun, train_extractor
 from tokenizer.cache import TokenCache
 from tokenizer.data.sources import DataConfig
 from training.loop import LoopConfig

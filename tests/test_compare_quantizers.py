@@ -16,7 +16,7 @@ from PIL import Image
 from eval import run as command
 from eval.compare import table_of
 from eval.comparison_pictures import rate_plot
-from eval.extractors import ExtractorRun, train_extractor
+from eval.in_domain import ExtractorRun, train_extractor
 from eval.quantizers import find_runs, of_levels
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.run import TokenizerRun, load

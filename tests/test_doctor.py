@@ -15,7 +15,8 @@ from tiny import command
 from toy_pipeline import tiny_extractor
 
 from eval import doctor
-from eval.extractors import WEIGHTS, train_extractor
+from eval.extractors import WEIGHTS
+from eval.in_domain import train_extractor
 
 
 @pytest.fixture(autouse=True)

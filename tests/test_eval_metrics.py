@@ -14,17 +14,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from eval.cmmd import cmmd
-from eval.extractors import (
-    WEIGHTS,
-    Classifier,
-    Extraction,
-    FeatureRows,
-    Inception,
-    Tower,
-    figure_name,
-    find_inception,
-)
+from eval.extractors import WEIGHTS, Extraction, FeatureRows, Inception, Tower, figure_name, find_inception
 from eval.frechet import Gaussian, frechet_distance
+from eval.in_domain import Classifier
 from eval.inception_score import inception_score
 from eval.interface import Batch
 from eval.kid import kernel_distance, polynomial_mmd

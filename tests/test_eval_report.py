@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from toy_pipeline import evaluate, make_pipeline, tiny_extractor
 
-from eval.extractors import Extraction, InDomain, banner, figure_name, rotate, train_extractor
+from eval.extractors import Extraction, banner, figure_name
+from eval.in_domain import InDomain, rotate, train_extractor
 from eval.record import Measurement, Record
 from eval.report import Stage, write_report
 from eval.tables import number, text_table

@@ -110,7 +110,7 @@ def test_a_run_with_other_settings_is_refused(root: Path, images: Path, capsys: 
 
 def test_report_is_one_offline_page(root: Path, capsys: pytest.CaptureFixture):
     import tokenizer
-    from eval.extractors import extractor_run, train_extractor
+    from eval.in_domain import extractor_run, train_extractor
     from tokenizer.data.sources import open_split
 
     data = tokenizer.load(root / "tokenizer-stage2").config.data

@@ -11,8 +11,8 @@ import torch
 from test_editing import digits_root
 from tiny import command
 
-from eval.extractors import ExtractorRun, train_extractor
 from eval.frechet import Gaussian, frechet_distance
+from eval.in_domain import ExtractorRun, train_extractor
 from eval.sweep import pareto, table
 from generate.sweep import combinations
 from priors.interface import SampleOptions
@@ -79,7 +79,7 @@ def test_a_sweep_gives_table_plot_and_lines(swept):
 
 
 def test_figures_are_of_their_own_samples(swept, root):
-    from eval.extractors import InDomain
+    from eval.in_domain import InDomain
 
     extractor = InDomain(root / "extractor")
     held_out = open_split(DataConfig(source="digits", image_size=16), "held_out")
