@@ -106,12 +106,7 @@ def compare(
         if not features.check(codec.feature):
             notes.append(f"{name} is left out: this Pillow was built without it.")
             continue
-        curves[name] = []
-        progress = Progress(f"rate-distortion: {name}", len(_scales(images)) * len(codec.qualities))
-        for point in sweep(name, codec, images, lpips):
-            curves[name].append(point)
-            progress.show(len(curves[name]), point.setting)
-        progress.finish(f"{len(images)} images")
+        curves[name] = sweep(name, codec, images, lpips)
     height, width = images.shape[-2:]
     return RateDistortion(len(images), (height, width), list(points), curves, lpips and lpips.name, notes)
 
@@ -125,10 +120,13 @@ def measure_point(
     bare_bits: float,
     lpips: LPIPS | None = None,
     chunk: int = 64,
+    *,
+    quick: bool = False,
 ) -> Point:
-    """(n, 3, H, W) uint8 pairs and the mean bits per *image* that the reconstructions took."""
+    """(n, 3, H, W) uint8 pairs and the mean bits per *image* that the reconstructions took. `quick`: PSNR alone."""
     rows: list[Tensor] = []
-    device, windows = distributed.device(), min(images.shape[-2:]) >= WINDOW
+    device, windows = distributed.device(), min(images.shape[-2:]) >= WINDOW and not quick
+    lpips = None if quick else lpips
     for pair in zip(reconstructions.split(chunk), images.split(chunk)):
         pair = tuple(side.to(device) for side in pair)
         decibels = psnr(squared_error(*pair))
@@ -140,25 +138,45 @@ def measure_point(
     return Point(name, setting, bits / pixels, bare_bits / pixels, *figures)
 
 
-def sweep(name: str, codec: Codec, images: Tensor, lpips: LPIPS | None = None) -> Iterator[Point]:
-    """A point for every scale and quality, the same for all images. Grey images are coded as such."""
-    pictures = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
-    grey = bool((images == images[:, :1]).all())
-    for scale in _scales(images):
-        small = [_shrink(picture.convert("L") if grey else picture, scale) for picture in pictures]
-        for quality in codec.qualities:
-            total, bare, decoded = 0, 0, []
-            for picture, original in zip(small, pictures):
-                files = codec.encode(picture, name, quality)
-                total += 8 * min(map(len, files))
-                bare += 8 * min(map(codec.bare, files))
-                # the ways of one format differ in entropy coding alone
-                opened = Image.open(io.BytesIO(files[0])).convert("RGB")
-                decoded.append(np.asarray(opened.resize(original.size, Image.Resampling.LANCZOS)))
-            reconstructions = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
-            setting = f"quality {quality}" + (f", 1/{scale} size" if scale > 1 else "")
-            n = len(images)
-            yield measure_point(name, setting, images, reconstructions, total / n, bare / n, lpips)
+def sweep(name: str, codec: Codec, images: Tensor, lpips: LPIPS | None = None) -> list[Point]:
+    """A codec's points over scales and qualities that are on its front, with headers or bare. The same setting for all
+    images; every one is tried for its bits and PSNR, and those on a front are coded again for the other figures."""
+    settings = [(scale, quality) for scale in _scales(images) for quality in codec.qualities]
+    progress, tried = Progress(f"rate-distortion: {name}", len(settings)), {}
+    for setting in settings:
+        tried[setting] = try_codec(name, codec, images, *setting, quick=True)
+        progress.show(len(tried), tried[setting].setting)
+    points = list(tried.values())
+    fronts = [*pareto(points), *pareto(points, bare=True)]
+    found = [try_codec(name, codec, images, *setting, lpips) for setting, point in tried.items() if point in fronts]
+    progress.finish(f"{len(images)} images")
+    return found
+
+
+def try_codec(
+    name: str,
+    codec: Codec,
+    images: Tensor,
+    scale: int,
+    quality: int,
+    lpips: LPIPS | None = None,
+    *,
+    quick: bool = False,
+) -> Point:
+    """One setting of a codec. Grey images are coded as such."""
+    mode = "L" if bool((images == images[:, :1]).all()) else "RGB"
+    total, bare, decoded = 0, 0, []
+    for image in images.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+        picture = Image.fromarray(image)
+        files = codec.encode(_shrink(picture.convert(mode), scale), name, quality)
+        total += 8 * min(map(len, files))
+        bare += 8 * min(map(codec.bare, files))
+        # the ways of one format differ in entropy coding alone
+        opened = Image.open(io.BytesIO(files[0])).convert("RGB")
+        decoded.append(np.asarray(opened.resize(picture.size, Image.Resampling.LANCZOS)))
+    reconstructions = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
+    setting, n = f"quality {quality}" + (f", 1/{scale} size" if scale > 1 else ""), len(images)
+    return measure_point(name, setting, images, reconstructions, total / n, bare / n, lpips, quick=quick)
 
 
 def pareto(points: Sequence[Point], bare: bool = False) -> list[Point]:
