@@ -36,7 +36,7 @@ help: ## what can be made, and with what
 	@echo; echo "variables"
 	@printf '  %-8s %s\n' \
 	  CONFIG "folder under configs/ ($(CONFIG))" \
-	  DATA   "images: an embedded name, a folder, parquet, hub:owner/name (what CONFIG says)" \
+	  DATA   "images: an embedded name, a folder, parquet, .tar shards, hub:owner/name (what CONFIG says)" \
 	  RUN    "folder for everything that is made ($(RUN))" \
 	  NUM    "number of samples ($(NUM))" \
 	  STEPS  "training steps of compare-quantizers and compare-priors (what their configurations say)" \

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
+import time
 
+import numpy as np
 import pytest
 import torch
 
-from tokenizer.data.sampler import feed, keys_of_step
+from tokenizer.data import sampler
+from tokenizer.data.sampler import encipher, feed, keys_of_step
 from tokenizer.data.sources import DataConfig, open_split
 from training import distributed
 from training.command import UserError
@@ -30,13 +36,14 @@ def steps(dataset, batch_size, seed=0, start=0, count=4, **options):
     return list(itertools.islice(feed(dataset, batch_size, seed, **options)(start), count))
 
 
-def global_batches(monkeypatch, world, accumulate, batch_size=12, count=4):
+def global_batches(monkeypatch, world, accumulate, batch_size=12, start=0, count=4, workers=0):
     """Keys (count, batch_size, 2) put together from every rank's micro-batches by their positions."""
     whole = torch.full((count, batch_size, 2), -1)
     monkeypatch.setattr(distributed, "world", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        for step, micro_batches in enumerate(steps(Keys(17), batch_size, accumulate=accumulate, count=count)):
+        taken = steps(Keys(17), batch_size, start=start, count=count, accumulate=accumulate, workers=workers)
+        for step, micro_batches in enumerate(taken):
             assert len(micro_batches) == accumulate
             for batch in micro_batches:
                 assert (whole[step, batch.positions] == -1).all()
@@ -76,11 +83,108 @@ def test_ranks_take_contiguous_shares(monkeypatch):
     assert [batch.positions.tolist() for batch in micro_batches] == [[6, 7, 8], [9, 10, 11]]
 
 
-def test_resuming_continues_the_stream():
-    straight = steps(Keys(17), 4, count=9)
-    resumed = steps(Keys(17), 4, start=5, count=4)
-    for one, other in zip(straight[5:], resumed, strict=True):
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than a small machine has cores
+@pytest.mark.parametrize("workers", range(4))
+@pytest.mark.parametrize("world", [1, 2])
+def test_resuming_gives_what_a_straight_run_gives(monkeypatch, world, workers):
+    """From the middle of an epoch, whatever the processes before: each item once per epoch, in the same places."""
+    straight = global_batches(monkeypatch, 1, 1, count=9)
+    resumed = global_batches(monkeypatch, world, 1, start=5, count=4, workers=workers)
+    assert torch.equal(resumed, straight[5:])
+    stream = torch.cat([straight[:5], resumed]).reshape(-1, 2)
+    for epoch in range(len(stream) // 17):
+        assert sorted(stream[17 * epoch : 17 * (epoch + 1), 1].tolist()) == list(range(17))
+
+
+# Sets that are too large for a table of their order
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_enciphering_is_a_permutation(num_items):
+    for seed in range(3):
+        found = encipher(np.arange(num_items), num_items, seed)
+        assert sorted(found.tolist()) == list(range(num_items))
+    # Any place by itself, in any company.
+    places = np.random.default_rng(0).integers(num_items, size=50)
+    assert np.array_equal(encipher(places, num_items, 2), found[places])
+
+
+def test_enciphering_shuffles():
+    """Where an item goes says nothing of its place, of its neighbour, of another epoch."""
+    count = 100_000
+    orders = [encipher(np.arange(count), count, seed) / count for seed in range(4)]
+    for order in orders:
+        assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.02
+        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.02
+        assert np.abs(np.histogram(np.diff(order) % 1, 20)[0] / count - 0.05).max() < 0.005
+        pieces = np.histogram2d(order, np.arange(count) / count, 10)[0]
+        assert ((pieces - 1000) ** 2 / 1000).sum() < 150  # chi-square of 81 degrees of freedom
+    assert np.abs(np.corrcoef(orders) - np.eye(4)).max() < 0.02
+
+
+def test_each_item_of_a_large_set_once_per_epoch(monkeypatch):
+    monkeypatch.setattr(sampler, "LARGEST_TABLE", 10)
+    monkeypatch.setattr(sampler, "permutation", lambda *_: pytest.fail("made a table"))
+    test_each_item_once_per_epoch(23, 7)
+    test_resuming_gives_what_a_straight_run_gives(monkeypatch, 2, 0)
+
+
+def test_a_step_of_a_very_large_set_costs_nothing_before_it():
+    keys = keys_of_step(10**10, 512, 0, 10**6)
+    assert len(set(keys)) == 512 and all(0 <= index < 10**10 for _, index in keys)
+
+
+# Processes that read ahead
+
+
+class SlowKeys(Keys):
+    """Reading takes a while, so that processes are met alive."""
+
+    def gather(self, keys):
+        time.sleep(0.01)
+        return super().gather(keys)
+
+
+def readers():
+    return [process for process in multiprocessing.active_children() if process.is_alive()]
+
+
+def test_readers_leave_nothing_behind():
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+    for _ in range(3):
+        stream = feed(Keys(17), 4, 0, workers=2)(0)
+        next(stream)
+        assert len(readers()) == 2
+        stream.close()
+        assert not readers()
+    if descriptors is not None:
+        assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # what multiprocessing keeps for itself
+
+
+def test_readers_leave_stopping_to_the_loop():
+    """A launcher ends all processes of a job at once; the step in hand is still finished and saved."""
+    stream = feed(SlowKeys(17), 4, 0, workers=2)(0)
+    first = next(stream)
+    for process in readers():
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+    rest = list(itertools.islice(stream, 20))
+    expected = steps(Keys(17), 4, count=21)
+    for one, other in zip([first, *rest], expected, strict=True):
         assert torch.equal(one[0]["keys"], other[0]["keys"])
+    stream.close()
+    assert not readers()
+
+
+def test_a_reader_that_dies_is_one_line():
+    stream = feed(SlowKeys(17), 4, 0, workers=2)(0)
+    next(stream)
+    os.kill(readers()[0].pid, signal.SIGKILL)
+    time.sleep(0.2)  # its end is signalled here, where it must not raise
+    with pytest.raises(UserError, match=r"process that reads images ahead is gone .*lower loop\.workers") as error:
+        list(itertools.islice(stream, 200))
+    assert "\n" not in str(error.value)
+    assert not readers()
 
 
 def test_workers_change_nothing_not_even_the_global_generator():
@@ -102,6 +206,16 @@ def test_user_errors_pass_through_workers_as_one_line(workers):
             raise UserError("a line for people")
 
     with pytest.raises(UserError, match=r"^a line for people$"):
+        steps(Broken(4), 2, count=1, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_keep_their_traceback(workers):
+    class Broken(Keys):
+        def gather(self, keys):
+            raise OSError("a fault of ours")
+
+    with pytest.raises(OSError, match="a fault of ours"):
         steps(Broken(4), 2, count=1, workers=workers)
 
 

@@ -1,4 +1,4 @@
-"""What a source holds, undecoded: digits, image folders, parquet in the Hugging Face layout, the Hub."""
+"""What a source holds, undecoded: digits, image folders, parquet in the Hugging Face layout, shards, the Hub."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import bisect
 import collections
 import difflib
 import json
-import os
 import re
-from collections.abc import Sequence
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from tokenizer.data.naming import EXTENSIONS, HELD_OUT_WORDS, TRAIN_WORDS, number_classes, own_split, walk
+from tokenizer.data.tar_shards import TarListing, expand_braces, is_pattern
 from tokenizer.data.transforms import BadImage
 from training.command import UserError
 
-TRAIN_WORDS = ("train", "training")
-HELD_OUT_WORDS = ("validation", "val", "valid", "test")  # the first one that a source has is held out
-EXTENSIONS = tuple(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
+MAX_BYTES = 2**28  # of an encoded image
 
 
 class Listing(Protocol):
@@ -29,6 +29,7 @@ class Listing(Protocol):
     class_names: list[str]
     labels: np.ndarray  # (n,) int64; -1 marks an item without a class
     held_out: np.ndarray | None  # (n,) bool where the source has its own split
+    refused: Mapping[int, str]  # items known not to be usable, with the reason; their label is -1
 
     def key(self, item: int) -> str: ...  # stable name of the item: decides its split
 
@@ -43,15 +44,23 @@ def open_listing(source: str, cache_bytes: int) -> Listing:
     if source in EMBEDDED:
         return EMBEDDED[source]()
     if path.is_dir():
-        files = [path / name for name in _walk(path, (".parquet",))]
-        return ParquetListing(path, files, cache_bytes) if files else FolderListing(path)
+        if files := [path / name for name in walk(path, (".parquet",))]:
+            return ParquetListing(path, files, cache_bytes)
+        shards = [path / name for name in walk(path, (".tar",))]
+        # Archives beside the images that they once held are no source.
+        return TarListing(path, shards) if shards and not walk(path) else FolderListing(path)
     if path.suffix == ".parquet" and path.is_file():
         return ParquetListing(path, [path], cache_bytes)
+    if path.suffix == ".tar" and path.is_file():
+        return TarListing(path, [path])
     if path.exists():
-        raise UserError(f"data.source={source} is no folder and no .parquet file: unpack it into a folder")
+        raise UserError(f"data.source={source} is no folder, .parquet or .tar file: unpack it into a folder")
     if source.startswith("hub:"):
         return HubListing(source.removeprefix("hub:"))
-    remedy = f"give a folder of images, a .parquet file, hub:owner/name or one of {', '.join(EMBEDDED)}"
+    if is_pattern(source):
+        return TarListing(path, [Path(name) for name in expand_braces(str(path))])
+    remedy = "give a folder of images or .tar shards, a .parquet file, shards-{000..099}.tar, hub:owner/name or one of "
+    remedy += ", ".join(EMBEDDED)
     if close := difflib.get_close_matches(source, EMBEDDED, 1):
         remedy = f"did you mean {close[0]}?"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -64,6 +73,7 @@ class DigitsListing:
 
     name = "digits"
     held_out = None
+    refused: Mapping[int, str] = {}
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -89,6 +99,8 @@ EMBEDDED = {"digits": DigitsListing}
 class FolderListing:
     """A folder of images: flat, in class subfolders, or either of these within train/ and validation/."""
 
+    refused: Mapping[int, str] = {}
+
     def __init__(self, root: Path):
         self.name = root.resolve().name
         self._root = root
@@ -101,7 +113,7 @@ class FolderListing:
         else:
             tops = [""]
         # (path below the root, path below train/ or the like), in the order of the first
-        found = sorted((f"{top}/{path}" if top else path, path) for top in tops for path in _walk(root / top))
+        found = sorted((f"{top}/{path}" if top else path, path) for top in tops for path in walk(root / top))
         if not found:
             lack = f"holds no images ({' '.join(EXTENSIONS)})" if any(root.iterdir()) else "is empty"
             raise UserError(f"data.source={root} {lack}: give images, or one subfolder of images per class")
@@ -119,8 +131,14 @@ class FolderListing:
         return self._paths[item]
 
     def read(self, item: int) -> bytes:
+        path = self._root / self._paths[item]
         try:
-            return (self._root / self._paths[item]).read_bytes()
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):  # reading a pipe may never end
+                raise BadImage("is no regular file")
+            if found.st_size > MAX_BYTES:
+                raise BadImage(f"has {found.st_size} bytes, more than {MAX_BYTES}")
+            return path.read_bytes()
         except OSError as error:
             raise BadImage(error.strerror) from error
 
@@ -140,6 +158,8 @@ class ParquetListing:
     Row groups are read as they are needed and up to `cache_bytes` of them kept. A random order over more than
     that reads a row group per image: better unpack such a set into a folder.
     """
+
+    refused: Mapping[int, str] = {}
 
     def __init__(self, root: Path, files: list[Path], cache_bytes: int):
         import pyarrow as pa
@@ -225,6 +245,8 @@ class ParquetListing:
 class HubListing:
     """A data set of the Hugging Face Hub, through `datasets` and its cache."""
 
+    refused: Mapping[int, str] = {}
+
     def __init__(self, name: str):
         import datasets
 
@@ -266,47 +288,6 @@ class HubListing:
             raise BadImage(f"cannot be read ({error})") from error
 
 
-class OwnSplit(NamedTuple):
-    """The parts of a source that are its training and its held-out split."""
-
-    train: list[str]
-    held_out: list[str]
-
-
-def own_split(names: Sequence[str]) -> OwnSplit | None:
-    """What a source's files, folders or parts say by their names; None unless both splits are among them.
-
-    Of several that could be held out one is taken and the others, like names that say nothing, are left out.
-    """
-    words = {name: set(re.findall("[a-z]+", name.lower())) for name in names}
-    train = [name for name in names if words[name] & set(TRAIN_WORDS)]
-    for held_out_word in HELD_OUT_WORDS:
-        held_out = [name for name in names if held_out_word in words[name] and name not in train]
-        if train and held_out:
-            return OwnSplit(train, held_out)
-    return None
-
-
-def number_classes(
-    source: str, values: Sequence[Any], class_names: Sequence[str] | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """Label values, either names or numbers (into `class_names` where given) -> (n,) int64, all names.
-
-    A missing value, or one that `class_names` does not know, is -1.
-    """
-    kinds = {type(value) for value in values if value is not None}
-    if len(kinds) > 1 or kinds - {int, str}:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise UserError(f"data.source={source}: column label holds {found}, not class numbers or names")
-    known: dict[Any, int]
-    if class_names is not None:
-        known = {number: number for number in range(len(class_names))}
-    else:
-        known = {value: number for number, value in enumerate(sorted({v for v in values if v is not None}))}
-    labels = np.array([known.get(value, -1) for value in values], dtype=np.int64)
-    return labels, [str(name) for name in (known if class_names is None else class_names)]
-
-
 def _image_column(path: Path, schema: Any) -> str:
     """The column of a parquet schema that holds images: "image", or the only one with a binary `bytes`."""
     import pyarrow as pa
@@ -330,28 +311,3 @@ def _class_names(path: Path) -> list[str] | None:
         return described["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, json.JSONDecodeError):
         return None
-
-
-def _walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
-    """Files below a folder by extension, sorted paths relative to it with "/"; hidden ones are left out.
-
-    Links to folders are followed, once each and not back into the tree.
-    """
-    found: list[str] = []
-    entered: set[str] = set()
-    inside = os.path.realpath(root) + os.sep
-
-    def enter(folder: str) -> bool:
-        if not os.path.islink(folder):
-            return True
-        target = os.path.realpath(folder)
-        if target in entered or (target + os.sep).startswith(inside) or inside.startswith(target + os.sep):
-            return False
-        entered.add(target)
-        return True
-
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in sorted(folders) if f[0] != "." and enter(os.path.join(folder, f))]
-        files = [file for file in files if file[0] != "." and file.lower().endswith(extensions)]
-        found += [Path(folder, file).relative_to(root).as_posix() for file in files]
-    return sorted(found)

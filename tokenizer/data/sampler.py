@@ -1,12 +1,20 @@
-"""Stateless order of training items: a function of (seed, step), shared evenly by ranks and micro-batches."""
+"""Stateless order of training items: a function of (seed, step), shared evenly by ranks and micro-batches.
+
+Epochs of up to 2^24 items are drawn as a table, exactly uniform. Larger ones are enciphered: a Feistel network (Luby
+& Rackoff 1988) over the next power of four, walked along its cycles until it lands on an item (Black & Rogaway 2002),
+gives any place of the order without memory or a start, and still each item once.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +23,8 @@ from training.command import UserError
 from training.loop import Batch
 
 Key = tuple[int, int]  # (epoch, index): what an item and its augmentation depend on
+LARGEST_TABLE = 2**24  # items; 134 MB and about a second per epoch
+FEISTEL_ROUNDS = 6
 
 
 class Keyed(Protocol):
@@ -25,11 +35,41 @@ class Keyed(Protocol):
     def gather(self, keys: list[Key]) -> dict[str, Tensor]: ...  # each (B, ...)
 
 
+def order(num_items: int, seed: int, epoch: int, start: int, stop: int) -> list[int]:
+    """Items at the places [start, stop) of an epoch's order."""
+    if num_items <= LARGEST_TABLE:
+        return permutation(num_items, seed, epoch)[start:stop].tolist()
+    return encipher(np.arange(start, min(stop, num_items)), num_items, distributed.mix(seed, epoch)).tolist()
+
+
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
 def permutation(num_items: int, seed: int, epoch: int) -> Tensor:
     """The order of one epoch, (num_items,) int64."""
     generator = torch.Generator().manual_seed(distributed.mix(seed, epoch))
     return torch.randperm(num_items, generator=generator)
+
+
+def encipher(places: np.ndarray, num_items: int, seed: int) -> np.ndarray:
+    """Places (n,) in [0, num_items) -> where a permutation that only the seed decides puts them, (n,) int64."""
+    half = np.uint64(max(1, -(-(num_items - 1).bit_length() // 2)))  # bits
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    rounds = np.array([distributed.mix(seed, number) for number in range(FEISTEL_ROUNDS)], np.uint64)
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():  # on average under four times: the domain is less than four times the items
+        left, right = found[outside] >> half, found[outside] & mask
+        for key in rounds:
+            left, right = right, left ^ (_scramble(right ^ key) & mask)
+        found[outside] = left << half | right
+        outside = found >= num_items
+    return found.astype(np.int64)
+
+
+def _scramble(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al. 2014), uint64."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
 
 
 def keys_of_step(num_items: int, batch_size: int, seed: int, step: int) -> list[Key]:
@@ -41,7 +81,7 @@ def keys_of_step(num_items: int, batch_size: int, seed: int, step: int) -> list[
     while len(keys) < batch_size:
         epoch, start = divmod(step * batch_size + len(keys), num_items)
         stop = start + batch_size - len(keys)
-        keys += [(epoch, index) for index in permutation(num_items, seed, epoch)[start:stop].tolist()]
+        keys += [(epoch, index) for index in order(num_items, seed, epoch, start, stop)]
     return keys
 
 
@@ -72,28 +112,39 @@ def feed(
             yield from (keys[share[0] : share[-1] + 1] for share in shares)
 
     def batches(start_step: int) -> Iterator[list[Batch]]:
-        if workers:
-            parts = iter(_loader(dataset, keys_from(start_step), workers))
-        else:
-            parts = map(dataset.gather, keys_from(start_step))
+        keys = keys_from(start_step)
+        parts = _read_ahead(dataset, keys, workers) if workers else map(dataset.gather, keys)
         try:
             while True:
-                yield [Batch(_checked(next(parts)), share) for share in shares]
+                yield [Batch(_checked(_next(parts, workers)), share) for share in shares]
         finally:
             del parts  # ends the workers now: an error's traceback would keep them
 
     return batches
 
 
-def _loader(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(
+def _read_ahead(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> Iterator[Any]:
+    """What `gather` gives, in order, from processes that end with this iterator."""
+    loader = torch.utils.data.DataLoader(
         _Gathered(dataset),
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=lambda batch: batch,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader must not draw from the loop's
+        worker_init_fn=_leave_stopping_to_the_loop,
     )
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    parts = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)  # the loader's would raise in the middle of whatever runs, not in `next`
+    return parts
+
+
+def _leave_stopping_to_the_loop(worker: int) -> None:
+    """A launcher signals all its processes, and the loop needs batches until its step is done and saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Gathered(torch.utils.data.Dataset):
@@ -107,6 +158,20 @@ class _Gathered(torch.utils.data.Dataset):
             return self.dataset.gather(keys)
         except UserError as error:  # travels as a value: DataLoader would bury the line in a traceback
             return error
+
+
+def _next(parts: Iterator[Any], workers: int) -> Any:
+    """What comes next; of a process that died, the UserError to raise where no traceback keeps the others."""
+    try:
+        return next(parts)
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught "):  # raised by `gather`, here or there
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return UserError(
+            f"a process that reads images ahead is gone ({reason}): it may have lacked memory, also in /dev/shm; "
+            "lower loop.workers, and run the same command again to go on"
+        )
 
 
 def _checked(gathered: Any) -> dict[str, Tensor]:

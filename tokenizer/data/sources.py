@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,7 @@ from training.distributed import mix
 
 SPLITS = ("train", "held_out")
 SPLIT_SEED = 1  # part of what "held out" means: changing it moves images between the splits
+FEWEST_READS = 1000  # before a share of bad items among those read is judged
 DECODE_THREADS = 2  # Pillow lets go of the interpreter only within decoding and resizing
 
 
@@ -35,7 +37,7 @@ class DataConfig:
     image_size: int = 32  # pixels, square
     held_out: float = 0.2  # share per class, where the source has no test or validation split of its own
     augment: str = "none"  # of transforms.AUGMENTATIONS, in training only
-    max_bad: float = 0.05  # largest share of unreadable items of a split that is skipped rather than refused
+    max_bad: float = 0.05  # largest share of unreadable items, of a split or of what was read, that is skipped
     max_pixels: int = 64_000_000  # larger images are refused before they are decoded
     memory_mib: int = 1024  # for decoded pixels; larger sets are decoded each time
 
@@ -49,6 +51,8 @@ class DataConfig:
             raise UserError(f"data.held_out={self.held_out}: must be a share above 0 and below 1")
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"data.max_bad={self.max_bad}: must be a share from 0 to 1")
+        if self.max_pixels < 1:
+            raise UserError(f"data.max_pixels={self.max_pixels}: must be at least 1")
 
 
 def open_split(config: DataConfig, split: str, augment: bool = False, seed: int = 0) -> Images:
@@ -86,15 +90,18 @@ class Images:
                 "or files named train and validation"
             )
         self._listed = len(items)
-        bad = {item: "has no class, unlike others" for item in items[listing.labels[items] < 0].tolist()}
-        items = np.array([item for item in items.tolist() if item not in bad], dtype=np.int64)
+        unlabelled = listing.labels[items] < 0
+        bad = {item: listing.refused.get(item, "has no class, unlike others") for item in items[unlabelled].tolist()}
+        items = items[~unlabelled]
         pixels = None
         if len(items) * 3 * config.image_size**2 <= config.memory_mib * 2**20:
             pixels, unreadable = decode_all(listing, items, config)
             bad |= unreadable
             readable = ~np.isin(items, list(unreadable))
             items, pixels = items[readable], pixels if readable.all() else pixels[torch.from_numpy(readable)]
-        self._skip(f"{listing.where(item)}: {reason}" for item, reason in sorted(bad.items()))
+        self.bad += [f"{listing.where(item)}: {reason}" for item, reason in sorted(bad.items())]
+        self._judge(len(bad), self._listed)
+        self._reads = 0  # of items, where they are decoded as they are read
         self._pixels = pixels  # (n, 3, S, S) uint8, or None
         self._listing = listing if pixels is None else None
         self._unreadable: set[int] = set()
@@ -165,15 +172,20 @@ class Images:
     def _load(self, place: int) -> tuple[Tensor, int]:
         """Pixels (3, S, S) uint8 of an item, or of the next readable one of its class, and which it was."""
         for candidate in self._candidates(place):
+            self._reads += 1
             try:
                 data = self._listing.read(int(self.ids[candidate]))
-                pixels = transforms.decode(data, self.image_size, self._config.max_pixels)
+                with _without_warnings():
+                    pixels = transforms.decode(data, self.image_size, self._config.max_pixels)
                 return torch.from_numpy(pixels.copy()), candidate
             except BadImage as error:
                 self._unreadable.add(candidate)
-                line = f"{self._listing.where(int(self.ids[candidate]))}: {error}"
-                warnings.warn(f"skipped {line}", stacklevel=2)
-                self._skip([line])
+                self.bad.append(f"{self._listing.where(int(self.ids[candidate]))}: {error}")
+                count = len(self._unreadable)
+                if count.bit_count() == 1:  # 1, 2, 4, ...: a line each, not one per image
+                    warnings.warn(f"{self._config.source}: skipped {_first(self.bad)}", stacklevel=2)
+                # A process that reads ahead sees its part only: it judges by that.
+                self._judge(count, min(self._listed, max(self._reads, FEWEST_READS)))
         name = self.class_names[self.labels[place]]
         raise UserError(f"{self._config.source}: class {name} has no readable {self.split} image")
 
@@ -186,12 +198,11 @@ class Images:
             if candidate not in self._unreadable:
                 yield candidate
 
-    def _skip(self, lines: Iterable[str]) -> None:
-        """List unusable items; refuse when they are too many, or all."""
-        self.bad += lines
-        if len(self.bad) > self._config.max_bad * self._listed or len(self.bad) == self._listed:
+    def _judge(self, count: int, among: int) -> None:
+        """Refuse when `count` unusable items are too many of `among`, or all are unusable."""
+        if count > self._config.max_bad * among or len(self.bad) == self._listed:
             raise UserError(
-                f"{self._config.source}: too many of its {self._listed} {self.split} images cannot be used: "
+                f"{self._config.source}: too many of its {among} {self.split} images cannot be used: "
                 f"{_first(self.bad)}; mend or remove them, or raise data.max_bad={self._config.max_bad}"
             )
 
@@ -223,7 +234,7 @@ def decode_all(
         except BadImage as error:
             return error
 
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:  # this thread reads, the pool decodes
+    with _without_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:  # this thread reads, the pool decodes
         pending: collections.deque = collections.deque()
         for start in range(0, len(items), block):
             encoded = [read(item) for item in items[start : start + block].tolist()]
@@ -235,6 +246,14 @@ def decode_all(
     return torch.from_numpy(pixels), bad
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow's, of damage that it reads over: lines without the name of a file, as many as there are images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def split_items(listing: Listing, split: str, share: float) -> np.ndarray:
     """Items of a split, (n,) int64 ascending: the source's own split, else `share` of each class held out.
 
@@ -244,7 +263,7 @@ def split_items(listing: Listing, split: str, share: float) -> np.ndarray:
     held_out = listing.held_out
     if held_out is None:
         held_out = np.zeros(len(listing.labels), dtype=bool)
-        rank = np.array([_hash(listing.key(item)) for item in range(len(held_out))], dtype=np.uint64)
+        rank = np.fromiter((_hash(listing.key(item)) for item in range(len(held_out))), np.uint64, len(held_out))
         for label in np.unique(listing.labels):
             members = np.flatnonzero(listing.labels == label)
             members = members[np.argsort(rank[members], kind="stable")]

@@ -15,6 +15,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 # EXIF orientation (tag 0x0112) -> the transposition that puts the picture upright.
 ORIENTATION_TAG = 0x0112
+TILE_WIDTH_TAG, TILE_HEIGHT_TAG = 322, 323  # TIFF 6.0, section 15
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,11 +38,11 @@ def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadImage(f"{width}x{height} is more than data.max_pixels={max_pixels}")
-            if width * height == 0:
-                raise BadImage(f"has no pixels ({width}x{height})")
+            for width, height in (image.size, _tile(image)):
+                if width * height > max_pixels:
+                    raise BadImage(f"{width}x{height} is more than data.max_pixels={max_pixels}")
+                if width * height == 0:
+                    raise BadImage(f"has no pixels ({width}x{height})")
             # JPEG decodes at 1/2, 1/4 or 1/8; twice the target leaves the resize below its antialiasing.
             image.draft(image.mode, (2 * size, 2 * size))
             image.load()
@@ -56,6 +57,12 @@ def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     # The centre square is the same region in every orientation, so the small image can be turned.
     pixels = np.asarray(square if upright is None else square.transpose(upright))
     return pixels[None].repeat(3, axis=0) if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """What is decoded at once: a TIFF's tile, however small its picture, else the picture."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(TILE_WIDTH_TAG, image.width), tags.get(TILE_HEIGHT_TAG, image.height)
 
 
 def _orientation(image: Image.Image) -> int:
