@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from priors.autoregressive import choose_sampler
-from priors.backbone import BackboneConfig, check_settings, cross_entropy, evaluation
+from priors.backbone import BackboneConfig, check_settings, cross_entropy
 from priors.bounds import order_agnostic_bound
 from priors.diffusion import draws, inverse_cdf, share_and_rate, step_noise
 from priors.interface import Likelihood, SampleOptions
-from priors.sampling import guided_labels, shape_logits, uniform_noise
+from priors.parallel import Reading, reading
+from priors.sampling import begin, shape_logits, uniform_noise
 from priors.schedules import SCHEDULES
 from tokenizer.interface import CodeLayout
 from training.loop import Loss
@@ -92,33 +93,27 @@ class AbsorbingPrior(nn.Module):
         """(B, N) int64. Raises UserError unless options.sampler is one of SAMPLERS, the first by default.
 
         Guidance, temperature and filters shape p(code) and never the rate of unmasking. The network is asked
-        only about the samples of which a code is about to be revealed.
+        only about the codes that are about to be revealed.
         """
         sampler = SAMPLERS[choose_sampler(options, tuple(SAMPLERS))]
-        if known is None:
-            known = torch.full((len(labels), self.layout.length), -1, device=labels.device)
-        codes = known.clone()
-        plan = sampler(self, options, sample_ids.cpu(), (known < 0).cpu())
-        with evaluation(self):
-            for move in plan:
-                self._reveal(codes, move, labels, options, given)
-                if move.mask is not None:
-                    codes[move.mask] = -1
+        start = begin(self, labels, options, known, given)
+        codes = start.known.clone()
+        plan = sampler(self, options, sample_ids.cpu(), (codes < 0).cpu())
+        read = reading(self.backbone, start.labels, start.given, start.copies)
+        for move in plan:
+            self._reveal(codes, move, read, options)
+            if move.mask is not None:
+                codes[move.mask] = -1
         return codes
 
-    def _reveal(self, codes: Tensor, move: Move, labels: Tensor, options: SampleOptions, given: Tensor | None) -> None:
+    def _reveal(self, codes: Tensor, move: Move, read: Reading, options: SampleOptions) -> None:
         """Draw the codes of `move.reveal`, in place."""
-        rows = move.reveal.any(1).nonzero()[:, 0]
-        if not len(rows):
+        if not move.reveal.any():
             return
-        conditions = guided_labels(labels[rows], self.num_classes, options)
-        copies = len(conditions) // len(rows)
-        given = given if given is None else given[rows].repeat(copies, 1)
-        logits = self.backbone(codes[rows].repeat(copies, 1), conditions, given=given)
+        logits = read(codes, move.reveal.to(codes.device))
         for level, (span, _) in zip(logits, self.layout.spans()):
             reveal, noise = move.reveal[:, span], move.noise[:, span]
-            asked = level.unflatten(0, (copies, -1))[:, reveal[rows]].flatten(0, 1)
-            probabilities = shape_logits(asked, options, move.progress).softmax(-1)
+            probabilities = shape_logits(level, options, move.progress).softmax(-1)
             codes[:, span][reveal] = inverse_cdf(probabilities, noise[reveal].to(codes.device))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from priors.backbone import BackboneConfig, check_settings, cross_entropy, evaluation
 from priors.interface import Likelihood, SampleOptions
-from priors.sampling import categorical, guided_labels, gumbel, shape_logits, uniform_noise
+from priors.sampling import begin, categorical, gumbel, shape_logits, uniform_noise
 from tokenizer.interface import CodeLayout
 from training.command import UserError
 from training.loop import Loss
@@ -125,22 +125,19 @@ class AutoregressivePrior(nn.Module):
         are a beginning; in random order, where one code of a level is unknown, none of the levels after it is known.
         """
         batch, length = len(labels), self.layout.length
-        if known is None:
-            known = torch.full((batch, length), -1, device=labels.device)
+        start = begin(self, labels, options, known, given)
         sampler = choose_sampler(options, ("random", "raster") if self.order == "random" else ("raster",))
         keys = torch.arange(length, device=labels.device).expand(batch, -1)
         if sampler == "random":
-            keys = uniform_noise(options.seed, sample_ids, length, (length,)) - (known >= 0).double()
+            keys = uniform_noise(options.seed, sample_ids, length, (length,)) - (start.known >= 0).double()
         order = order_within_levels(self.layout, keys)
-        _check_known(known.gather(1, order) >= 0, sampler)
-        conditions = guided_labels(labels, self.num_classes, options)
-        copies = len(conditions) // max(1, batch)
-        codes, previous = known.clone(), None
+        _check_known(start.known.gather(1, order) >= 0, sampler)
+        codes, previous = start.known.clone(), None
         with evaluation(self):
             decoding = self.backbone.decoding(
-                conditions,
-                order=order.repeat(copies, 1) if sampler == "random" else None,
-                given=None if given is None else given.repeat(copies, 1),
+                start.labels,
+                order=order.repeat(start.copies, 1) if sampler == "random" else None,
+                given=start.given,
             )
             for slot in range(length):
                 logits = shape_logits(decoding.step(slot, previous), options, slot / length)
@@ -149,7 +146,7 @@ class AutoregressivePrior(nn.Module):
                 kept = codes.gather(1, position)[:, 0]
                 code = torch.where(kept < 0, drawn, kept)
                 codes.scatter_(1, position, code[:, None])
-                previous = code.repeat(copies)
+                previous = code.repeat(start.copies)
         return codes
 
 

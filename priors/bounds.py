@@ -7,11 +7,13 @@ arXiv:2406.03736, 3.2): k of N codes masked, k uniform, E[(N / k) sum over maske
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from priors.backbone import cross_entropy, evaluation
 from priors.interface import Likelihood
+from priors.parallel import Reading, reading
 from priors.sampling import uniform_noise
+from tokenizer.interface import CodeLayout
 from training.distributed import mix
 
 STRATA = 8  # mask counts per sequence
@@ -24,11 +26,11 @@ def order_agnostic_bound(backbone: nn.Module, codes: Tensor, labels: Tensor, giv
     """
     length, nats = codes.shape[1], torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
     noise = own_noise(codes, (STRATA, length + 1))
-    with evaluation(backbone):
-        for stratum in range(STRATA):
-            num_masked = ((stratum + noise[:, stratum, 0]) / STRATA * length).floor() + 1
-            masked = lowest(noise[:, stratum, 1:], num_masked)
-            nats += masked_nats(backbone, codes, labels, masked, given) / STRATA
+    read = reading(backbone, labels, given)
+    for stratum in range(STRATA):
+        num_masked = ((stratum + noise[:, stratum, 0]) / STRATA * length).floor() + 1
+        masked = lowest(noise[:, stratum, 1:], num_masked)
+        nats += _masked_nats(read, backbone.layout, codes, masked) / STRATA
     return Likelihood(nats, "bound")
 
 
@@ -36,8 +38,15 @@ def masked_nats(
     backbone: nn.Module, codes: Tensor, labels: Tensor, masked: Tensor, given: Tensor | None = None
 ) -> Tensor:
     """(N / k) sum of -log p over the k masked codes of each row, (B,) float64. `masked` (B, N) bool, k from 1."""
-    logits = [level.double() for level in backbone(codes.masked_fill(masked, -1), labels, given=given)]
-    total = (cross_entropy(backbone.layout, logits, codes) * masked).sum(1)
+    return _masked_nats(reading(backbone, labels, given), backbone.layout, codes, masked)
+
+
+def _masked_nats(read: Reading, layout: CodeLayout, codes: Tensor, masked: Tensor) -> Tensor:
+    total = torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
+    for level, (span, _) in zip(read(codes.masked_fill(masked, -1), masked), layout.spans()):
+        hidden, nats = masked[:, span], torch.zeros_like(codes[:, span], dtype=torch.float64)
+        nats[hidden] = F.cross_entropy(level.double(), codes[:, span][hidden], reduction="none")
+        total += nats.sum(1)
     return total * (codes.shape[1] / masked.sum(1))
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from priors.autoregressive import choose_sampler
-from priors.backbone import BackboneConfig, check_settings, cross_entropy, evaluation
+from priors.backbone import BackboneConfig, check_settings, cross_entropy
 from priors.bounds import lowest, order_agnostic_bound
 from priors.halton import halton_turns, rolled
 from priors.interface import Likelihood, SampleOptions
-from priors.sampling import categorical, guided_labels, gumbel, shape_logits, uniform_noise
+from priors.parallel import Reading, reading
+from priors.sampling import begin, categorical, chosen_gumbel, gumbel, shape_logits, uniform_noise
 from priors.schedules import SCHEDULES, mean_share
 from tokenizer.interface import CodeLayout
 from training.loop import Loss
@@ -128,51 +129,51 @@ class MaskedPrior(nn.Module):
         Samplers: "confidence" keeps those drawn with most confidence under annealed noise, "halton" those whose
         turn it is, level after level, in an order that starts somewhere else in each sample.
         """
-        batch, length = len(labels), self.layout.length
-        if known is None:
-            known = torch.full((batch, length), -1, device=labels.device)
+        start, length = begin(self, labels, options, known, given), self.layout.length
         sampler = choose_sampler(options, (self.sampler, *SAMPLERS))
         steps = min(options.steps or self.steps, length)
         schedule = SCHEDULES[self.sampling_schedule or SAMPLERS[sampler]]
         shares = schedule(torch.arange(1, steps + 1, dtype=torch.float64) / steps).tolist()
-        conditions = guided_labels(labels, self.num_classes, options)
-        copies = len(conditions) // max(1, batch)
-        given = None if given is None else given.repeat(copies, 1)
-        codes, initially_unknown = known, (known < 0).sum(1)
+        codes, initially_unknown = start.known, (start.known < 0).sum(1)
         streams = len(self.layout.grids) + 1  # of noise in each step
         if sampler == "halton":
             starts = uniform_noise(options.seed, sample_ids, steps * streams, (streams - 1,))
             turns = rolled(self.layout, self.halton_turns, starts).double()
-        with evaluation(self):
-            for step, share in enumerate(shares):
-                logits = self.backbone(codes.repeat(copies, 1), conditions, given=given)
-                drawn, confidence = self._draw(logits, options, sample_ids, step * streams, step / steps)
-                unknown = codes < 0
-                codes = torch.where(unknown, drawn, codes)
-                if step + 1 == steps:
-                    break  # the result is what was drawn before the last re-masking
-                if sampler == "halton":
-                    num_masked = _num_waiting(initially_unknown, step, share)
-                    masked = lowest(-turns.masked_fill(~unknown, -torch.inf), num_masked)
-                else:
-                    noise = gumbel(options.seed, sample_ids, (step + 1) * streams - 1, (length,))
-                    confidence = confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
-                    num_masked = _num_remasked(initially_unknown, unknown.sum(1), share)
-                    masked = lowest(confidence.masked_fill(~unknown, torch.inf), num_masked)
-                codes = codes.masked_fill(masked, -1)
+        read = reading(self.backbone, start.labels, start.given, start.copies)
+        for step, share in enumerate(shares):
+            unknown = codes < 0
+            codes, confidence = self._draw(read, codes, options, sample_ids, step * streams, step / steps)
+            if step + 1 == steps:
+                break  # the result is what was drawn before the last re-masking
+            if sampler == "halton":
+                num_masked = _num_waiting(initially_unknown, step, share)
+                masked = lowest(-turns.masked_fill(~unknown, -torch.inf), num_masked)
+            else:
+                noise = gumbel(options.seed, sample_ids, (step + 1) * streams - 1, (length,))
+                confidence = confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
+                num_masked = _num_remasked(initially_unknown, unknown.sum(1), share)
+                masked = lowest(confidence, num_masked)
+            codes = codes.masked_fill(masked, -1)
         return codes
 
     def _draw(
-        self, logits: list[Tensor], options: SampleOptions, sample_ids: Tensor, stream: int, progress: float
+        self,
+        read: Reading,
+        codes: Tensor,
+        options: SampleOptions,
+        sample_ids: Tensor,
+        stream: int,
+        progress: float,
     ) -> tuple[Tensor, Tensor]:
-        """A code for every position and its log-probability, both (B, N)."""
-        drawn, log_probabilities = [], []
-        for level, raw in enumerate(logits):
-            shaped = shape_logits(raw, options, progress)
-            codes = categorical(shaped, gumbel(options.seed, sample_ids, stream + level, shaped.shape[1:]))
-            drawn.append(codes)
-            log_probabilities.append(shaped.log_softmax(-1).gather(-1, codes[..., None])[..., 0])
-        return torch.cat(drawn, 1), torch.cat(log_probabilities, 1)
+        """Codes with the unknown ones drawn, and log-probabilities of these, infinite at the others; both (B, N)."""
+        logits, codes = read(codes, codes < 0), codes.clone()
+        confidence = torch.full(codes.shape, torch.inf, dtype=torch.float64, device=codes.device)
+        for level, (raw, (span, size)) in enumerate(zip(logits, self.layout.spans())):
+            unknown, shaped = codes[:, span] < 0, shape_logits(raw, options, progress)
+            drawn = categorical(shaped, chosen_gumbel(options.seed, sample_ids, stream + level, unknown, size))
+            codes[:, span][unknown] = drawn
+            confidence[:, span][unknown] = shaped.gather(-1, drawn[:, None])[:, 0] - shaped.logsumexp(-1)
+        return codes, confidence
 
 
 def _num_remasked(initially_unknown: Tensor, unknown: Tensor, share: float) -> Tensor:

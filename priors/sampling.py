@@ -6,14 +6,36 @@ sample meets the same numbers in any batch. It is float64: in float32 it lowers 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from priors.interface import SampleOptions
+from priors.interface import Prior, SampleOptions
 
 # the state of a generator that has drawn nothing, without its counter and key
 EMPTY = {"bit_generator": "Philox", "buffer": np.zeros(4, np.uint64), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+JUMP = 1024  # numbers that are drawn in the time of a jump past them
+
+
+class Start(NamedTuple):
+    """What the samplers of all families begin with; guidance has every sample twice."""
+
+    known: Tensor  # (B, N), -1 where codes are to be sampled
+    labels: Tensor  # (B or 2B,), as of `guided_labels`
+    given: Tensor | None  # (B or 2B, M)
+    copies: int  # 1 or 2
+
+
+def begin(prior: Prior, labels: Tensor, options: SampleOptions, known: Tensor | None, given: Tensor | None) -> Start:
+    """The arguments of `Prior.sample`, made complete."""
+    if known is None:
+        known = torch.full((len(labels), prior.layout.length), -1, device=labels.device)
+    copies = 1 if options.guidance == 1 else 2
+    given = None if given is None else given.repeat(copies, 1)
+    return Start(known, guided_labels(labels, prior.num_classes, options), given, copies)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -34,7 +56,9 @@ def shape_logits(logits: Tensor, options: SampleOptions, progress: float = 0.0) 
     logits = logits.double()
     if options.guidance != 1:
         logits = guide(*logits.chunk(2), options.guidance_at(progress))
-    return filter_logits(logits / options.temperature, options.top_k, options.top_p)
+    if options.temperature != 1:
+        logits = logits / options.temperature
+    return filter_logits(logits, options.top_k, options.top_p)
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -55,19 +79,58 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 def uniform_noise(seed: int, sample_ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """(B, *shape) float64 in (0, 1) on the ids' device; a row depends on seed, its id and stream only."""
-    rows = np.empty((len(sample_ids), *shape))
-    philox = np.random.Philox(0)  # one for all rows: making one reads the system's entropy
-    generator, counter = np.random.Generator(philox), np.array([0, 0, 0, stream], np.uint64)
+    rows, generator_at = np.empty((len(sample_ids), *shape)), _generators(seed, stream)
     for row, sample_id in zip(rows, sample_ids.tolist()):
-        state = {"counter": counter, "key": np.array([seed, sample_id], np.uint64)}
-        philox.state = {**EMPTY, "state": state}
-        generator.random(out=row)
-    return torch.from_numpy(rows).clamp_min(np.finfo(np.float64).tiny).to(sample_ids.device)
+        generator_at(sample_id, 0).random(out=row)
+    return _above_zero(rows).to(sample_ids.device)
+
+
+def chosen_noise(seed: int, sample_ids: Tensor, stream: int, chosen: Tensor, size: int) -> Tensor:
+    """`uniform_noise(seed, sample_ids, stream, (N, size))[chosen]` for chosen (B, N) bool, without the rest."""
+    if size < JUMP:
+        return uniform_noise(seed, sample_ids, stream, (chosen.shape[1], size))[chosen]
+    chosen, filled = chosen.cpu().numpy(), 0
+    rows, generator_at = np.empty((chosen.sum(), size)), _generators(seed, stream)
+    for row, sample_id in zip(chosen, sample_ids.tolist()):
+        edges = np.flatnonzero(np.diff(row, prepend=False, append=False)).tolist()
+        for start, stop in zip(edges[::2], edges[1::2]):
+            end = filled + stop - start
+            generator_at(sample_id, start * size).random(out=rows[filled:end])
+            filled = end
+    return _above_zero(rows).to(sample_ids.device)
 
 
 def gumbel(seed: int, sample_ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """(B, *shape) float64 standard Gumbel noise, seeded as `uniform_noise`."""
-    return -torch.log(-torch.log(uniform_noise(seed, sample_ids, stream, shape)))
+    return _to_gumbel_(uniform_noise(seed, sample_ids, stream, shape))
+
+
+def chosen_gumbel(seed: int, sample_ids: Tensor, stream: int, chosen: Tensor, size: int) -> Tensor:
+    """`gumbel(seed, sample_ids, stream, (N, size))[chosen]` for chosen (B, N) bool, without the rest."""
+    return _to_gumbel_(chosen_noise(seed, sample_ids, stream, chosen, size))
+
+
+def _generators(seed: int, stream: int) -> Callable[[int, int], np.random.Generator]:
+    """A function of a sample's id and a place in its noise to a generator that goes on from there."""
+    philox = np.random.Philox(0)  # one for all: making one reads the system's entropy
+    generator = np.random.Generator(philox)
+
+    def generator_at(sample_id: int, place: int) -> np.random.Generator:
+        counter, key = np.array([place // 4, 0, 0, stream], np.uint64), np.array([seed, sample_id], np.uint64)
+        philox.state = {**EMPTY, "state": {"counter": counter, "key": key}}
+        generator.random(place % 4)  # four numbers for each count
+        return generator
+
+    return generator_at
+
+
+def _to_gumbel_(uniform: Tensor) -> Tensor:
+    """-log(-log u), in the place of u."""
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _above_zero(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows).clamp_min_(np.finfo(np.float64).tiny)
 
 
 def categorical(logits: Tensor, noise: Tensor) -> Tensor:

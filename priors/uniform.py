@@ -12,7 +12,8 @@ and a right sampler, and is badly off under the other's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from priors.backbone import BackboneConfig, check_settings, cross_entropy, evalu
 from priors.bounds import own_noise
 from priors.diffusion import draws, inverse_cdf, share_and_rate, step_noise
 from priors.interface import Likelihood, SampleOptions
-from priors.sampling import guided_labels, shape_logits
+from priors.parallel import reading
+from priors.sampling import begin, shape_logits
 from priors.schedules import SCHEDULES
 from tokenizer.interface import CodeLayout
 from training.command import UserError
@@ -31,6 +33,7 @@ from training.loop import Loss
 
 # parameterisation -> its sampler: Duo's posterior with the network plugged in, or the mixture over p(x | z)
 SAMPLERS = {"leave_one_out": "plug_in", "posterior": "mixture"}
+Network = Callable[[Tensor, Tensor], list[Tensor]]  # codes and times (B,) to logits (copies B, n, num_codes) per level
 LATEST = 1 - 1e-3  # progress: as clean as training gets, where the weight of the bound is near its infinity
 STRATA = 16  # times per sequence in the likelihood bound
 
@@ -106,7 +109,8 @@ class UniformPrior(nn.Module):
         uniform = draws(uniform, codes)
         labels = torch.where(uniform[:, 0] < self.label_dropout, self.num_classes, labels)
         progress = uniform[:, 1].double().clamp_max(LATEST)
-        logits, nats = self._estimate(codes, labels, progress, uniform[:, 2:].double(), given)
+        network = functools.partial(self._predict, labels, given)
+        logits, nats = self._estimate(network, codes, progress, uniform[:, 2:].double())
         total = nats.mean() / self.layout.length
         parts = {"nats_per_token_bound": total.detach()}
         if self.cross_entropy:
@@ -120,9 +124,10 @@ class UniformPrior(nn.Module):
         noise = own_noise(codes, (STRATA, self.layout.length + 1))
         nats = torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
         with evaluation(self):
+            network = self._network(labels, given)
             for stratum in range(STRATA):
                 progress = (stratum + noise[:, stratum, 0]) / STRATA
-                nats += self._estimate(codes, labels, progress, noise[:, stratum, 1:], given)[1] / STRATA
+                nats += self._estimate(network, codes, progress, noise[:, stratum, 1:])[1] / STRATA
         return Likelihood(nats, "bound")
 
     def sample(
@@ -140,19 +145,20 @@ class UniformPrior(nn.Module):
         parameterisation's.
         """
         self._check_sampler(options)
-        if known is None:
-            known = torch.full((len(labels), self.layout.length), -1, device=labels.device)
+        start = begin(self, labels, options, known, given)
+        known = start.known
         steps, noisy, holds = options.steps or self.steps, known, bool((known >= 0).any())
         alphas = 1 - self.schedule(torch.arange(steps + 1, dtype=torch.float64, device=labels.device) / steps)
         noises = step_noise(options, sample_ids.cpu(), 2 * steps + 1, (4, self.layout.length))
         with evaluation(self):
+            network = self._network(start.labels, start.given, start.copies)
             for step, noise in zip(range(steps), noises):
                 choice, case, fresh, held = noise.to(labels.device).unbind(1)
                 alpha, next_alpha = alphas[step], alphas[step + 1]
                 if step == 0 or holds:
                     held = corrupt(known, held, alpha, self.num_codes, self.mask_share)
                     noisy = held if step == 0 else torch.where(known < 0, noisy, held)
-                logits = self._guided(noisy, labels, 1 - step / steps, options, given)
+                logits = self._at(network, noisy, 1 - step / steps)
                 logits = [shape_logits(level, options, step / steps) for level in logits]
                 if self.parameterisation == "leave_one_out":
                     logits = self._times_likelihood(logits, noisy, alpha)
@@ -160,16 +166,10 @@ class UniformPrior(nn.Module):
                     noisy, self._draw(logits, choice), alpha, next_alpha, case, fresh, self.num_codes, self.mask_share
                 )
             codes = torch.where(known < 0, noisy, known)
-            return self._settle(codes, known, labels, options, noises, given) if holds else codes
+            return self._settle(network, codes, known, options, noises) if holds else codes
 
     def _settle(
-        self,
-        codes: Tensor,
-        known: Tensor,
-        labels: Tensor,
-        options: SampleOptions,
-        noises: Iterator[Tensor],
-        given: Tensor | None,
+        self, network: Network, codes: Tensor, known: Tensor, options: SampleOptions, noises: Iterator[Tensor]
     ) -> Tensor:
         """Unknown codes drawn anew from p(x_i | the others), in turns of a random order, each once or more.
 
@@ -182,7 +182,7 @@ class UniformPrior(nn.Module):
         order = next(noises)[:, 0].to(codes.device)
         ranks = order.where(holes, torch.inf).argsort(1).argsort(1)
         for step, noise in enumerate(noises):
-            logits = self._guided(codes, labels, 1 - LATEST, options, given)
+            logits = self._at(network, codes, 1 - LATEST)
             if self.parameterisation == "posterior":
                 logits = self._times_likelihood(logits, codes, 1 - share, -1)
             logits = [shape_logits(level, options, 1.0) for level in logits]
@@ -191,13 +191,13 @@ class UniformPrior(nn.Module):
         return codes
 
     def _estimate(
-        self, codes: Tensor, labels: Tensor, progress: Tensor, uniform: Tensor, given: Tensor | None
+        self, network: Network, codes: Tensor, progress: Tensor, uniform: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """Logits for codes noised to the time of `progress` (B,), and their term of the bound, (B,) float64."""
         share, rate = (value[:, None] for value in share_and_rate(self.schedule, progress))
         alpha = (1 - share).clamp_min(1e-8)
         noisy = corrupt(codes, uniform, alpha, self.num_codes, self.mask_share)
-        logits = self._predict(noisy, labels, 1 - progress, given)
+        logits = network(noisy, 1 - progress)
         evidence = [level.double() for level in logits]
         if self.parameterisation == "leave_one_out":
             evidence = self._times_likelihood(evidence, noisy, alpha)
@@ -207,20 +207,22 @@ class UniformPrior(nn.Module):
         ]
         return logits, torch.stack(nats).sum(0)
 
-    def _predict(self, codes: Tensor, labels: Tensor, time: Tensor, given: Tensor | None) -> list[Tensor]:
+    def _predict(self, labels: Tensor, given: Tensor | None, codes: Tensor, time: Tensor) -> list[Tensor]:
         if self.timed:
             return self.backbone(codes, labels, given=given, time=time)
         return self.backbone(codes, labels, given=given)
 
-    def _guided(
-        self, codes: Tensor, labels: Tensor, time: float, options: SampleOptions, given: Tensor | None
-    ) -> list[Tensor]:
-        """Logits for `guided_labels`, (B or 2B, n, num_codes) float64 per level."""
-        conditions = guided_labels(labels, self.num_classes, options)
-        copies = len(conditions) // max(1, len(labels))
-        times = torch.full(conditions.shape, time, device=codes.device)
-        given = given if given is None else given.repeat(copies, 1)
-        return [level.double() for level in self._predict(codes.repeat(copies, 1), conditions, times, given)]
+    def _network(self, labels: Tensor, given: Tensor | None, copies: int = 1) -> Network:
+        """Without gradients, for labels (copies B,) and given (copies B, M)."""
+        if self.timed:
+            return lambda codes, time: self._predict(labels, given, codes.repeat(copies, 1), time.repeat(copies))
+        read = reading(self.backbone, labels, given, copies)
+        return lambda codes, time: read(codes)
+
+    def _at(self, network: Network, codes: Tensor, time: float) -> list[Tensor]:
+        """Logits at one time, float64."""
+        times = torch.full((len(codes),), time, device=codes.device)
+        return [level.double() for level in network(codes, times)]
 
     def _times_likelihood(self, logits: list[Tensor], noisy: Tensor, alpha: Tensor, power: int = 1) -> list[Tensor]:
         """log of exp(logits) q(z | x)^power: from leave-one-out to posterior, or with -1 from posterior back.

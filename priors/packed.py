@@ -1,0 +1,173 @@
+"""A backbone's weights in a few matrices, and its blocks on them, where no gradient is wanted.
+
+The mathematics is that of priors.backbone; what differs is the order of operations. Queries, keys and values are one
+product, gains of norms are inside the matrices behind them. priors.engine decodes slot by slot with it,
+priors.parallel reads all slots at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from priors.backbone import Backbone, Block
+
+Turn = tuple[Tensor, Tensor]  # cosines and signed sines, (1 or B, T, 2, 1 or heads, dim_head), of queries and keys
+
+
+class Modulation(NamedTuple):
+    """(B, dim) each: normalised features times scale plus shift enter a branch, whose result is gated."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None  # none after the last norm
+
+
+class BlockWeights(NamedTuple):
+    """Matrices stand on the right. Without modulation they hold the gains of the norms before them."""
+
+    qkv: Tensor  # (dim, 3 dim); of each head of queries and keys first the even features, then the odd
+    gains: Tensor  # (2, heads, dim_head) of normalised queries and keys
+    out: Tensor  # (dim, dim)
+    up: Tensor  # (dim, 6 dim)
+    up_bias: Tensor  # (6 dim,)
+    down: Tensor  # (3 dim, dim)
+    attention: Modulation | None
+    feedforward: Modulation | None
+
+
+class PackedWeights(NamedTuple):
+    """What a backbone does between its embeddings and its logits, for labels (B,)."""
+
+    blocks: list[BlockWeights]
+    final: Modulation | None
+    heads: list[tuple[Tensor, Tensor]]  # weight (dim, num_codes) and bias (num_codes,) per level
+    classes: Tensor  # (B, dim)
+
+    def rows(self, index: Tensor) -> PackedWeights:
+        """For these items of the batch."""
+        if self.final is None:
+            return self._replace(classes=self.classes[index])
+        blocks = [
+            block._replace(attention=_rows(block.attention, index), feedforward=_rows(block.feedforward, index))
+            for block in self.blocks
+        ]
+        return self._replace(blocks=blocks, final=_rows(self.final, index), classes=self.classes[index])
+
+    def logits(self, features: Tensor, level: int, items: Tensor | None = None) -> Tensor:
+        """Features (R, dim) after the blocks -> (R, num_codes) float32 of a level.
+
+        items (R,) int64: the item of the batch that each row belongs to, by default one after another.
+        """
+        final = self.final if items is None or self.final is None else _rows(self.final, items)
+        weight, bias = self.heads[level]
+        return torch.addmm(bias, _normalise(features, final), weight).float()
+
+
+def pack(backbone: Backbone, labels: Tensor) -> PackedWeights:
+    """Copies in the weights' precision, or in autocast's where that is on."""
+    dtype = backbone.tokens.weight.dtype
+    if torch.is_autocast_enabled(labels.device.type):
+        dtype = torch.get_autocast_dtype(labels.device.type)
+    condition, gain, final = backbone.condition(labels), _gain(backbone.norm), None
+    blocks = [_pack_block(block, condition, dtype) for block in backbone.blocks]
+    if condition is not None:
+        final = _modulation(gain, dtype, *backbone.modulation(condition)[:, 0].chunk(2, -1))
+        gain = torch.ones_like(gain)
+    heads = [(_right(head.weight * gain, dtype), head.bias.to(dtype)) for head in backbone.heads]
+    return PackedWeights(blocks, final, heads, backbone.classes(labels).to(dtype))
+
+
+def turn_of(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Turn:
+    """Angles (1 or B, T, dim_head) of queries and keys, equal for neighbours in a head."""
+    angles = torch.stack([queries, keys], 2)[..., None, ::2]
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.cat([cosines, cosines], -1).to(dtype), torch.cat([-sines, sines], -1).to(dtype)
+
+
+def project(
+    block: BlockWeights, features: Tensor, turn: Turn | None, batch: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (B T, dim) of T slots -> queries, keys and values, (B, heads, T, dim_head) each."""
+    _, heads, dim_head = block.gains.shape
+    projected = (_normalise(features, block.attention) @ block.qkv).view(batch, count, 3, heads, dim_head)
+    sides = projected.narrow(2, 0, 2)
+    sides = sides / torch.linalg.vector_norm(sides, dim=-1, keepdim=True) * block.gains
+    if turn is not None:
+        sides = torch.addcmul(sides * turn[0], sides.roll(dim_head // 2, -1), turn[1])
+    queries, keys = sides.transpose(1, 3).unbind(2)
+    return queries, keys, projected.select(2, 2).transpose(1, 2)
+
+
+def finish(block: BlockWeights, features: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a block: features (B T, dim) and what attention gave, (B, heads, T, dim_head) -> (B T, dim)."""
+    features = _add(features, attended.transpose(1, 2).reshape(features.shape), block.out, block.attention)
+    up, gate = torch.addmm(block.up_bias, _normalise(features, block.feedforward), block.up).chunk(2, -1)
+    return _add(features, F.silu(gate) * up, block.down, block.feedforward)
+
+
+def _normalise(features: Tensor, modulation: Modulation | None) -> Tensor:
+    """Features on the unit sphere; the radius sqrt(dim) is in the modulation, or in the next matrix."""
+    features = features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return features if modulation is None else _scale_and_add(modulation.shift, features, modulation.scale)
+
+
+def _add(features: Tensor, branch: Tensor, weight: Tensor, modulation: Modulation | None) -> Tensor:
+    if modulation is None:
+        return torch.addmm(features, branch, weight)
+    return _scale_and_add(features, branch @ weight, modulation.gate)
+
+
+def _scale_and_add(start: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """start + rows * scale, (B T, dim); rows have this shape, scale is (B, dim), start has either."""
+    if len(scale) in (1, len(rows)):
+        return torch.addcmul(start, rows, scale)
+    start, rows, scale = (part.view(len(scale), -1, part.shape[-1]) for part in (start, rows, scale))
+    return torch.addcmul(start, rows, scale).flatten(0, 1)
+
+
+def _pack_block(block: Block, condition: Tensor | None, dtype: torch.dtype) -> BlockWeights:
+    attention, glu, down = block.attention, block.feedforward.ff[0], block.feedforward.ff[2]
+    heads, dim = attention.heads, attention.to_q.in_features
+    index = torch.arange(dim // heads, device=down.weight.device)
+    index = torch.cat([index[::2], index[1::2]])
+    sides = [side.weight.view(heads, -1, dim)[:, index].flatten(0, 1) for side in (attention.to_q, attention.to_k)]
+    gains = torch.stack([norm.gamma[:, 0, index] + 1 for norm in (attention.q_rmsnorm, attention.k_rmsnorm)])
+    first, second = _gain(block.attention_norm), _gain(block.feedforward_norm)
+    modulations: list[Modulation | None] = [None, None]
+    if condition is not None:
+        parts = block.modulation(condition)[:, 0].chunk(6, -1)
+        modulations = [_modulation(first, dtype, *parts[:3]), _modulation(second, dtype, *parts[3:])]
+        first = second = torch.ones_like(first)
+    return BlockWeights(
+        qkv=_right(torch.cat([*sides, attention.to_v.weight]) * first, dtype),
+        gains=(gains * (dim // heads) ** 0.5).to(dtype),
+        out=_right(attention.to_out.weight, dtype),
+        up=_right(glu.proj.weight * second, dtype),
+        up_bias=glu.proj.bias.to(dtype),
+        down=_right(down.weight, dtype),
+        attention=modulations[0],
+        feedforward=modulations[1],
+    )
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    """(dim,), what x-transformers' RMSNorm multiplies features on the unit sphere by."""
+    return (norm.g + float(norm.unit_offset)) * norm.scale
+
+
+def _modulation(gain: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, *gate: Tensor) -> Modulation:
+    """With the gain of the norm before it."""
+    return Modulation(*(part.to(dtype) for part in (shift, (1 + scale) * gain, *gate)))
+
+
+def _rows(modulation: Modulation, index: Tensor) -> Modulation:
+    return Modulation(*(part if part is None else part[index] for part in modulation))
+
+
+def _right(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(out, in) -> (in, out), of its own memory."""
+    return weight.to(dtype).t().contiguous()
