@@ -28,7 +28,7 @@ TOKENIZERS := $(basename $(notdir $(sort $(wildcard $(CFG)/tokenizer*.yaml))))
 # Scores that need weights which are not the project's own.
 SCORES := $(if $(LPIPS),--lpips-net squeeze --lpips-weights "$(LPIPS)")
 
-.PHONY: help setup demo test lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench bench-gpu config-exists
+.PHONY: help setup demo test test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench bench-gpu config-exists
 
 help: ## what can be made, and with what
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -59,6 +59,9 @@ demo: report ## everything, from embedded images to a report with pictures
 
 test: setup ## the tests (CPU, no network)
 	@$(PY) -m pytest
+
+test-reliability: setup ## the heavy tests: kills, hostile files, mutated configurations, processes, leaks (up to 40 minutes)
+	@$(PY) -m pytest -m slow tests/test_reliability_*.py tests/test_ranks.py tests/test_survival.py tests/test_sharded.py tests/test_image_fuzz.py
 
 lint: setup ## ruff
 	@$(PY) -m ruff check .
@@ -98,7 +101,7 @@ compare-priors: tokens ## train every configs/priors/*.yaml alike on CONFIG's to
 	@$(LAUNCH) eval.run priors "$(RUN)"
 
 bench: setup ## speed and memory beside peers and physical limits, into benchmarks/RESULTS.md
-	@set -e; for name in codebook sampling evaluation; do $(PY) -W ignore -m benchmarks.$$name; done
+	@set -e; for name in codebook sampling evaluation estimate training; do $(PY) -W ignore -m benchmarks.$$name; done
 
 bench-gpu: setup ## the same on a GPU
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: there is no GPU here" >&2; exit 2; }

@@ -165,9 +165,9 @@ class FeatureRows:
 
     def gathered(self) -> Extraction:
         """All ranks' rows."""
-        order = distributed.gather_rows(torch.cat(self.ids)).argsort()
-        features = distributed.gather_rows(torch.cat([part.features for part in self.parts]))
-        probabilities = distributed.gather_rows(torch.cat([part.probabilities for part in self.parts]))
+        order = distributed.gather_parts(self.ids).argsort()
+        features = distributed.gather_parts([part.features for part in self.parts])
+        probabilities = distributed.gather_parts([part.probabilities for part in self.parts])
         return Extraction(features[order], probabilities[order])
 
 
@@ -228,7 +228,6 @@ class Tower:
         Raises UserError for a folder that is missing, damaged or holds another model.
         """
         import transformers
-        from safetensors import SafetensorError
 
         known, weights = TOWERS[kind], WEIGHTS[kind]
         files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
@@ -241,8 +240,8 @@ class Tower:
                 )
             if lacking := sorted(report["missing_keys"]):
                 raise ValueError(f"lacks {lacking[0]}")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).split("\n")[0][:120]
+        except Exception as error:  # what transformers' readers raise shares no base
+            reason = str(error).strip().split("\n")[0][:120]
             raise UserError(
                 f"{weights.flag} {folder}: no {kind} of transformers ({reason}); {weights.missing()}"
             ) from None

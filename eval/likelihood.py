@@ -52,7 +52,7 @@ def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood
         label = found.kind
         if distributed.is_main():
             progress.show(min(len(places), (index + 1) * options.batch_size * distributed.world()), "")
-    rows = distributed.gather_rows(torch.cat(nats) if nats else torch.zeros(0, 2, dtype=torch.float64))
+    rows = distributed.gather_parts(nats)
     values = rows[rows[:, 0].argsort(), 1]
     subject = {"prior_sha256": settings["prior_sha256"], "tokenizer_sha256": pipeline.tokenizer_hash}
     origin = Origin("held-out", {"data": pipeline.held_out.identity(), "kind": label}, subject)

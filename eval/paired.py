@@ -98,7 +98,7 @@ class Paired:
 
     def per_image(self) -> dict[str, Tensor]:
         """(n,) float64 each, in order of id, over ranks; LPIPS and SSIM are absent where not measured."""
-        rows = distributed.gather_rows(torch.cat(self.rows))
+        rows = distributed.gather_parts(self.rows)
         rows = rows[rows[:, 0].argsort()]
         found = {"error": rows[:, 1], "psnr": psnr(rows[:, 1]), "ssim": rows[:, 2], "lpips": rows[:, 3]}
         return {name: values for name, values in found.items() if not values.isnan().any()}

@@ -136,6 +136,8 @@ class Views:
             self.subject["encoder_sha256"] = self.pretrained.fingerprint()
         tokenizer.decoder = nn.Identity()  # what it would be given comes out, and nothing is decoded
         self.tokenizer = tokenizer
+        pretrained = [PRETRAINED] if self.pretrained else []
+        self.names = (*TRAINED[:2], "random encoder", *pretrained, "pixels", TRAINED[2])
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -157,11 +159,11 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def read_rows(views: Views, pipeline: Pipeline, images: Images) -> dict[str, Rows]:
     """One pass over a split: every view's rows, in order of place and over ranks."""
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("ids", *views.names)}  # a rank may have no batch
     for batch in pipeline.batches(images, f"features, {images.split}"):
         for name, rows in ({"ids": batch.ids} | views(to_float(batch.images))).items():
-            parts.setdefault(name, []).append(rows.cpu())
-    gathered = {name: distributed.gather_rows(torch.cat(rows)) for name, rows in parts.items()}
+            parts[name].append(rows.cpu())
+    gathered = {name: distributed.gather_parts(rows) for name, rows in parts.items()}
     order = gathered.pop("ids").argsort()
     found: dict[str, Rows] = {name: rows[order].numpy() for name, rows in gathered.items()}
     return found | {TRAINED[2]: histograms(found[TRAINED[2]], views.layout)}

@@ -60,8 +60,9 @@ def emulate(
 ) -> list[Figures]:
     """Figures under the protocols of these names.
 
-    `images` and `references` give this rank's batches afresh at each call; references are uint8, images uint8 or,
-    so that quantisation shows, floats in [-1, 1]. Batches are extracted once for every different way in.
+    `images` and `references` give this rank's batches afresh at each call, dealt to ranks in turn; references are
+    uint8, images uint8 or, so that quantisation shows, floats in [-1, 1]. Batches are extracted once for every
+    different way in.
     """
     seen: dict[tuple[object, ...], _Seen] = {}
 
@@ -73,8 +74,9 @@ def emulate(
         return seen[way]
 
     found = []
-    size = next(iter(references())).shape[-1]
-    floating = next(iter(images())).is_floating_point()
+    firsts = [next(iter(source()), None) for source in (references, images)]  # None: a rank without a batch
+    size = distributed.largest(0 if firsts[0] is None else firsts[0].shape[-1])
+    floating = distributed.any_true(firsts[1] is not None and firsts[1].is_floating_point())
     for name in names:
         protocol = PROTOCOLS[name]
         ours, real = see(images, protocol, size if floating else None), see(references, protocol, None)
@@ -90,19 +92,21 @@ class _Seen:
     """One set of images through one way in, over all ranks."""
 
     moments: Moments
-    probabilities: Tensor  # (N, C)
+    probabilities: Tensor  # (N, C), in order
 
     @staticmethod
     def of(batches: Iterable[Tensor], protocol: Protocol, extractor: Extractor, size: int | None) -> _Seen:
-        moments, probabilities = Moments.empty(extractor.dim), []
-        for batch in batches:
+        moments, numbers, probabilities = Moments.empty(extractor.dim), [], []
+        for turn, batch in enumerate(batches):
             if size is not None:
                 batch = protocol.fit(batch, size) if protocol.fit else batch
                 batch = protocol.quantise(batch)
             extraction = extractor.see(protocol.resize(batch, extractor.input_size))
             moments.update(extraction.features)
-            probabilities.append(extraction.probabilities.cpu())
-        return _Seen(moments.reduced(), distributed.gather_rows(torch.cat(probabilities)))
+            probabilities.append(extraction.probabilities)
+            numbers.append(torch.full((len(batch),), turn * distributed.world() + distributed.rank()))
+        order = distributed.gather_parts(numbers).argsort(stable=True)
+        return _Seen(moments.reduced(), distributed.gather_parts(probabilities)[order])
 
 
 # Floats to uint8

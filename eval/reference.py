@@ -163,15 +163,15 @@ class Seen:
 def extract(batches: Iterable[Batch], extractor: Extractor, n: int) -> Seen:
     """n images in this rank's batches; ids are places in 0..n-1. Memory does not grow with n beyond KEPT_ROWS."""
     moments, stride = Moments.empty(extractor.dim), -(-n // KEPT_ROWS)
-    ids, rows = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, extractor.dim)]
+    ids, rows = [], []
     for batch in batches:
         features = extractor(batch.images).features
         moments.update(features)
         kept = batch.ids % stride == 0
         ids.append(batch.ids[kept])
-        rows.append(features.cpu()[kept])
-    order = distributed.gather_rows(torch.cat(ids)).argsort()
-    return Seen(moments.reduced(), distributed.gather_rows(torch.cat(rows))[order])
+        rows.append(features.cpu()[kept].float())
+    order = distributed.gather_parts(ids).argsort()
+    return Seen(moments.reduced(), distributed.gather_parts(rows)[order])
 
 
 def _of_images(path: Path, extractor: Extractor, batch_size: int) -> Seen:

@@ -21,10 +21,11 @@ from eval.token_records import measure_codebook
 from priors.record import is_prior
 from training.checkpoint import digest, replace_file, weights_hash
 from training.command import UserError
+from training.log import CLOCKS
 
 KEPT = ("rate", "rate_distortion")  # records that a report takes as they are
 PAGE = 2  # what is shown, and how: pages of another number are written again
-BARE_LOG_KEYS = ("step", "seconds", "images_per_second")
+BARE_LOG_KEYS = ("step", *CLOCKS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,9 +84,9 @@ def measure_rate_distortion(pipeline: Pipeline) -> Record:
         return kept
     batches = share(places, options.batch_size, lambda some: load(held_out, some), "rate-distortion: tokens")
     parts = [reconstruct(pipeline.tokenizer, batch) for batch in batches]
-    order = distributed.gather_rows(torch.cat([part.ids for part in parts])).argsort()
+    order = distributed.gather_parts([part.ids for part in parts]).argsort()
     codes, images, originals = (
-        distributed.gather_rows(torch.cat([getattr(part, name) for part in parts]).cpu())[order]
+        distributed.gather_parts([getattr(part, name) for part in parts])[order]
         for name in ("codes", "images", "references")
     )
     rates = coder.rates(codes, places, len(places))
@@ -189,8 +189,8 @@ def codes_of(pipeline: Pipeline, images: Images, places: Tensor) -> Tensor:
     for batch in share(places, pipeline.options.batch_size, lambda some: load(images, some), f"codes, {images.split}"):
         ids.append(batch.ids)
         parts.append(pipeline.tokenizer.encode(to_float(batch.images)).cpu())
-    order = distributed.gather_rows(torch.cat(ids)).argsort()
-    return distributed.gather_rows(torch.cat(parts))[order]
+    order = distributed.gather_parts(ids).argsort()
+    return distributed.gather_parts(parts)[order]
 
 
 def _kept(record: Record, pipeline: Pipeline) -> Record:

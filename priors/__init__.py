@@ -21,9 +21,16 @@ def load(run_folder: str | Path) -> Prior:
     from priors.record import read_record
     from priors.train import PriorRun
     from training import checkpoint, config, distributed
+    from training.command import UserError
 
     folder = Path(run_folder)
     record = read_record(folder)
     prior = config.load(PriorRun, folder / "config.yaml").prior.build(record.layout, record.num_classes)
-    prior.load_state_dict(checkpoint.load_weights(folder))
+    try:
+        prior.load_state_dict(checkpoint.load_weights(folder))
+    except RuntimeError as error:
+        reason = str(error).split("\n")[-1].strip()
+        raise UserError(
+            f"{folder}: its weights are not those of its settings ({reason}): train it with --fresh"
+        ) from None
     return prior.to(distributed.device()).eval()

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer.interface import CodeLayout
+from training.distributed import Dropout
 
 if TYPE_CHECKING:
     from priors.engine import Decoding
@@ -46,6 +48,7 @@ class BackboneConfig:
     dropout: float = 0.1
     positions: str = "rotary"
     conditioning: str = "prefix"
+    gradient_checkpointing: bool = False  # each block runs again in backward: less memory, a third more time
 
     def __post_init__(self) -> None:
         if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads:
@@ -74,6 +77,7 @@ class BackboneConfig:
             rotary=self.positions == "rotary",
             adaptive=self.conditioning == "adaln",
             given=given,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
 
 
@@ -97,6 +101,7 @@ class Backbone(nn.Module):
         rotary: bool = True,
         adaptive: bool = False,
         given: CodeLayout | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():
@@ -105,6 +110,7 @@ class Backbone(nn.Module):
 
         self.layout, self.num_classes, self.given = layout, num_classes, given
         self.causal, self.rotary, self.adaptive = causal, rotary, adaptive
+        self.gradient_checkpointing = gradient_checkpointing
         whole = layout if given is None else CodeLayout(layout.grids + given.grids, layout.num_codes + given.num_codes)
         self.levels = [level for level, length in enumerate(layout.lengths) for _ in range(length)]  # of each slot
         self.mask_id = sum(whole.num_codes)
@@ -116,7 +122,7 @@ class Backbone(nn.Module):
         self.places = nn.Embedding(num_places, dim)  # of what a slot predicts
         # Rotated keys tell where the code that a causal slot holds comes from; else a slot has this in its sum.
         self.sources = nn.Embedding(num_places, dim) if causal and not rotary else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, causal, dropout, adaptive) for _ in range(depth))
         self.norm = RMSNorm(dim, unit_offset=True)
         self.modulation = nn.Linear(dim, 2 * dim) if adaptive else None
@@ -155,8 +161,10 @@ class Backbone(nn.Module):
             angles = [torch.cat([context_angles.expand(len(own), -1, -1), own], 1) for own in (queries, keys)]
         condition = self.condition(labels)
         features = self.dropout(torch.cat([context, tokens + places], 1))
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            features = block(features, condition, angles)
+            given_to = (features, condition, angles)
+            features = checkpoint(block, *given_to, use_reentrant=False) if again else block(*given_to)
         features = self.norm(features[:, context.shape[1] :])
         if condition is not None:
             shift, scale = self.modulation(condition).chunk(2, -1)
@@ -225,10 +233,10 @@ class Block(nn.Module):
             flash=True,
             qk_rmsnorm=True,
             project_out=True,
-            sublayer_dropout=dropout,
         )
         self.feedforward_norm = RMSNorm(dim, unit_offset=True)
-        self.feedforward = FeedForward(dim, mult=3, glu=True, swish=True, no_bias=True, sublayer_dropout=dropout)
+        self.feedforward = FeedForward(dim, mult=3, glu=True, swish=True, no_bias=True)
+        self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
         self.modulation = nn.Linear(dim, 6 * dim) if adaptive else None
         if adaptive:
             nn.init.zeros_(self.modulation.weight)  # every block is the identity before training
@@ -238,16 +246,21 @@ class Block(nn.Module):
         """(B, n, dim), (B, 1, dim) and the (1 or B, n, dim_head) angles of queries and of keys -> (B, n, dim)."""
         if self.modulation is None:
             features = features + self.attend(self.attention_norm(features), angles)
-            return features + self.feedforward(self.feedforward_norm(features))
+            return features + self.feed(self.feedforward_norm(features))
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition).chunk(6, -1)
         features = features + gate * self.attend(self.attention_norm(features) * (1 + scale) + shift, angles)
-        return features + gate2 * self.feedforward(self.feedforward_norm(features) * (1 + scale2) + shift2)
+        return features + gate2 * self.feed(self.feedforward_norm(features) * (1 + scale2) + shift2)
 
     def attend(self, features: Tensor, angles: list[Tensor] | None) -> Tensor:
         if angles is None:
-            return self.attention(features)
+            return self.attention_dropout(self.attention(features))
         queries, keys = ((side, None) for side in angles)  # None: no xPos
-        return self.attention(features, context=features, rotary_pos_emb=queries, context_rotary_pos_emb=keys)
+        return self.attention_dropout(
+            self.attention(features, context=features, rotary_pos_emb=queries, context_rotary_pos_emb=keys)
+        )
+
+    def feed(self, features: Tensor) -> Tensor:
+        return self.feedforward_dropout(self.feedforward(features))
 
 
 def cross_entropy(layout: CodeLayout, logits: list[Tensor], codes: Tensor, label_smoothing: float = 0.0) -> Tensor:

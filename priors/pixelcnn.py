@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from priors.autoregressive import AutoregressivePrior
 from tokenizer.interface import CodeLayout
+from training.distributed import Dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,17 +205,17 @@ class _Layer(nn.Module):
         self.right_condition = nn.Conv2d(channels, 2 * channels, 1)
         self.right_out = nn.Conv2d(channels, channels, 1)
         self.link = nn.Conv2d(channels, 2 * channels, 1)
-        self.dropout = nn.Dropout(dropout)
+        self.down_dropout, self.right_dropout = Dropout(dropout), Dropout(dropout)
 
     def vertical(self, rows: Tensor, condition: Tensor) -> Tensor:
         """(B, C, reach + h, W) -> (B, C, h, W)"""
         features = self.down(rows) + self.down_condition(condition)
-        return rows[:, :, self.reach :] + self.down_out(self.dropout(_gate(features)))
+        return rows[:, :, self.reach :] + self.down_out(self.down_dropout(_gate(features)))
 
     def horizontal(self, columns: Tensor, down: Tensor, condition: Tensor) -> Tensor:
         """(B, C, h, reach + w) and what `vertical` gave, (B, C, h, w) -> (B, C, h, w)"""
         features = self.right(columns) + self.link(down) + self.right_condition(condition)
-        return columns[..., self.reach :] + self.right_out(self.dropout(_gate(features)))
+        return columns[..., self.reach :] + self.right_out(self.right_dropout(_gate(features)))
 
 
 def _gate(features: Tensor) -> Tensor:

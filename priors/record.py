@@ -58,6 +58,11 @@ def read_record(run_folder: Path) -> PriorRecord:
     try:
         raw = json.loads(path.read_text())
         typed = {"layout": CodeLayout(**raw["layout"]), "sampling": SampleOptions(**raw["sampling"])}
+        if not raw["class_names"] or not isinstance(raw["class_names"], list):
+            raise ValueError("class_names")
+        for name in ("tokens", "tokens_sha256", "tokenizer", "tokenizer_sha256"):
+            if not isinstance(raw[name], str):
+                raise ValueError(name)
         return PriorRecord(**{**raw, **typed})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}): train the prior with --fresh (make: FRESH=1)") from None

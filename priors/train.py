@@ -1,4 +1,4 @@
-"""Train a prior on a token cache: python -m priors.train CONFIG.yaml [section.key=value ...] [--fresh]
+"""Train a prior on a token cache: python -m priors.train CONFIG.yaml [section.key=value ...] [--fresh | --dry-run]
 
 Running the same command again resumes. Under torchrun the same command uses every process.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from priors import PRIORS
 from priors.diffusion import antithetic
+from priors.dry_run import dry_run
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
 from training import distributed
@@ -152,7 +153,7 @@ def _keep_record(folder: Path, cache: Any, tokens: Path, sampling: SampleOptions
 
 
 def main() -> None:
-    config_command("priors.train", "Train a prior on a token cache.", PriorRun, train_prior)
+    config_command("priors.train", "Train a prior on a token cache.", PriorRun, train_prior, dry_run)
 
 
 if __name__ == "__main__":

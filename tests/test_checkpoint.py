@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -328,6 +329,36 @@ def test_a_run_has_one_writer(tmp_path):
             Run.open(tmp_path / "run", Config(), fresh=fresh)
     del first
     Run.open(tmp_path / "run", Config())
+
+
+def test_a_process_that_reads_data_does_not_outlive_its_run_with_the_lock(tmp_path):
+    """As when the one that forked it is killed: who starts the run again must not wait for it."""
+    run = Run.open(tmp_path / "run", Config())
+    ready, begun = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(begun, b".")
+        signal.pause()
+    os.read(ready, 1)
+    del run
+    try:
+        Run.open(tmp_path / "run", Config())
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_the_newest_checkpoint_by_name(tmp_path):
+    assert Run(tmp_path / "run", Config()).newest() == ""
+    assert saved(tmp_path / "run", [2, 9, 10]).newest() == "step-00000010"
+
+
+def test_without_a_number_to_keep_none_is_removed(tmp_path):
+    run = saved(tmp_path / "run", [1, 2, 3], keep=9)
+    run.save(4, state_at(4), None)
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4]
+    run.save(5, state_at(5), 1)
+    assert steps_in(tmp_path / "run") == [5]
 
 
 @pytest.mark.parametrize("fresh", [False, True])

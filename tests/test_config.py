@@ -17,7 +17,7 @@ from priors.train import PriorRun
 from tokenizer.encode import TokensRun
 from tokenizer.encoders.pretrain import PretrainRun
 from tokenizer.run import TokenizerRun
-from training.command import Interrupted, UserError, run_command
+from training.command import Interrupted, UserError, config_command, run_command
 from training.config import from_dict, load, one_of, read_overrides, to_dict, to_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +163,11 @@ WRONG = {
     "kind as a list": ("title: a\nshape: {kind: [a]}", [], "drawing.yaml: shape.kind: unknown kind ['a']"),
     "bare kind": ("title: a\nshape: round", [], "drawing.yaml: shape: a section is expected: shape: {kind: round}"),
     "out of range": ("title: a\nshape: {side: 0}", [], "drawing.yaml: shape.side=0 must be at least 1"),
+    "below zero": ("title: a\nplace: {x: -1}", [], "drawing.yaml: place.x: -1 is not a number from 0 to"),
+    "no number": ("title: a\nplace: {span: [0, .nan]}", [], "drawing.yaml: place.span: nan is not a number from 0"),
+    "endless": ("title: a", ["shape.kind=round", "shape.radius=inf"], "command line: shape.radius: inf is not"),
+    "beyond a tensor": ("title: a", [f"place.x={2**63}"], f"command line: place.x: {2**63} is not a number"),
+    "an item below zero": ("title: a\nplace: {weights: {b: -1}}", [], "drawing.yaml: place.weights.b: -1.0 is not"),
     "no such reference": ("title: ${nothing}", [], "drawing.yaml: title: Interpolation key 'nothing' not found"),
     "a reference to itself": ("title: ${title}", [], "drawing.yaml: title: "),
     "half a reference": ("title: ${", [], "drawing.yaml: not readable as YAML"),
@@ -309,6 +314,11 @@ def test_every_command_fails_in_one_line(tmp_path, monkeypatch, capsys, schema):
         (Interrupted("stopped at 3"), 130, "stopped at 3"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "/there"), 2, "error: cannot write /there: No space left on device"),
+        (OSError(36, "File name too long", "/there"), 2, "error: cannot open /there: File name too long"),
+        (OSError(13, "Permission denied", "/there"), 2, "error: cannot open /there: Permission denied"),
+        (MemoryError(), 2, "error: out of memory: MemoryError: take"),
+        (RuntimeError("CUDA out of memory. Tried\nmore"), 2, "error: out of memory: CUDA out of memory. Tried: take"),
+        (UserError("a\x1b[2Jb\u202ec"), 2, "error: a?[2Jb?c\n"),
     ],
 )
 def test_exit_codes(capsys, error, code, says):
@@ -320,9 +330,45 @@ def test_exit_codes(capsys, error, code, says):
     assert caught.value.code == code and capsys.readouterr().err.startswith(says)
 
 
-def test_our_own_bugs_keep_their_traceback():
+@pytest.mark.parametrize("error", [OSError(9, "Bad file descriptor"), RuntimeError("shapes differ"), KeyError("x")])
+def test_our_own_bugs_keep_their_traceback(error):
     def main():
-        raise OSError(9, "Bad file descriptor")
+        raise error
 
-    with pytest.raises(OSError, match="Bad file"):
+    with pytest.raises(type(error)):
+        run_command(main)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    size: int = 1
+
+    def build(self) -> Any:
+        import torch
+
+        return torch.empty(self.size, self.size), 1 / self.size
+
+
+def test_what_torch_says_of_a_setting_is_one_line_and_what_else_it_says_a_traceback(tmp_path, monkeypatch, capsys):
+    """Within a config's `build` the settings are to blame."""
+    (tmp_path / "x.yaml").write_text("size: 3")
+
+    def run(config: Built, fresh: bool) -> None:
+        config.build()
+        raise ZeroDivisionError("ours")
+
+    def main() -> None:
+        config_command("program", "", Built, run)
+
+    for words, says in (
+        (["size=0"], "Built does not work out: division by zero"),
+        ([f"size={2**40}"], "out of memory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["program", str(tmp_path / "x.yaml"), *words])
+        with pytest.raises(SystemExit) as caught:
+            run_command(main)
+        printed = capsys.readouterr().err
+        assert caught.value.code == 2 and says in printed and printed.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["program", str(tmp_path / "x.yaml")])
+    with pytest.raises(ZeroDivisionError, match="ours"):
         run_command(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from toy import Rows, Toy, ToyRun, leaves, log_lines, loop
 
 from tokenizer.data.sampler import feed
 from tokenizer.quantizers.codebook import pick_rows
 from training import distributed
 from training.checkpoint import Run
+from training.loop import Batch, Loss, Turn, train
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,7 @@ def test_one_process_needs_no_group():
     for same in (distributed.sum_, distributed.mean_, distributed.gather_rows, distributed.broadcast_):
         assert same(tensor) is tensor
     assert tensor.tolist() == [1.0, 2.0]
+    assert distributed.gather_parts([tensor, tensor + 2]).tolist() == [1.0, 2.0, 3.0, 4.0]
     assert distributed.any_true(True) and not distributed.any_true(False)
 
 
@@ -101,3 +105,139 @@ def test_picked_rows_are_rows_without_repetition():
     assert torch.equal(pick_rows(candidates, 5, step=3), pick_rows(candidates, 5, step=3))
     assert not torch.equal(pick_rows(candidates, 12, step=4), picked)
     assert pick_rows(candidates[:2], 5, step=0).shape == (5, 2)  # more than there are
+
+
+def test_words_known_values():
+    """A row is SplitMix64's outputs from its key on."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [word % 2**64 for word in distributed.words(torch.tensor([0, 1234567]), 3)[1].tolist()] == known
+
+
+def test_uniform_numbers_are_uniform_and_of_their_rows():
+    drawn = distributed.uniform(torch.arange(256), 1001).double()
+    assert drawn.shape == (256, 1001) and 0 < drawn.min() and drawn.max() < 1
+    counts = drawn.flatten().mul(64).long().bincount(minlength=64)
+    expected = drawn.numel() / 64
+    assert 25 < ((counts - expected).square() / expected).sum() < 115  # chi-squared with 63 degrees of freedom
+    for across in (drawn, drawn.T[:256]):
+        correlation = torch.corrcoef(across).fill_diagonal_(0) * across.shape[1] ** 0.5
+        assert correlation.abs().max() < 6 and 0.95 < correlation.std() < 1.05
+    assert torch.equal(distributed.uniform(torch.tensor([7]), 5)[0].double(), drawn[7, :5])
+
+
+@pytest.fixture
+def dropouts() -> torch.nn.Sequential:
+    network = torch.nn.Sequential(distributed.Dropout(0.25), distributed.Dropout(0.25))
+    distributed.number_streams(network)
+    return network
+
+
+def test_dropout_belongs_to_samples(dropouts):
+    """Masks are the same however the batch is split, and others for other streams, samples, steps and seeds."""
+    positions, ones = torch.arange(16), torch.ones(16, 30, 7)
+
+    def masks(seed, part, layer=0):
+        with distributed.samples(seed, part):
+            return dropouts[layer](ones[part])
+
+    whole = masks((1, 2), positions)
+    for parts in (positions.chunk(4), positions.flip(0).split(5)):
+        for part in parts:
+            assert torch.equal(masks((1, 2), part), whole[part])
+    others = [masks((1, 3), positions), masks((2, 2), positions), masks((1, 2), positions, 1), whole.roll(1, 0)]
+    for other in others:  # independent masks agree on 10 of 16 elements
+        assert 0.58 < (other == whole).double().mean() < 0.67
+    assert whole.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert 0.23 < (whole == 0).double().mean() < 0.27
+
+
+def test_dropout_outside_of_training(dropouts):
+    ones = torch.ones(4, 50)
+    assert dropouts.eval()(ones) is ones and distributed.Dropout(0.0)(ones) is ones
+    dropouts.train()
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(dropouts(ones))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert dropouts.state_dict() == {}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_activations_computed_again_meet_the_same_masks(dropouts, inside):
+    rows, layer = torch.randn(4, 20, requires_grad=True), torch.nn.Linear(20, 20)
+
+    def gradient(again):
+        torch.manual_seed(3)
+        context = distributed.samples((5,), torch.arange(4)) if inside else contextlib.nullcontext()
+        with context:
+            run = torch.nn.Sequential(dropouts[0], layer, torch.nn.Tanh(), dropouts[1])
+            made = checkpoint(run, rows, use_reentrant=False) if again else run(rows)
+            return torch.autograd.grad(made.square().sum(), [rows, *layer.parameters()])
+
+    for ours, theirs in zip(gradient(False), gradient(True)):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_one_compiled_dropout_serves_all_layers_and_steps():
+    """In one graph, compiled once, with the masks that it has uncompiled."""
+    import torch._dynamo
+
+    layers = [torch.nn.Sequential(torch.nn.Linear(8, 8), distributed.Dropout(0.25)) for _ in range(3)]
+    network, rows = torch.nn.Sequential(*layers), torch.randn(4, 6, 8, requires_grad=True)
+    distributed.number_streams(network)
+    compiled = [torch.compile(layer, backend="aot_eager", fullgraph=True) for layer in layers]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            with distributed.samples((1, step), torch.arange(4)):
+                made = rows
+                for layer in compiled:
+                    made = layer(made)
+                assert torch.equal(made, network(rows))
+
+
+class Clusters(torch.nn.Module):
+    """Shares of three clusters, to be used evenly: a loss that is no mean over samples, and one beside it that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3))
+        self.dropout = distributed.Dropout(0.3)
+        self.gathered, self.steps = [], []
+
+    def loss(self, batch: Batch, step: int) -> Loss:
+        shares = (self.dropout(batch["rows"]) @ self.weight).softmax(1)
+        self.gathered.append(batch.positions)
+        mean = distributed.batch_mean(shares.mean(0))
+        skew = distributed.batch_mean((shares[:, 0] ** 2).mean())  # asks twice
+        entropy_gradient = (shares.mean(0) * (mean.log() + 1 + skew)).sum()
+        return Loss(entropy_gradient + shares.amax(1).mean(), {"mean": mean.max()})
+
+    def update(self, step: int, taken: bool) -> None:
+        if taken:
+            self.steps.append(torch.cat(self.gathered).tolist())
+        self.gathered = []
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_means_over_the_batch_do_not_depend_on_micro_batches(tmp_path, accumulate):
+    """Weights after 9 steps, with dropout; statistics of a rehearsal are forgotten."""
+    found = []
+    for parts in (1, accumulate):
+        module, settings = Clusters(), loop(accumulate=parts)
+        turn = Turn("clusters", module, module.loss, ToyRun().optimizer, after_step=module.update)
+        config = ToyRun(loop=settings)
+        run = Run.open(tmp_path / str(parts), config)
+        train(settings, run, [turn], feed(Rows(), 8, seed=5, accumulate=parts), seed=7, published=module)
+        assert module.steps == [list(range(8))] * 9
+        found.append(module.weight.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def test_no_rehearsal_where_nothing_is_asked(tmp_path):
+    toy = Toy(ToyRun(loop=loop(steps=3, accumulate=4), discriminator_start_step=0))
+    seen, losses = [], toy.turns[0].loss
+    toy.turns[0].loss = lambda batch, step: seen.append(step) or losses(batch, step)
+    toy.train(tmp_path / "run")
+    assert seen == [step for step in range(3) for _ in range(4)]

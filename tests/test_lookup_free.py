@@ -414,13 +414,15 @@ def test_gumbel_samples_are_of_the_distribution():
 
 
 @pytest.mark.parametrize("kind", ["gumbel", "gumbel-hard"])
-def test_gumbel_is_torchs_gumbel_softmax(kind):
+def test_gumbel_is_torchs_gumbel_softmax(kind, monkeypatch):
     """With the same noise: equal vectors, and equal gradients to features and to every parameter."""
     quantizer, given = build(CASES[kind]).train(), features().requires_grad_()
     quantizer.temperature.fill_(0.5)
     torch.manual_seed(7)
     output = quantizer(given)
     torch.manual_seed(7)
+    noise = -distributed.uniform(quantizer.stream.keys(len(given), given[0, 0].numel()), quantizer.num_codes[0]).log()
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda tensor: tensor.copy_(noise))
     weights = F.gumbel_softmax(quantizer.logits(to_rows(given)), tau=0.5, hard=kind == "gumbel-hard")
     expected = weights @ quantizer.codebook
     torch.testing.assert_close(to_rows(output.vectors), expected)

@@ -717,6 +717,24 @@ def test_simvq_learns_the_transform_and_freezes_the_codebook():
     torch.testing.assert_close(quantizer.vectors, quantizer.frozen @ quantizer.transform.weight.T)
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("num_codes", [8, 500])
+def test_the_gradient_of_chosen_codes_is_that_of_the_whole_codebook(num_codes, metric):
+    """More features than codes, and fewer; and the losses' gradients are those of two mean squared distances."""
+    quantizer = SimVQConfig(num_codes=num_codes, code_dim=DIM, metric=metric, commitment=0.3).build().train()
+    given, same = features().requires_grad_(), features().requires_grad_()
+    output = quantizer(given)
+    (output.vectors.sin().sum() + 7 * output.loss).backward()
+    rows, vectors = quantizer.assignment.rows_of(same), quantizer.vectors[output.codes.flatten()]
+    passed = to_grid(straight_through(rows, vectors.detach()), same.shape)
+    loss = 0.3 * F.mse_loss(rows, vectors.detach()) + F.mse_loss(vectors, rows.detach())
+    weight = quantizer.transform.weight
+    wanted = torch.autograd.grad(passed.sin().sum() + 7 * loss, [same, weight])
+    torch.testing.assert_close(output.loss, loss)
+    for found, gradient in zip((given.grad, weight.grad), wanted):
+        torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
+
+
 def test_the_frozen_codebook_is_the_papers():
     frozen = SimVQConfig(num_codes=2000, code_dim=64).build().frozen
     assert float(frozen.mean()) == pytest.approx(0, abs=2e-3) and float(frozen.std()) == pytest.approx(64**-0.5, 0.02)

@@ -177,6 +177,14 @@ def test_low_precision_leaves_few_rows_to_a_second_search(monkeypatch):
         assert sum(searched) < 1.1 * 128
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_rows_that_a_product_leaves_open_are_decided_by_the_next_or_in_float64(monkeypatch, product, few):
+    monkeypatch.setattr(search, "MANY", 1)
+    monkeypatch.setattr(search, "FEW", few)
+    rows, book = 0.1 * torch.randn(301, 8), torch.randn(400, 8)
+    assert torch.equal(search.nearest(rows, book), oracle(rows, book)[0])
+
+
 def test_a_processor_without_fast_low_precision_searches_in_fp32(monkeypatch):
     book = search._Book.of(torch.randn(16384, 768), None)
     chosen = search.choose_products(8192, book)

@@ -28,6 +28,7 @@ from tokenizer.train import train_tokenizer
 from tokenizer.vqrae import VQRAEConfig
 from training.checkpoint import load_weights, sha256
 from training.command import Interrupted, UserError
+from training.log import CLOCKS
 from training.loop import LoopConfig
 from training.optim import OptimizerConfig
 
@@ -105,7 +106,7 @@ def figures(run_folder):
     steps = {}
     for line in (run_folder / "log.jsonl").read_text().splitlines():
         values = json.loads(line)
-        for clock in ("images_per_second", "seconds"):
+        for clock in CLOCKS:
             values.pop(clock, None)
         steps.setdefault(values.pop("step"), {}).update(values)
     return steps

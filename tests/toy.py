@@ -22,6 +22,7 @@ from tokenizer.quantizers.codebook import pick_rows
 from training import distributed
 from training.checkpoint import Run
 from training.command import Interrupted
+from training.log import CLOCKS
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
 
@@ -132,7 +133,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 def log_lines(folder: Path) -> list[dict[str, float]]:
     """log.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def fingerprint(folder: Path) -> str:

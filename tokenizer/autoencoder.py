@@ -108,9 +108,12 @@ class Autoencoder(nn.Module):
         """The weight whose gradients balance the adversarial loss."""
         return self.decoder.last_layer
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        """`noise` (B, C, h, w) is added to the features, in training of decoders that must bear it (RAE, section 4)."""
-        features = self.encoder(images)
+    def forward(self, images: Tensor, noise: Tensor | None = None, features: Tensor | None = None) -> Reconstruction:
+        """`noise` (B, C, h, w) is added to the features, in training of decoders that must bear it (RAE, section 4).
+
+        `features` (B, C, h, w) are what a frozen encoder made of the images, where that is known: it does not run.
+        """
+        features = self.encoder(images) if features is None else features.float()
         latents, quantized = self.quantize(features if noise is None else features + noise)
         pictures = self._from_vectors(quantized.vectors)
         codes = quantized.codes.flatten(1)

@@ -105,14 +105,13 @@ class TokenCache:
         manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder}: there is no finished token cache (no manifest.json): run `make tokens`")
-        cache = cls(folder, manifest)
         for split in SPLITS:
             for shard in manifest["splits"][split]["shards"]:
                 for name, entry in shard["files"].items():
                     path = folder / name
-                    if path.parent != folder or not path.is_file() or path.stat().st_size != entry["bytes"]:
+                    if not path.is_file() or path.stat().st_size != entry["bytes"]:
                         raise UserError(f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}")
-        return cache
+        return cls(folder, manifest)
 
     def check_tokenizer(self) -> None:
         """Raise UserError unless the tokenizer's weights are those that made these codes."""
@@ -130,20 +129,35 @@ class TokenCache:
                 for name, entry in shard["files"].items():
                     if sha256(self.folder / name) != entry["sha256"]:
                         raise UserError(f"{self.folder / name}: its SHA-256 is not the manifest's: {REMAKE}")
-            for codes in self.split(split).codes.parts:
+            whole = self.split(split)
+            if len(whole.labels) and not 0 <= whole.labels.min() <= whole.labels.max() < self.num_classes:
+                raise UserError(f"{self.folder}: {split} holds labels outside its {self.num_classes} classes: {REMAKE}")
+            for codes in whole.codes.parts:
                 for span, size in self.layout.spans():
                     if codes[..., span].size and codes[..., span].max() >= size:
                         raise UserError(f"{self.folder}: {split} holds codes of {size} and more: {REMAKE}")
 
     def split(self, name: str) -> TokenSplit:
         """ "train" or "held_out"."""
-        shards = range(len(self.manifest["splits"][name]["shards"]))
+        shards = self.manifest["splits"][name]["shards"]
 
         def read(array: str) -> list[np.ndarray]:
-            return [np.load(self.folder / shard_file(name, index, array), mmap_mode="r") for index in shards]
+            return [self._map(shard_file(name, index, array), shard["count"]) for index, shard in enumerate(shards)]
 
         labels, ids = (np.concatenate(read(array)).astype(np.int64) for array in ("labels", "ids"))
         return TokenSplit(Shards(read("codes")), labels, ids)
+
+    def _map(self, name: str, count: int) -> np.ndarray:
+        """A file's array, of `count` rows. Raises UserError when it holds another, or objects."""
+        codes = (self.manifest["views"], self.layout.length) if ".codes." in name else ()
+        try:
+            found = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{self.folder / name}: no array of numbers ({error}): {REMAKE}") from None
+        if found.shape != (count, *codes) or found.dtype.kind not in "iu":
+            wanted = f"whole numbers {(count, *codes)}"
+            raise UserError(f"{self.folder / name}: is {found.dtype} {found.shape}, not {wanted}: {REMAKE}")
+        return found
 
 
 REMAKE = "run `make tokens` again"
@@ -158,8 +172,26 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: its format is {manifest['format']!r}, not {FORMAT!r}: {REMAKE}")
+        _check(manifest)
         return manifest
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: damaged ({error}): remove it, and {REMAKE}") from None
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError unless a manifest has the form that `encode` writes."""
+    CodeLayout(**manifest["layout"])
+    if not isinstance(manifest["class_names"], list) or not isinstance(manifest["plan_sha256"], str):
+        raise ValueError("class_names or plan_sha256")
+    for key in ("folder", "weights_sha256"):
+        if not isinstance(manifest["tokenizer"][key], str):
+            raise ValueError(f"tokenizer.{key}")
+    for split in SPLITS:
+        for index, shard in enumerate(manifest["splits"][split]["shards"]):
+            if shard["files"].keys() != {shard_file(split, index, array) for array in ARRAYS}:
+                raise ValueError(f"shard {index} of {split} has files {', '.join(shard['files'])}")
+            for value in (manifest["views"], shard["count"], *(entry["bytes"] for entry in shard["files"].values())):
+                if not isinstance(value, int):
+                    raise ValueError(f"{value!r} is no count")

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,8 @@ def _prepare(out: Path, plan: str) -> None:
             raise UserError(f"{out}: holds {strangers[0].name}, so it is no token cache: name another --out")
         unfinished = out / PLAN
         if not (unfinished.is_file() and unfinished.read_text() == plan and not (out / "manifest.json").exists()):
-            shutil.rmtree(out)
+            for ours in out.iterdir():  # not the folder: it may be a link to another disk
+                ours.unlink()
     out.mkdir(exist_ok=True)
     for left_over in out.glob(".*.tmp"):
         left_over.unlink()

@@ -27,7 +27,10 @@ class CodeLayout:
         # JSON and YAML give lists; a layout is hashable and compares by value.
         object.__setattr__(self, "grids", tuple(tuple(int(side) for side in grid) for grid in self.grids))
         object.__setattr__(self, "num_codes", tuple(int(count) for count in self.num_codes))
-        assert len(self.grids) == len(self.num_codes), "one codebook size per level"
+        if len(self.grids) != len(self.num_codes):
+            raise ValueError(f"layout: {len(self.grids)} grids and {len(self.num_codes)} codebook sizes: one per level")
+        if min((1, *self.num_codes, *(side for grid in self.grids for side in grid))) < 1:
+            raise ValueError(f"layout: grids {self.grids} of {self.num_codes} codes: all must be at least 1")
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -93,8 +93,8 @@ class Objective:
     def autoencoder_loss(self, batch: Batch, step: int) -> Loss:
         """Reconstruction + quantizer + distillation (VQRAE, stage 2) + ramped, capped adversarial term."""
         images = batch["images"]
-        noise = self._noise(images, batch.positions, step)
-        output = self.autoencoder(images) if noise is None else self.autoencoder(images, noise=noise)
+        given = {"noise": self._noise(images, batch.positions, step), "features": batch.tensors.get("features")}
+        output = self.autoencoder(images, **{name: value for name, value in given.items() if value is not None})
         error = output.images.float() - images
         mse = error.square().mean()
         parts = {"mse": mse, "quantizer": output.loss, **output.parts}
@@ -166,11 +166,11 @@ class Objective:
     def _adaptive_weight(self, reconstruction: Tensor, fooling: Tensor) -> Tensor:
         """|d reconstruction / d W| / |d fooling / d W| at the decoder's last layer W (Esser et al. 2021, eq. 7).
 
-        Of gradients that are averaged over ranks first, so that the ratio is the whole batch's on every rank.
+        Of gradients that are averaged over the global batch first.
         """
         last = self.autoencoder.last_layer
         gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reconstruction, fooling)]
-        wanted, other = distributed.mean_(torch.stack(gradients).float()).flatten(1).norm(dim=1)
+        wanted, other = distributed.batch_mean(torch.stack(gradients).float()).flatten(1).norm(dim=1)
         return (wanted / (other + 1e-4)).clamp(max=self.config.adaptive_cap)
 
 

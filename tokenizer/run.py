@@ -6,18 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torch import nn
 
 from tokenizer.autoencoder import Autoencoder, VQVAEConfig
 from tokenizer.data.sources import DataConfig
+from tokenizer.features import FeaturesConfig
 from tokenizer.hierarchical import Hierarchical, VQVAE2Config
 from tokenizer.objective import ObjectiveConfig
 from tokenizer.vqrae import VQRAEConfig
 from training import distributed
 from training.checkpoint import load_weights
 from training.command import UserError
-from training.config import from_dict, one_of
+from training.config import load as read_config
+from training.config import one_of
 from training.loop import LoopConfig
 from training.optim import OptimizerConfig
 
@@ -39,6 +40,11 @@ class TokenizerRun:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    features: FeaturesConfig | None = None  # train from stored features of the frozen encoder, not through it
+
+    def __post_init__(self) -> None:
+        if self.features is not None:
+            self.features.check(self.data, self.model, self.objective)
 
 
 def load_config(run_folder: Path) -> TokenizerRun:
@@ -46,8 +52,7 @@ def load_config(run_folder: Path) -> TokenizerRun:
     path = Path(run_folder) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`")
-    raw = OmegaConf.to_container(OmegaConf.load(path))
-    return from_dict(TokenizerRun, raw, str(path))
+    return read_config(TokenizerRun, path)
 
 
 def load(run_folder: str | Path) -> Autoencoder | Hierarchical:

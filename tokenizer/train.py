@@ -17,6 +17,7 @@ from tokenizer.data.sources import Images, open_split
 from tokenizer.data.transforms import to_pixels
 from tokenizer.dry_run import dry_run
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
+from tokenizer.features import StoredFeatures
 from tokenizer.health import Health
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun, load_autoencoder_weights, load_config
@@ -30,7 +31,8 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     """Train as configured, resuming; returns the averaged tokenizer. Raises UserError for what cannot work."""
     images = open_split(config.data, "train", augment=True, seed=config.seed)
     held_out = open_split(config.data, "held_out")
-    batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
+    reading = (config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
+    batches = feed(images, *reading)
     folder = Path(config.root) / config.name
     inputs = {"images": images.identity()["ids_sha256"]}
     if config.start_from is not None:
@@ -46,23 +48,22 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         raise UserError(f"{folder}: {error}") from None
     if config.start_from is not None:
         load_autoencoder_weights(autoencoder, Path(config.start_from))
-    objective = Objective(config.objective, autoencoder, _teacher(config, autoencoder), config.seed)
+    objective = Objective(config.objective, autoencoder, teacher_of(config, autoencoder), config.seed)
     if config.start_from is None and isinstance(autoencoder.encoder, FoundationEncoder):
         inputs["encoder"] = autoencoder.encoder.fingerprint()
     if objective.discriminator is not None and hasattr(objective.discriminator.network, "trunk"):
         inputs["discriminator"] = objective.discriminator.network.trunk.fingerprint()
+    stored = None
+    if config.features is not None:
+        stored = StoredFeatures(images, autoencoder.encoder, config.features, augment=config.data.augment,
+                                seed=config.seed, root=Path(config.root))  # fmt: skip
+        inputs["features"] = stored.hash
     run = Run.open(folder, config, fresh=fresh, inputs=inputs)
     images.announce()
-    turns = [
-        Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
-             after_step=autoencoder.update)
-    ]  # fmt: skip
-    if objective.discriminator is not None:
-        turns.append(
-            Turn("discriminator", objective.discriminator, objective.discriminator_loss,
-                 config.discriminator_optimizer, config.objective.discriminator_start_step,
-                 objective.discriminator.update)
-        )  # fmt: skip
+    if stored is not None and not run.finished(config.loop.steps):
+        with run.marking():
+            stored.make(autoencoder.encoder)
+        batches = feed(stored, *reading)
     if isinstance(autoencoder.encoder, FoundationEncoder) and distributed.is_main():
         autoencoder.encoder.save_architecture(run.folder / "weights" / "encoder")
     places = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).long()  # of every class
@@ -85,11 +86,26 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
 
     health = Health(autoencoder.layout.num_codes, config.objective.adaptive_cap)
-    return train(config.loop, run, turns, batches, seed=config.seed, published=autoencoder, begin=begin,
-                 preview=preview, measure=measure, watch=health.read)  # fmt: skip
+    return train(config.loop, run, turns_of(config, objective), batches, seed=config.seed, published=autoencoder,
+                 begin=begin, preview=preview, measure=measure, watch=health.read)  # fmt: skip
 
 
-def _teacher(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None:
+def turns_of(config: TokenizerRun, objective: Objective) -> list[Turn]:
+    """What a step moves: the autoencoder, then the discriminator where there is one."""
+    autoencoder, adversary = objective.autoencoder, objective.discriminator
+    turns = [
+        Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
+             after_step=autoencoder.update)
+    ]  # fmt: skip
+    if adversary is not None:
+        turns.append(
+            Turn("discriminator", adversary, objective.discriminator_loss, config.discriminator_optimizer,
+                 config.objective.discriminator_start_step, adversary.update)
+        )  # fmt: skip
+    return turns
+
+
+def teacher_of(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None:
     """The pretrained encoder as it was before any training here, where features are to stay near its own."""
     if config.objective.distillation == 0 or config.objective.distillation_target != "teacher":
         return None

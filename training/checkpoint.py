@@ -5,6 +5,7 @@ log.jsonl, events.out.*      figures by step
 checkpoints/step-00000600/   state.pt and manifest.json (SHA-256): everything to resume
 weights/model.safetensors    averaged weights, what others load
 previews/                    pictures
+requeue                      only after SIGTERM: that the run asks to be started again
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import signal
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,9 +30,12 @@ from torch import Tensor
 from training import distributed
 from training.command import UserError
 from training.config import to_dict, to_yaml
+from training.signals import Interrupted
 
-# Settings that a run may change between one start and the next: they move no weight.
+# Settings that a run may change between one start and the next: they move no weight, or, where they only say how
+# the same step is computed, not beyond rounding.
 FREE_KEYS = {"root", "log_every", "save_every", "preview_every", "keep", "workers", "sampling"}
+FREE_KEYS |= {"accumulate", "sharding", "compile", "gradient_checkpointing"}
 
 
 def sha256(path: Path) -> str:
@@ -118,11 +125,13 @@ class Run:
         that differs), or when it holds something else. `fresh` removes what it holds first.
         """
         run = cls(Path(folder), config)
-        if distributed.is_main():
+
+        def take() -> None:
             run._take(fresh, inputs or {})
             replace_file(run.folder / "config.yaml", to_yaml(config).encode())
             replace_file(run.folder / "inputs.json", json.dumps(inputs or {}, indent=1).encode())
-        distributed.barrier()
+
+        distributed.on_main(take)
         return run
 
     def _take(self, fresh: bool, inputs: Mapping[str, str]) -> None:
@@ -140,6 +149,7 @@ class Run:
         if fresh and not ours:
             raise UserError(f"{self.folder}: no run here made this folder: remove it yourself to start over")
         self._lock = open(self.folder / ".lock", "w")
+        os.register_at_fork(after_in_child=_closing(self._lock))  # or whoever reads data would outlive us with it
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -191,8 +201,30 @@ class Run:
         """Whether the last of `steps` steps is in a checkpoint."""
         return (self.checkpoints / _name(steps) / "manifest.json").is_file()
 
-    def save(self, step: int, state: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint, then remove all but the newest `keep`. Only rank 0 writes.
+    def newest(self) -> str:
+        """The name of the newest checkpoint, whole or not; empty where there is none."""
+        return max((path.name for path in self.checkpoints.glob("step-*")), default="")
+
+    @contextlib.contextmanager
+    def marking(self) -> Iterator[None]:
+        """Leave the marker `requeue` when SIGTERM ends the block; an earlier one goes as it begins. Whatever else ends
+        it before its time, the folder is free for another start at once."""
+        marker = self.folder / "requeue"
+        if distributed.is_main():
+            marker.unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Interrupted) and error.number == signal.SIGTERM and distributed.is_main():
+                step = int(self.newest().removeprefix("step-") or 0)
+                facts = {"step": step, "signal": "SIGTERM", "time": datetime.now(UTC).isoformat()}
+                replace_file(marker, json.dumps(facts).encode())
+            if self._lock is not None:
+                self._lock.close()
+            raise
+
+    def save(self, step: int, state: dict[str, Any], keep: int | None) -> None:
+        """Write a checkpoint, then remove all but the newest `keep`, if it is given. Only rank 0 writes.
 
         Raises UserError when the disk is full: the older checkpoints stay as they are.
         """
@@ -209,7 +241,7 @@ class Run:
             raise _unwritable(folder, _size(state), error) from None
         found = sorted(self.checkpoints.glob("step-*"))
         earlier = [path for path in found if path.name <= folder.name]  # later ones are damaged: we passed them over
-        for old in set(found) - set(earlier[-keep:]):
+        for old in set(found) - set(earlier[-keep:]) if keep else ():
             shutil.rmtree(old)
 
     def latest(self) -> dict[str, Any] | None:
@@ -266,6 +298,12 @@ def weights_hash(run_folder: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: there are no weights here: train that run first")
     return sha256(path)
+
+
+def _closing(file: IO[Any]) -> Callable[[], None]:
+    """What closes a file if it is still there."""
+    reference = weakref.ref(file)
+    return lambda: opened.close() if (opened := reference()) else None
 
 
 def _name(step: int) -> str:

@@ -1,47 +1,76 @@
-"""Commands: bad input is one clear line and exit code 2, Ctrl-C says how to go on."""
+"""Commands: bad input is one clear line and exit code 2, Ctrl-C and SIGTERM say how to go on."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import difflib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+from training.signals import Interrupted, listening
 
 
 class UserError(ValueError):
     """Something the user can mend. The message names the file, the value and the remedy, in one line."""
 
-
-class Interrupted(Exception):
-    """A run stopped on request after saving. The message says how to resume. Exit code 130."""
+    told = False  # whether another process says so
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main` as a process: UserError and a full disk exit with 2, an interrupt with 130.
+    """Run `main` as a process: UserError and a full disk exit with 2, Ctrl-C with 130, SIGTERM with 75.
 
-    Anything else is our own bug and keeps its traceback.
+    Of processes that fail together one says why. Anything else is our own bug and keeps its traceback.
     """
     try:
-        main()
+        with listening(signal.SIGTERM, at_once=True):
+            main()
     except UserError as error:
-        _fail(f"error: {error}", 2)
-    except (Interrupted, KeyboardInterrupt) as error:
-        _fail(str(error) or "interrupted: run the same command again to go on", 130)
+        _fail("" if error.told else f"error: {error}", 2)
+    except Interrupted as error:
+        _fail(str(error) if os.environ.get("RANK", "0") == "0" else "", error.code)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or str(Interrupted()), 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        deed = next((deed for deed, numbers in DEEDS.items() if error.errno in numbers), None)
+        if deed is None:
             raise
-        _fail(f"error: cannot write {error.filename or 'the output'}: {os.strerror(error.errno)}", 2)
+        _fail(f"error: cannot {deed} {error.filename or 'the output'}: {os.strerror(error.errno)}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _short_of_memory(error):
+            raise
+        _fail(f"error: out of memory: {_first_line(error)}: take a smaller model, or smaller batches", 2)
+
+
+DEEDS = {
+    "write": (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG),
+    "open": (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+}
+SHORTAGES = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # torch's, by device
+
+
+def _short_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in SHORTAGES)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _fail(message: str, code: int) -> None:
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the progress line
-    print(start + " ".join(message.split()), file=sys.stderr, flush=True)
+    if message:
+        start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the progress line
+        line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+        print(start + line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -80,10 +109,24 @@ def config_command(
 
     loaded = config.load(schema, arguments.config, arguments.overrides)
     distributed.start()
-    if dry_run and arguments.dry_run:
-        text = dry_run(loaded)
-        if distributed.is_main():
-            print(text)
-    else:
-        run(loaded, fresh=arguments.fresh)
+    with _building(arguments.config):
+        if dry_run and arguments.dry_run:
+            text = dry_run(loaded)
+            if distributed.is_main():
+                print(text)
+        else:
+            run(loaded, fresh=arguments.fresh)
     distributed.finish()
+
+
+@contextlib.contextmanager
+def _building(path: str) -> Iterator[None]:
+    """What torch says of a setting's value within some config's `build` is the user's to mend, as a UserError is."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "build"]
+        owners = [owner for frame in frames if dataclasses.is_dataclass(owner := frame.f_locals.get("self"))]
+        if isinstance(error, UserError) or _short_of_memory(error) or not owners:
+            raise
+        raise UserError(f"{path}: {type(owners[-1]).__name__} does not work out: {_first_line(error)}") from error

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,6 +22,8 @@ from training.command import UserError
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+LARGEST = 2**63 - 1  # what a tensor of integers holds
+LAYERS, MOST_LAYERS = ("depth", "layers", "blocks"), 1000  # ends of keys: counts of what is built one by one
 
 
 def one_of(table: Mapping[str, type], kind: str, **defaults: Any) -> Any:
@@ -63,10 +65,14 @@ def from_dict(schema: type[T], raw: Mapping[str, Any], source: str, origins: Map
             raise fail(str(error.full_key), str(error).splitlines()[0]) from None
         key, value = _misfit(prototype, raw)  # omegaconf does not say where for tuples
         raise fail(key, f"{value!r} is of a wrong type or length") from None
-    except ValueError as error:  # a range check in some __post_init__
+    except (ValueError, ArithmeticError) as error:  # a range check in some __post_init__
         raise UserError(f"{source}: {error}") from None
     if missing:
         raise fail(missing[0], "this key has no default: give it a value")
+    for key, number in _numbers(OmegaConf.to_container(config, resolve=True)):
+        largest = MOST_LAYERS if key.endswith(LAYERS) else LARGEST
+        if not 0 <= number <= largest:  # NaN is neither
+            raise fail(key, f"{number} is not a number from 0 to {largest}")
     return made
 
 
@@ -132,6 +138,18 @@ def _misfit(prototype: Any, raw: Mapping[Any, Any], prefix: tuple[str, ...] = ()
         except (OmegaConfBaseException, TypeError):
             return _misfit(prototype, value, path) if isinstance(value, Mapping) else (".".join(path), value)
     return ".".join(prefix) or "config", raw
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(key, number) of every number in nested containers; an item of a list has the list's key."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
 
 
 def _note_origins(raw: Mapping[Any, Any], source: str, origins: dict[str, str], prefix: str = "") -> None:

@@ -1,12 +1,24 @@
-"""Processes: one helper over torch.distributed that is a no-op in a single process."""
+"""Processes: one helper over torch.distributed that is a no-op in a single process.
+
+And what makes a training step the same however its global batch is shared by processes and micro-batches: random
+numbers that belong to samples (`draw`, `samples`, `Stream`, `Dropout`), and means over the batch (`batch_mean`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from training.command import UserError
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's constants, as signed integers of 64 bits
+ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
 def start() -> None:
@@ -15,7 +27,10 @@ def start() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps the addresses of before a restart
+        store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=size)
 
 
 def finish() -> None:
@@ -63,9 +78,37 @@ def mean_(tensor: Tensor) -> Tensor:
 
 def any_true(flag: bool) -> bool:
     """Whether the flag holds on any rank; all ranks get the same answer."""
+    return bool(largest(flag))
+
+
+def largest(number: int) -> int:
+    """The largest number of any rank; all ranks get the same answer."""
     if not dist.is_initialized():
-        return flag
-    return bool(sum_(torch.tensor([float(flag)], device=device())).item())
+        return number
+    numbers = torch.tensor([number], device=device())
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers.item())
+
+
+def on_main(function: Callable[[], object]) -> None:
+    """Call on rank 0 while the others wait; what it cannot do there (UserError, a full disk) fails on every rank."""
+    error: Exception | None = None
+    if is_main():
+        try:
+            function()
+        except (UserError, OSError) as caught:
+            error = caught
+    if dist.is_initialized():
+        reasons = [error and str(error)]
+        dist.broadcast_object_list(reasons, device=device())
+        if reasons[0] and not is_main():
+            error = UserError(reasons[0])
+            error.told = True
+    try:
+        if error is not None:
+            raise error
+    finally:
+        error = None  # or the error, its traceback and this frame would keep each other
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -77,11 +120,28 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part.to(rows.device) for part in parts])
 
 
+def gather_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Parts (n, ...) of each rank, of which some ranks may have none -> all ranks' rows in rank order."""
+    own = torch.cat(list(parts)).cpu() if parts else None
+    if not dist.is_initialized():
+        return own
+    every: list[Tensor | None] = [None] * world()
+    dist.all_gather_object(every, own)
+    return torch.cat([rows for rows in every if rows is not None])
+
+
 def broadcast_(tensor: Tensor) -> Tensor:
     """Rank 0's values to every rank, in place."""
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def equalise(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers to every rank: what each makes by itself may differ by rounding on a GPU."""
+    if world() > 1:
+        for tensor in module.state_dict().values():
+            tensor.copy_(broadcast_(tensor.contiguous()))
 
 
 def draw(seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -107,3 +167,133 @@ def mix(*numbers: int) -> int:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state = z ^ (z >> 31)
     return state & 0x7FFFFFFFFFFFFFFF
+
+
+@contextlib.contextmanager
+def samples(seed: tuple[int, ...], positions: Tensor) -> Iterator[None]:
+    """Inside, what a `Stream` gives belongs to the samples at these places of the global batch, (B,) int64.
+
+    It must span the backward pass too, where activations may be computed again.
+    """
+    global _samples
+    kept, _samples = _samples, _mixed(positions * GOLDEN + mix(*seed))
+    try:
+        yield
+    finally:
+        _samples = kept
+
+
+_samples: Tensor | None = None  # (B,) int64, a number of its own for each sample of the step
+
+
+class Stream(nn.Module):
+    """Where a module's random numbers come from: functions of (seed, step, place in the global batch, stream).
+
+    They depend neither on how the batch is split nor on what was drawn before, and are the same when activations
+    are computed again. Outside `samples`, torch's global generator decides.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A tensor, so that a compiled network is one for all numbers.
+        self.register_buffer("number", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def keys(self, batch: int, count: int = 1) -> Tensor:
+        """(batch * count,) int64: `count` for each of the samples, one after another."""
+        if _samples is None:
+            own = torch.randint(1 << 62, (batch,), device=self.number.device)
+        else:
+            assert len(_samples) == batch, f"{batch} rows for {len(_samples)} samples"
+            own = _mixed(_samples + self.number * GOLDEN)
+        return own if count == 1 else words(own, count).flatten()
+
+
+def number_streams(module: nn.Module) -> None:
+    """Give each stream within a module a number of its own."""
+    for number, stream in enumerate(part for part in module.modules() if isinstance(part, Stream)):
+        stream.number.fill_(number + 1)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose masks belong to samples, the first axis; shares are of 1 / 65536."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.dropped = round(share * 65536)
+        self.stream = Stream()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, ...)"""
+        if not (self.training and self.dropped):
+            return features
+        size = math.prod(features.shape[1:])
+        drawn = words(self.stream.keys(len(features)), -(-size // 4)).view(torch.int16)[:, :size]
+        kept = (drawn >= self.dropped - 32768).view(features.shape)
+        return torch.where(kept, features, 0.0) * (65536 / (65536 - self.dropped))
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """(N,) int64 keys -> (N, count) float32 in (0, 1), multiples of 2^-24; a row depends on its key only."""
+    drawn = words(keys, -(-count // 2)).view(torch.int32)[:, :count]
+    return ((drawn & 0x7FFFFF).float() + 0.5) * 2**-23
+
+
+def words(keys: Tensor, count: int) -> Tensor:
+    """(N,) int64 keys -> (N, count) int64, all bits random: SplitMix64's outputs from each key on."""
+    return _mixed(keys[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN)
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """What SplitMix64 makes of its state: int64, in place."""
+    for shift, factor in ROUNDS:
+        z.bitwise_xor_((z >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+
+
+class WholeBatch:
+    """Means over a global batch of several micro-batches, found in a rehearsal: a first pass over all but the last.
+
+    A loss that is no mean over samples (the entropy of a mean, a ratio of gradients) asks `batch_mean` for what it
+    needs, in the same order in each micro-batch.
+    """
+
+    def __init__(self, num_parts: int) -> None:
+        self.num_parts, self.totals, self.means = num_parts, [], None if num_parts > 1 else []
+        self.asked = 0  # how often, by the present micro-batch
+
+    @property
+    def lacking(self) -> bool:
+        """Whether means were asked for that take a rehearsal."""
+        return self.means is None and bool(self.totals)
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """Around a micro-batch's loss."""
+        global _whole
+        _whole, self.asked = self, 0
+        try:
+            yield
+        finally:
+            _whole = None
+
+    def rehearsed(self) -> None:
+        """All micro-batches have asked."""
+        self.means = [mean_(total / self.num_parts) for total in self.totals]
+
+    def mean(self, own: Tensor) -> Tensor:
+        self.asked += 1
+        if self.means is not None:
+            return self.means[self.asked - 1]
+        if self.asked > len(self.totals):
+            self.totals.append(torch.zeros_like(own))
+        self.totals[self.asked - 1] += own
+        return own
+
+
+_whole: WholeBatch | None = None
+
+
+def batch_mean(own: Tensor) -> Tensor:
+    """The mean over ranks, and over the micro-batches of a step, of what each has; without a gradient."""
+    own = own.detach()
+    return mean_(own.clone()) if _whole is None or _whole.num_parts == 1 else _whole.mean(own)

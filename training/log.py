@@ -15,41 +15,44 @@ from torch import Tensor
 from training import distributed
 from training.checkpoint import naming, replace_file
 
+CLOCKS = ("seconds", "images_per_second", "data_wait", "save_seconds")  # figures that no two runs have alike
+
 
 class Meter:
-    """Means of named scalars since the last reading; holds tensors, so that a step never waits for a device.
+    """Weighted means of named scalars since the last reading; holds tensors, so that a step never waits for a device.
 
     Its state is part of a checkpoint: a resumed run logs the very means that an uninterrupted one does.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}  # the weights' sums
 
-    def add(self, values: dict[str, Tensor]) -> None:
+    def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
         for name, value in values.items():
-            value = value.detach().double()
+            value = value.detach().double() * weight
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def read(self) -> dict[str, float]:
         """Means over what was added and over ranks; starts anew. Call it on every rank."""
-        means = {name: float(total) / self.counts[name] for name, total in self._shared_sums().items()}
+        names = list(self.sums)  # the same on every rank: turns insert them in order
+        totals = distributed.mean_(torch.stack([self.sums[name] for name in names])).tolist() if names else []
+        means = {name: total / self.counts[name] for name, total in zip(names, totals)}
         self.sums, self.counts = {}, {}
         return means
 
-    def _shared_sums(self) -> dict[str, Tensor]:
-        if not self.sums:
-            return {}
-        names = list(self.sums)  # the same on every rank: turns insert them in order
-        totals = distributed.mean_(torch.stack([self.sums[name] for name in names])).cpu()
-        return {name: total for name, total in zip(names, totals.unbind())}
-
     def state_dict(self) -> dict[str, dict]:
-        return {"sums": self._shared_sums(), "counts": dict(self.counts)}
+        """Each sum of every rank, (world,). Call it on every rank."""
+        sums = distributed.gather_rows(torch.stack([*self.sums.values()])[None]).cpu() if self.sums else None
+        return {"sums": {n: sums[:, i].clone() for i, n in enumerate(self.sums)}, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        """A rank goes on from its own sums, or from the mean of all where there were more or fewer of them."""
+        rank, world = distributed.rank(), distributed.world()
+        own = {name: sums.flatten().to(distributed.device()) for name, sums in state["sums"].items()}
+        self.sums = {name: sums[rank] if len(sums) == world else sums.mean() for name, sums in own.items()}
+        self.counts = dict(state["counts"])
 
 
 class Log:

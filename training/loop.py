@@ -1,7 +1,8 @@
 """The one training loop: turns in order, each forward, backward, clip, step; then average, log, save.
 
-Everything random in a step derives from (seed, step, rank), and data from (seed, step), so a checkpoint needs
-no random state and running the same command again goes on exactly where it stopped.
+Everything random in a step derives from (seed, step, place in the global batch), and data from (seed, step), so a
+checkpoint needs no random state, running the same command again goes on exactly where it stopped, and the number
+of processes and micro-batches does not matter.
 """
 
 from __future__ import annotations
@@ -10,59 +11,26 @@ import contextlib
 import dataclasses
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from training import distributed
 from training.checkpoint import Run, weights_path
-from training.command import Interrupted, UserError
+from training.command import UserError
 from training.ema import Ema
-from training.log import Log, Meter, Progress
-from training.optim import OptimizerConfig
+from training.log import CLOCKS, Log, Meter, Progress
+from training.saver import Saver, advice
+from training.signals import Interrupted, Requests, listening
+from training.turn import Batch, Loss, Mover, Turn
+
+__all__ = ["Batch", "LoopConfig", "Loss", "Turn", "train"]
 
 PRECISIONS = ("auto", "fp32", "bf16")
-
-
-@dataclasses.dataclass
-class Loss:
-    """What a turn minimises, and the named terms of it for the log."""
-
-    total: Tensor  # scalar
-    parts: dict[str, Tensor]  # scalars
-
-
-@dataclasses.dataclass
-class Batch:
-    """Tensors by name, one row per sample."""
-
-    tensors: dict[str, Tensor]
-    positions: Tensor  # (B,) int64, each sample's place in the global batch
-    extras: dict[str, Any] = dataclasses.field(default_factory=dict)  # what one turn leaves for the next
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def to(self, device: torch.device) -> Batch:
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
-        return Batch(moved, self.positions.to(device, non_blocking=True), self.extras)
-
-
-@dataclasses.dataclass
-class Turn:
-    """One optimizer's move within a step: a prior has one, a GAN tokenizer two."""
-
-    name: str
-    module: nn.Module  # its trainable parameters are what the turn moves
-    loss: Callable[[Batch, int], Loss]  # (micro-batch, step), averaged over its samples
-    optimizer: OptimizerConfig
-    start_step: int = 0
-    after_step: Callable[[int, bool], None] | None = None  # told the step and whether it was taken
+SHARDINGS = ("none", "full")
+FAILED = 1 << 16  # what a process says, in place of a signal's number, when it could not save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +40,8 @@ class LoopConfig:
     accumulate: int = 1  # micro-batches per step and process
     clip: float = 1.0  # largest gradient norm
     precision: str = "auto"  # bf16 autocast on a GPU, fp32 on a CPU; or "fp32", "bf16"
+    sharding: str = "none"  # "full": each process keeps a part of every transformer block (FSDP2)
+    compile: bool = False  # torch.compile, of each transformer block or of what has none
     ema_decay: float = 0.999
     log_every: int = 20
     save_every: int = 500
@@ -81,11 +51,14 @@ class LoopConfig:
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"loop.precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        for name, known in (("precision", PRECISIONS), ("sharding", SHARDINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"loop.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"loop.ema_decay={self.ema_decay} must be in [0, 1)")
 
 
 def train(
@@ -107,194 +80,225 @@ def train(
     rank, where there is no checkpoint to resume, to start the modules from data. `preview(averaged, path, step)`
     draws a picture and `measure(averaged)` returns held-out figures; both are called every `preview_every` steps on
     rank 0, as is `watch(step, figures)` with whatever is logged: the warnings that it returns are logged and printed.
+    Of a sharded run, ranks other than 0 get the parts that they have of the averaged module.
 
-    Raises Interrupted after saving on SIGINT or SIGTERM, and UserError after `max_bad_steps` non-finite steps.
+    Raises Interrupted after saving on SIGINT or SIGTERM (and leaves the run's marker), and UserError on every rank
+    after `max_bad_steps` non-finite steps, or where a checkpoint cannot be written.
     """
-    device = distributed.device()
-    published.to(device)
-    state = run.latest()
-    if state is None and begin:
-        begin()
-    movers = [_Mover(turn, config, device) for turn in turns]
-    ema, meter = Ema(published, config.ema_decay), Meter()
-    step = 0
-    if state is not None:
-        step = state["step"]
-        _restore(state, movers, ema, meter)
-    title = str(run.folder)
-    if step >= config.steps:
-        if distributed.is_main():
-            if not weights_path(run.folder).is_file():  # someone removed them
-                run.publish(ema.module.state_dict(), step)
-            print(f"{title}: finished at step {step}; start over with --fresh (make: FRESH=1)", flush=True)
-        return ema.module
-    for mover in movers:
-        mover.rest()
-    main = distributed.is_main()
-    log = Log(run.folder, step) if main else None
-    progress = Progress(title, config.steps)
-    for kept in log.kept if log and watch else []:  # what was warned of is not warned of again
-        if "warning" not in kept:
-            watch(kept["step"], {name: value for name, value in kept.items() if name != "step"})
-    stream, bad_steps, latest = batches(step), 0, {}
-    window_start, window_step = time.monotonic(), step
+    with listening(signal.SIGINT, signal.SIGTERM) as requests, run.marking(), Saver(run) as saver:
+        with requests.at_once():
+            loop = _Loop(config, run, turns, published, seed, begin)
+        loop.preview, loop.measure, loop.watch = preview, measure, watch
+        return loop.train(batches, requests, saver)
 
-    def report(figures: dict[str, float]) -> None:
-        log.write(step, figures)
-        for warning in watch(step, figures) if watch else []:
-            log.warn(step, warning)
-            progress.warn(f"{title} at step {step}: {warning}")
 
-    def save() -> None:
-        state = {
-            "step": step,
-            "modules": {mover.turn.name: mover.turn.module.state_dict() for mover in movers},
-            "optimizers": {mover.turn.name: mover.optimizer.state_dict() for mover in movers},
-            "ema": ema.module.state_dict(),
-            "meter": meter.state_dict(),
-        }
-        run.publish(ema.module.state_dict(), step)  # first: whoever finds the last checkpoint finds its weights
-        run.save(step, state, config.keep)
+class _Loop:
+    """What `train` holds while it runs: the state of a checkpoint, and the log."""
 
-    with _stop_requests() as stop_requested:
-        while step < config.steps:
-            micro_batches = [batch.to(device) for batch in next(stream)]
-            torch.manual_seed(distributed.mix(seed, step, distributed.rank()))
-            taken = True
-            for mover in movers:
-                if step >= mover.turn.start_step:
-                    taken &= mover.move(micro_batches, step, meter)
-            if taken:
-                ema.update(step)
-            bad_steps = 0 if taken else bad_steps + 1
-            step += 1
+    preview: Callable[[nn.Module, Path, int], None] | None = None
+    measure: Callable[[nn.Module], dict[str, float]] | None = None
+    watch: Callable[[int, dict[str, float]], list[str]] | None = None
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        run: Run,
+        turns: list[Turn],
+        published: nn.Module,
+        seed: int,
+        begin: Callable[[], None] | None,
+    ) -> None:
+        self.config, self.run, self.seed, self.title = config, run, seed, str(run.folder)
+        self.device, self.main = distributed.device(), distributed.is_main()
+        published.to(self.device)
+        state = run.latest()
+        self.step: int = 0 if state is None else state["step"]
+        if distributed.largest(self.step) != -distributed.largest(-self.step):
+            raise UserError(
+                f"{run.folder}: processes find other checkpoints here: it must be one folder to all of them"
+            )
+        if state is None and begin:
+            begin()
+        for turn in turns:
+            distributed.equalise(turn.module)
+        sharded = config.sharding == "full" and distributed.world() > 1
+        if sharded:
+            published.cpu()  # nothing but parts will come back
+        low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        self.ema = Ema(published, config.ema_decay)
+        self.movers = [
+            Mover(turn, self.device, steps=config.steps, clip=config.clip, low=low, compiled=config.compile,
+                  sharded=sharded and turn.module is published)
+            for turn in turns
+        ]  # fmt: skip
+        if sharded:
+            self.ema.share(self.device)
+        self.meter = Meter()
+        self.pending = False  # whether the preview and the held-out figures of this step are still to be made
+        if state is not None:
+            for mover in self.movers:
+                mover.load(state["modules"][mover.turn.name], state["optimizers"][mover.turn.name])
+            self.ema.load_state_dict(state["ema"])
+            self.meter.load_state_dict(state["meter"])
+            self.pending = state.get("pending", False)
+
+    def train(self, batches: Callable[[int], Iterator[list[Batch]]], requests: Requests, saver: Saver) -> nn.Module:
+        """See the function `train`."""
+        config = self.config
+        if self.step >= config.steps and not self.pending:
+            return self._finished()
+        for mover in self.movers:
+            mover.rest()
+        self.log = Log(self.run.folder, self.step) if self.main else None
+        self.progress = Progress(self.title, config.steps)
+        for kept in self.log.kept if self.log and self.watch else []:  # what was warned of is not warned of again
+            if "warning" not in kept:
+                self.watch(kept["step"], {name: value for name, value in kept.items() if name != "step"})
+        number = 0  # of the signal that asked any rank to stop
+        if self.pending:
+            number = self._show(requests)
+            if self.step == config.steps and not self.pending:
+                self._save(saver, config.keep)
+        stream, bad_steps, latest, window = batches(self.step), 0, {}, _Window(self.step, config.batch_size)
+        warming = config.compile
+        while self.step < config.steps and not number:
+            with window.timing("data_wait"):
+                micro_batches = next(stream)
+            with requests.at_once() if warming else contextlib.nullcontext():  # minutes; nothing is lost yet
+                bad_steps = 0 if self._move([batch.to(self.device) for batch in micro_batches]) else bad_steps + 1
+            warming = False
             if bad_steps >= config.max_bad_steps:
-                raise UserError(
-                    f"{title}: {bad_steps} steps in a row with non-finite gradients, the last at step "
-                    f"{step}: the last good checkpoint is kept; lower optimizer.lr or loop.clip, or set "
-                    "loop.precision=fp32, and run again"
-                )
-            last, stopping = step == config.steps, distributed.any_true(stop_requested())
-            if step % config.log_every == 0 or last:
-                seconds = time.monotonic() - window_start
-                latest = meter.read()
-                latest["images_per_second"] = (step - window_step) * config.batch_size / seconds
-                latest["seconds"] = seconds / (step - window_step)
-                window_start, window_step = time.monotonic(), step
-            if main:
-                if step % config.log_every == 0 or last:
-                    report(latest)
-                progress.show(step, _note(latest))
-                if step % config.preview_every == 0 or last:
-                    with torch.no_grad():
-                        if preview:
-                            run.previews.mkdir(exist_ok=True)
-                            preview(ema.module, run.previews / f"step-{step:08d}.png", step)
-                        if measure:
-                            report({f"held_out.{k}": v for k, v in measure(ema.module).items()})
-            if step % config.save_every == 0 or last or stopping:
-                save()  # whole even after bad steps: they moved nothing
-                distributed.barrier()
-            if stopping and not last:
-                raise Interrupted(f"{title}: stopped at step {step} and saved: run the same command again to go on")
-    if main:
-        log.close()
-        progress.finish(f"{config.steps} steps done, {_note(latest)}")
-    return ema.module
+                distributed.on_main(lambda: self._give_up(saver))
+            last = self.step == config.steps
+            logged = self.step % config.log_every == 0 or last
+            if logged:
+                latest = self.meter.read() | window.read(self.step)
+            if self.main:
+                if logged:
+                    self._report(latest)
+                self.progress.show(self.step, _note(latest))
+            number = distributed.largest(FAILED if saver.failed else requests.number)
+            if number == FAILED:
+                distributed.on_main(saver.wait)
+            self.pending = (self.step % config.preview_every == 0 or last) and bool(self.preview or self.measure)
+            if self.pending and not number:
+                number = self._show(requests)
+            if self.step % config.save_every == 0 or last or number:
+                with window.timing("save_seconds"):  # also after bad steps, which moved nothing; but see _give_up
+                    self._save(saver, None if bad_steps else config.keep)
+        distributed.on_main(saver.wait)
+        if number and (self.step < config.steps or self.pending):
+            what = f"{self.title}: stopped at step {self.step} and saved: run the same command again to go on"
+            raise Interrupted(what, number)
+        if self.log:
+            self.log.close()
+            self.progress.finish(f"{config.steps} steps done, {_note(latest)}")
+        return self._averaged()
+
+    def _move(self, micro_batches: list[Batch]) -> bool:
+        """One step of every turn; whether all of them were taken."""
+        torch.manual_seed(distributed.mix(self.seed, self.step, distributed.rank()))
+        moves = [mover for mover in self.movers if self.step >= mover.turn.start_step]
+        taken = all([mover.move(micro_batches, self.step, self.meter, self.seed) for mover in moves])
+        if taken:
+            self.ema.update(self.step)
+        self.step += 1
+        return taken
+
+    def _show(self, requests: Requests) -> int:
+        """Preview and held-out figures, until a request to stop comes; the signal's number, 0 for none."""
+        drawn = False
+
+        def draw() -> None:
+            nonlocal drawn
+            figures: dict[str, float] = {}
+            with contextlib.suppress(Interrupted):
+                with requests.at_once(), torch.no_grad():
+                    if self.preview:
+                        self.run.previews.mkdir(exist_ok=True)
+                        self.preview(averaged, self.run.previews / f"step-{self.step:08d}.png", self.step)
+                    if self.measure:
+                        figures = {f"held_out.{name}": value for name, value in self.measure(averaged).items()}
+                drawn = True
+                if self.measure:
+                    self._report(figures)
+
+        with self.ema.whole(self.device) as averaged:
+            distributed.on_main(draw)
+        self.pending = distributed.any_true(self.main and not drawn)
+        return distributed.largest(requests.number)
+
+    def _save(self, saver: Saver, keep: int | None) -> None:
+        state = {
+            "step": self.step,
+            "modules": {mover.turn.name: mover.module_state() for mover in self.movers},
+            "optimizers": {mover.turn.name: mover.optimizer_state() for mover in self.movers},
+            "ema": self.ema.state_dict(),
+            "meter": self.meter.state_dict(),
+            "pending": self.pending,
+        }
+        if self.main:
+            saver.save(self.step, state, keep)
+
+    def _report(self, figures: dict[str, float]) -> None:
+        assert self.log is not None
+        self.log.write(self.step, figures)
+        for warning in self.watch(self.step, figures) if self.watch else []:
+            self.log.warn(self.step, warning)
+            self.progress.warn(f"{self.title} at step {self.step}: {warning}")
+
+    def _give_up(self, saver: Saver) -> None:
+        """Checkpoints from before the bad steps are still there: during them none was removed."""
+        saver.wait()
+        raise UserError(
+            f"{self.title}: {self.config.max_bad_steps} steps in a row with non-finite gradients, the last at step "
+            f"{self.step}: {advice(self.run)}"
+        )
+
+    def _finished(self) -> nn.Module:
+        state = self.ema.state_dict()
+        if self.main:
+            if not weights_path(self.run.folder).is_file():  # someone removed them
+                self.run.publish(state, self.step)
+            print(f"{self.title}: finished at step {self.step}; start over with --fresh (make: FRESH=1)", flush=True)
+        return self._averaged()
+
+    def _averaged(self) -> nn.Module:
+        with self.ema.whole(self.device) as averaged:
+            return averaged
 
 
-class _Mover:
-    """A turn with its optimizer, wrapped for several processes."""
+class _Window:
+    """Times since the log's last line."""
 
-    def __init__(self, turn: Turn, config: LoopConfig, device: torch.device) -> None:
-        self.turn, self.config, self.device = turn, config, device
-        turn.module.to(device)
-        self.optimizer = turn.optimizer.build(turn.module)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.engine: nn.Module = _Step(turn)
-        if distributed.world() > 1:
-            # Buffers are equal by construction: statistics are reduced where they are updated.
-            ids = [device.index] if device.type == "cuda" else None
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames what 2.11 does not know yet
-                self.engine = DistributedDataParallel(self.engine, device_ids=ids, broadcast_buffers=False)
+    def __init__(self, step: int, batch_size: int) -> None:
+        self.step, self.batch_size = step, batch_size
+        self.started, self.spent = time.monotonic(), {"data_wait": 0.0}
 
-    def move(self, micro_batches: list[Batch], step: int, meter: Meter) -> bool:
-        """One optimizer step; False, and nothing moved, when the gradient is not finite."""
-        self.turn.module.train()
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        low = self.config.precision == "bf16" or (self.config.precision == "auto" and self.device.type == "cuda")
-        for index, batch in enumerate(micro_batches):
-            final = index == len(micro_batches) - 1
-            local = distributed.world() > 1 and not final
-            with self.engine.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-                    loss = self.engine(batch, step)
-                (loss.total / len(micro_batches)).backward()
-            meter.add({f"{self.turn.name}.{name}": value for name, value in loss.parts.items()})
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        finite = bool(torch.isfinite(norm))  # gradients are averaged, so every rank sees the same
-        meter.add({f"{self.turn.name}.skipped": torch.tensor(float(not finite), device=self.device)})
-        if finite:
-            factor = self.turn.optimizer.factor(step - self.turn.start_step, self.config.steps - self.turn.start_step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            self.optimizer.step()
-            meter.add({f"{self.turn.name}.gradient_norm": norm})
-        self.optimizer.zero_grad(set_to_none=True)
-        self.rest()
-        if self.turn.after_step:
-            self.turn.after_step(step, finite)
-        return finite
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        started = time.monotonic()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - started
 
-    def rest(self) -> None:
-        """Take no gradients from other turns."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-
-class _Step(nn.Module):
-    """A turn's loss as a module's forward, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, turn: Turn) -> None:
-        super().__init__()
-        self.module, self.loss = turn.module, turn.loss
-
-    def forward(self, batch: Batch, step: int) -> Loss:
-        return self.loss(batch, step)
-
-
-def _restore(state: dict[str, Any], movers: list[_Mover], ema: Ema, meter: Meter) -> None:
-    for mover in movers:
-        mover.turn.module.load_state_dict(state["modules"][mover.turn.name])
-        mover.optimizer.load_state_dict(state["optimizers"][mover.turn.name])
-    ema.module.load_state_dict(state["ema"])
-    meter.load_state_dict(state["meter"])
+    def read(self, step: int) -> dict[str, float]:
+        """The log's CLOCKS; starts anew. data_wait is a share of the time, all ranks' mean. Call it on every rank."""
+        seconds, steps = time.monotonic() - self.started, step - self.step
+        waited = torch.tensor([self.spent.pop("data_wait") / seconds], device=distributed.device())
+        figures = {
+            "images_per_second": steps * self.batch_size / seconds,
+            "seconds": seconds / steps,
+            "data_wait": float(distributed.mean_(waited)),
+            **self.spent,
+        }
+        self.__init__(step, self.batch_size)
+        return figures
 
 
 def _note(latest: dict[str, float]) -> str:
     """The figures of a progress line."""
-    hidden = ("seconds", "images_per_second", "skipped", "gradient_norm")
+    hidden = (*CLOCKS, "skipped", "gradient_norm")
     parts = [f"{latest['images_per_second']:.0f} images/s"] if "images_per_second" in latest else []
     parts += [f"{k.partition('.')[2]} {v:.4g}" for k, v in latest.items() if k.rpartition(".")[2] not in hidden]
     return ", ".join(parts)
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag that is read between steps; a second SIGINT stops at once."""
-    requested = False
-
-    def request(number: int, frame: Any) -> None:
-        nonlocal requested
-        if requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requested = True
-
-    kept = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

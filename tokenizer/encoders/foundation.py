@@ -252,7 +252,6 @@ def load_pretrained(name: str, revision: str | None, weights: bool = True) -> tu
     Without `weights` the model is random, and a Hub model is one of KNOWN: nothing is fetched.
     """
     import transformers
-    from safetensors import SafetensorError
 
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
@@ -274,10 +273,10 @@ def load_pretrained(name: str, revision: str | None, weights: bool = True) -> tu
                 folder, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
                 dtype=torch.float32, key_mapping={PART_OF_COMPOSITE: ""}, **family.arguments,
             )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).split("\n")[0]
+    except UserError:
+        raise
+    except Exception as error:  # what transformers' readers raise shares no base
+        reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"model.encoder.name={name} is damaged or not in transformers' format ({reason}): "
             "give the path of a downloaded model"

@@ -47,6 +47,8 @@ class MAEConfig:
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self, dim) % getattr(self, heads) or getattr(self, dim) % 4:
                 raise ValueError(f"mae.{dim}={getattr(self, dim)} must divide by mae.{heads} and by 4")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mae.mask_ratio={self.mask_ratio} must be above 0 and below 1")
 
     def build(self, image_size: int) -> nn.Module:
         """transformers' ViTMAEForPreTraining. Raises ValueError when the image is no whole number of patches."""

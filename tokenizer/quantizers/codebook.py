@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import tokenizer.quantizers.search as search
@@ -72,6 +73,25 @@ class _Rotation(torch.autograd.Function):
         return scale * (gradient - 2 * along_r * r + 2 * along_q * e), None
 
 
+class _Distance(torch.autograd.Function):
+    """Mean squared distance of (N, D) rows and vectors, twice: for gradients of the rows, and of the vectors."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, vectors: Tensor):
+        difference = rows - vectors
+        ctx.save_for_backward(difference)
+        distance = torch.linalg.vector_norm(difference, dim=1).square().sum() / difference.numel()
+        return distance, distance.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        (difference,) = ctx.saved_tensors
+        of_rows, of_vectors = (gradient * (2 / difference.numel()) for gradient in gradients)
+        wanted = ctx.needs_input_grad
+        return difference * of_rows if wanted[0] else None, difference * -of_vectors if wanted[1] else None
+
+
 class Assignment(nn.Module):
     """Features to their nearest codes, in fp32 whatever the autocast, and what that costs.
 
@@ -99,16 +119,24 @@ class Assignment(nn.Module):
         self.register_buffer("warmth", torch.tensor(0.0 if warming else 1.0), persistent=warming)
 
     def forward(
-        self, features: Tensor, codebook: Tensor, statistics: Statistics, low_rank: LowRank | None = None
+        self,
+        features: Tensor,
+        codebook: Tensor,
+        statistics: Statistics,
+        low_rank: LowRank | None = None,
+        vectors_of: Callable[[Tensor], Tensor] | None = None,
     ) -> QuantizerOutput:
-        """(B, D, H, W) features and a codebook (K, D); `low_rank` are the same features, for a cheaper search."""
+        """(B, D, H, W) features and a codebook (K, D); `low_rank` are the same features, for a cheaper search.
+
+        `vectors_of` gives the vectors of codes, (N,) -> (N, D), where gradients are not to go through the codebook.
+        """
         with torch.autocast(features.device.type, enabled=False):
             rows = self.rows_of(features)
             if low_rank is not None:  # a row's length does not change which cosine is the largest
                 codes = low_rank.nearest(codebook.detach())
             else:
                 codes = nearest(rows.detach(), codebook.detach())
-            return self.output(rows, codes, codebook, statistics, features.shape)
+            return self.output(rows, codes, codebook, statistics, features.shape, vectors_of)
 
     def rows_of(self, features: Tensor) -> Tensor:
         """(B, D, H, W) -> (B * H * W, D) float32, what is searched for."""
@@ -116,14 +144,23 @@ class Assignment(nn.Module):
         return F.normalize(rows, dim=1) if self.cosine else rows
 
     def output(
-        self, rows: Tensor, codes: Tensor, codebook: Tensor, statistics: Statistics, shape: Sequence[int]
+        self,
+        rows: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        statistics: Statistics,
+        shape: Sequence[int],
+        vectors_of: Callable[[Tensor], Tensor] | None = None,
     ) -> QuantizerOutput:
         """What follows from rows (N, D) and their codes (N,), for features of `shape`; called without autocast."""
-        vectors = embed(codes, codebook)
-        distance = F.mse_loss(rows, vectors.detach())
-        loss, parts = self.commitment * self.warmth * distance, {"commitment": distance}
+        vectors = embed(codes, codebook) if vectors_of is None else vectors_of(codes)
         if self.learn_codebook:
-            loss = loss + F.mse_loss(vectors, rows.detach())
+            distance, moving = _Distance.apply(rows, vectors)
+            loss = self.commitment * self.warmth * distance + moving
+        else:
+            distance = F.mse_loss(rows, vectors.detach())
+            loss = self.commitment * self.warmth * distance
+        parts = {"commitment": distance}
         if self.training:
             statistics.gather(rows, codes)
             if self.entropy:
@@ -165,8 +202,8 @@ def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     """mean_n H(p_n) - H(q), q = mean_n p_n, in nats, of p_nk ~ exp(-|z_n - e_k|^2 / temperature).
 
     Sure of each code and using all of them makes it small (Yu et al. 2023, arXiv:2310.05737, section 3.2). It is
-    -mean_n KL(p_n | q), and its gradient is the same with q held constant: so q is measured first, over all ranks,
-    and the sum over n is taken in chunks that are computed again in the backward pass.
+    -mean_n KL(p_n | q), and its gradient is the same with q held constant: so q is measured first, over the global
+    batch, and the sum over n is taken in chunks that are computed again in the backward pass.
     """
     chunks = rows.split(max(1, search.BUDGET // len(codebook)))
 
@@ -179,7 +216,7 @@ def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
 
     with torch.no_grad():
         q = torch.stack([log_p(z, codebook).exp().sum(0) for z in chunks]).sum(0) / len(rows)
-        log_q = distributed.mean_(q).clamp(min=1e-30).log()
+        log_q = distributed.batch_mean(q).clamp(min=1e-30).log()
     terms = [checkpoint(negative_kl, z, codebook, use_reentrant=False, preserve_rng_state=False) for z in chunks]
     return torch.stack(terms).sum() / len(rows)
 

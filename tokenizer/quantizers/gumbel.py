@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
 from tokenizer.quantizers.codebook import Usage, to_grid, to_rows
+from training.distributed import Stream, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +70,18 @@ class Gumbel(nn.Module):
         self.codebook = nn.Parameter(torch.randn(num_codes, dim) * dim**-0.5)
         self.register_buffer("temperature", torch.tensor(temperature_start))
         self.statistics = Usage(num_codes)
+        self.stream = Stream()
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """(B, D, H, W). Chunks of rows are computed again in the backward pass, with the same noise."""
         with torch.autocast(features.device.type, enabled=False):
             rows = to_rows(features.float())
             chunks = rows.split(max(1, search.BUDGET // len(self.codebook)))
-            vectors, codes, divergences = zip(*[checkpoint(self._choose, part, use_reentrant=False) for part in chunks])
+            keys = [None] * len(chunks)
+            if self.training:
+                keys = self.stream.keys(len(features), math.prod(features.shape[2:])).split(len(chunks[0]))
+            found = [checkpoint(self._choose, *part, use_reentrant=False) for part in zip(chunks, keys)]
+            vectors, codes, divergences = zip(*found)
             codes, divergence = torch.cat(codes), torch.cat(divergences).mean()
             if self.training:
                 self.statistics.gather(codes)
@@ -100,13 +106,13 @@ class Gumbel(nn.Module):
         progress = min(1.0, (step + 1) / self.anneal_steps)
         self.temperature.fill_(self.temperature_start * (self.temperature_end / self.temperature_start) ** progress)
 
-    def _choose(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, D) -> vectors (N, D), codes (N,), KL(q, uniform) in nats (N,). Noise is of torch's global generator."""
+    def _choose(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, D) and, for their noise, (N,) -> vectors (N, D), codes (N,), KL(q, uniform) in nats (N,)."""
         logits = self.logits(rows)
         log_q = logits.log_softmax(1)
         divergence = (log_q.exp() * log_q).sum(1) + math.log(len(self.codebook))
-        if self.training:
-            logits = logits - torch.empty_like(logits).exponential_().log()
+        if keys is not None:
+            logits = logits - uniform(keys, len(self.codebook)).to(logits.dtype).log().neg().log()
         codes, weights = logits.argmax(1), (logits / self.temperature).softmax(1)
         if self.training and not self.hard:
             return weights @ self.codebook, codes, divergence

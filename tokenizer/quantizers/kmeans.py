@@ -62,13 +62,14 @@ def segment_sums(rows: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, T
     Rows are sorted by code and each code's are added in their order: repeatable on every device, and as fast as
     `index_add_` on a CPU. No shape depends on the codes, so that no GPU is waited for.
     """
-    codes, order = (codes % (num_codes + 1)).sort(stable=True)  # -1 comes last
-    first = torch.searchsorted(codes, torch.arange(num_codes + 1, device=codes.device))
+    codes = codes % (num_codes + 1)  # -1 comes last
+    counts = codes.new_zeros(num_codes + 1).scatter_add_(0, codes, torch.ones_like(codes))
     if rows.shape[1]:
-        sums = F.embedding_bag(order, rows.float(), first, mode="sum")[:-1]
+        first = counts.cumsum(0) - counts
+        sums = F.embedding_bag(codes.argsort(stable=True), rows.float(), first, mode="sum")[:-1]
     else:  # only the counts are wanted
         sums = rows.new_zeros((num_codes, 0), dtype=torch.float32)
-    return first.diff().float(), sums
+    return counts[:-1].float(), sums
 
 
 class Reservoir:

@@ -130,9 +130,9 @@ def _joint(logits: Tensor) -> Tensor:
 
 
 def entropy_of_mean(mean: Tensor) -> Tensor:
-    """Entropy in nats of mean probabilities of any shape, averaged over ranks first.
+    """Entropy in nats of mean probabilities of any shape, averaged over the global batch first.
 
-    The gradient reaches this rank's probabilities at full weight, as averaging gradients over ranks expects.
+    The gradient reaches these probabilities at full weight, as averaging gradients over its parts expects.
     """
-    mean = straight_through(mean, distributed.mean_(mean.detach().clone()))
+    mean = straight_through(mean, distributed.batch_mean(mean))
     return -(mean * mean.clamp(min=1e-30).log()).sum()

@@ -15,6 +15,7 @@ from tokenizer.interface import QuantizerOutput
 from tokenizer.quantizers.codebook import Project, straight_through, to_grid, to_rows
 from tokenizer.quantizers.levels import LEVELS, mean_parts, update_levels
 from training.config import one_of
+from training.distributed import Stream, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class ResidualQuantizer(nn.Module):
         self.levels, self.depth, self.quantizer_dropout = nn.ModuleList(levels), depth, quantizer_dropout
         self.dim = levels[0].dim
         self.num_codes = tuple(level.num_codes[0] for level in self._stack())
+        self.stream = Stream()
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
@@ -96,9 +98,9 @@ class ResidualQuantizer(nn.Module):
         """How many levels each row's vectors are summed over, (N, 1, 1, 1), by image, where that is random."""
         if not (self.training and self.quantizer_dropout):
             return None
-        (batch, _, height, width), device = features.shape, features.device
-        fewer = torch.rand(batch, device=device) < self.quantizer_dropout
-        depths = torch.where(fewer, torch.randint(1, self.depth + 1, (batch,), device=device), self.depth)
+        batch, _, height, width = features.shape
+        chance, share = uniform(self.stream.keys(batch), 2).unbind(1)
+        depths = torch.where(chance < self.quantizer_dropout, (share * self.depth).long() + 1, self.depth)
         return depths.repeat_interleave(height * width)[:, None, None, None]
 
 

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BUDGET = 6 << 20  # scores held at once, 24 MiB in fp32
+CACHED = 2 << 20  # the same where a score costs so little that it should not leave the cache
 LEAST_ROWS = 32  # that a product takes, also where their scores are more
 TILE = 64  # codes that are looked at together
 MANY = 64  # tiles that may hold the nearest code: with more, a row is searched again, more precisely
+FEW = 128  # rows for which a float64 search costs less than another product's copy of the codebook
 OPEN = -2  # the code of a row that is to be searched again
 UNIT = 2.0**-24  # roundoff of fp32
 TINY = 2.0**-126  # smaller products may be flushed to zero
@@ -77,17 +79,18 @@ def _nearest(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tens
         return _without_host(features, codebook, offsets)
     codes = features.new_full((len(features),), OPEN, dtype=torch.int64)
     book = _Book.of(codebook, offsets)
-    for kind in choose_products(len(features), book) if book else ():
-        todo = (codes == OPEN).nonzero()[:, 0]
-        if len(todo):
+    todo, rows = torch.arange(len(features)), features
+    for place, kind in enumerate(choose_products(len(features), book) if book else ()):
+        if len(todo) > (FEW if place else 0):
             with _full_precision():
                 product = kind(book)
-                found = [_search(features[own], book, product) for own in todo.split(_rows_at_once(len(book.offsets)))]
+                found = [_search(part, book, product) for part in rows.split(book.rows_at_once())]
+                del product
             codes[todo] = torch.cat(found)
-            del product
-    todo = (codes == OPEN).nonzero()[:, 0]
+            todo = (codes == OPEN).nonzero()[:, 0]
+            rows = features[todo]
     if len(todo):
-        codes[todo] = _in_float64(features[todo], codebook, offsets)
+        codes[todo] = _in_float64(rows, codebook, offsets)
     return codes
 
 
@@ -122,10 +125,16 @@ class _Book:
         own = F.pad(own, (0, -len(codebook) % TILE), value=torch.inf)
         return cls(codebook, offsets, shift, own, radius, 0.0 if offsets is None else largest)
 
-    def parts(self) -> Iterator[Tensor]:
-        """The centred codes, (K', D), in pieces of whole tiles."""
-        for part in self.codebook.split(TILE * 16):
-            yield F.pad(part - self.shift, (0, 0, 0, -len(part) % TILE))
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The centred codes in pieces, and the places of each among all (K,)."""
+        for start in range(0, len(self.codebook), TILE * 16):
+            part = self.codebook[start : start + TILE * 16] - self.shift
+            yield slice(start, start + len(part)), part
+
+    def rows_at_once(self) -> int:
+        """That are scored together: more of them where a product's own work, not memory, takes the time."""
+        budget = BUDGET if self.codebook.shape[1] >= COARSE_DIM else min(BUDGET, CACHED)
+        return max(LEAST_ROWS, budget // len(self.offsets))
 
     def centre(self, rows: Tensor) -> Tensor:
         """Rows less the shift, where that changes all scores of a row alike."""
@@ -185,20 +194,19 @@ class InFloat32:
     exact = True
 
     def __init__(self, book: _Book) -> None:
-        dim = len(book.shift)
-        self.codes = torch.empty(len(book.offsets), dim + 1)
-        start = 0
-        for part in book.parts():
-            self.codes[start : start + len(part), :dim] = part
-            start += len(part)
-        self.codes[:, dim] = book.offsets
-        at_once = _rows_at_once(len(self.codes))
-        self.rows, self.buffer = torch.ones(at_once, dim + 1), torch.empty(at_once, len(self.codes))
+        self.codes = torch.zeros(len(book.offsets), len(book.shift) + 1)
+        for places, part in book.parts():
+            self.codes[places, :-1] = part
+        self.codes[:, -1] = book.offsets
+        at_once = book.rows_at_once()
+        self.rows, self.buffer = torch.ones(at_once, len(book.shift) + 1), torch.empty(at_once * len(self.codes))
 
     def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
-        rows = self.rows[: len(z)]
+        rows, scores = self.rows[: len(z)], self.buffer[: len(z) * len(self.codes)]
         torch.neg(z, out=rows[:, :-1])
-        return torch.mm(rows, self.codes.T, out=self.buffer[: len(z)]), 0.0
+        if 8 * len(z) > len(self.codes):
+            return torch.mm(rows, self.codes.T, out=scores.view(len(z), -1)), 0.0
+        return torch.mm(self.codes, rows.T, out=scores.view(-1, len(z))).T, 0.0  # faster where codes are many
 
 
 class InBFloat16:
@@ -208,9 +216,11 @@ class InBFloat16:
 
     def __init__(self, book: _Book) -> None:
         self.offsets, self.radius = book.offsets, book.radius
-        parts = list(book.parts())
-        self.codes = torch.cat([part.bfloat16() for part in parts])
-        self.lost = max(_longest(part - part.bfloat16()) for part in parts)
+        self.codes = torch.zeros(len(book.offsets), len(book.shift), dtype=torch.bfloat16)
+        self.lost = 0.0
+        for places, part in book.parts():
+            self.codes[places] = part
+            self.lost = max(self.lost, _longest(part - self.codes[places]))
 
     def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
         rounded = z.bfloat16()
@@ -226,20 +236,19 @@ class InInt8:
     exact = False
 
     def __init__(self, book: _Book) -> None:
-        self.offsets = book.offsets
-        parts, scales, self.lost, self.reach = [], [], 0.0, 0.0
-        for part in book.parts():
-            scale = part.abs().amax(1, keepdim=True).clamp(min=TINY) / 127
+        self.offsets, self.lost, self.reach = book.offsets, 0.0, 0.0
+        codes = torch.zeros(len(book.offsets), len(book.shift), dtype=torch.int8)
+        self.scales = torch.ones(len(codes))
+        for places, part in book.parts():
+            scale = part.abs().amax(1, keepdim=True).clamp_(min=TINY).div_(127)
             whole = (part / scale).round_()
-            parts.append(whole.to(torch.int8))
-            scales.append(scale)
+            codes[places], self.scales[places] = whole, scale[:, 0]
             kept = whole.mul_(scale)
             self.reach = max(self.reach, _longest(kept))
-            self.lost = max(self.lost, _longest(part - kept))
-        self.scales = torch.cat(scales)[:, 0]
+            self.lost = max(self.lost, _longest(part.sub_(kept)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an API that newer versions may lack
-            codes = torch._make_per_tensor_quantized_tensor(torch.cat(parts), 1.0, 0)
+            codes = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)
         self.packed = torch.ops.quantized.linear_prepack(codes, None)
 
     def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -267,8 +276,11 @@ def _search(rows: Tensor, book: _Book, product: _Product) -> Tensor:
     z = book.centre(rows)
     lengths = torch.linalg.vector_norm(z, dim=1)
     scores, slack = product.scores(z, lengths)
-    tiles = scores.view(len(z), -1, TILE)
-    lowest = tiles.amin(2)  # of each tile
+    tiles = scores.unflatten(1, (-1, TILE))
+    if scores.is_contiguous():  # the lowest of each tile, (n, K' / TILE), along the scores as they lie in memory
+        lowest = tiles.amin(2)
+    else:
+        lowest = scores.T.unflatten(0, (-1, TILE)).amin(1).T.contiguous()
     if product.exact:
         limit = lowest.amin(1) + 2 * book.rounding(lengths)
     else:  # what the likeliest code really scores: the nearest scores no more
@@ -339,7 +351,7 @@ def _without_host(features: Tensor, codebook: Tensor, offsets: Tensor | None) ->
     own = own.where(usable & own.isfinite(), torch.inf)
     codes = []
     with _full_precision():
-        for z in rows.split(_rows_at_once(len(book))):
+        for z in rows.split(max(LEAST_ROWS, BUDGET // len(book))):
             scores = torch.addmm(own, z, book.T, alpha=-1)
             likely = scores.topk(min(3, len(book)), largest=False).indices
             likely = torch.cat([likely, scores.argmin(1, keepdim=True)], 1).sort(1).values  # the first of equal ones
@@ -361,10 +373,6 @@ def _full_precision() -> Iterator[None]:
     finally:
         for setting, precision in zip(settings, before):
             setting.fp32_precision = precision
-
-
-def _rows_at_once(num_codes: int) -> int:
-    return max(LEAST_ROWS, BUDGET // num_codes)
 
 
 def _pairs_at_once(rows: Tensor) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tokenizer.interface import QuantizerOutput
 from tokenizer.quantizers.codebook import (
@@ -21,6 +22,7 @@ from tokenizer.quantizers.codebook import (
     revive,
     start_from,
 )
+from tokenizer.quantizers.kmeans import segment_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,14 @@ class SimVQ(nn.Module):
     @property
     def vectors(self) -> Tensor:
         """What codes stand for: C W, (K, D), in fp32 whatever the outer autocast."""
+        return self._seen(self._transformed())
+
+    def _transformed(self) -> Tensor:
         with torch.autocast(self.frozen.device.type, enabled=False):
-            vectors = self.transform(self.frozen)
-            return F.normalize(vectors, dim=1) if self.assignment.cosine else vectors
+            return self.transform(self.frozen)
+
+    def _seen(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=1) if self.assignment.cosine else vectors
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
@@ -101,7 +108,15 @@ class SimVQ(nn.Module):
             nn.init.eye_(self.transform.weight)
 
     def forward(self, features: Tensor, low_rank: LowRank | None = None) -> QuantizerOutput:
-        return self.assignment(features, self.vectors, self.statistics, low_rank)
+        if self.training and self.assignment.entropy:  # every code has a part in it
+            return self.assignment(features, self.vectors, self.statistics, low_rank)
+        with torch.no_grad():
+            book = self._transformed()
+
+        def vectors_of(codes: Tensor) -> Tensor:
+            return self._seen(_Chosen.apply(codes, self.transform.weight, self.frozen, book))
+
+        return self.assignment(features, self._seen(book), self.statistics, low_rank, vectors_of)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
@@ -130,3 +145,20 @@ class SimVQ(nn.Module):
     def _solve(self, rows: Tensor) -> Tensor:
         """c with c W = r, (m, D) -> (m, D)."""
         return torch.linalg.lstsq(self.transform.weight, rows.T).solution.T
+
+
+class _Chosen(torch.autograd.Function):
+    """Rows of C W, (N,) codes -> (N, D), whose gradient reaches W by the rows of C that were chosen, not by all."""
+
+    @staticmethod
+    def forward(ctx, codes: Tensor, weight: Tensor, frozen: Tensor, book: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, frozen)
+        return embed(codes, book)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        codes, frozen = ctx.saved_tensors
+        if len(codes) < len(frozen):
+            return None, gradient.T @ embed(codes, frozen), None, None
+        return None, segment_sums(gradient, codes.clamp(min=0), len(frozen))[1].T @ frozen, None, None

@@ -54,6 +54,8 @@ class VectorConfig:
             init=(self.init, ("kmeans", "normal", "uniform")),
             restart=(self.restart, ("none", "data", "split")),
         )
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"quantizer.decay={self.decay} must be in [0, 1)")
 
     def build(self) -> VectorQuantizer:
         assignment = build_assignment(self, learn_codebook=self.codebook == "gradient")

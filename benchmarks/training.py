@@ -1,0 +1,346 @@
+"""Training speed: waiting for data, stored features beside images, saving, and a GPU's model-FLOPs utilisation.
+
+    python -m benchmarks.training [wait|features|saving|utilisation ...] [encoder=FOLDER] [data=FOLDER]
+
+All four, on the GPU where there is one, which the last part needs. Stages 1 and 2 are those of configs/imagenette at
+224 px, with the pretrained ViT-Tiny and the images given; without them a random ViT of that shape, and digits. Every
+figure is of the training loop itself (average, log and all), without the k-means that starts a run. Results go to
+RESULTS.md beside this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import keep, median, ratio, synchronise, table
+from priors.train import PriorRun
+from tokenizer.data.sampler import Keyed, feed
+from tokenizer.data.sources import Images, open_split
+from tokenizer.features import FeaturesConfig, StoredFeatures
+from tokenizer.interface import CodeLayout
+from tokenizer.objective import Objective
+from tokenizer.run import TokenizerRun
+from tokenizer.train import teacher_of, turns_of
+from training import distributed
+from training.checkpoint import Run
+from training.config import load
+from training.loop import Batch, LoopConfig, Loss, Turn, train
+
+STAGES = {stage: f"configs/imagenette/tokenizer-stage{stage}.yaml" for stage in (1, 2)}
+NEVER = 10**9
+SAVE_EVERY = LoopConfig().save_every
+FEW = 16  # images with stored features: making them is not what is measured
+# Dense bf16 TFLOP/s by the makers' data sheets.
+PEAKS = {"A100": 312, "H100": 989, "H200": 989}
+
+Batches = Callable[[int], Iterator[list[Batch]]]  # what the loop reads
+
+
+class Watch:
+    """A run's batches, and the clock beside them: seconds that each step waited for its batch, and that it took."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.waits, self.works = batches, [], []
+
+    def __call__(self, step: int) -> Iterator[list[Batch]]:
+        stream, asked = self.batches(step), time.perf_counter()
+        while True:
+            parts = next(stream)
+            given = time.perf_counter()
+            self.waits.append(given - asked)
+            yield parts
+            synchronise()
+            asked = time.perf_counter()
+            self.works.append(asked - given)
+
+    def steps(self, warm_up: int = 1) -> list[float]:
+        """Seconds of each whole step after the first; the last, which nothing follows, is not known."""
+        return [wait + work for wait, work in zip(self.waits, self.works)][warm_up:]
+
+    def share(self, warm_up: int = 1) -> float:
+        return sum(self.waits[warm_up : len(self.works)]) / sum(self.steps(warm_up))
+
+
+def watch(turns: list[Turn], published: nn.Module, batches: Batches, loop: LoopConfig, **changes: Any) -> Watch:
+    """Train a few steps by the project's loop, which neither saves nor previews unless `changes` to `loop` say so."""
+    quiet = {"save_every": NEVER, "preview_every": NEVER, "log_every": NEVER}
+    loop, seen = dataclasses.replace(loop, **quiet | changes), Watch(batches)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train(loop, Run.open(Path(folder, "run"), loop), turns, seen, seed=0, published=published)
+    return seen
+
+
+class Stage:
+    """A tokenizer in training as its configuration says, but from a random codebook on."""
+
+    def __init__(self, config: TokenizerRun, weights: bool) -> None:
+        self.config = dataclasses.replace(config, start_from=None)
+        torch.manual_seed(0)
+        self.autoencoder = config.model.build(config.data.image_size, weights=weights)
+        teacher = teacher_of(self.config, self.autoencoder)
+        self.objective = Objective(config.objective, self.autoencoder, teacher)
+        self.trainable = [
+            p for turn in turns_of(self.config, self.objective) for p in turn.module.parameters() if p.requires_grad
+        ]
+
+    def watch(self, images: Keyed, **changes: Any) -> Watch:
+        loop = self.config.loop
+        for parameter in self.trainable:  # the loop leaves them at rest
+            parameter.requires_grad_(True)
+        batches = feed(images, loop.batch_size, 0, loop.accumulate, changes.get("workers", 0))
+        return watch(turns_of(self.config, self.objective), self.autoencoder, batches, loop, **changes)
+
+
+class Few:
+    """The first images of many."""
+
+    def __init__(self, images: Images) -> None:
+        self.gather, self.identity, self.image_size = images.gather, images.identity, images.image_size
+
+    def __len__(self) -> int:
+        return FEW
+
+
+class Given:
+    """What the command line names, or what stands in for it."""
+
+    def __init__(self, encoder: str | None, data: str | None, folder: Path) -> None:
+        self.folder, self.weights = folder, encoder is not None
+        if encoder is None or data is None:
+            print("without encoder=FOLDER and data=FOLDER: a random ViT-Tiny, and digits\n")
+        self.overrides = [f"model.encoder.name={encoder or random_vit(folder / 'tiny', 192, 3)}",
+                          f"data.source={data or 'digits'}"]  # fmt: skip
+        self.about = "pretrained" if self.weights else "random"
+
+    def command(self, part: str) -> str:
+        return f"python -m benchmarks.training {part}{' encoder=FOLDER data=FOLDER' * self.weights}"
+
+    def config(self, stage: int, *overrides: str) -> TokenizerRun:
+        return load(TokenizerRun, STAGES[stage], [*self.overrides, *overrides])
+
+    def stage(self, stage: int, *overrides: str) -> Stage:
+        return Stage(self.config(stage, *overrides), self.weights)
+
+    @functools.cached_property
+    def images(self) -> Images:
+        return open_split(self.config(1).data, "train", augment=True)
+
+    @functools.cached_property
+    def undecoded(self) -> Images:
+        """The same, each decoded whenever it is read."""
+        return open_split(self.config(1, "data.memory_mib=0").data, "train", augment=True)
+
+    def stored(self, stage: Stage, images: Images) -> tuple[Keyed, Keyed]:
+        """A few images, and the same with float16 features beside them."""
+        few, features, encoder = Few(images), FeaturesConfig(views=1), stage.autoencoder.encoder
+        augment = stage.config.data.augment
+        stored = StoredFeatures(few, encoder, features, augment=augment, seed=0, root=self.folder)
+        with contextlib.redirect_stdout(io.StringIO()):
+            stored.make(encoder)
+        return few, stored
+
+
+def random_vit(folder: Path, dim: int, heads: int) -> str:
+    """A folder that describes a ViT of 12 layers for patches of 16 px; its path."""
+    import transformers
+
+    transformers.ViTConfig(
+        hidden_size=dim, num_hidden_layers=12, num_attention_heads=heads, intermediate_size=4 * dim
+    ).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    return str(folder)
+
+
+def in_turn(rivals: dict[str, Callable[[], Watch]], rounds: int) -> dict[str, list[Watch]]:
+    """A B C, A B C, …, so that a machine's moods meet all alike."""
+    seen: dict[str, list[Watch]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            seen[name].append(run())
+    return seen
+
+
+def per_second(seen: list[Watch], batch_size: int) -> str:
+    return f"{batch_size / median([second for each in seen for second in each.steps()]):.1f}"
+
+
+def wait(given: Given) -> None:
+    first, second = given.stage(1), given.stage(2)
+    in_memory, decoded = given.images, given.undecoded
+    _, stored = given.stored(first, in_memory)
+    rivals = {
+        "stage 1, images in memory": lambda: first.watch(in_memory, steps=5),
+        "stage 1, decoded as they are read": lambda: first.watch(decoded, steps=5),
+        "stage 1, decoded by another process": lambda: first.watch(decoded, steps=5, workers=1),
+        "stage 1, from stored features": lambda: first.watch(stored, steps=5),
+        "stage 2, images in memory": lambda: second.watch(in_memory, steps=5),
+        "stage 2, decoded as they are read": lambda: second.watch(decoded, steps=5),
+    }
+    seen, batch_size = in_turn(rivals, 2), first.config.loop.batch_size
+    shares = {name: [100 * each.share() for each in found] for name, found in seen.items()}
+    lines = [
+        [name, per_second(found, batch_size), f"{median(shares[name]):.1f} ({min(shares[name]):.1f} to "
+         f"{max(shares[name]):.1f})"] for name, found in seen.items()
+    ]  # fmt: skip
+    head = [f"{given.about} ViT-Tiny, 224 px, batch {batch_size}", "images/s", "of it waiting for data, %"]
+    keep("Training: waiting for data", given.command("wait"), table(head, lines))
+
+
+SMALL_CODES = ("model.quantizer.code_dim=64",)
+
+
+def features(given: Given) -> None:
+    base = random_vit(given.folder / "base", 768, 12)
+    cases: list[tuple[str, Sequence[str], bool]] = [
+        ("ViT-Tiny, decoder of 2 layers, codes of 1536 numbers", (), given.weights),
+        ("the same, codes of 64 numbers", SMALL_CODES, given.weights),
+        ("the same, decoder of 1 layer", (*SMALL_CODES, "model.decoder.depth=1"), given.weights),
+        ("ViT-B (random), decoder of 2 layers, codes of 1536", (f"model.encoder.name={base}",), False),
+    ]
+    lines = []
+    for name, overrides, weights in cases:
+        stage = Stage(given.config(1, *overrides), weights)
+        few, stored = given.stored(stage, given.images)
+        rivals = {
+            "images": functools.partial(stage.watch, few, steps=5),
+            "features": functools.partial(stage.watch, stored, steps=5),
+        }
+        seen, batch_size = in_turn(rivals, 2), stage.config.loop.batch_size
+        taken = {name: [median(each.steps()) for each in found] for name, found in seen.items()}
+        rates = [per_second(seen[kind], batch_size) for kind in rivals]
+        lines.append([name, *rates, ratio(taken, "images", "features"), f"{stored.bytes_per_image:,}"])
+    head = [f"stage 1, 224 px, batch {batch_size}", "images, images/s", "features, images/s", "features / images",
+            "bytes per image and view"]  # fmt: skip
+    keep("Training: stored features", given.command("features"), table(head, lines))
+
+
+def saving(given: Given) -> None:
+    lines, every, steps = [], 2, 7
+    for number in STAGES:
+        stage = given.stage(number)
+        rivals = {
+            "without": functools.partial(stage.watch, given.images, steps=steps),
+            "with": functools.partial(stage.watch, given.images, steps=steps, save_every=every),
+        }
+        seen = in_turn(rivals, 2)
+        means = {name: median([statistics.mean(each.steps()) for each in found]) for name, found in seen.items()}
+        cost = every * (means["with"] - means["without"])
+        share = 100 * cost / (SAVE_EVERY * means["without"] + cost)
+        lines.append([f"stage {number}", f"{means['without']:.2f}", f"{cost:.2f}", f"{share:.2f}"])
+    head = ["ViT-Tiny, 224 px, batch 8", "step, s", "a save costs, s", f"of training, every {SAVE_EVERY} steps, %"]
+    keep("Training: saving", given.command("saving"), table(head, lines))
+
+
+def utilisation(given: Given) -> None:
+    """Model FLOPs, counted as the products and attentions of one uncompiled step, over seconds and the bf16 peak."""
+    if not torch.cuda.is_available():
+        print("utilisation: skipped, it needs a GPU\n")
+        return
+    lines = []
+    for name, batch_size, make in (
+        ("stage 1: DINOv2-B, decoder XL, 256 px", 64, stage_of_imagenet),
+        ("prior of {:.0f} M, 256 codes of 16384", 64, prior_of_300m),
+    ):
+        seconds_of = {}
+        for precision, compiled in (("fp32", False), ("bf16", False), ("bf16", True)):
+            turns, published, batches = make(batch_size)
+            if not seconds_of:
+                size = sum(p.numel() for p in published.parameters()) / 1e6
+                flops = flops_of_step(turns[0], next(batches(0))[0])
+            loop = LoopConfig(steps=14, batch_size=batch_size, precision=precision, compile=compiled)
+            seen = watch(turns, published, batches, loop)
+            seconds_of[precision, compiled] = median(seen.steps(warm_up=4))  # the first compiles
+            del turns, published, batches
+            torch.cuda.empty_cache()
+        for (precision, compiled), taken in seconds_of.items():
+            rate, peak = flops / taken / 1e12, peak_of_device()
+            lines.append([
+                f"{name.format(size)}, {precision}{', compiled' * compiled}", f"{batch_size / taken:.1f}",
+                f"{rate:.1f}", f"{100 * rate / peak:.1f}" if peak else "unknown",
+                f"{seconds_of['fp32', False] / taken:.2f}",
+            ])  # fmt: skip
+    head = ["one GPU, batch 64", "images/s", "model TFLOP/s", "of the bf16 peak, %", "times plain fp32"]
+    keep("Training: utilisation", "python -m benchmarks.training utilisation", table(head, lines))
+
+
+def peak_of_device() -> int | None:
+    return next((peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+
+
+def flops_of_step(turn: Turn, batch: Batch) -> int:
+    """Of one forward and backward pass, as torch counts them; kernels of our own are not counted."""
+    batch = batch.to(distributed.device())
+    turn.module.to(distributed.device())
+    with FlopCounterMode(display=False) as counter:
+        turn.loss(batch, 0).total.backward()
+    turn.module.zero_grad()
+    return counter.get_total_flops()
+
+
+Task = tuple[list[Turn], nn.Module, Batches]
+
+
+def stage_of_imagenet(batch_size: int) -> Task:
+    """Stage 1 with its pixel losses; LPIPS and discriminator have weights of their own. Images are noise."""
+    overrides = ["objective.perceptual=0", "objective.adversarial=0"]
+    config = load(TokenizerRun, "configs/imagenet/VQRAE-DINOv2-B_decXL.yaml", overrides)
+    torch.manual_seed(0)
+    autoencoder = config.model.build(config.data.image_size, weights=False)
+    images = torch.rand(batch_size, 3, config.data.image_size, config.data.image_size) * 2 - 1
+    return turns_of(config, Objective(config.objective, autoencoder, None)), autoencoder, again({"images": images})
+
+
+def prior_of_300m(batch_size: int) -> Task:
+    layout = CodeLayout(((16, 16),), (16384,))
+    config = load(PriorRun, "configs/imagenet/prior-300M.yaml")
+    torch.manual_seed(0)
+    prior = config.prior.build(layout, 1000)
+    codes, labels = torch.randint(16384, (batch_size, layout.length)), torch.randint(1000, (batch_size,))
+
+    def loss(batch: Batch, step: int) -> Loss:
+        shape = (layout.length + 2,)
+        return prior.loss(batch["codes"], batch["labels"], distributed.draw((0, step), batch.positions, shape))
+
+    return [Turn("prior", prior, loss, config.optimizer)], prior, again({"codes": codes, "labels": labels})
+
+
+def again(tensors: dict[str, torch.Tensor]) -> Batches:
+    """One batch, over and over."""
+    positions = torch.arange(len(next(iter(tensors.values()))))
+    return lambda step: itertools.repeat([Batch(tensors, positions)])
+
+
+PARTS = {"wait": wait, "features": features, "saving": saving, "utilisation": utilisation}
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    asked = [word for word in words if "=" not in word] or list(PARTS)
+    unknown = [word for word in [*options, *asked] if word not in (*PARTS, "encoder", "data")]
+    if unknown:
+        sys.exit(f"error: {unknown[0]}: the parts are {', '.join(PARTS)}, the options encoder= and data=")
+    with tempfile.TemporaryDirectory() as folder:
+        given = Given(options.get("encoder"), options.get("data"), Path(folder))
+        for name in asked:
+            PARTS[name](given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""A frozen encoder's features as plain .npy files, computed once per augmented view, for stage 1 to train from.
+
+    <root>/features/<hash of what they depend on>/
+        manifest.json    what that is
+        00000.npy        (n, views, h, w, C) float16 or float32, little endian: the next n training images
+        00001.npy        …
+
+Epoch e trains on view e mod `views`: the augmentations of the first `views` epochs, over and over. In numpy:
+features = np.load("00000.npy", mmap_mode="r")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.data.sampler import Key
+from tokenizer.data.sources import DataConfig, Images
+from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
+from tokenizer.hierarchical import VQVAE2Config
+from tokenizer.objective import ObjectiveConfig
+from training import distributed
+from training.checkpoint import digest, replace_file
+from training.command import UserError
+from training.log import Progress
+
+FORMAT = "tessera-features-1"
+DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+SHARD_BYTES = 64 * 2**20  # about: what a kill can cost, and what a process holds in memory
+BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
+SAMPLE = 64  # images whose pixels tell one data set from another of the same size
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """What is stored; runs of the same encoder, data, seed and settings share it, whatever else they differ in."""
+
+    views: int = 4  # augmentations of each image, one per epoch in turn
+    dtype: str = "float16"  # or "float32", which trains exactly as images would
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ValueError(f"features.views={self.views}: at least 1 is needed")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"features.dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+    def check(self, data: DataConfig, model: Any, objective: ObjectiveConfig) -> None:
+        """Raise ValueError for a run whose encoder has to see the images."""
+        if isinstance(model, VQVAE2Config) or not isinstance(model.encoder, FoundationConfig):
+            raise ValueError(f"features.views={self.views}: {model.kind} learns its encoder: set features=null")
+        if not model.encoder.frozen:
+            raise ValueError(
+                f"features.views={self.views}: model.encoder.frozen=false changes its features at every step: "
+                "set features=null"
+            )
+        if objective.distillation > 0 and objective.distillation_target == "teacher":
+            raise ValueError(
+                f"features.views={self.views}: objective.distillation={objective.distillation} runs a teacher on the "
+                "images, and a frozen encoder needs none: set objective.distillation=0"
+            )
+        if self.views > 1 and data.augment == "none":
+            raise ValueError(f"features.views={self.views}: with data.augment=none all views are equal: set it to 1")
+
+    def bytes_per_image(self, channels: int, grid: tuple[int, int]) -> int:
+        """On disk, of features (channels, *grid)."""
+        return self.views * channels * grid[0] * grid[1] * DTYPES[self.dtype].itemsize
+
+
+class StoredFeatures:
+    """`images` as a map-style data set that gives "features" (B, C, h, w) beside what the images themselves give."""
+
+    def __init__(
+        self,
+        images: Images,
+        encoder: FoundationEncoder,
+        config: FeaturesConfig,
+        *,
+        augment: str,
+        seed: int,
+        root: Path,
+    ) -> None:
+        """Only names them: `make` computes. `augment` and `seed` are what `images` were opened with."""
+        self.images, self.views, self.dtype = images, config.views, DTYPES[config.dtype]
+        side = images.image_size // encoder.stride
+        self.shape = (config.views, side, side, encoder.channels)
+        self.bytes_per_image = config.bytes_per_image(encoder.channels, (side, side))
+        self.images_per_shard = max(1, SHARD_BYTES // self.bytes_per_image // BATCH) * BATCH
+        self.plan = {
+            "format": FORMAT,
+            "encoder": _identity(encoder),
+            "images": {**images.identity(), "augment": augment, "seed": seed, "sample_sha256": _sample(images)},
+            "shape": list(self.shape),
+            "dtype": self.dtype.str,
+            "images_per_shard": self.images_per_shard,
+        }
+        self.hash = digest(self.plan)
+        self.folder = root / "features" / self.hash[:16]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def gather(self, keys: list[Key]) -> dict[str, Tensor]:
+        """(epoch, index) keys -> images (B, 3, S, S), features (B, C, h, w) of these very images, labels and ids."""
+        keys = [(epoch % self.views, index) for epoch, index in keys]
+        rows = np.stack([self._open(index // self.images_per_shard)[index % self.images_per_shard, view]
+                         for view, index in keys])  # fmt: skip
+        return {**self.images.gather(keys), "features": torch.from_numpy(rows).movedim(-1, 1)}
+
+    def make(self, encoder: FoundationEncoder) -> None:
+        """Compute the shards that are not there yet, dealt to ranks in turn.
+
+        Raises UserError when they do not fit the disk, or the folder holds something else.
+        """
+        with contextlib.ExitStack() as held:
+            distributed.on_main(lambda: self._prepare(held))
+            encoder.to(distributed.device())
+            progress = Progress(str(self.folder), len(self))
+            for shard in range(distributed.rank(), self._num_shards, distributed.world()):
+                if not self._is_whole(shard):
+                    self._make(shard, encoder, progress)
+            distributed.barrier()
+        if distributed.is_main():
+            progress.finish(f"{len(self)} images, {self.views} views, {len(self) * self.bytes_per_image:,} bytes")
+
+    def _make(self, shard: int, encoder: FoundationEncoder, progress: Progress) -> None:
+        places = self._places(shard)
+        rows = np.empty((len(places), *self.shape), self.dtype)
+        for start in range(0, len(places), BATCH):
+            part = places[start : start + BATCH]
+            for view in range(self.views):
+                images = self.images.gather([(view, index) for index in part])["images"]
+                with torch.no_grad():
+                    features = encoder(images.to(distributed.device())).movedim(1, -1).cpu().numpy()
+                if np.abs(features).max() > np.finfo(self.dtype).max:
+                    raise UserError(
+                        f"{self.folder}: features reach {np.abs(features).max():.3g}, beyond {self.dtype.name}: "
+                        "set features.dtype=float32"
+                    )
+                rows[start : start + len(part), view] = features
+            if distributed.is_main():
+                progress.show(part[-1] + 1, f"{self.views} views each")
+        buffer = io.BytesIO()
+        np.save(buffer, rows)
+        replace_file(self._path(shard), buffer.getbuffer())
+
+    def _prepare(self, held: contextlib.ExitStack) -> None:
+        """The folder with its manifest, this process's alone, with room on the disk for what is missing."""
+        missing = [shard for shard in range(self._num_shards) if not self._is_whole(shard)]
+        manifest, text = self.folder / "manifest.json", json.dumps(self.plan, indent=1).encode()
+        if manifest.is_file() and manifest.read_bytes() != text:
+            raise UserError(f"{manifest}: is not what these settings make: remove its folder and run again")
+        if not missing:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context(open(self.folder / ".lock", "w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is writing these features: wait for it") from None
+        for left_over in self.folder.glob(".*.tmp"):
+            left_over.unlink()
+        needed = sum(len(self._places(shard)) for shard in missing) * self.bytes_per_image
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"{self.folder}: the features need {needed:,} bytes and {free:,} are free: lower features.views="
+                f"{self.views}, make room, or set features=null"
+            )
+        replace_file(manifest, text)
+
+    @property
+    def _num_shards(self) -> int:
+        return -(-len(self) // self.images_per_shard)
+
+    def _places(self, shard: int) -> range:
+        return range(len(self))[shard * self.images_per_shard : (shard + 1) * self.images_per_shard]
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.npy"
+
+    def _open(self, shard: int) -> np.ndarray:
+        """(n, views, h, w, C). A map per reading: there may be more shards than a process may have files open."""
+        try:
+            return np.load(self._path(shard), mmap_mode="r", allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:  # of a file that is shorter than its header says, too
+            raise UserError(f"{self._path(shard)}: missing or damaged ({error}): run the same command again") from None
+
+    def _is_whole(self, shard: int) -> bool:
+        try:
+            found = self._open(shard)
+        except UserError:
+            return False
+        return found.shape == (len(self._places(shard)), *self.shape) and found.dtype == self.dtype
+
+
+def _identity(encoder: FoundationEncoder) -> dict[str, Any]:
+    """What makes an encoder's features, beside the images."""
+    architecture = {
+        name: value
+        for name, value in encoder.model.config.to_dict().items()
+        if not name.startswith("_") and name != "transformers_version"
+    }
+    return {
+        "weights_sha256": encoder.fingerprint(),
+        "architecture_sha256": digest(architecture),
+        "preprocessing": encoder.preprocessing,
+        "patch": encoder.patch,
+        "stride": encoder.stride,
+    }
+
+
+def _sample(images: Images) -> str:
+    """SHA-256 of some images as training sees them."""
+    places = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long().tolist()
+    pixels = images.gather([(0, place) for place in places])["images"]
+    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()

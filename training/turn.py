@@ -1,0 +1,191 @@
+"""A turn: one optimizer's move within a step, and what makes it, on one process or on several."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training import distributed, sharding
+from training.log import Meter
+from training.optim import OptimizerConfig
+
+
+@dataclasses.dataclass
+class Loss:
+    """What a turn minimises, and the named terms of it for the log."""
+
+    total: Tensor  # scalar
+    parts: dict[str, Tensor]  # scalars
+
+
+@dataclasses.dataclass
+class Batch:
+    """Tensors by name, one row per sample."""
+
+    tensors: dict[str, Tensor]
+    positions: Tensor  # (B,) int64, each sample's place in the global batch
+    extras: dict[str, Any] = dataclasses.field(default_factory=dict)  # what one turn leaves for the next
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return Batch(moved, self.positions.to(device, non_blocking=True), self.extras)
+
+
+@dataclasses.dataclass
+class Turn:
+    """One optimizer's move within a step: a prior has one, a GAN tokenizer two."""
+
+    name: str
+    module: nn.Module  # its trainable parameters are what the turn moves
+    loss: Callable[[Batch, int], Loss]  # (micro-batch, step), averaged over its samples
+    optimizer: OptimizerConfig
+    start_step: int = 0
+    after_step: Callable[[int, bool], None] | None = None  # told the step and whether it was taken
+
+
+class Mover:
+    """A turn with its optimizer, wrapped for several processes."""
+
+    def __init__(
+        self, turn: Turn, device: torch.device, *, steps: int, clip: float, low: bool, sharded: bool, compiled: bool
+    ) -> None:
+        """`low`: in bf16 autocast; `sharded`: the module's blocks over all processes."""
+        self.turn, self.device, self.steps, self.clip, self.low = turn, device, steps, clip, low
+        self.sharded = sharded
+        distributed.number_streams(turn.module)
+        self.engine: nn.Module = _Step(turn)
+        if sharded:
+            sharding.shard_(self.engine, device)
+        else:
+            turn.module.to(device)
+        if compiled:  # in place: names of parameters stay; and by the block, which takes seconds rather than minutes
+            for module in sharding.blocks_of(turn.module) or [turn.module]:
+                module.compile()
+        self.optimizer = turn.optimizer.build(turn.module)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # AdamW goes element by element, so it moves parts as it would move the whole.
+        self.parts = [sharding.local(parameter) for parameter in self.parameters]
+        parts = iter(self.parts)
+        for group in self.optimizer.param_groups:
+            group["params"] = [next(parts) for _ in group["params"]]
+        if distributed.world() > 1 and not sharded:
+            # Buffers are equal by construction: statistics are reduced where they are updated.
+            ids = [device.index] if device.type == "cuda" else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames what 2.11 does not know yet
+                self.engine = DistributedDataParallel(self.engine, device_ids=ids, broadcast_buffers=False)
+
+    def move(self, micro_batches: list[Batch], step: int, meter: Meter, seed: int) -> bool:
+        """One optimizer step; False on every process, and nothing moved, where a loss or gradient is not finite."""
+        self.turn.module.train()
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        whole = distributed.WholeBatch(len(micro_batches))
+        for index, batch in enumerate(micro_batches):
+            final = index == len(micro_batches) - 1
+            local = isinstance(self.engine, DistributedDataParallel) and not final
+            sync = self.engine.no_sync() if local else contextlib.nullcontext()  # type: ignore[operator]
+            with sync, distributed.samples((seed, step), batch.positions):
+                loss = self._loss(batch, step, whole)
+                if whole.lacking:
+                    self._rehearse(micro_batches[1:], step, whole, seed)
+                    loss = self._loss(batch, step, whole)
+                (_spoilt(loss.total) / len(micro_batches)).backward()
+            named = {f"{self.turn.name}.{name}": value for name, value in loss.parts.items()}
+            meter.add(named, 1 / len(micro_batches))
+        norm = self._clip()
+        finite = bool(torch.isfinite(norm))  # gradients are averaged, so every rank sees the same
+        meter.add({f"{self.turn.name}.skipped": torch.tensor(float(not finite), device=self.device)})
+        if finite:
+            factor = self.turn.optimizer.factor(step - self.turn.start_step, self.steps - self.turn.start_step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            self.optimizer.step()
+            meter.add({f"{self.turn.name}.gradient_norm": norm})
+        for parameter, part in zip(self.parameters, self.parts):
+            parameter.grad = part.grad = None
+        self.rest()
+        if self.turn.after_step:
+            self.turn.after_step(step, finite)
+        return finite
+
+    def _loss(self, batch: Batch, step: int, whole: distributed.WholeBatch) -> Loss:
+        with whole.part(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
+            return self.engine(batch, step)
+
+    def _rehearse(self, rest: list[Batch], step: int, whole: distributed.WholeBatch, seed: int) -> None:
+        """Let the micro-batches after the first say, too, what the losses need to know of the whole batch."""
+        for batch in rest:
+            with distributed.samples((seed, step), batch.positions):
+                self._loss(batch, step, whole)
+        whole.rehearsed()
+        if self.turn.after_step:
+            self.turn.after_step(step, False)  # forget the statistics that were gathered
+
+    def rest(self) -> None:
+        """Take no gradients from other turns."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def module_state(self) -> dict[str, Tensor]:
+        """The module's whole state dict: on rank 0 of a sharded one. Collective."""
+        return {name: sharding.whole(sharding.local(t), t) for name, t in self.turn.module.state_dict().items()}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """As `module_state`; numbered as without sharding."""
+        return self._map_state(self.optimizer.state_dict(), sharding.whole)
+
+    def load(self, module_state: dict[str, Tensor], optimizer_state: dict[str, Any]) -> None:
+        """Go on from whole states, which every process has."""
+        own = self.turn.module.state_dict()
+        self.turn.module.load_state_dict(
+            {name: sharding.shared(t, own[name]) if name in own else t for name, t in module_state.items()}
+        )
+        self.optimizer.load_state_dict(self._map_state(optimizer_state, sharding.part))
+
+    def _map_state(self, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """AdamW's moments, by `change(moment, parameter)`; step counts, which have no axes, stay."""
+        return state | {
+            "state": {
+                number: {n: change(v, self.parameters[number]) if v.ndim else v for n, v in values.items()}
+                for number, values in state["state"].items()
+            }
+        }
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to the norm `clip`; what it was before."""
+        if not self.sharded:
+            return nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        sharding.reduce_gradients(self.parameters)
+        norm = sharding.total_norm(self.parameters)
+        for parameter, part in zip(self.parameters, self.parts):
+            if parameter.grad is not None:
+                part.grad = sharding.local(parameter.grad)
+        nn.utils.clip_grads_with_norm_(self.parts, self.clip, norm)
+        return norm
+
+
+class _Step(nn.Module):
+    """A turn's loss as a module's forward, which is what DistributedDataParallel and FSDP2 wrap."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__()
+        self.module, self.loss = turn.module, turn.loss
+
+    def forward(self, batch: Batch, step: int) -> Loss:
+        return self.loss(batch, step)
+
+
+def _spoilt(total: Tensor) -> Tensor:
+    """A loss times 1, or, where it is not finite, NaN: then so are its gradients, and after their mean all ranks'."""
+    return total * torch.where(total.detach().isfinite(), 1.0, torch.nan).to(total.dtype)
