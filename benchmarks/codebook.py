@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_fresh_process, keep, median, peak_mib, ratio, seconds, table
+from benchmarks.measure import in_fresh_process, keep, median, peak_mib, ratio, run_parts, seconds, table
 from tokenizer.quantizers import search
 from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
@@ -183,16 +183,8 @@ def exactness() -> None:
 PARTS = {"steps": steps, "search": searches, "memory": memory, "exactness": exactness}
 
 
-def main() -> None:
-    asked = sys.argv[1:] or list(PARTS)
-    if asked[0] == "memory-of":
-        return memory_of(asked[1], int(asked[2]))
-    unknown = [name for name in asked if name not in PARTS]
-    if unknown:
-        sys.exit(f"error: {unknown[0]}: the parts are {', '.join(PARTS)}")
-    for name in asked:
-        PARTS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["memory-of"]:
+        memory_of(sys.argv[2], int(sys.argv[3]))
+    else:
+        run_parts(PARTS, sys.argv[1:])

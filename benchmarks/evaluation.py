@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import in_fresh_process, keep, median, ratio, seconds, table
+from benchmarks.measure import in_fresh_process, keep, median, ratio, run_parts, seconds, table
 from eval.extractors import tag
 from eval.frechet import Gaussian, frechet_distance
 from eval.in_domain import Classifier, InDomain
@@ -174,18 +174,10 @@ def sensitivity(folder: Path) -> None:
 PARTS = {"distance": distance, "memory": memory}
 
 
-def main() -> None:
-    asked = sys.argv[1:] or list(PARTS)
-    if asked[0] == "memory-of":
-        return memory_of(Path(asked[1]), int(asked[2]))
-    if asked[0] == "sensitivity" and len(asked) == 2:
-        return sensitivity(Path(asked[1]))
-    unknown = [name for name in asked if name not in PARTS]
-    if unknown:
-        sys.exit(f"error: {unknown[0]}: the parts are {', '.join(PARTS)}, and sensitivity EXTRACTOR")
-    for name in asked:
-        PARTS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["memory-of"]:
+        memory_of(Path(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1:2] == ["sensitivity"] and len(sys.argv) == 3:
+        sensitivity(Path(sys.argv[2]))
+    else:
+        run_parts(PARTS, sys.argv[1:])

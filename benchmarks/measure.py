@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -93,3 +93,12 @@ def keep(name: str, command: str, body: str) -> None:
     pattern = re.compile(rf"^## {re.escape(name)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     text = pattern.sub("", text).rstrip() + "\n\n" + section
     RESULTS.write_text(text)
+
+
+def run_parts(parts: Mapping[str, Callable[[], None]], asked: Sequence[str]) -> None:
+    """Run the parts asked for, or all. Exits with one line where one is unknown."""
+    unknown = [name for name in asked if name not in parts]
+    if unknown:
+        sys.exit(f"error: {unknown[0]}: the parts are {', '.join(parts)}")
+    for name in asked or parts:
+        parts[name]()

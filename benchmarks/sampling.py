@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import keep, median, ratio, seconds, table
+from benchmarks.measure import keep, median, ratio, run_parts, seconds, table
 from priors.autoregressive import AutoregressiveConfig
 from priors.backbone import Backbone, BackboneConfig
 from priors.interface import Prior, SampleOptions
@@ -162,14 +162,5 @@ def families() -> None:
 PARTS = {"engine": engine, "guidance": guidance, "families": families}
 
 
-def main() -> None:
-    asked = sys.argv[1:] or list(PARTS)
-    unknown = [name for name in asked if name not in PARTS]
-    if unknown:
-        sys.exit(f"error: {unknown[0]}: the parts are {', '.join(PARTS)}")
-    for name in asked:
-        PARTS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, sys.argv[1:])
