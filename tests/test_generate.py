@@ -62,8 +62,10 @@ def make_root(root):
         splits[split] = {"count": 30, "shards": [{"count": 30, "files": files}]}
     manifest = {
         "format": FORMAT,
+        "plan_sha256": "",
         "tokenizer": {"folder": "../tokenizer", "weights_sha256": weights_hash(root / "tokenizer")},
         "layout": dataclasses.asdict(LAYOUT),
+        "views": 2,
         "class_names": NAMES,
         "splits": splits,
     }

@@ -21,10 +21,12 @@ from torch import Tensor
 from training import distributed
 from training.command import UserError
 from training.loop import Batch
+from training.signals import WORKER_GRACE
 
 Key = tuple[int, int]  # (epoch, index): what an item and its augmentation depend on
 LARGEST_TABLE = 2**24  # items; 134 MB and about a second per epoch
 FEISTEL_ROUNDS = 6
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Keyed(Protocol):
@@ -118,7 +120,8 @@ def feed(
             while True:
                 yield [Batch(_checked(_next(parts, workers)), share) for share in shares]
         finally:
-            del parts  # ends the workers now: an error's traceback would keep them
+            if workers:  # now: an error's traceback would keep them
+                parts._shutdown_workers()
 
     return batches
 
@@ -135,7 +138,11 @@ def _read_ahead(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> Iter
         worker_init_fn=_leave_stopping_to_the_loop,
     )
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    parts = iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # of the processes, too, until they do not mind
+    try:
+        parts = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)  # the loader's would raise in the middle of whatever runs, not in `next`
     return parts
@@ -143,8 +150,9 @@ def _read_ahead(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> Iter
 
 def _leave_stopping_to_the_loop(worker: int) -> None:
     """A launcher signals all its processes, and the loop needs batches until its step is done and saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class _Gathered(torch.utils.data.Dataset):
