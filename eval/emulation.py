@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eval.extractors import Inception, banner, figure_name
+from eval.extractors import banner, figure_name
 from eval.generation import Samples
 from eval.pipeline import Pipeline, load
 from eval.protocols import emulate
@@ -17,7 +17,7 @@ def measure_protocols(pipeline: Pipeline) -> Record:
     """Against the train split, by the Inception where its weights are, else by the in-domain extractor."""
     options, train = pipeline.options, pipeline.train
     samples = Samples.open(pipeline.folder / "samples", train.image_size)
-    extractor = next((each for each in pipeline.extractors if isinstance(each, Inception)), pipeline.in_domain)
+    extractor = pipeline.judge
     n, places = len(samples.images[: options.num]), pipeline.places(train)
     settings = {
         "samples_sha256": samples.sha256,
@@ -55,6 +55,4 @@ def measure_protocols(pipeline: Pipeline) -> Record:
     notes += [f"{figures.protocol}: {figures.why}." for figures in found]
     notes.append("Samples are kept as uint8, so that how a protocol turns floats into uint8 does not show here.")
     record = Record("protocols", settings, measurements, {}, notes)
-    if distributed.is_main():
-        record.save(pipeline.report_folder)
-    return record
+    return pipeline.keep(record)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eval.cmmd import cmmd
-from eval.extractors import Extraction, Extractor, FeatureRows, Inception, banner, figure_name
+from eval.extractors import Extraction, Extractor, FeatureRows, banner, figure_name
 from eval.frechet import Gaussian, frechet_infinity
 from eval.in_domain import InDomain
 from eval.inception_score import inception_score
@@ -26,7 +26,6 @@ from eval.pipeline import Pipeline, load, pixels, share
 from eval.reconstruction import measure_frechet, measure_reconstruction
 from eval.record import Measurement, Origin, Record, share_interval
 from eval.reference import read_reference
-from training import distributed
 from training.checkpoint import sha256
 from training.command import UserError
 
@@ -115,10 +114,12 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
         train=Origin("train", protocol | {"data": pipeline.train.identity()}, {}),
     )
     measurements: list[Measurement] = []
+    drawn: dict[str, Extraction] = {}
     notes = [line for line in map(banner, pipeline.extractors) if line]
     arrays = _sample_pictures(samples, settings["n"], pipeline.tokens.num_classes)
     for extractor in pipeline.extractors:
         seen = _extract(pipeline, extractor, samples, settings["n"])
+        drawn[extractor.name] = seen.samples
         measurements += _distances(extractor, seen, origins)
         measurements += _kernel_distances(extractor, seen, origins)
         measurements += [m for m in reconstruction.measurements if m.name == figure_name("rFD", extractor)]
@@ -136,11 +137,10 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
     if pipeline.clip:
         measurements += _clip_distances(pipeline, samples, settings["n"], origins)
     if options.reference:
-        measurements.append(_to_reference(pipeline, options.reference, samples, settings["n"], origins.samples))
+        features = drawn[pipeline.judge.name].features
+        measurements.append(_to_reference(pipeline, options.reference, features, origins.samples))
     record = Record(kind, settings, measurements, arrays, notes)
-    if distributed.is_main():
-        record.save(pipeline.report_folder)
-    return record
+    return pipeline.keep(record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,16 +262,13 @@ def _hash_reference(path: Path | None) -> str | None:
     return path and sha256(path)
 
 
-def _to_reference(pipeline: Pipeline, path: Path, samples: Samples, n: int, origin: Origin) -> Measurement:
-    """The distance to a file's statistics, by the Inception where its weights are, else by the in-domain extractor."""
-    extractor = next((each for each in pipeline.extractors if isinstance(each, Inception)), pipeline.in_domain)
+def _to_reference(pipeline: Pipeline, path: Path, features: Tensor, origin: Origin) -> Measurement:
+    """The distance of samples' features by `pipeline.judge` to a file's statistics."""
+    extractor = pipeline.judge
     reference = read_reference(path, extractor, pipeline.options.batch_size)
-    rows = FeatureRows(extractor)
-    for batch in share(torch.arange(n), pipeline.options.batch_size, samples.load, f"samples, {extractor.name}"):
-        rows.update(batch)
     own = Origin(origin.split, {"batch_size": pipeline.options.batch_size}, origin.subject)
     name = f"{figure_name('FD', extractor)} to {path.name}"
-    return measure_frechet(own, name, extractor, rows.gathered().features, reference.gaussian, **reference.settings)
+    return measure_frechet(own, name, extractor, features, reference.gaussian, **reference.settings)
 
 
 def _scores(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:

@@ -57,9 +57,7 @@ def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood
     subject = {"prior_sha256": settings["prior_sha256"], "tokenizer_sha256": pipeline.tokenizer_hash}
     origin = Origin("held-out", {"data": pipeline.held_out.identity(), "kind": label}, subject)
     record = Record(kind, settings, figures(values, origin, label, prior.layout.length, pipeline), {})
-    if distributed.is_main():
-        record.save(pipeline.report_folder)
-    return record
+    return pipeline.keep(record)
 
 
 def figures(nats: torch.Tensor, origin: Origin, label: str, length: int, pipeline: Pipeline) -> list[Measurement]:

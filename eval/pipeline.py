@@ -15,6 +15,7 @@ from eval.extractors import WEIGHTS, Extractor, Inception, Tower, find_inception
 from eval.in_domain import InDomain, open_extractor
 from eval.interface import Batch
 from eval.paired import LPIPS
+from eval.record import Record
 from tokenizer.cache import TokenCache
 from tokenizer.data.sources import DataConfig, Images, open_split
 from tokenizer.data.transforms import to_uint8
@@ -107,6 +108,11 @@ class Pipeline:
         found += [Inception(inception)] if inception else []
         return found + ([Tower("dinov2", dinov2)] if dinov2 else [])
 
+    @property
+    def judge(self) -> Extractor:
+        """The Inception where its weights are, else the in-domain extractor: for figures of one extractor alone."""
+        return next((each for each in self.extractors if isinstance(each, Inception)), self.in_domain)
+
     @functools.cached_property
     def clip(self) -> Tower | None:
         """Of CMMD; None without weights."""
@@ -119,6 +125,12 @@ class Pipeline:
         path = WEIGHTS[f"lpips-{self.options.lpips_net}"].find(self.options.lpips_weights)
         lpips = LPIPS(self.options.lpips_net, path) if path else None
         return lpips if lpips and lpips.fits(self.data.image_size) else None
+
+    def keep(self, record: Record) -> Record:
+        """Write it into the report's folder, once for all ranks."""
+        if distributed.is_main():
+            record.save(self.report_folder)
+        return record
 
     def places(self, images: Images, most: int | None = None) -> Tensor:
         """The items of a split that are measured, (n,) int64: all, or `most` (else `num`) that lie evenly in it."""

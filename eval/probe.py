@@ -97,9 +97,7 @@ def measure_probe(pipeline: Pipeline) -> Record:
     record = Record("probe", settings, [*measurements, *kept_shares(measurements, origin)], arrays)
     if not views.pretrained:
         record.notes.append("The pretrained encoder's probe is left out: it was not given (--encoder).")
-    if distributed.is_main():
-        record.save(pipeline.report_folder)
-    return record
+    return pipeline.keep(record)
 
 
 def kept_shares(measurements: list[Measurement], origin: Origin) -> list[Measurement]:

@@ -113,9 +113,7 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
         reason = small if weights.find(options.lpips_weights) else lacking
         notes.append(f"LPIPS is left out: {reason}.")
     record = Record("reconstruction", settings, measurements, arrays, notes)
-    if distributed.is_main():
-        record.save(pipeline.report_folder)
-    return record
+    return pipeline.keep(record)
 
 
 @torch.no_grad()

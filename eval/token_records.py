@@ -47,7 +47,7 @@ def measure_codebook(pipeline: Pipeline) -> Record:
     for level, statistics in enumerate(code_statistics(codes, layout)):
         arrays[f"histogram_{level}"] = statistics.histogram
         arrays[f"position_entropy_{level}"] = statistics.position_entropy
-    return _kept(Record("codebook", settings, figures, arrays), pipeline)
+    return pipeline.keep(Record("codebook", settings, figures, arrays))
 
 
 def measure_rate(pipeline: Pipeline) -> Record:
@@ -65,7 +65,7 @@ def measure_rate(pipeline: Pipeline) -> Record:
     rates = coder.rates(codes_of(pipeline, held_out, places), places, SINGLE_FILES)
     origin = Origin(pipeline.split_name(held_out, places), protocol, coder.subject)
     figures = rates.measurements(origin, held_out.image_size**2)
-    return _kept(Record("rate", settings, figures, {}, rates.notes), pipeline)
+    return pipeline.keep(Record("rate", settings, figures, {}, rates.notes))
 
 
 def measure_rate_distortion(pipeline: Pipeline) -> Record:
@@ -101,7 +101,7 @@ def measure_rate_distortion(pipeline: Pipeline) -> Record:
     origin = Origin(pipeline.split_name(held_out, places), {"data": held_out.identity()}, coder.subject)
     arrays = {"found": np.array(json.dumps(found.to_dict()))}
     figures = [figure for point in points for figure in _traded(found, point, origin)]
-    return _kept(Record("rate_distortion", settings, figures, arrays, [*rates.notes, *found.notes]), pipeline)
+    return pipeline.keep(Record("rate_distortion", settings, figures, arrays, [*rates.notes, *found.notes]))
 
 
 def read_rate_distortion(record: Record) -> RateDistortion:
@@ -191,9 +191,3 @@ def codes_of(pipeline: Pipeline, images: Images, places: Tensor) -> Tensor:
         parts.append(pipeline.tokenizer.encode(to_float(batch.images)).cpu())
     order = distributed.gather_parts(ids).argsort()
     return distributed.gather_parts(parts)[order]
-
-
-def _kept(record: Record, pipeline: Pipeline) -> Record:
-    if distributed.is_main():
-        record.save(pipeline.report_folder)
-    return record

@@ -30,18 +30,12 @@ def order_agnostic_bound(backbone: nn.Module, codes: Tensor, labels: Tensor, giv
     for stratum in range(STRATA):
         num_masked = ((stratum + noise[:, stratum, 0]) / STRATA * length).floor() + 1
         masked = lowest(noise[:, stratum, 1:], num_masked)
-        nats += _masked_nats(read, backbone.layout, codes, masked) / STRATA
+        nats += masked_nats(read, backbone.layout, codes, masked) / STRATA
     return Likelihood(nats, "bound")
 
 
-def masked_nats(
-    backbone: nn.Module, codes: Tensor, labels: Tensor, masked: Tensor, given: Tensor | None = None
-) -> Tensor:
+def masked_nats(read: Reading, layout: CodeLayout, codes: Tensor, masked: Tensor) -> Tensor:
     """(N / k) sum of -log p over the k masked codes of each row, (B,) float64. `masked` (B, N) bool, k from 1."""
-    return _masked_nats(reading(backbone, labels, given), backbone.layout, codes, masked)
-
-
-def _masked_nats(read: Reading, layout: CodeLayout, codes: Tensor, masked: Tensor) -> Tensor:
     total = torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
     for level, (span, _) in zip(read(codes.masked_fill(masked, -1), masked), layout.spans()):
         hidden, nats = masked[:, span], torch.zeros_like(codes[:, span], dtype=torch.float64)

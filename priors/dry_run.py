@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tokenizer.interface import CodeLayout
-from training.config import to_yaml
+from training import distributed
 from training.estimate import (
     Estimate,
     Move,
     Network,
-    check_batch,
+    commented,
     extremes,
     made_by,
     num_bytes,
@@ -56,13 +56,13 @@ class Plan:
 
 
 def dry_run(config: PriorRun) -> str:
-    """The resolved configuration as YAML with the plan as comments: by itself a configuration file again."""
-    return to_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in _describe(config, plan(config)))
+    """The resolved configuration with the plan as comments."""
+    return commented(config, _describe(config, plan(config)))
 
 
 def plan(config: PriorRun) -> Plan:
     """Reads small files at most and writes none. Raises UserError for what could not be trained either."""
-    check_batch(config.loop)
+    distributed.samples_each(config.loop.batch_size, config.loop.accumulate)
     codes = codes_of(config)
     precision = "fp32" if config.loop.precision == "fp32" else "bf16"
     repeated = with_activations_again(config.prior)
@@ -133,7 +133,7 @@ def _leaves(prior: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _describe(config: PriorRun, plan: Plan) -> Iterator[str]:
-    loop, layout, estimate = config.loop, plan.codes.layout, plan.estimate
+    layout, estimate = plan.codes.layout, plan.estimate
     yield f"{config.root}/{config.name}: a dry run; nothing was written."
     yield ""
     yield f"{'part':<22}{'trainable':>15}"
@@ -142,13 +142,7 @@ def _describe(config: PriorRun, plan: Plan) -> Iterator[str]:
             yield f"{name:<22}{count:>15,}"
     yield f"{'all':<22}{estimate.networks['prior'].trainable:>15,}"
     yield ""
-    levels = ", ".join(f"{' x '.join(map(str, grid))} of {k}" for grid, k in zip(layout.grids, layout.num_codes))
-    yield f"codes: {layout.length} per image ({levels}), {plan.codes.num_classes} classes"
+    yield f"codes: {layout.length} per image ({layout.text}), {plan.codes.num_classes} classes"
     yield f"  from {plan.codes.origin}" if not plan.codes.origin.startswith("assumed") else f"  {plan.codes.origin}"
-    images = loop.steps * loop.batch_size
-    yield f"images: {loop.batch_size} per step, {loop.steps} steps, {images:,} in all" + (
-        f", {images / plan.codes.num_images:.1f} epochs of {plan.codes.num_images:,}" if plan.codes.num_images else ""
-    )
-    yield ""
-    yield from estimate.describe()
+    yield from estimate.describe(plan.codes.num_images)
     yield estimate.disk()

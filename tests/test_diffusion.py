@@ -17,6 +17,7 @@ from priors.backbone import BackboneConfig
 from priors.bounds import masked_nats
 from priors.diffusion import antithetic, draws, inverse_cdf, share_and_rate
 from priors.interface import SampleOptions
+from priors.parallel import reading
 from priors.schedules import SCHEDULES
 from priors.uniform import LATEST, UniformConfig, UniformPrior, bound_rate, reverse
 from tokenizer.interface import CodeLayout
@@ -185,7 +186,7 @@ def test_absorbing_bound_is_the_entropy_when_conditionals_are_exact():
     total = 0.0
     for mask in itertools.product([False, True], repeat=3):
         if any(mask):
-            nats = masked_nats(Toy(), Toy.sequences, None, torch.tensor(mask).expand(18, -1))
+            nats = masked_nats(reading(Toy(), None), Toy().layout, Toy.sequences, torch.tensor(mask).expand(18, -1))
             total += float((Toy.joint * nats).sum()) / 3 / math.comb(3, sum(mask))
     assert total == pytest.approx(Toy.entropy, abs=1e-10)
 

@@ -245,7 +245,7 @@ def test_memory_of_one_and_of_many():
     }  # fmt: skip
     assert estimate.samples(64) is None
     assert "loop.batch_size=96 cannot be shared by 64 GPUs x loop.accumulate=2: 128 could" in "\n".join(
-        estimate.describe()
+        estimate.describe(None)
     )
     assert estimate.fitting(1, sum(alone.values())) == 2
     assert estimate.fitting(1, sum(alone.values()) - 1) == 4

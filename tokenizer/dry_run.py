@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tokenizer.data.listings import EMBEDDED, open_listing
 from tokenizer.data.sources import DataConfig, split_items
+from tokenizer.data.tar_shards import expand_braces, is_pattern
 from tokenizer.discriminators.dino import DinoDiscriminator
 from tokenizer.encoders.foundation import FoundationConfig, quiet_transformers
 from tokenizer.encoders.pretrain import PretrainRun
@@ -30,15 +31,15 @@ from tokenizer.objective import Adversary, LeCam, Objective, ObjectiveConfig
 from tokenizer.perceptual import TRUNKS, Perceptual
 from tokenizer.quantizers.search import BUDGET
 from tokenizer.run import TokenizerRun
+from training import distributed
 from training.checkpoint import weights_path
 from training.command import UserError
-from training.config import to_yaml
 from training.estimate import (
     MIB,
     Estimate,
     Move,
     Network,
-    check_batch,
+    commented,
     extremes,
     made_by,
     num_bytes,
@@ -81,13 +82,13 @@ class Plan:
 
 
 def dry_run(config: TokenizerRun) -> str:
-    """The resolved configuration as YAML with the plan as comments: by itself a configuration file again."""
-    return to_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in _describe(config, plan(config)))
+    """The resolved configuration with the plan as comments."""
+    return commented(config, _describe(config, plan(config)))
 
 
 def plan(config: TokenizerRun) -> Plan:
     """Reads small files at most and leaves none. Raises UserError for what could not be trained either."""
-    check_batch(config.loop)
+    distributed.samples_each(config.loop.batch_size, config.loop.accumulate)
     with _encoders_at_hand(config) as (usable, saved):
         networks = _Networks(usable, saved)
     needs, (num_images, _) = _needs(config), num_training_images(config.data)
@@ -315,7 +316,8 @@ def num_training_images(data: DataConfig) -> tuple[int | None, int | None]:
 
 
 def _here(source: str) -> bool:
-    return source in EMBEDDED or Path(source).expanduser().exists()
+    sources = expand_braces(source) if is_pattern(source) else [source]
+    return source in EMBEDDED or all(Path(each).expanduser().exists() for each in sources)
 
 
 def _needs(config: TokenizerRun) -> list[str]:
@@ -343,7 +345,7 @@ def _needs(config: TokenizerRun) -> list[str]:
 
 
 def _describe(config: TokenizerRun, plan: Plan) -> Iterator[str]:
-    loop, layout, estimate = config.loop, plan.layout, plan.estimate
+    layout, estimate = plan.layout, plan.estimate
     yield f"{config.root}/{config.name}: a dry run; nothing was written."
     yield ""
     yield f"{'part':<22}{'trainable':>15}{'frozen':>15}{'buffers':>15}"
@@ -352,14 +354,8 @@ def _describe(config: TokenizerRun, plan: Plan) -> Iterator[str]:
     total = [sum(getattr(part, kind) for part in plan.parts) for kind in ("trainable", "frozen", "buffers")]
     yield f"{'all':<22}{total[0]:>15,}{total[1]:>15,}{total[2]:>15,}"
     yield ""
-    levels = ", ".join(f"{' x '.join(map(str, grid))} of {k}" for grid, k in zip(layout.grids, layout.num_codes))
-    yield f"codes: {layout.length} per image ({levels}), {layout.bits:.0f} bits, {plan.config.data.image_size} px"
-    images = loop.steps * loop.batch_size
-    yield f"images: {loop.batch_size} per step, {loop.steps} steps, {images:,} in all" + (
-        f", {images / plan.num_images:.1f} epochs of {plan.num_images:,}" if plan.num_images else ""
-    )
-    yield ""
-    yield from estimate.describe()
+    yield f"codes: {layout.length} per image ({layout.text}), {layout.bits:.0f} bits, {plan.config.data.image_size} px"
+    yield from estimate.describe(plan.num_images)
     kept = estimate.moves[0].cost.of_each.kept
     shares = ", ".join(f"{name} {size / MIB:.3g}" for name, size in kept.items() if size >= 0.01 * sum(kept.values()))
     yield f"activations kept per image, MiB: {shares}"

@@ -47,6 +47,11 @@ class CodeLayout:
         """Bits per image at the fixed rate, sum over positions of log2(num_codes)."""
         return sum(n * math.log2(k) for n, k in zip(self.lengths, self.num_codes))
 
+    @property
+    def text(self) -> str:
+        """For people: "8 x 8 of 512, 16 x 16 of 512"."""
+        return ", ".join(f"{' x '.join(map(str, grid))} of {k}" for grid, k in zip(self.grids, self.num_codes))
+
     def split(self, codes: Tensor) -> list[Tensor]:
         """(B, N) -> one (B, *grid) per level."""
         levels = codes.split(self.lengths, dim=1)

@@ -113,11 +113,7 @@ def on_main(function: Callable[[], object]) -> None:
 
 def gather_rows(rows: Tensor) -> Tensor:
     """(n, ...) of each rank -> all ranks' rows in rank order; n may differ."""
-    if not dist.is_initialized():
-        return rows
-    parts: list[Tensor | None] = [None] * world()
-    dist.all_gather_object(parts, rows.cpu())
-    return torch.cat([part.to(rows.device) for part in parts])
+    return gather_parts([rows]).to(rows.device) if dist.is_initialized() else rows
 
 
 def gather_parts(parts: Sequence[Tensor]) -> Tensor:
@@ -128,6 +124,17 @@ def gather_parts(parts: Sequence[Tensor]) -> Tensor:
     every: list[Tensor | None] = [None] * world()
     dist.all_gather_object(every, own)
     return torch.cat([rows for rows in every if rows is not None])
+
+
+def samples_each(batch_size: int, accumulate: int) -> int:
+    """Samples of a micro-batch. Raises UserError where the processes there are cannot share a step evenly."""
+    each, rest = divmod(batch_size, world() * accumulate)
+    if rest or each == 0:
+        raise UserError(
+            f"loop.batch_size={batch_size} cannot be shared evenly by {world()} processes x "
+            f"loop.accumulate={accumulate}: make it a multiple of {world() * accumulate}"
+        )
+    return each
 
 
 def broadcast_(tensor: Tensor) -> Tensor:
@@ -176,7 +183,7 @@ def samples(seed: tuple[int, ...], positions: Tensor) -> Iterator[None]:
     It must span the backward pass too, where activations may be computed again.
     """
     global _samples
-    kept, _samples = _samples, _mixed(positions * GOLDEN + mix(*seed))
+    kept, _samples = _samples, scramble_(positions * GOLDEN + mix(*seed))
     try:
         yield
     finally:
@@ -204,7 +211,7 @@ class Stream(nn.Module):
             own = torch.randint(1 << 62, (batch,), device=self.number.device)
         else:
             assert len(_samples) == batch, f"{batch} rows for {len(_samples)} samples"
-            own = _mixed(_samples + self.number * GOLDEN)
+            own = scramble_(_samples + self.number * GOLDEN)
         return own if count == 1 else words(own, count).flatten()
 
 
@@ -240,10 +247,10 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 
 def words(keys: Tensor, count: int) -> Tensor:
     """(N,) int64 keys -> (N, count) int64, all bits random: SplitMix64's outputs from each key on."""
-    return _mixed(keys[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN)
+    return scramble_(keys[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN)
 
 
-def _mixed(z: Tensor) -> Tensor:
+def scramble_(z: Tensor) -> Tensor:
     """What SplitMix64 makes of its state: int64, in place."""
     for shift, factor in ROUNDS:
         z.bitwise_xor_((z >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)

@@ -20,14 +20,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from training import distributed
 from training.command import UserError
-from training.config import load
+from training.config import load, to_yaml
 from training.loop import LoopConfig
 from training.sharding import blocks_of
 from training.tracing import Cost
@@ -200,8 +200,12 @@ class Estimate:
         sizes = f"{self.loop.keep} checkpoints of {self.checkpoint / MIB:,.1f}, weights of {self.published / MIB:,.1f}"
         return f"disk, MiB: {sizes}"
 
-    def describe(self) -> Iterator[str]:
-        """Tables for 1, 8 and 64 GPUs, and what they mean."""
+    def describe(self, num_images: int | None) -> Iterator[str]:
+        """What the steps take of so many images, if they are at hand; tables for 1, 8 and 64 GPUs."""
+        images = self.loop.steps * self.loop.batch_size
+        epochs = f", {images / num_images:.1f} epochs of {num_images:,}" if num_images else ""
+        yield f"images: {self.loop.batch_size} per step, {self.loop.steps} steps, {images:,} in all{epochs}"
+        yield ""
         worlds = sorted({*WORLDS, distributed.world()})
         able = [world for world in worlds if self.samples(world)]
         shared = [world for world in able if world > 1 and any(net.shared_bytes for net in self.networks.values())]
@@ -268,14 +272,9 @@ def this_cpu() -> Accelerator:
     return Accelerator(f"this CPU at {peak / 1e9:.0f} GFLOP/s", peak, peak, peak, math.inf)
 
 
-def check_batch(loop: LoopConfig) -> None:
-    """Raise UserError where the processes there are cannot share a step."""
-    parts = distributed.world() * loop.accumulate
-    if loop.batch_size % parts:
-        raise UserError(
-            f"loop.batch_size={loop.batch_size} cannot be shared evenly by {distributed.world()} processes x "
-            f"loop.accumulate={loop.accumulate}: make it a multiple of {parts}"
-        )
+def commented(config: Any, lines: Iterable[str]) -> str:
+    """A resolved configuration as YAML with lines about it as comments: by itself a configuration file again."""
+    return to_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
 def extremes(loop: LoopConfig) -> tuple[int, int]:

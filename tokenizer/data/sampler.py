@@ -68,10 +68,8 @@ def encipher(places: np.ndarray, num_items: int, seed: int) -> np.ndarray:
 
 
 def _scramble(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014), uint64."""
-    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return values ^ values >> np.uint64(31)
+    """uint64, of which nothing else holds the memory."""
+    return distributed.scramble_(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64)
 
 
 def keys_of_step(num_items: int, batch_size: int, seed: int, step: int) -> list[Key]:
@@ -96,16 +94,10 @@ def feed(
     place holds depends on neither W nor `accumulate` nor `workers` (processes that read ahead; 0 reads in
     this one). Raises UserError when B cannot be shared evenly or the data set is empty.
     """
-    world, rank = distributed.world(), distributed.rank()
-    micro, rest = divmod(batch_size, world * accumulate)
-    if rest or micro == 0:
-        raise UserError(
-            f"loop.batch_size={batch_size} cannot be shared evenly by {world} processes x "
-            f"loop.accumulate={accumulate}: make it a multiple of {world * accumulate}"
-        )
+    micro = distributed.samples_each(batch_size, accumulate)
     if len(dataset) == 0:
         raise UserError("the data set has no items to train on")
-    first = rank * accumulate * micro
+    first = distributed.rank() * accumulate * micro
     shares = [torch.arange(start, start + micro) for start in range(first, first + accumulate * micro, micro)]
 
     def keys_from(start_step: int) -> Iterator[list[Key]]:
