@@ -25,7 +25,7 @@ class Decoding:
 
     labels (B,), order (B, N), given (B, M): int64, as there; for guidance the caller gives every row twice. Numbers
     have the weights' precision, or autocast's where that is on at construction. `static`: fixed shapes and CUDA
-    graphs, by default on a CUDA device. `compiled`: fuse small operations by torch.compile, which takes a while once.
+    graphs, by default on a CUDA device.
     """
 
     @torch.no_grad()
@@ -37,13 +37,11 @@ class Decoding:
         order: Tensor | None = None,
         given: Tensor | None = None,
         static: bool | None = None,
-        compiled: bool = False,
     ) -> None:
         assert backbone.causal, "only a causal backbone predicts one slot after another"
         device, layout = labels.device, backbone.layout
-        self.weights = pack(backbone, labels)
+        self.weights = pack(backbone, labels, len(labels))
         dtype = self.weights.classes.dtype
-        self.layer: Callable[..., Tensor] = _compiled_layer() if compiled else _layer
 
         starts = torch.tensor([0, *layout.num_codes]).cumsum(0).tolist()
         self.tokens = [backbone.tokens.weight[a:b].to(dtype) for a, b in itertools.pairwise(starts)]  # per level
@@ -91,7 +89,7 @@ class Decoding:
 
     def _run(self, features: Tensor, turn: Turn | None, rows: Tensor, span: int, mask: Tensor | None = None) -> Tensor:
         for block, (keys, values) in zip(self.weights.blocks, self.cache):
-            features = self.layer(block, features, turn, keys, values, rows, span, mask)
+            features = _layer(block, features, turn, keys, values, rows, span, mask)
         return features
 
 
@@ -161,8 +159,3 @@ def _layer(
     seen = keys.narrow(2, 0, span), values.narrow(2, 0, span)
     attended = F.scaled_dot_product_attention(queries, *seen, attn_mask=mask, is_causal=len(rows) > 1)
     return finish(block, features, attended)
-
-
-@functools.cache
-def _compiled_layer() -> Callable[..., Tensor]:
-    return torch.compile(_layer)

@@ -44,9 +44,9 @@ class BackboneReading:
     def __init__(self, backbone: Backbone, labels: Tensor, given: Tensor | None = None, copies: int = 1) -> None:
         assert not backbone.causal, "a causal backbone predicts one slot after another: it has a decoding"
         self.layout, self.embed, self.adaptive, self.copies = backbone.layout, backbone.embed, backbone.adaptive, copies
-        self.weights = pack(backbone, labels)
-        dtype = self.weights.classes.dtype
         context, context_angles = backbone.context(labels, given)
+        self.weights = pack(backbone, labels, len(labels) * (context.shape[1] + self.layout.length))
+        dtype = self.weights.classes.dtype
         places, *angles = backbone.slots(None)
         self.context, self.places, self.turn = context.to(dtype), places.to(dtype), None
         if backbone.rotary:

@@ -20,6 +20,7 @@ from test_backbone import (
     x_transformers_of,
 )
 
+from priors import packed
 from priors.engine import CHUNK, Decoding
 from priors.sampling import categorical, gumbel
 from tokenizer.interface import CodeLayout
@@ -70,6 +71,16 @@ def test_decoding_equals_full_logits(static, positions, conditioning, ordered, g
 def test_decoding_of_many_slots_and_heads_of_any_size(settings, static):
     assert LONG.length > CHUNK
     assert_agreement(make(LONG, causal=True, given=GIVEN, **settings), static=static)
+
+
+@OPTIONS
+def test_decoding_with_large_matrices_in_the_processors_own_layout(positions, conditioning, monkeypatch):
+    monkeypatch.setattr(packed, "LARGE", 0)
+    backbone = make(TWO_LEVELS, causal=True, given=GIVEN, positions=positions, conditioning=conditioning)
+    matrices = packed.pack(backbone, LABELS, len(LABELS)).blocks[0]
+    assert matrices.up.reordered == torch.backends.mkldnn.is_available()
+    assert not packed.pack(backbone, LABELS, packed.FEW + 1).blocks[0].up.reordered
+    assert_agreement(backbone)
 
 
 @ORDERED
