@@ -19,15 +19,17 @@ from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(8192, 768, 16384), (65536, 64, 1024), (32768, 8, 16384)]  # features, channels, codes
+# Images in a batch, codes along a side, channels, codes. The peer's SimVQ compares the features of each image on their
+# own with the codebook, so that 8192 features cost it more of 32 images than of 8.
+SHAPES = [(32, 16, 768, 16384), (8, 32, 768, 16384), (64, 32, 64, 1024), (128, 16, 8, 16384)]
 SEARCHES = [(8192, 768, 16384), (8192, 1536, 16384), (65536, 64, 1024)]
 LARGE = (8192, 768, 16384)
 ROWS = 10_000_000  # of the exactness check
 
 
-def images(num_rows: int, dim: int) -> Tensor:
-    """(B, D, 32, 32) features that want a gradient."""
-    return torch.randn(num_rows // 1024, dim, 32, 32, device=DEVICE).requires_grad_()
+def images(batch: int, side: int, dim: int) -> Tensor:
+    """(B, D, S, S) features that want a gradient."""
+    return torch.randn(batch, dim, side, side, device=DEVICE).requires_grad_()
 
 
 def ours(config: VectorConfig | SimVQConfig, features: Tensor):
@@ -77,16 +79,17 @@ def product_of(rows: Tensor, codebook: Tensor):
 
 def steps() -> None:
     lines = []
-    for num_rows, dim, num_codes in SHAPES:
+    for batch, side, dim, num_codes in SHAPES:
         for kind, config in (("vector", VectorConfig), ("simvq", SimVQConfig)):
-            features = images(num_rows, dim)
+            features = images(batch, side, dim)
             rivals = {
                 "ours": ours(config(num_codes=num_codes, code_dim=dim, init="normal"), features),
                 "theirs": peer(kind, dim, num_codes, features),
             }
-            taken = seconds(rivals, 2)
+            taken = seconds(rivals, 3)
             figures = [f"{median(taken[name]):.3f}" for name in ("ours", "theirs")]
-            lines.append([f"{kind}, {num_rows} × {dim}, K = {num_codes}", *figures, ratio(taken, "theirs", "ours")])
+            shape = f"{batch} × {side} × {side} × {dim}, K = {num_codes}"
+            lines.append([f"{kind}, {shape}", *figures, ratio(taken, "theirs", "ours")])
     head = ["forward, straight-through, backward, update", "ours, s", "vector-quantize-pytorch, s", "theirs / ours"]
     keep("Codebook: training step", "python -m benchmarks.codebook steps", table(head, lines))
 
@@ -129,7 +132,7 @@ def memory_of(what: str, num_rows: int) -> None:
         before = peak_mib()
         search.nearest(rows, codebook)
     else:
-        features = images(num_rows, dim)
+        features = images(num_rows // 1024, 32, dim)
         config = (VectorConfig if what.endswith("vector") else SimVQConfig)(num_codes=num_codes, code_dim=dim)
         step = ours(config, features) if what.startswith("our") else peer(what[6:], dim, num_codes, features)
         before = peak_mib()
