@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from training.checkpoint import (
     FREE_KEYS,
@@ -265,6 +266,18 @@ def test_absent_and_damaged_weights_are_named(tmp_path):
         os.truncate(path, size)
         with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
             load_weights(tmp_path)
+
+
+def test_a_flipped_bit_in_weights_is_found(tmp_path):
+    path = tmp_path / "weights" / "model.safetensors"
+    write_weights(path, {"a": torch.rand(100), "b": torch.arange(3, dtype=torch.bfloat16)}, {"step": "1"})
+    whole = path.read_bytes()
+    for place in (len(whole) - 1, len(whole) - 200):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"model\.safetensors: damaged .*as written.*training command again"):
+            load_weights(tmp_path)
+    save_file({"a": torch.ones(2)}, path)  # by another program, without a checksum
+    assert load_weights(tmp_path)["a"].sum() == 2
 
 
 def test_digest_is_canonical():

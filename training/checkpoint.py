@@ -37,6 +37,8 @@ from training.signals import Interrupted
 FREE_KEYS = {"root", "log_every", "save_every", "preview_every", "keep", "workers", "sampling"}
 FREE_KEYS |= {"accumulate", "sharding", "compile", "gradient_checkpointing"}
 
+CHECKSUM = "tensors_sha256"  # in the metadata of published weights
+
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
@@ -264,10 +266,11 @@ class Run:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically. Raises UserError when the disk is full."""
+    """Write a safetensors file atomically, with a checksum. Raises UserError when the disk is full."""
     from safetensors.torch import save
 
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = _in_order(save(tensors, metadata | {CHECKSUM: _tensors_hash(tensors)}))
     try:
         replace_file(path, data)
     except OSError as error:
@@ -280,16 +283,19 @@ def weights_path(run_folder: Path) -> Path:
 
 def load_weights(run_folder: Path) -> dict[str, Tensor]:
     """The published weights of a run. Raises UserError when there are none or they are damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     path = weights_path(run_folder)
     if not path.is_file():
         raise UserError(f"{path}: there are no weights here: train that run first")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors, expected = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        if expected.get(CHECKSUM, found := _tensors_hash(tensors)) != found:
+            raise SafetensorError(f"its tensors have the SHA-256 {found[:8]}, not {expected[CHECKSUM][:8]} as written")
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}): remove it and run its training command again") from None
+    return tensors
 
 
 def weights_hash(run_folder: Path) -> str:
@@ -298,6 +304,23 @@ def weights_hash(run_folder: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: there are no weights here: train that run first")
     return sha256(path)
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its header sorted: several metadata stand in random order."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[start:]
+
+
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        whole.update(tensor.flatten().view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def _closing(file: IO[Any]) -> Callable[[], None]:

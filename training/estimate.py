@@ -136,17 +136,13 @@ class Estimate:
         self, world: int, accumulate: int | None = None, *, sharded: bool = False, again: bool = False
     ) -> dict[str, int]:
         """Of one GPU, by what takes it; `again` computes activations again in the backward pass."""
-        samples, parts = self.samples(world, accumulate), accumulate or self.loop.accumulate
+        samples = self.samples(world, accumulate)
         assert samples is not None
         published, *others = self.networks.values()
         mine = 1 / world if sharded else 1.0  # of what is shared out: of the first network alone
 
         def held(each: int, whole: int, shared: int) -> int:
             return round(each * (whole - shared * (1 - mine)))
-
-        def active(cost: Cost) -> float:
-            count = cost.at(samples)  # in a rehearsal, with the graph of the first micro-batch beside it
-            return count.peak + (sum(count.kept.values()) if count.rehearsed and parts > 1 else 0)
 
         costs = [move.cost for move in self.moves if move.end_step is None]  # what ends is a part of what follows
         if again and self.again is not None:
@@ -162,7 +158,7 @@ class Estimate:
             "gradients": max(held(4, *numbers) for numbers in learning),
             "moments": sum(held(8, *numbers) for numbers in learning),
             "average": weights,
-            "activations": round(max(map(active, costs))),
+            "activations": round(max(cost.at(samples).peak for cost in costs)),
             "search": self.search,
             "buckets": 4 * in_buckets,
             "fetched": 3 * published.largest_block if sharded else 0,

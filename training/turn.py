@@ -98,6 +98,7 @@ class Mover:
             with sync, distributed.samples((seed, step), batch.positions):
                 loss = self._loss(batch, step, whole)
                 if whole.lacking:
+                    del loss  # and its graph
                     self._rehearse(micro_batches[1:], step, whole, seed)
                     loss = self._loss(batch, step, whole)
                 (_spoilt(loss.total) / len(micro_batches)).backward()
