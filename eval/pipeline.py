@@ -127,9 +127,8 @@ class Pipeline:
         return lpips if lpips and lpips.fits(self.data.image_size) else None
 
     def keep(self, record: Record) -> Record:
-        """Write it into the report's folder, once for all ranks."""
-        if distributed.is_main():
-            record.save(self.report_folder)
+        """Write it into the report's folder, once for all ranks: each finds it there when this returns."""
+        distributed.on_main(lambda: record.save(self.report_folder))
         return record
 
     def places(self, images: Images, most: int | None = None) -> Tensor:

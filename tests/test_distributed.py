@@ -58,6 +58,7 @@ def test_ranks_agree(two_ranks):
     assert first["gathered"] == [0.0, 1.0, 1.0]  # in rank order, of different lengths
     assert first["any"] == [True, False]
     assert first["broadcast"] == 5.0
+    assert first["kept"]
 
 
 def test_one_process_needs_no_group():

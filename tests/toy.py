@@ -11,7 +11,9 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -223,9 +225,22 @@ def train_on_all_ranks(folder: Path) -> None:
         "parameters": [p.sum().item() for p in toy.generator.parameters()],
         "buffers": [b.sum().item() for b in toy.generator.buffers()],
         "broadcast": distributed.broadcast_(torch.tensor([rank + 5.0])).item(),
+        "kept": kept_when_others_go_on(folder),
     }
     (folder / f"rank-{rank}.json").write_text(json.dumps(facts))
     distributed.finish()
+
+
+def kept_when_others_go_on(folder: Path) -> bool:
+    """Whether a record is there on every rank once it was kept: what is measured next looks for it."""
+    from eval.pipeline import Pipeline
+
+    def save(report_folder: Path) -> None:
+        time.sleep(0.5)
+        (report_folder / "record.json").touch()
+
+    Pipeline.keep(SimpleNamespace(report_folder=folder), SimpleNamespace(save=save))
+    return (folder / "record.json").exists()
 
 
 def stop_at(folder: Path, step: int, number: int) -> str:
