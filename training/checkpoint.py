@@ -311,7 +311,7 @@ def _in_order(data: bytes) -> bytes:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[start:]
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(data)[start:]])
 
 
 def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
