@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.conv import ConvDecoder, ConvDecoderConfig
@@ -15,6 +16,7 @@ from tokenizer.decoders.resnet import ResNetDecoderConfig
 from tokenizer.decoders.vit import PRESETS, ViTDecoderConfig, sin_cos_positions
 from tokenizer.encoders.conv import ConvEncoder, ConvEncoderConfig
 from tokenizer.encoders.resnet import ResNetEncoderConfig, group_norm
+from tokenizer.hierarchical import VQVAE2Config
 from training.config import from_dict, to_dict
 
 SMALL = {
@@ -84,6 +86,28 @@ def test_conv_networks_scale_to_larger_images(stride):
     assert features.shape == (2, 8, 6, 4)
     decoder = ConvDecoderConfig(channels=8, residual_channels=4).build(8, stride, (6, 4), encoder)
     assert decoder(features).shape == (2, 3, 6 * stride, 4 * stride)
+
+
+@pytest.mark.parametrize(("activation", "layer"), [("relu", nn.ReLU()), ("gelu", nn.GELU("tanh")), ("silu", nn.SiLU())])
+def test_conv_networks_have_the_activation_asked_for(activation, layer):
+    encoder = ConvEncoderConfig(channels=8, stride=2, residual_channels=4, activation=activation).build(16)
+    decoder = ConvDecoderConfig(channels=8, residual_channels=4, activation=activation).build(8, 2, (8, 8), encoder)
+    x = torch.randn(2, 3, 16, 16)
+    expected = encoder.body(layer(encoder.down[0](x)))
+    for _, wide, _, point in encoder.stack.blocks:
+        expected = expected + point(layer(wide(layer(expected))))
+    features = encoder(x)
+    assert_close(features, layer(expected))
+    hidden = decoder.body(features)
+    for _, wide, _, point in decoder.stack.blocks:
+        hidden = hidden + point(layer(wide(layer(hidden))))
+    assert_close(decoder(features), decoder.up[0](layer(hidden)))
+
+
+@pytest.mark.parametrize("config", [ConvEncoderConfig, ConvDecoderConfig, VQVAE2Config])
+def test_an_unknown_activation_is_refused(config):
+    with pytest.raises(ValueError, match=r"\.activation='swish' is not one of relu, gelu, silu"):
+        config(activation="swish")
 
 
 def test_conv_networks_take_features_for_images():

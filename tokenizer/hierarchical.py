@@ -13,7 +13,7 @@ from tokenizer.autoencoder import Projection, Reconstruction, grid_of, rows_to_k
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.conv import ConvDecoder
 from tokenizer.encoders import ENCODERS
-from tokenizer.encoders.conv import ConvEncoder
+from tokenizer.encoders.conv import ConvEncoder, check_activation
 from tokenizer.interface import CodeLayout, QuantizerOutput
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.codebook import to_rows
@@ -32,8 +32,10 @@ class VQVAE2Config:
     channels: int = 128  # of the networks between the grids
     residual_blocks: int = 2
     residual_channels: int = 32
+    activation: str = "relu"  # the papers'; or "gelu", "silu"
 
     def __post_init__(self) -> None:
+        check_activation("model", self.activation)
         if self.top_stride < 2 or self.top_stride & (self.top_stride - 1):
             raise ValueError(f"model.top_stride={self.top_stride} must be a power of two, at least 2")
 
@@ -46,9 +48,11 @@ class VQVAE2Config:
         sizes = self.channels, self.residual_blocks, self.residual_channels
         return Hierarchical(
             encoder,
-            ConvEncoder(self.channels, self.top_stride, *sizes[1:], in_channels=encoder.channels),
+            ConvEncoder(
+                self.channels, self.top_stride, *sizes[1:], in_channels=encoder.channels, activation=self.activation
+            ),
             top,
-            ConvDecoder(top.dim, self.top_stride, *sizes, out_channels=self.channels),
+            ConvDecoder(top.dim, self.top_stride, *sizes, out_channels=self.channels, activation=self.activation),
             bottom,
             nn.ConvTranspose2d(top.dim, top.dim, self.top_stride * 2, self.top_stride, self.top_stride // 2),
             self.decoder.build(top.dim + bottom.dim, encoder.stride, grid, encoder),

@@ -9,10 +9,9 @@ import dataclasses
 import itertools
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.encoders.conv import ResidualStack
+from tokenizer.encoders.conv import ACTIVATIONS, ResidualStack, check_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +20,20 @@ class ConvDecoderConfig:
     channels: int = 128
     residual_blocks: int = 2
     residual_channels: int = 32
+    activation: str = "relu"  # the papers'; or "gelu", "silu"
+
+    def __post_init__(self) -> None:
+        check_activation("decoder", self.activation)
 
     def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> ConvDecoder:
         if stride < 2 or stride & (stride - 1):
             raise ValueError(
                 f"decoder.kind=conv doubles its grid: {stride} pixels per code is no power of two; take vit"
             )
-        return ConvDecoder(in_channels, stride, self.channels, self.residual_blocks, self.residual_channels)
+        return ConvDecoder(
+            in_channels, stride, self.channels, self.residual_blocks, self.residual_channels,
+            activation=self.activation,
+        )  # fmt: skip
 
 
 class ConvDecoder(nn.Module):
@@ -41,11 +47,12 @@ class ConvDecoder(nn.Module):
         residual_blocks: int,
         residual_channels: int,
         out_channels: int = 3,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.out_channels = out_channels
+        self.out_channels, self.activation = out_channels, ACTIVATIONS[activation]()
         self.body = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.stack = ResidualStack(channels, residual_blocks, residual_channels)
+        self.stack = ResidualStack(channels, residual_blocks, residual_channels, activation)
         widths = [channels, *[channels // 2] * (int(math.log2(stride)) - 1), out_channels]
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
 
@@ -57,5 +64,5 @@ class ConvDecoder(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         x = self.stack(self.body(vectors))
         for layer in self.up[:-1]:
-            x = F.relu(layer(x))
+            x = self.activation(layer(x))
         return self.up[-1](x)

@@ -7,12 +7,14 @@ for 256 px. Larger strides put further halvings of channels / 2 in front.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": functools.partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +24,23 @@ class ConvEncoderConfig:
     stride: int = 4  # pixels per code and side, a power of two
     residual_blocks: int = 2
     residual_channels: int = 32
+    activation: str = "relu"  # the papers'; or "gelu", "silu"
 
     def __post_init__(self) -> None:
+        check_activation("encoder", self.activation)
         if self.stride < 2 or self.stride & (self.stride - 1):
             raise ValueError(f"encoder.stride={self.stride} must be a power of two, at least 2")
 
     def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> ConvEncoder:
-        return ConvEncoder(self.channels, self.stride, self.residual_blocks, self.residual_channels)
+        return ConvEncoder(
+            self.channels, self.stride, self.residual_blocks, self.residual_channels, activation=self.activation
+        )
+
+
+def check_activation(section: str, name: str) -> None:
+    """Raise ValueError for a name that ACTIVATIONS lacks."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{section}.activation={name!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 class ConvEncoder(nn.Module):
@@ -37,32 +49,40 @@ class ConvEncoder(nn.Module):
     frozen = False
 
     def __init__(
-        self, channels: int, stride: int, residual_blocks: int, residual_channels: int, in_channels: int = 3
+        self,
+        channels: int,
+        stride: int,
+        residual_blocks: int,
+        residual_channels: int,
+        in_channels: int = 3,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.channels, self.stride = channels, stride
+        self.channels, self.stride, self.activation = channels, stride, ACTIVATIONS[activation]()
         halvings = int(math.log2(stride))
         widths = [in_channels, *[channels // 2] * (halvings - 1), channels]
         self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
         self.body = nn.Conv2d(channels, channels, 3, padding=1)
-        self.stack = ResidualStack(channels, residual_blocks, residual_channels)
+        self.stack = ResidualStack(channels, residual_blocks, residual_channels, activation)
 
     def forward(self, images: Tensor) -> Tensor:
         for layer in self.down:
-            images = F.relu(layer(images))
+            images = self.activation(layer(images))
         return self.stack(self.body(images))
 
 
 class ResidualStack(nn.Module):
-    """Blocks of ReLU, 3x3, ReLU, 1x1, each added to its input; a ReLU at the end."""
+    """Blocks of activation, 3x3, activation, 1x1, each added to its input; an activation at the end."""
 
-    def __init__(self, channels: int, blocks: int, hidden: int) -> None:
+    def __init__(self, channels: int, blocks: int, hidden: int, activation: str = "relu") -> None:
         super().__init__()
+        active = ACTIVATIONS[activation]
+        self.activation = active()
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.ReLU(),
+                active(),
                 nn.Conv2d(channels, hidden, 3, padding=1),
-                nn.ReLU(),
+                active(),
                 nn.Conv2d(hidden, channels, 1),
             )
             for _ in range(blocks)
@@ -71,4 +91,4 @@ class ResidualStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = x + block(x)
-        return F.relu(x) if len(self.blocks) else x
+        return self.activation(x) if len(self.blocks) else x
