@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tokenizer.quantizers import kmeans as module
 from tokenizer.quantizers import search
-from tokenizer.quantizers.kmeans import Reservoir, kmeans, rows_wanted, segment_sums
+from tokenizer.quantizers.kmeans import Reservoir, drawn, kmeans, rows_wanted, segment_sums
 
 
 def squared_error(rows, centres):
@@ -140,6 +140,25 @@ def test_kmeans_reads_no_more_rows_than_it_has_to(monkeypatch):
 def test_kmeans_lowers_the_error_of_its_seeds():
     rows = torch.randn(3000, 8)
     assert squared_error(rows, kmeans(rows, 200, seed=0)) < 0.85 * squared_error(rows, seeds(rows, 200, 0)[0])
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_rows_drawn_are_different_ones_and_each_as_likely(cosine):
+    rows = torch.randn(20, 3)
+    seen = F.normalize(rows, dim=1) if cosine else rows
+    counts = torch.zeros(20)
+    for seed in range(1000):
+        found = (drawn(rows, 5, seed, cosine=cosine)[:, None] == seen).all(2)
+        assert (found.sum(1) == 1).all() and found.sum(0).max() == 1
+        counts += found.sum(0)
+    assert (counts - 250).abs().max() < 60  # 4.4 standard deviations
+
+
+def test_rows_drawn_of_too_few_or_bad_ones_are_as_in_kmeans():
+    few = torch.randn(3, 5)
+    assert torch.cdist(few, drawn(few, 8, 0)).min(1).values.max() == 0 and len(drawn(few, 8, 0).unique(dim=0)) == 8
+    with pytest.raises(ValueError, match="1 of 2 features are not finite"):
+        drawn(torch.tensor([[1.0], [float("nan")]]), 2, 0)
 
 
 # samples of a stream

@@ -317,9 +317,11 @@ def share(statistics: Sequence[Usage]) -> None:
         each.shared = True
 
 
-def start_from(rows: Tensor, num_codes: int, seed: int, project: Project | None, cosine: bool = False) -> Tensor:
+def start_from(
+    rows: Tensor, num_codes: int, seed: int, project: Project | None, cosine: bool = False, *, choose: Any = kmeans
+) -> Tensor:
     """A codebook (K, D) from rows (N, D), or from rows (N, d) that `project` maps to (n, D) keeping distances."""
-    centres = kmeans(rows, num_codes, seed, cosine=cosine)
+    centres = choose(rows, num_codes, seed, cosine=cosine)
     centres = centres if project is None else project(centres).float()
     return F.normalize(centres, dim=1) if cosine else centres
 

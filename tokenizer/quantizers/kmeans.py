@@ -29,16 +29,9 @@ def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = Non
     the row that is worst represented. With fewer rows than codes the rows are repeated with noise of a hundredth of
     their spread. `cosine`: rows are brought to unit length. Raises ValueError for rows that are not finite.
     """
-    bad = sum(int((~part.isfinite()).any(1).sum()) for part in rows.split(CHUNK))
-    if bad:
-        raise UserError(f"k-means: {bad} of {len(rows)} features are not finite: look at the encoder and its images")
     generator = torch.Generator().manual_seed(seed)
-    if len(rows) < num_codes:
-        rows = _seen(rows, cosine)
-        extra = torch.randint(len(rows), (num_codes - len(rows),), generator=generator)
-        noise = torch.randn((len(extra), rows.shape[1]), generator=generator).to(rows)
-        rows = torch.cat([rows, rows[extra.to(rows.device)] + 0.01 * rows.std(0, correction=0).mean() * noise])
-    elif len(rows) > rows_wanted(num_codes):
+    rows = _enough(rows, num_codes, generator, cosine)
+    if len(rows) > rows_wanted(num_codes):
         rows = rows[torch.randperm(len(rows), generator=generator)[: rows_wanted(num_codes)].to(rows.device)]
     centres, codes, distances = _seed_centres(rows, num_codes, generator, cosine)
     for iteration in range(iterations or (10 if num_codes <= 8192 else 3)):
@@ -53,6 +46,14 @@ def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = Non
         worst = distances.topk(int((counts == 0).sum())).indices
         centres[counts == 0] = _seen(rows[worst], cosine)
     return centres
+
+
+@torch.no_grad()
+def drawn(rows: Tensor, num_codes: int, seed: int, *, cosine: bool = False) -> Tensor:
+    """`num_codes` of `rows`, (N, D) -> (num_codes, D), each equally likely; fewer rows, or bad ones, as in `kmeans`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = _enough(rows, num_codes, generator, cosine)
+    return _seen(rows[torch.randperm(len(rows), generator=generator)[:num_codes].to(rows.device)], cosine)
 
 
 @torch.no_grad()
@@ -106,6 +107,19 @@ class Reservoir:
         fresh = (self._places >= self.length).nonzero()[:, 0]
         self._rows[fresh.to(rows.device)] = rows[(self._places[fresh] - self.length).to(rows.device)].float()
         self.length += len(rows)
+
+
+def _enough(rows: Tensor, num_codes: int, generator: torch.Generator, cosine: bool) -> Tensor:
+    """Rows, and so many repeated with noise that there is one for each code."""
+    bad = sum(int((~part.isfinite()).any(1).sum()) for part in rows.split(CHUNK))
+    if bad:
+        raise UserError(f"codebook: {bad} of {len(rows)} features are not finite: look at the encoder and its images")
+    if len(rows) >= num_codes:
+        return rows
+    rows = _seen(rows, cosine)
+    extra = torch.randint(len(rows), (num_codes - len(rows),), generator=generator)
+    noise = torch.randn((len(extra), rows.shape[1]), generator=generator).to(rows)
+    return torch.cat([rows, rows[extra.to(rows.device)] + 0.01 * rows.std(0, correction=0).mean() * noise])
 
 
 def _seed_centres(

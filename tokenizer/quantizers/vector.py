@@ -26,6 +26,7 @@ from tokenizer.quantizers.codebook import (
     revive,
     start_from,
 )
+from tokenizer.quantizers.kmeans import drawn, kmeans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class VectorConfig:
     metric: str = "l2"  # or "cosine": features and codes of unit length
     decay: float = 0.99  # of the moving averages
     epsilon: float = 1e-5  # of their Laplace smoothing
-    init: str = "kmeans"  # from data, or "normal", "uniform"
+    init: str = "kmeans"  # centres of the data; or "data", rows of it; or "normal", "uniform"
     commitment: float = 0.25
     commitment_warmup_steps: int = 0
     entropy: float = 0.0  # weight of mean H(p) - H(mean p)
@@ -51,7 +52,7 @@ class VectorConfig:
         check_choices(
             codebook=(self.codebook, ("ema", "gradient")),
             metric=(self.metric, ("l2", "cosine")),
-            init=(self.init, ("kmeans", "normal", "uniform")),
+            init=(self.init, ("kmeans", "data", "normal", "uniform")),
             restart=(self.restart, ("none", "data", "split")),
         )
         if not 0 <= self.decay < 1:
@@ -114,8 +115,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
         """Start from data, (N, D) or (N, d) before a `project` that keeps distances, where the configuration asks."""
-        if self.init == "kmeans":
-            self.codebook.copy_(start_from(rows, len(self.codebook), seed, project, self.assignment.cosine))
+        if choose := {"kmeans": kmeans, "data": drawn}.get(self.init):
+            cosine = self.assignment.cosine
+            self.codebook.copy_(start_from(rows, len(self.codebook), seed, project, cosine, choose=choose))
             if self.ema:
                 self.mean_sums.copy_(self.codebook * self.mean_counts[:, None])
 
