@@ -257,6 +257,20 @@ def test_perception_needs_its_weights():
         ObjectiveConfig(perceptual=1.0)
 
 
+def test_perception_that_cannot_work_is_one_line(tmp_path):
+    import torchvision
+
+    trunk = tmp_path / "trunk.pth"
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), trunk)
+    config = dict(perceptual=1.0, lpips_net="squeeze", lpips_weights=str(trunk))
+    Objective(ObjectiveConfig(**config), tiny_autoencoder(32), None)
+    with pytest.raises(UserError, match=r"^objective\.perceptual: LPIPS-squeeze leaves nothing of images of 8 px"):
+        Objective(ObjectiveConfig(**config), tiny_autoencoder(8), None)
+    torch.save(torch.zeros(3), trunk)
+    with pytest.raises(UserError, match=r"trunk\.pth: holds a Tensor, not a state dict of tensors: give squeezenet1_1"):
+        Objective(ObjectiveConfig(**config), tiny_autoencoder(32), None)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -495,7 +509,7 @@ def test_the_trunk_follows_to_other_places_and_copies(encoder_folder):
 def test_heads_load_from_their_state(encoder_folder):
     config = DinoConfig(name=encoder_folder, layers=(0, 1))
     first, second = config.build(16), config.build(16)
-    first(images())  # spectral norms move their estimates
+    first.update()  # spectral norms move their estimates
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.eval()(images()), second.eval()(images()))
 
@@ -503,7 +517,7 @@ def test_heads_load_from_their_state(encoder_folder):
 def test_spectral_norms_bound_the_heads(encoder_folder):
     discriminator = DinoConfig(name=encoder_folder, layers=(0,)).build(16)
     for _ in range(30):
-        discriminator(images())
+        discriminator.update()
     for module in discriminator.modules():
         if isinstance(module, nn.Conv1d):
             norm = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
@@ -538,14 +552,14 @@ def test_refused_trunks(encoder_folder):
 # in the loop
 
 
-def tiny_autoencoder():
+def tiny_autoencoder(image_size=16):
     torch.manual_seed(0)
     sizes = {"channels": 8, "residual_blocks": 1, "residual_channels": 4}
     return VQVAEConfig(
         encoder=ConvEncoderConfig(**sizes),
         quantizer=VectorConfig(num_codes=20, code_dim=8),
         decoder=ConvDecoderConfig(**sizes),
-    ).build(16)
+    ).build(image_size)
 
 
 def run_steps(folder, steps, discriminator, accumulate=2):
@@ -585,6 +599,15 @@ def test_training_resumes_to_the_last_bit(tmp_path, discriminator_config):
     for turn, state in straight.items():
         assert state.keys() == resumed[turn].keys()
         assert [name for name, value in state.items() if not torch.equal(value, resumed[turn][name])] == []
+
+
+def test_micro_batches_add_up_to_the_step(tmp_path, discriminator_config):
+    whole, parts = (
+        run_steps(tmp_path / str(count), 3, discriminator_config, accumulate=count)["modules"] for count in (1, 3)
+    )
+    for turn, state in whole.items():
+        for name, value in state.items():
+            torch.testing.assert_close(parts[turn][name], value, atol=1e-5, rtol=1e-4, msg=f"{turn} {name}")
 
 
 def run_rank(folder, rank):

@@ -581,6 +581,24 @@ def test_cosine_is_blind_to_length_and_gives_unit_vectors():
             assert torch.equal(longer.codes.flatten(), cosines.argmax(1))
 
 
+@pytest.mark.parametrize("name", ["vector-cosine", "vector-gradient-cosine", "simvq-cosine"])
+def test_averaged_weights_are_cosine_codebooks_too(name):
+    """A mean of unit vectors is shorter than one."""
+    quantizer = build(CODEBOOKS[name], decay=0.5) if name == "vector-cosine" else build(CODEBOOKS[name])
+    average = Ema(quantizer.train(), 0.9)
+    with torch.no_grad():
+        for step in range(4):
+            book = quantizer.codebook if "vector" in name else quantizer.frozen
+            book.copy_(F.normalize(torch.randn_like(book), dim=1))
+            average.update(1000 + step)
+    given = features(seed=9, batch=40)
+    output = average.module.eval()(given)
+    torch.testing.assert_close(average.module.vectors.norm(dim=1), torch.ones(CODES))
+    assert torch.equal(average.module(given * torch.rand(40, 1, 3, 2).add(0.1)).codes, output.codes)
+    cosines = F.normalize(to_rows(given), dim=1) @ average.module.vectors.T
+    assert torch.equal(output.codes.flatten(), cosines.argmax(1))
+
+
 def test_restart_puts_rows_of_the_data_in_place_of_dead_codes(book_config):
     changes = {"restart_every": 1} if isinstance(book_config, SimVQConfig) else {}
     quantizer = build(book_config, restart="data", **changes).train()
@@ -858,6 +876,14 @@ def test_levels_are_configured_in_place():
 def test_residuals_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ResidualConfig(**wrong)
+
+
+@pytest.mark.parametrize("config", [VectorConfig, SimVQConfig])
+def test_settings_that_would_divide_by_zero_are_refused(config):
+    with pytest.raises(ValueError, match=r"quantizer\.entropy_temperature=0 must be above 0"):
+        config(entropy_temperature=0)
+    with pytest.raises(ValueError, match=r"quantizer\.restart_every=0 must be at least 1"):
+        SimVQConfig(restart_every=0)
 
 
 @pytest.mark.parametrize("kind", ["vector", "simvq"])

@@ -182,11 +182,17 @@ def test_only_shared_folders_are_replaced(conv, tmp_path):
     assert sharing.save_pretrained(conv, out) == out
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    for target in (tmp_path / "mine", conv, out / "README.md"):
+    (tmp_path / "named_alike" / "weights").mkdir(parents=True)  # by names that ours have, too
+    (tmp_path / "named_alike" / "weights" / "vgg16.pth").write_text("theirs")
+    (tmp_path / "named_alike" / "manifest.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    assert sharing.save_pretrained(conv, tmp_path / "empty").is_dir()
+    for target in (tmp_path / "mine", tmp_path / "named_alike", conv, out / "README.md"):
         with pytest.raises(UserError, match="name a"):
             sharing.save_pretrained(conv, target)
     with pytest.raises(UserError, match="itself"):
         sharing.save_pretrained(out, out)
+    assert (tmp_path / "named_alike" / "weights" / "vgg16.pth").read_text() == "theirs"
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and weights_path(conv).is_file()
 
 

@@ -12,13 +12,14 @@ from torch import nn
 
 from tokenizer.autoencoder import LatentNormaliser
 from tokenizer.decoders import DECODERS
-from tokenizer.decoders.vit import sin_cos_positions
+from tokenizer.decoders.vit import ViTDecoderConfig, sin_cos_positions
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.objective import Objective, ObjectiveConfig
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.codebook import to_rows
+from tokenizer.quantizers.kmeans import kmeans
 from tokenizer.run import AUTOENCODERS
 from training.loop import Batch
 
@@ -238,6 +239,36 @@ def test_calibration_normalises_and_starts_the_codebook(encoder_folder, code_dim
     torch.testing.assert_close(normal.var((0, 2, 3), correction=0), torch.ones(16), atol=1e-2, rtol=0)
     torch.testing.assert_close(autoencoder.normaliser.inverse(normal), features, atol=1e-5, rtol=1e-5)
     assert len(autoencoder.encode(torch.cat(batches)).unique()) == 20
+
+
+def test_codes_start_where_latents_are_though_the_projection_drops_channels(encoder_folder):
+    """Centres of what is searched, not projected centres of what is not."""
+    config = config_of("vqrae", "vector", encoder_folder)
+    autoencoder = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, code_dim=3)).build(16)
+    given = images(batch=64)
+    autoencoder.calibrate([given], seed=5)
+    normal = autoencoder.normaliser(autoencoder.encoder(given))
+    latents = to_rows(autoencoder.project_in(normal).detach())
+    torch.testing.assert_close(autoencoder.quantizer.codebook, kmeans(latents, 20, 5), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])
+def test_calibration_reads_no_images_for_nothing(encoder_folder, kind):
+    autoencoder = build(kind, "fsq", encoder_folder)
+    autoencoder.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder ran"))
+    autoencoder.calibrate([images()], seed=0)
+
+
+def test_weights_of_a_decoder_are_for_pretrained_encoders(encoder_folder):
+    decoder, foundation = ViTDecoderConfig(weights="decoder.safetensors"), FoundationConfig(name=encoder_folder)
+    for model, message in (
+        (dict(kind="vqvae2", decoder=decoder), "model.kind=vqvae2 with encoder.kind=conv has none that they fit"),
+        (dict(kind="vqvae", decoder=decoder), "model.kind=vqvae with encoder.kind=conv has none"),
+        (dict(kind="vqvae", encoder=foundation, decoder=decoder, normalise=True), "set model.normalise=false"),
+        (dict(kind="vqrae", encoder=foundation, decoder=decoder), "set model.denormalise=true"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AUTOENCODERS[model["kind"]](**model)
 
 
 def test_a_search_in_fewer_dimensions_finds_the_same_codes(encoder_folder):

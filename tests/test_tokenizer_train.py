@@ -23,8 +23,8 @@ from tokenizer.encoders.pretrain import MAEConfig, PretrainRun, pretrain
 from tokenizer.objective import ObjectiveConfig
 from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
-from tokenizer.run import TokenizerRun
-from tokenizer.train import train_tokenizer
+from tokenizer.run import TokenizerRun, load
+from tokenizer.train import teacher_of, train_tokenizer
 from tokenizer.vqrae import VQRAEConfig
 from training.checkpoint import load_weights, sha256
 from training.command import Interrupted, UserError
@@ -181,6 +181,34 @@ def test_a_frozen_encoder_is_published_as_it_came(root):
         assert torch.equal(first[f"encoder.model.{name}"], tensor), name
         moved.append(not torch.equal(second[f"encoder.model.{name}"], tensor))
     assert any(moved)
+
+
+def test_the_teacher_is_the_pretrained_encoder_after_any_stages(root, tmp_path):
+    """The second stage learned, a third was frozen again, and a fourth distils."""
+    second = stage2(root)
+    frozen = dataclasses.replace(second.model, encoder=dataclasses.replace(second.model.encoder, frozen=True))
+    third = dataclasses.replace(
+        stage1(root, name="stage3"), root=str(tmp_path), start_from=str(root / "stage2"), model=frozen
+    )
+    train_tokenizer(dataclasses.replace(third, loop=dataclasses.replace(third.loop, steps=1)))
+    fourth = stage2(root, start_from=str(tmp_path / "stage3"))
+    learned = load(tmp_path / "stage3")
+    teacher = teacher_of(fourth, learned)
+    pretrained = load(root / "stage1").encoder.state_dict()
+    assert all(torch.equal(tensor, pretrained[name]) for name, tensor in teacher.state_dict().items())
+    assert not all(torch.equal(tensor, pretrained[name]) for name, tensor in learned.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (vqvae, "keeps features near a pretrained encoder's, and model.encoder.kind=conv has none"),
+        (stage1, "holds what model.encoder.frozen=true holds already"),
+    ],
+)
+def test_distillation_without_a_pretrained_encoder_that_learns_is_refused(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, objective=ObjectiveConfig(distillation=0.5))
 
 
 def test_distillation_starts_at_zero_and_grows_as_the_encoder_moves(root):

@@ -32,6 +32,9 @@ class VQVAEConfig:
     decoder: Any = one_of(DECODERS, "conv")
     normalise: bool = False  # latents, by statistics measured before training
 
+    def __post_init__(self) -> None:
+        check_decoder_weights(self)
+
     def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> Autoencoder:
         """The autoencoder for square images; without pretrained weights where `saved` holds its own, or on request.
 
@@ -39,6 +42,20 @@ class VQVAEConfig:
         """
         parts = build_parts(self, image_size, saved, weights)
         return Autoencoder(*parts, normalise=self.normalise)
+
+
+def check_decoder_weights(model: Any) -> None:
+    """Raise ValueError where published weights of a decoder would be ignored, or meet features of another kind."""
+    if not getattr(model.decoder, "weights", None):
+        return
+    if model.kind == "vqvae2" or model.encoder.kind != "foundation":
+        raise ValueError(
+            f"decoder.weights are of decoders for a pretrained encoder, and model.kind={model.kind} with "
+            f"encoder.kind={model.encoder.kind} has none that they fit: leave them out"
+        )
+    if model.normalise and not getattr(model, "denormalise", False):
+        remedy = "model.denormalise=true" if hasattr(model, "denormalise") else "model.normalise=false"
+        raise ValueError(f"decoder.weights were trained on features as the encoder gives them: set {remedy}")
 
 
 def build_parts(
@@ -152,13 +169,15 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
-        """Measure latent statistics and start the codebook from data: `batches` of (B, 3, H, W) images."""
+        """Measure latent statistics and start the codebook from data: `batches` of (B, 3, H, W) images, anywhere."""
+        if not (isinstance(self.normaliser, LatentNormaliser) or self.quantizer.starts_from_data):
+            return
         self.eval()
-        num_positions = self.grid[0] * self.grid[1]
+        num_positions, device = self.grid[0] * self.grid[1], next(self.parameters()).device
         sample = Reservoir(rows_to_keep(self.quantizer, num_positions * sum(map(len, batches))), seed)
         moments = _Moments()
         for images in batches:
-            features = self.encoder(images)
+            features = self.encoder(images.to(device))
             moments.add(features)
             sample.add(to_rows(features))
         rows = sample.rows
@@ -166,6 +185,8 @@ class Autoencoder(nn.Module):
             self.normaliser.load(*moments.mean_and_variance())
             rows = self.normaliser.of_rows(rows, (sample.places % num_positions).to(rows.device))
         project = self.project_in.of_rows if isinstance(self.project_in, Projection) else None
+        if project is not None and self.quantizer.dim < rows.shape[1]:  # it keeps no distances
+            rows, project = torch.cat([project(part) for part in rows.split(8192)]), None
         self.quantizer.initialise(rows, seed, project)
 
     def quantize(self, features: Tensor) -> tuple[Tensor, QuantizerOutput]:

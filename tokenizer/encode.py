@@ -120,11 +120,11 @@ def _prepare(out: Path, plan: str) -> None:
     """An empty folder, or an unfinished one of the same plan."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: a token cache needs a folder, and this is a file: name another --out")
+        raise UserError(f"{out}: a token cache needs a folder, and this is a file: give it another name=")
     if out.is_dir():
         strangers = [p for p in out.iterdir() if not OURS.fullmatch(p.name)]
         if strangers:
-            raise UserError(f"{out}: holds {strangers[0].name}, so it is no token cache: name another --out")
+            raise UserError(f"{out}: holds {strangers[0].name}, so it is no token cache: give it another name=")
         unfinished = out / PLAN
         if not (unfinished.is_file() and unfinished.read_text() == plan and not (out / "manifest.json").exists()):
             for ours in out.iterdir():  # not the folder: it may be a link to another disk

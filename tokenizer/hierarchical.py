@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.autoencoder import Projection, Reconstruction, grid_of, rows_to_keep
+from tokenizer.autoencoder import Projection, Reconstruction, check_decoder_weights, grid_of, rows_to_keep
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.conv import ConvDecoder
 from tokenizer.encoders import ENCODERS
@@ -36,6 +36,7 @@ class VQVAE2Config:
 
     def __post_init__(self) -> None:
         check_activation("model", self.activation)
+        check_decoder_weights(self)
         if self.top_stride < 2 or self.top_stride & (self.top_stride - 1):
             raise ValueError(f"model.top_stride={self.top_stride} must be a power of two, at least 2")
 
@@ -136,16 +137,18 @@ class Hierarchical(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
-        """Start both codebooks from data: `batches` of (B, 3, H, W) images."""
+        """Start both codebooks from data: `batches` of (B, 3, H, W) images, anywhere."""
         self.eval()
-        num_images = sum(map(len, batches))
+        num_images, device = sum(map(len, batches)), next(self.parameters()).device
         for quantizer, latents_of, num_positions in (
             (self.top_quantizer, self._top_latents, self.layout.lengths[0]),
             (self.quantizer, self._latents, self.layout.lengths[-1]),
         ):
+            if not quantizer.starts_from_data:
+                continue
             sample = Reservoir(rows_to_keep(quantizer, num_images * num_positions), seed)
             for images in batches:
-                sample.add(to_rows(latents_of(self.encoder(images))))
+                sample.add(to_rows(latents_of(self.encoder(images.to(device)))))
             quantizer.initialise(sample.rows, seed)
 
     def _top_latents(self, features: Tensor) -> Tensor:

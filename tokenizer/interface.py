@@ -109,6 +109,7 @@ class Quantizer(Protocol):
 
     dim: int  # C
     num_codes: tuple[int, ...]  # per level
+    starts_from_data: bool  # whether `initialise` does anything
 
     def forward(self, features: Tensor) -> QuantizerOutput: ...  # (B, C, H, W)
 

@@ -78,13 +78,14 @@ class Objective:
         device = distributed.device()
         self.config, self.autoencoder, self.seed = config, autoencoder, seed
         self.discriminator = None
+        image_size = autoencoder.layout.grids[-1][0] * autoencoder.encoder.stride
         if config.adversarial > 0:
-            image_size = autoencoder.layout.grids[-1][0] * autoencoder.encoder.stride
             lecam = LeCam() if config.lecam > 0 else None
             self.discriminator = Adversary(config.discriminator.build(image_size), lecam)
         self.perceptual = None
         if config.perceptual > 0:
             self.perceptual = Perceptual(config.lpips_net, Path(config.lpips_weights)).to(device)
+            self.perceptual.check(image_size)
         self.teacher = None
         if config.distillation > 0 and config.distillation_target == "teacher":
             assert teacher is not None
@@ -189,6 +190,8 @@ class Adversary(nn.Module):
         """After each optimizer step of the discriminator's turn."""
         if self.lecam is not None:
             self.lecam.update(taken)
+        if taken and hasattr(self.network, "update"):
+            self.network.update()
 
 
 class LeCam(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,6 +47,10 @@ class Perceptual(nn.Module):
             raise UserError(
                 f"{weights}: not a state dict of tensors ({type(error).__name__}): give {TRUNKS[net]}"
             ) from None
+        if not isinstance(state, Mapping):
+            raise UserError(
+                f"{weights}: holds a {type(state).__name__}, not a state dict of tensors: give {TRUNKS[net]}"
+            )
         # lpips cuts the trunk into slices but keeps its layer numbers: features.3.weight is slice2.3.weight.
         places = {name.partition(".")[2]: name for name in self.network.net.state_dict()}
         trunk = {
@@ -61,6 +66,17 @@ class Perceptual(nn.Module):
             ) from None
         self.name, self.sha256 = f"LPIPS-{net}", sha256(Path(weights))
         self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def check(self, image_size: int) -> None:
+        """Raise UserError where the trunk's halvings leave nothing of square images of this size."""
+        blank = torch.zeros(1, 3, image_size, image_size, device=next(self.parameters()).device)
+        try:
+            self(blank, blank)
+        except RuntimeError:
+            raise UserError(
+                f"objective.perceptual: {self.name} leaves nothing of images of {image_size} px: set it to 0"
+            ) from None
 
     def train(self, mode: bool = True) -> Perceptual:
         return super().train(False)  # the heads have dropout

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenizer.autoencoder import Autoencoder, VQVAEConfig
 from tokenizer.data.sources import DataConfig
+from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.features import FeaturesConfig
 from tokenizer.hierarchical import Hierarchical, VQVAE2Config
 from tokenizer.objective import ObjectiveConfig
@@ -45,6 +46,19 @@ class TokenizerRun:
     def __post_init__(self) -> None:
         if self.features is not None:
             self.features.check(self.data, self.model, self.objective)
+        if self.calibration_images < 1:
+            raise ValueError(f"calibration_images={self.calibration_images} must be at least 1")
+        if self.objective.distillation > 0 and self.objective.distillation_target == "teacher":
+            if not isinstance(self.model.encoder, FoundationConfig):
+                raise ValueError(
+                    f"objective.distillation={self.objective.distillation} keeps features near a pretrained encoder's, "
+                    f"and model.encoder.kind={self.model.encoder.kind} has none: set it to 0"
+                )
+            if self.model.encoder.frozen:
+                raise ValueError(
+                    f"objective.distillation={self.objective.distillation} holds what model.encoder.frozen=true holds "
+                    "already: set one of them to 0 or false"
+                )
 
 
 def load_config(run_folder: Path) -> TokenizerRun:

@@ -29,6 +29,7 @@ from training.config import from_dict, to_dict, to_yaml
 
 FILES = ["config.yaml", "config.json", "manifest.json", "README.md", "weights/*.safetensors", "weights/*/*.json"]
 TOP = {"config.yaml", "config.json", "manifest.json", "README.md", "weights", ".gitattributes", ".cache"}
+FORMAT = "tessera-tokenizer-1"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 USAGE = """```python
 from tokenizer.sharing import from_pretrained
@@ -150,9 +151,19 @@ def _check_target(source: Path | None, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file is in the way: name a folder")
     strangers = sorted(path.name for path in out.iterdir() if path.name not in TOP) if out.is_dir() else []
+    if not strangers and out.is_dir() and not _is_shared(out):
+        strangers = sorted(path.name for path in out.iterdir())
     if strangers or (source is not None and out.resolve() == source.resolve()):
         found = strangers[0] if strangers else "the source itself"
         raise UserError(f"{out}: holds {found} and would be replaced: name another folder")
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether `save_pretrained` wrote the folder."""
+    try:
+        return json.loads((folder / "manifest.json").read_text())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _neutral(config: TokenizerRun) -> TokenizerRun:
@@ -178,7 +189,7 @@ def _seal(folder: Path, card: str) -> None:
     entries = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files
     }
-    (folder / "manifest.json").write_text(json.dumps({"format": "tessera-tokenizer-1", "files": entries}, indent=1))
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
     (folder / "README.md").write_text(card)
 
 

@@ -16,7 +16,7 @@ from tokenizer.data.sampler import feed, keys_of_step
 from tokenizer.data.sources import Images, open_split
 from tokenizer.data.transforms import to_pixels
 from tokenizer.dry_run import dry_run
-from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
+from tokenizer.encoders.foundation import FoundationEncoder
 from tokenizer.features import StoredFeatures
 from tokenizer.health import Health
 from tokenizer.objective import Objective
@@ -25,6 +25,8 @@ from training import distributed
 from training.checkpoint import Run, weights_hash
 from training.command import UserError, config_command, run_command
 from training.loop import Turn, train
+
+PIXELS_AT_ONCE = 256 * 64**2  # of images that calibration encodes together
 
 
 def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
@@ -109,18 +111,20 @@ def teacher_of(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None
     """The pretrained encoder as it was before any training here, where features are to stay near its own."""
     if config.objective.distillation == 0 or config.objective.distillation_target != "teacher":
         return None
-    before = load_config(Path(config.start_from)).model.encoder if config.start_from is not None else None
-    if isinstance(before, FoundationConfig) and not before.frozen:  # it has learned since
-        return config.model.encoder.build(config.data.image_size)
+    before = config
+    while before.start_from is not None:
+        before = load_config(Path(before.start_from))
+        if not before.model.encoder.frozen:  # it has learned since
+            return config.model.encoder.build(config.data.image_size)
     return copy.deepcopy(autoencoder.encoder)
 
 
 def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:
-    """The same on every rank, so that every rank starts from the same codebook."""
+    """On the CPU; the same on every rank and of any number of them, so that all start from one codebook."""
     count = min(config.calibration_images, len(images))
     keys = keys_of_step(len(images), count, config.seed, 0)
-    parts = [images.gather(keys[start : start + 256])["images"] for start in range(0, count, 256)]
-    return [part.to(distributed.device()) for part in parts]
+    size = max(1, min(256, PIXELS_AT_ONCE // config.data.image_size**2))
+    return [images.gather(keys[start : start + size])["images"] for start in range(0, count, size)]
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.autoencoder import Autoencoder, LatentNormaliser, build_parts
+from tokenizer.autoencoder import Autoencoder, LatentNormaliser, build_parts, check_decoder_weights
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.pretrained import load_decoder, load_statistics
 from tokenizer.decoders.vit import ViTDecoderConfig
@@ -44,10 +44,7 @@ class VQRAEConfig:
     def __post_init__(self) -> None:
         if self.denormalise and not self.normalise:
             raise ValueError("model.denormalise=true undoes what model.normalise=false does not do: set one of them")
-        if getattr(self.decoder, "weights", None) and self.normalise and not self.denormalise:
-            raise ValueError(
-                "decoder.weights were trained on features as the encoder gives them: set model.denormalise=true"
-            )
+        check_decoder_weights(self)
         if self.noise_tau < 0:
             raise ValueError(f"model.noise_tau={self.noise_tau} must be at least 0")
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from tokenizer.discriminators.patch import group_norm
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
@@ -87,6 +88,7 @@ class DinoDiscriminator(nn.Module):
         self.blocks, self.size = blocks, size
         self._unregistered = (trunk.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
         self.heads = nn.ModuleList(Head(trunk.channels, kernel) for _ in range(len(blocks) + 1))
+        self.train()
 
     @property
     def trunk(self) -> FoundationEncoder:
@@ -95,6 +97,24 @@ class DinoDiscriminator(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> DinoDiscriminator:
         self.trunk._apply(fn, recurse)  # to(device) takes the trunk along
         return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> DinoDiscriminator:
+        """The estimates of spectral norms move in `update` alone, whatever the mode."""
+        super().train(mode)
+        for module in self._normed():
+            module.parametrizations.weight.train(False)
+        return self
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step: one power iteration for each spectral norm, however many forward passes it took."""
+        for module in self._normed():
+            estimate = module.parametrizations.weight.train(True)
+            module.weight  # noqa: B018  in training mode the estimate moves where the weight is computed
+            estimate.train(False)
+
+    def _normed(self) -> list[nn.Module]:
+        return [module for module in self.modules() if is_parametrized(module, "weight")]
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[2:] != (self.size, self.size):

@@ -1,4 +1,7 @@
-"""PatchGAN discriminator (Isola et al. 2017, arXiv:1611.07004), group-normalised so that ranks cannot drift."""
+"""PatchGAN discriminator (Isola et al. 2017, arXiv:1611.07004), group-normalised so that ranks cannot drift.
+
+Its last convolution is 3 x 3, theirs 4 x 4: it keeps the grid, and small images keep a patch.
+"""
 
 from __future__ import annotations
 

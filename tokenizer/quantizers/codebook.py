@@ -414,6 +414,12 @@ def _generator(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(distributed.mix(*numbers))
 
 
+def check_entropy(temperature: float) -> None:
+    """Raise ValueError for a temperature that no distance can be divided by."""
+    if not temperature > 0:
+        raise ValueError(f"quantizer.entropy_temperature={temperature} must be above 0")
+
+
 def check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
     """Raise ValueError unless each key's value is one of what follows it."""
     for name, (value, known) in choices.items():

@@ -43,6 +43,8 @@ class FSQ(nn.Module):
     there is no loss: gradients pass through the rounding, not around the bound.
     """
 
+    starts_from_data = False
+
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
         self.dim, self.num_codes = len(levels), (math.prod(levels),)

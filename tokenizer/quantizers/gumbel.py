@@ -52,6 +52,8 @@ class Gumbel(nn.Module):
     passes gradients alone. In evaluation there is no noise, and vectors are rows.
     """
 
+    starts_from_data = False
+
     def __init__(
         self,
         num_codes: int,

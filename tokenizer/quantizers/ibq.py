@@ -62,7 +62,7 @@ class IBQ(nn.Module):
         super().__init__()
         self.dim, self.num_codes = dim, (num_codes,)
         self.commitment, self.attraction, self.temperature = commitment, attraction, temperature
-        self.entropy, self.entropy_temperature, self.kmeans_init = entropy, entropy_temperature, kmeans_init
+        self.entropy, self.entropy_temperature, self.starts_from_data = entropy, entropy_temperature, kmeans_init
         self.codebook = nn.Parameter(torch.randn(num_codes, dim))
         self.statistics = Usage(num_codes)
 
@@ -96,7 +96,7 @@ class IBQ(nn.Module):
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None) -> None:
         """Start from data, (N, D) or what `project` maps there, where the configuration asks for it."""
-        if self.kmeans_init:
+        if self.starts_from_data:
             self.codebook.copy_(start_from(rows, self.num_codes[0], seed, project))
 
     def update(self, step: int, taken: bool) -> None:

@@ -43,6 +43,8 @@ class LookupFree(nn.Module):
     Zhao et al. do, over each bit alone for BSQ, which bounds the joint entropy from above.
     """
 
+    starts_from_data = False
+
     def __init__(
         self,
         bits: int,

@@ -40,6 +40,10 @@ class ProductQuantizer(nn.Module):
         self.dim = len(levels) * levels[0].dim
         self.num_codes = tuple(level.num_codes[0] for level in levels)
 
+    @property
+    def starts_from_data(self) -> bool:
+        return any(level.starts_from_data for level in self.levels)
+
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
         """Start each head from its channels of rows (N, C), or of what `project` makes of (N, d)."""

@@ -54,6 +54,10 @@ class ResidualQuantizer(nn.Module):
         self.num_codes = tuple(level.num_codes[0] for level in self._stack())
         self.stream = Stream()
 
+    @property
+    def starts_from_data(self) -> bool:
+        return any(level.starts_from_data for level in self.levels)
+
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
         """Start level after level, (N, C), from what is left; a shared codebook from features and all that is left."""

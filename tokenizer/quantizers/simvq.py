@@ -17,6 +17,7 @@ from tokenizer.quantizers.codebook import (
     Statistics,
     build_assignment,
     check_choices,
+    check_entropy,
     embed,
     follow,
     revive,
@@ -48,6 +49,9 @@ class SimVQConfig:
             init=(self.init, ("normal", "kmeans")),
             restart=(self.restart, ("none", "data", "split")),
         )
+        check_entropy(self.entropy_temperature)
+        if self.restart_every < 1:
+            raise ValueError(f"quantizer.restart_every={self.restart_every} must be at least 1 step")
 
     def build(self) -> SimVQ:
         assignment = build_assignment(self, learn_codebook=True)
@@ -97,13 +101,17 @@ class SimVQ(nn.Module):
     def _seen(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=1) if self.assignment.cosine else vectors
 
+    @property
+    def starts_from_data(self) -> bool:
+        return self.init == "kmeans"
+
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
         """Start from data, where the configuration asks for it: centres for C, the identity for W.
 
         Rows are (N, D), or (N, d) before a `project` that keeps distances.
         """
-        if self.init == "kmeans":
+        if self.starts_from_data:
             self.frozen.copy_(start_from(rows, len(self.frozen), seed, project, self.assignment.cosine))
             nn.init.eye_(self.transform.weight)
 

@@ -20,6 +20,7 @@ from tokenizer.quantizers.codebook import (
     Statistics,
     build_assignment,
     check_choices,
+    check_entropy,
     embed,
     follow,
     replace_,
@@ -27,6 +28,8 @@ from tokenizer.quantizers.codebook import (
     start_from,
 )
 from tokenizer.quantizers.kmeans import drawn, kmeans
+
+STARTS = {"kmeans": kmeans, "data": drawn}  # from data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +55,10 @@ class VectorConfig:
         check_choices(
             codebook=(self.codebook, ("ema", "gradient")),
             metric=(self.metric, ("l2", "cosine")),
-            init=(self.init, ("kmeans", "data", "normal", "uniform")),
+            init=(self.init, (*STARTS, "normal", "uniform")),
             restart=(self.restart, ("none", "data", "split")),
         )
+        check_entropy(self.entropy_temperature)
         if not 0 <= self.decay < 1:
             raise ValueError(f"quantizer.decay={self.decay} must be in [0, 1)")
 
@@ -108,15 +112,19 @@ class VectorQuantizer(nn.Module):
     @property
     def vectors(self) -> Tensor:
         """What codes stand for, (K, D)."""
-        if self.assignment.cosine and not self.ema:  # a moving average is kept at unit length
+        if self.assignment.cosine:  # neither gradients nor an average of weights keep it at unit length
             return F.normalize(self.codebook, dim=1)
         return self.codebook
+
+    @property
+    def starts_from_data(self) -> bool:
+        return self.init in STARTS
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
         """Start from data, (N, D) or (N, d) before a `project` that keeps distances, where the configuration asks."""
-        if choose := {"kmeans": kmeans, "data": drawn}.get(self.init):
-            cosine = self.assignment.cosine
+        if self.starts_from_data:
+            choose, cosine = STARTS[self.init], self.assignment.cosine
             self.codebook.copy_(start_from(rows, len(self.codebook), seed, project, cosine, choose=choose))
             if self.ema:
                 self.mean_sums.copy_(self.codebook * self.mean_counts[:, None])
