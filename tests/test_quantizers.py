@@ -878,6 +878,23 @@ def test_residuals_that_make_no_sense_are_refused(wrong, message):
         ResidualConfig(**wrong)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_restarts_of_levels_do_not_depend_on_micro_batches(shared):
+    """Their new codes are drawn from features and from what levels left of them."""
+
+    def trained(parts):
+        torch.manual_seed(0)
+        level = VectorConfig(num_codes=64, code_dim=DIM, restart="data", restart_below=0.9, init="normal")
+        quantizer = ResidualConfig(depth=2, shared=shared, level=level).build().train()
+        for part in features(batch=4).chunk(parts):
+            quantizer(part)
+        quantizer.update(0, True)
+        return quantizer.levels[0].codebook
+
+    torch.testing.assert_close(trained(1), trained(2))
+    torch.testing.assert_close(trained(1), trained(4))
+
+
 @pytest.mark.parametrize("config", [VectorConfig, SimVQConfig])
 def test_settings_that_would_divide_by_zero_are_refused(config):
     with pytest.raises(ValueError, match=r"quantizer\.entropy_temperature=0 must be above 0"):

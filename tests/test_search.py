@@ -88,6 +88,30 @@ def test_lengths_near_the_ends_of_fp32(product, scale):
     assert torch.equal(search.nearest(rows, book)[clear], expected[clear])
 
 
+@pytest.mark.parametrize("scale", [1e19, 1e20, 1e30])
+def test_rows_too_long_for_a_square_in_fp32(product, scale):
+    rows, book = torch.randn(60, 20), torch.randn(90, 20)
+    rows[::2] *= scale
+    norms = book.double().square().sum(1) / 2  # a distance would drown in |z|^2
+    assert torch.equal(search.nearest(rows, book), oracle(rows, book, norms)[0])
+    cosines = F.normalize(rows.double(), dim=1) @ F.normalize(book.double(), dim=1).T
+    assert torch.equal(search.nearest(rows, book, "cosine"), cosines.argmax(1))
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e-28, 1e-36])
+def test_codes_too_short_for_a_square_in_fp32(product, scale):
+    rows, book, offsets = torch.randn(300, 64), torch.randn(1000, 64) * scale, torch.zeros(1000)
+    assert torch.equal(search.nearest(rows, book, offsets=offsets), oracle(rows, book, offsets)[0])
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 123.456])
+def test_an_infinite_feature_is_flagged_where_all_codes_are_equal(product, value):
+    rows, book = torch.randn(3, 24), torch.randn(128, 24)
+    rows[0, 3], rows[1, 3], book[:, 3] = INF, -INF, value
+    assert search.nearest(rows, book)[:2].tolist() == [-1, -1] and search.nearest(rows, book)[2] >= 0
+    assert search.nearest(rows[:2], torch.full((128, 24), value)).tolist() == [-1, -1]
+
+
 def test_codes_of_very_different_lengths(product):
     rows = torch.randn(200, 16) * torch.logspace(-20, 15, 200)[:, None]
     book = torch.randn(300, 16) * torch.logspace(-20, 15, 300)[:, None]
@@ -120,6 +144,25 @@ def test_cosine_is_blind_to_lengths(product):
     assert torch.equal(codes, cosines.argmax(1))
     longer = book * torch.tensor([0.5, 4.0]).repeat(75)[:, None]
     assert torch.equal(codes, search.nearest(rows * 8, longer, "cosine"))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-13, 1e19, 1e30])
+def test_cosine_takes_codes_of_any_length(product, scale):
+    rows, book = torch.randn(50, 20), torch.randn(90, 20)
+    some = book.clone()
+    some[::3] *= scale
+    cosines = F.normalize(rows.double(), dim=1) @ F.normalize(book.double(), dim=1).T
+    if scale > 1e-38:  # a denormal number has lost what it was scaled from
+        assert torch.equal(search.nearest(rows, some, "cosine"), cosines.argmax(1))
+    assert (search.nearest(rows, book * scale, "cosine") == cosines.argmax(1)).float().mean() > 0.9
+
+
+def test_a_search_in_fewer_dimensions_bears_a_large_bias():
+    rows, weight, bias = torch.randn(500, 16), torch.randn(128, 16), torch.randn(128) * 1000
+    book = torch.randn(300, 16) @ weight.T + bias + 0.1 * torch.randn(300, 128)
+    whole = rows.double() @ weight.double().T + bias.double()
+    expected = torch.cdist(whole, book.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    assert torch.equal(search.LowRank(rows, weight, bias).nearest(book), expected)
 
 
 def test_leading_dimensions_are_searches_of_their_own(product):
@@ -202,8 +245,35 @@ def test_torch_compile_keeps_it_in_one_graph():
     assert torch.equal(compiled(rows, book), step(rows, book))
 
 
+@pytest.mark.parametrize(("num_codes", "dim"), [(1088, 257), (1088, 130), (1100, 300)])
+def test_equal_codes_go_to_the_lowest_index_in_float64(num_codes, dim):
+    """Whatever piece of the codebook they lie in."""
+    for num_rows in (1, 16, 33):
+        book = torch.randn(num_codes, dim)
+        book[-60:] = book[torch.randperm(num_codes - 60)[:60]]
+        rows = book[-60:].repeat(2, 1)[:num_rows] + 0.01 * torch.randn(num_rows, dim)
+        assert (search._in_float64(rows, book, None) < num_codes - 60).all()
+
+
+@pytest.mark.parametrize("book", [torch.ones(4096, 16), torch.randn(4096, 16) * 1e-9], ids=["equal", "near zero"])
+def test_a_collapsed_codebook_takes_no_more_memory(monkeypatch, book):
+    """Pairs that are scored again, of 512 rows and 4096 codes."""
+    book = book.clone()
+    book[0] = 1.0
+    counts, scored = [], search._Book.exact_score
+    monkeypatch.setattr(search._Book, "exact_score", lambda *a: counts.append(len(a[2])) or scored(*a))
+    rows = 1e-9 * torch.randn(512, 16)
+    assert torch.equal(search.nearest(rows, book), oracle(rows, book)[0])
+    assert sum(counts) <= 512 * search.CANDIDATES
+
+
 def test_without_the_host_it_finds_the_same():
     """The path of other devices, here without their fused kernel."""
+    near = torch.randn(60, 40)
+    near = torch.cat([near, torch.nextafter(near, torch.full_like(near, INF))])[torch.randperm(120)]
+    given = 0.1 * torch.randn(300, 40) + near[torch.randint(120, (300,))]
+    assert torch.equal(search._without_host(given, near, None), search.nearest(given, near))
+    assert search._without_host(given[:0], near, None).shape == (0,)
     rows, book = torch.randn(301, 33), torch.randn(130, 33)
     rows[7, 0], book[5, 1] = NAN, INF
     assert torch.equal(search._without_host(rows, book, None), search.nearest(rows, book))

@@ -293,6 +293,14 @@ class Statistics(Usage):
         if self.keep_rows:
             self.candidates.append(rows)
 
+    def interleave(self, count: int) -> None:
+        """Of the last `count` times that features were given: the first of each, the second of each, ...
+
+        So their order does not depend on how a batch is cut, where one codebook is met several times by it.
+        """
+        if self.candidates:
+            self.candidates[-count:] = [torch.stack(self.candidates[-count:], 1).flatten(0, 1)]
+
     @torch.no_grad()
     def reduce(self) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
         """(counts (K,), sums (K, D), candidates (M, D) or None); counts and sums are the same on every rank."""

@@ -77,6 +77,8 @@ class ResidualQuantizer(nn.Module):
             vectors = outputs[-1].vectors.detach()
             rest = rest - vectors
             total += vectors if depths is None else vectors * (index < depths)
+        if self.training and len(self.levels) < self.depth:
+            self.levels[0].statistics.interleave(self.depth)
         codes = torch.stack([output.codes.flatten() for output in outputs], dim=1)  # (N, L)
         return QuantizerOutput(
             vectors=straight_through(features.float(), to_grid(total.flatten(1), features.shape)),

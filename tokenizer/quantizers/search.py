@@ -28,6 +28,8 @@ FEW = 128  # rows for which a float64 search costs less than another product's c
 OPEN = -2  # the code of a row that is to be searched again
 UNIT = 2.0**-24  # roundoff of fp32
 TINY = 2.0**-126  # smaller products may be flushed to zero
+LEAST = 1e-15  # length of the longest code, below which squares of what rounding takes away would vanish
+CANDIDATES = 256  # codes that may be the nearest: with more, as with more tiles than MANY
 COARSE_DIM, COARSE_WORK = 256, 1 << 33  # channels, and multiplications, from which low precision gains
 
 
@@ -43,7 +45,9 @@ def nearest(features: Tensor, codebook: Tensor, metric: str = "l2", offsets: Ten
     with torch.autocast(features.device.type, enabled=False):
         features, codebook = features.float(), codebook.float()
         if metric == "cosine":  # a row's length does not change which cosine is the largest
-            codebook, offsets = F.normalize(codebook, dim=-1), codebook.new_zeros(codebook.shape[:-1])
+            highest = codebook.abs().amax(-1, keepdim=True)  # squares of what is left neither overflow nor vanish
+            codebook = F.normalize(codebook / highest.where(highest > 0, 1.0), dim=-1)
+            offsets = codebook.new_zeros(codebook.shape[:-1])
         if features.dim() == 2:
             return _nearest(features, codebook, offsets)
         own = [None] * len(features) if offsets is None else offsets
@@ -65,11 +69,10 @@ class LowRank:
 
     @torch.no_grad()
     def nearest(self, codebook: Tensor) -> Tensor:
-        """argmin_k |e_k|^2 / 2 - <W z + b, e_k> = argmin_k (|e_k|^2 / 2 - <b, e_k>) - <z, W^T e_k>, (N,) int64."""
-        with torch.autocast(codebook.device.type, enabled=False):
-            codebook = codebook.float()
-            offsets = half_norms(codebook) - codebook @ self.bias.float()
-            return nearest(self.rows, codebook @ self.weight.float(), offsets=offsets)
+        """argmin_k |W z - (e_k - b)|^2 / 2 = argmin_k |e_k - b|^2 / 2 - <z, W^T (e_k - b)>, (N,) int64."""
+        with torch.autocast(codebook.device.type, enabled=False), _full_precision():
+            apart = codebook.float() - self.bias.float()
+            return nearest(self.rows, apart @ self.weight.float(), offsets=half_norms(apart))
 
 
 @torch.library.custom_op("tessera::nearest", mutates_args=())
@@ -115,12 +118,14 @@ class _Book:
 
     @classmethod
     def of(cls, codebook: Tensor, offsets: Tensor | None) -> _Book | None:
-        """None where something is not finite, or too large for its square to be."""
+        """None where something is not finite, or where squares overflow or vanish."""
         shift = codebook.mean(0)
         lengths = torch.cat([torch.linalg.vector_norm(part - shift, dim=1) for part in codebook.split(TILE * 16)])
         own = lengths.square() / 2 if offsets is None else offsets
         radius, largest = float(lengths.max()), float(own.abs().max())
         if not float(lengths.max().square()) + largest < torch.inf:
+            return None
+        if radius < LEAST and bool((codebook != shift).any()):
             return None
         own = F.pad(own, (0, -len(codebook) % TILE), value=torch.inf)
         return cls(codebook, offsets, shift, own, radius, 0.0 if offsets is None else largest)
@@ -143,7 +148,7 @@ class _Book:
     def rounding(self, lengths: Tensor) -> Tensor:
         """How far a score computed in fp32 may be from the true one, for rows of these lengths, (n,) -> (n,)."""
         dim = len(self.shift)
-        lengthy = (dim + 8) * UNIT * self.radius * (lengths + self.radius)
+        lengthy = self.radius * (lengths + self.radius) * ((dim + 8) * UNIT)  # infinite where a score may be
         return lengthy + (4 * UNIT * self.largest + dim * TINY)
 
     def score(self, z: Tensor, row: Tensor, code: Tensor) -> Tensor:
@@ -289,12 +294,14 @@ def _search(rows: Tensor, book: _Book, product: _Product) -> Tensor:
         code = tile * TILE + tiles[each, tile].argmin(1)
         best = book.score(z, each, code.clamp(max=len(book.codebook) - 1))
         limit = best + slack + book.rounding(lengths) + book.rerounding(lengths)
+    limit = limit.where(limit.isfinite(), torch.nan)  # where something is not finite, or too long, no code is listed
     row, tile = (lowest <= limit[:, None]).nonzero(as_tuple=True)
     num_tiles = torch.bincount(row, minlength=len(z))
-    short = (0 < num_tiles) & (num_tiles <= MANY)  # none where something is not finite
-    if not short.all():
-        row, tile = row[short[row]], tile[short[row]]
-    pair, place = (tiles[row, tile] <= limit[row, None]).nonzero(as_tuple=True)
+    row, tile = _of_short(num_tiles <= MANY, row, tile)
+    listed = tiles[row, tile] <= limit[row, None]
+    num_codes = torch.zeros_like(num_tiles).index_add_(0, row, listed.sum(1))
+    row, tile, listed = _of_short(num_codes <= CANDIDATES, row, tile, listed)
+    pair, place = listed.nonzero(as_tuple=True)
     row, code = row[pair], tile[pair] * TILE + place
     if not product.exact:
         row, code = _keep_lowest(row, code, book.score(z, row, code), 2 * book.rerounding(lengths))
@@ -306,6 +313,12 @@ def _search(rows: Tensor, book: _Book, product: _Product) -> Tensor:
     return row.new_full((len(z),), OPEN).scatter_reduce(0, row, code, "amin", include_self=False)
 
 
+def _of_short(short: Tensor, row: Tensor, *others: Tensor) -> list[Tensor]:
+    """Those entries of lists of rows (P,), and what belongs to them, whose row is `short` (n,)."""
+    kept = slice(None) if short.all() else short[row]
+    return [each[kept] for each in (row, *others)]
+
+
 def _keep_lowest(row: Tensor, code: Tensor, scores: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
     """Those pairs whose score is within the row's `margin` (n,) of the lowest of the row."""
     lowest = torch.full_like(margin, torch.inf, dtype=scores.dtype).scatter_reduce(0, row, scores, "amin")
@@ -314,51 +327,32 @@ def _keep_lowest(row: Tensor, code: Tensor, scores: Tensor, margin: Tensor) -> t
 
 
 def _in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
-    """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,)."""
-    codes = rows.new_full((len(rows),), -1, dtype=torch.int64)
-    height = TILE * 16
-    at_once = BUDGET // (4 * height)
-    for part, own in zip(rows.split(at_once), codes.split(at_once)):
-        z, best = part.double(), torch.full((len(part),), torch.inf, dtype=torch.float64)
+    """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,). Waits for no device."""
+    codes, height = [], TILE * 16
+    for part in rows.split(BUDGET // (4 * height)):
+        z = part.double()
+        best, own = z.new_full((len(z),), torch.inf), rows.new_full((len(z),), -1, dtype=torch.int64)
         for start in range(0, len(codebook), height):
             e = codebook[start : start + height].double()
             o = e.square().sum(1) / 2 if offsets is None else offsets[start : start + height].double()
-            filling = -len(e) % TILE
+            # A product may round another way in its last columns, or with fewer: equal codes have to score equally.
+            filling = height - len(e) if len(codebook) > height else -len(e) % TILE
             scores = F.pad(o, (0, filling), value=torch.inf) - z @ F.pad(e, (0, 0, 0, filling)).T
             lowest, index = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.inf).min(1)
             better = lowest < best
-            own[better], best[better] = index[better] + start, lowest[better]
-    return codes.masked_fill_(~rows.isfinite().all(1), -1)
+            own, best = torch.where(better, index + start, own), torch.where(better, lowest, best)
+        codes.append(own)
+    found = torch.cat(codes) if codes else rows.new_zeros(0, dtype=torch.int64)
+    return found.where(rows.isfinite().all(1), -1)
 
 
 def _without_host(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
-    """The search on a device, nothing of which waits for the host: the fused kernel, or chunks without it.
-
-    In chunks, the likeliest four codes of each row are compared in float64.
-    """
+    """The search on a device, nothing of which waits for the host: the fused kernel, or float64 without it."""
     from tokenizer.quantizers import fused
 
     if fused.available(features.device):  # codes in few channels lie closer than halves can tell apart
         return fused.nearest_fused(features, codebook, offsets, coarse="fp16" if codebook.shape[1] > 4 else "ieee")
-    usable = codebook.isfinite().all(1)
-    book = codebook.where(usable[:, None], 0.0)
-    if offsets is None:
-        shift = book.mean(0)
-        rows, book = features - shift, book - shift
-        own = half_norms(book)
-    else:
-        rows, own = features, offsets
-    own = own.where(usable & own.isfinite(), torch.inf)
-    codes = []
-    with _full_precision():
-        for z in rows.split(max(LEAST_ROWS, BUDGET // len(book))):
-            scores = torch.addmm(own, z, book.T, alpha=-1)
-            likely = scores.topk(min(3, len(book)), largest=False).indices
-            likely = torch.cat([likely, scores.argmin(1, keepdim=True)], 1).sort(1).values  # the first of equal ones
-            exact = own[likely].double() - (book[likely].double() * z[:, None].double()).sum(2)
-            codes.append(likely.gather(1, exact.argmin(1, keepdim=True))[:, 0])
-    found = torch.cat(codes) if codes else features.new_zeros(0, dtype=torch.int64)
-    return found.where(features.isfinite().all(1), -1)
+    return _in_float64(features, codebook, offsets)
 
 
 @contextlib.contextmanager
