@@ -327,23 +327,31 @@ def _keep_lowest(row: Tensor, code: Tensor, scores: Tensor, margin: Tensor) -> t
 
 
 def _in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
-    """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,). Waits for no device."""
-    codes, height = [], TILE * 16
+    """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,). Waits for no device.
+
+    A product may round equal codes in different ways: the lowest index within the error of the best is taken.
+    """
+    found, height = [], TILE * 16
     for part in rows.split(BUDGET // (4 * height)):
-        z = part.double()
-        best, own = z.new_full((len(z),), torch.inf), rows.new_full((len(z),), -1, dtype=torch.int64)
-        for start in range(0, len(codebook), height):
-            e = codebook[start : start + height].double()
-            o = e.square().sum(1) / 2 if offsets is None else offsets[start : start + height].double()
-            # A product may round another way in its last columns, or with fewer: equal codes have to score equally.
-            filling = height - len(e) if len(codebook) > height else -len(e) % TILE
-            scores = F.pad(o, (0, filling), value=torch.inf) - z @ F.pad(e, (0, 0, 0, filling)).T
-            lowest, index = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.inf).min(1)
-            better = lowest < best
-            own, best = torch.where(better, index + start, own), torch.where(better, lowest, best)
-        codes.append(own)
-    found = torch.cat(codes) if codes else rows.new_zeros(0, dtype=torch.int64)
-    return found.where(rows.isfinite().all(1), -1)
+        z, count = part.double(), len(codebook)
+        lengths = torch.linalg.vector_norm(z, dim=1)
+        best, own = z.new_full((len(z),), torch.inf), rows.new_full((len(z),), count, dtype=torch.int64)
+        for finds in (False, True):  # the least upper bound of a score first, then who may be below it
+            for start in range(0, count, height):
+                e = codebook[start : start + height].double()
+                o = e.square().sum(1) / 2 if offsets is None else offsets[start : start + height].double()
+                error = torch.outer(lengths, torch.linalg.vector_norm(e, dim=1)).add_(o.abs())
+                scores, error = o - z @ e.T, error.mul_((z.shape[1] + 8) * 2.0**-52)
+                if finds:
+                    places = torch.arange(start, start + len(e), device=rows.device)
+                    near = (scores - error <= best[:, None]) & scores.isfinite()
+                    own = torch.minimum(own, places.where(near, count).amin(1))
+                else:
+                    bound = (scores + error).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+                    best = torch.minimum(best, bound.amin(1))
+        found.append(own.where((own < count) & best.isfinite(), -1))
+    codes = torch.cat(found) if found else rows.new_zeros(0, dtype=torch.int64)
+    return codes.where(rows.isfinite().all(1), -1)
 
 
 def _without_host(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
