@@ -97,6 +97,11 @@ def steps() -> None:
     keep("Codebook: training step", "python -m benchmarks.codebook steps", table(head, lines))
 
 
+def label(kind: type) -> str:
+    """Of a product, which a GPU's kernel chooses itself."""
+    return "fused" if DEVICE == "cuda" else kind.__name__
+
+
 def searches() -> None:
     lines = []
     for num_rows, dim, num_codes in SEARCHES:
@@ -114,7 +119,7 @@ def searches() -> None:
                 search.choose_products = lambda *_: kind
                 search.nearest(rows, codebook)
 
-            rivals[kind[0].__name__ if DEVICE == "cpu" else "fused"] = run
+            rivals[label(kind[0])] = run
         taken = seconds(rivals)
         search.choose_products = automatic
         for name in list(rivals)[len(precisions) :]:
@@ -188,10 +193,7 @@ def exactness() -> None:
                 found.append(search.nearest(rows, codebook))
                 wrong[kind] += int((found[-1] != true).sum())
             differing += int(sum((codes != found[0]).sum() for codes in found[1:]))
-        figures = [
-            ", ".join(f"{'fused' if DEVICE == 'cuda' else kind.__name__} {count}" for kind, count in wrong.items()),
-            str(differing),
-        ]
+        figures = [", ".join(f"{label(kind)} {count}" for kind, count in wrong.items()), str(differing)]
         lines.append([f"{num_rows:,} × {dim}, K = {num_codes}", *figures, f"{time.monotonic() - started:.0f}"])
     search.choose_products = automatic
     head = ["random rows", "other than the float64 search", "differing between paths", "s"]

@@ -255,6 +255,7 @@ def test_codes_start_where_latents_are_though_the_projection_drops_channels(enco
 @pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])
 def test_calibration_reads_no_images_for_nothing(encoder_folder, kind):
     autoencoder = build(kind, "fsq", encoder_folder)
+    assert not autoencoder.starts_from_data and build(kind, "vector", encoder_folder).starts_from_data
     autoencoder.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder ran"))
     autoencoder.calibrate([images()], seed=0)
 

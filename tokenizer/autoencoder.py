@@ -167,10 +167,15 @@ class Autoencoder(nn.Module):
             raise ValueError("only pretrained encoders have stages; this one is trained from the start")
         self.encoder.set_frozen(stage == 1)
 
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether `calibrate` does anything."""
+        return isinstance(self.normaliser, LatentNormaliser) or self.quantizer.starts_from_data
+
     @torch.no_grad()
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
         """Measure latent statistics and start the codebook from data: `batches` of (B, 3, H, W) images, anywhere."""
-        if not (isinstance(self.normaliser, LatentNormaliser) or self.quantizer.starts_from_data):
+        if not self.starts_from_data:
             return
         self.eval()
         num_positions, device = self.grid[0] * self.grid[1], next(self.parameters()).device

@@ -135,6 +135,11 @@ class Hierarchical(nn.Module):
         self.top_quantizer.update(step, taken)
         self.quantizer.update(step, taken)
 
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether `calibrate` does anything."""
+        return self.top_quantizer.starts_from_data or self.quantizer.starts_from_data
+
     @torch.no_grad()
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
         """Start both codebooks from data: `batches` of (B, 3, H, W) images, anywhere."""

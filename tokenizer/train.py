@@ -72,7 +72,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     shown = held_out.gather([(0, int(place)) for place in places])["images"]
 
     def begin() -> None:
-        if config.start_from is None:
+        if config.start_from is None and autoencoder.starts_from_data:
             autoencoder.calibrate(_calibration_batches(images.plain(), config), config.seed)
 
     def preview(averaged: nn.Module, path: Path, step: int) -> None:

@@ -326,7 +326,13 @@ def share(statistics: Sequence[Usage]) -> None:
 
 
 def start_from(
-    rows: Tensor, num_codes: int, seed: int, project: Project | None, cosine: bool = False, *, choose: Any = kmeans
+    rows: Tensor,
+    num_codes: int,
+    seed: int,
+    project: Project | None,
+    cosine: bool = False,
+    *,
+    choose: Callable[..., Tensor] = kmeans,
 ) -> Tensor:
     """A codebook (K, D) from rows (N, D), or from rows (N, d) that `project` maps to (n, D) keeping distances."""
     centres = choose(rows, num_codes, seed, cosine=cosine)
@@ -422,10 +428,11 @@ def _generator(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(distributed.mix(*numbers))
 
 
-def check_entropy(temperature: float) -> None:
-    """Raise ValueError for a temperature that no distance can be divided by."""
-    if not temperature > 0:
-        raise ValueError(f"quantizer.entropy_temperature={temperature} must be above 0")
+def check_positive(**values: float) -> None:
+    """Raise ValueError unless each key's value is above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"quantizer.{name}={value} must be above 0")
 
 
 def check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:

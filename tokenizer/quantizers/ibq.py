@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Usage, check_choices, embed, start_from, to_grid, to_rows
+from tokenizer.quantizers.codebook import Usage, check_choices, check_positive, embed, start_from, to_grid, to_rows
 from tokenizer.quantizers.lookup_free import entropy_of_mean
 
 
@@ -30,9 +30,7 @@ class IBQConfig:
 
     def __post_init__(self) -> None:
         check_choices(init=(self.init, ("normal", "kmeans")))
-        for name in ("temperature", "entropy_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"quantizer.{name}={getattr(self, name)} must be above 0")
+        check_positive(temperature=self.temperature, entropy_temperature=self.entropy_temperature)
 
     def build(self) -> IBQ:
         return IBQ(

@@ -17,7 +17,7 @@ from tokenizer.quantizers.codebook import (
     Statistics,
     build_assignment,
     check_choices,
-    check_entropy,
+    check_positive,
     embed,
     follow,
     revive,
@@ -49,7 +49,7 @@ class SimVQConfig:
             init=(self.init, ("normal", "kmeans")),
             restart=(self.restart, ("none", "data", "split")),
         )
-        check_entropy(self.entropy_temperature)
+        check_positive(entropy_temperature=self.entropy_temperature)
         if self.restart_every < 1:
             raise ValueError(f"quantizer.restart_every={self.restart_every} must be at least 1 step")
 

@@ -20,7 +20,7 @@ from tokenizer.quantizers.codebook import (
     Statistics,
     build_assignment,
     check_choices,
-    check_entropy,
+    check_positive,
     embed,
     follow,
     replace_,
@@ -58,7 +58,7 @@ class VectorConfig:
             init=(self.init, (*STARTS, "normal", "uniform")),
             restart=(self.restart, ("none", "data", "split")),
         )
-        check_entropy(self.entropy_temperature)
+        check_positive(entropy_temperature=self.entropy_temperature)
         if not 0 <= self.decay < 1:
             raise ValueError(f"quantizer.decay={self.decay} must be in [0, 1)")
 
