@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tokenizer.quantizers import kmeans as module
 from tokenizer.quantizers import search
-from tokenizer.quantizers.kmeans import Reservoir, drawn, kmeans, rows_wanted, segment_sums
+from tokenizer.quantizers.kmeans import Reservoir, common, kmeans, rows_wanted, segment_sums
 
 
 def squared_error(rows, centres):
@@ -142,23 +142,54 @@ def test_kmeans_lowers_the_error_of_its_seeds():
     assert squared_error(rows, kmeans(rows, 200, seed=0)) < 0.85 * squared_error(rows, seeds(rows, 200, 0)[0])
 
 
+# codes that many images have
+
+
+def crowd(num_images=60):
+    """Rows of images in turn: each has 20 where all have theirs, and 60 in a heap of its own."""
+    own = 4 * torch.randn(num_images, 1, 12) + 0.05 * torch.randn(num_images, 60, 12)
+    rows = torch.cat([torch.randn(num_images, 20, 4) @ torch.eye(4, 12), own], 1)
+    return rows.flatten(0, 1), torch.arange(num_images).repeat_interleave(80)
+
+
 @pytest.mark.parametrize("cosine", [False, True])
-def test_rows_drawn_are_different_ones_and_each_as_likely(cosine):
-    rows = torch.randn(20, 3)
+def test_few_common_codes_are_of_a_single_image(cosine):
+    rows, images = crowd()
     seen = F.normalize(rows, dim=1) if cosine else rows
-    counts = torch.zeros(20)
-    for seed in range(1000):
-        found = (drawn(rows, 5, seed, cosine=cosine)[:, None] == seen).all(2)
-        assert (found.sum(1) == 1).all() and found.sum(0).max() == 1
-        counts += found.sum(0)
-    assert (counts - 250).abs().max() < 60  # 4.4 standard deviations
+
+    def of_one_image(centres):
+        met = torch.zeros(len(centres), 60)
+        met[search.nearest(seen, centres), images] = 1
+        return float((met.sum(1) <= 1).float().mean())
+
+    assert of_one_image(common(rows, 100, 0, images, cosine=cosine)) < 0.1
+    assert of_one_image(common(rows, 100, 0, cosine=cosine)) > 0.3  # each row an image of its own
+    assert of_one_image(kmeans(rows, 100, 0, cosine=cosine)) > 0.3
 
 
-def test_rows_drawn_of_too_few_or_bad_ones_are_as_in_kmeans():
+def test_common_codes_of_rows_without_images_are_met_evenly():
+    rows = torch.cat([torch.randn(4000, 3), 6 + torch.randn(40, 3)])
+    counts = torch.bincount(search.nearest(rows, common(rows, 64, 0)), minlength=64)
+    at_random = torch.bincount(search.nearest(rows, rows[torch.randperm(len(rows))[:64]]), minlength=64)
+    assert counts.min() > 2 * at_random.min() and counts.min() > 0.4 * counts.float().mean()
+
+
+def test_common_codes_are_the_same_for_the_same_seed_and_chunks(monkeypatch):
+    rows, images = crowd()
+    codes = common(rows, 30, 3, images, cosine=True)
+    torch.testing.assert_close(codes.norm(dim=1), torch.ones(30))
+    monkeypatch.setattr(module, "CHUNK", 77)
+    torch.testing.assert_close(common(rows, 30, 3, images, cosine=True), codes)
+    assert not torch.equal(common(rows, 30, 4, images, cosine=True), codes)
+
+
+def test_common_codes_of_too_few_bad_or_equal_rows():
     few = torch.randn(3, 5)
-    assert torch.cdist(few, drawn(few, 8, 0)).min(1).values.max() == 0 and len(drawn(few, 8, 0).unique(dim=0)) == 8
+    assert torch.cdist(few, common(few, 8, 0)).min(1).values.max() == 0
+    assert len(common(few, 8, 0, torch.tensor([0, 0, 1])).unique(dim=0)) == 8
     with pytest.raises(ValueError, match="1 of 2 features are not finite"):
-        drawn(torch.tensor([[1.0], [float("nan")]]), 2, 0)
+        common(torch.tensor([[1.0], [float("nan")]]), 2, 0)
+    assert torch.equal(common(torch.ones(100, 2), 8, 0), torch.ones(8, 2))
 
 
 # samples of a stream

@@ -25,7 +25,7 @@ from tokenizer.quantizers.codebook import (
     to_grid,
     to_rows,
 )
-from tokenizer.quantizers.kmeans import drawn, kmeans
+from tokenizer.quantizers.kmeans import common, kmeans
 from tokenizer.quantizers.product import ProductConfig
 from tokenizer.quantizers.residual import ResidualConfig
 from tokenizer.quantizers.search import LowRank
@@ -644,9 +644,9 @@ def test_initialise_starts_from_data(book_config):
     if not cosine:
         torch.testing.assert_close(quantizer.vectors, kmeans(rows, CODES, seed=0))
     if book_config.kind == "vector":
-        of_rows = build(book_config, init="data")
-        of_rows.initialise(rows, seed=0)
-        torch.testing.assert_close(of_rows.vectors, drawn(rows, CODES, 0, cosine=cosine))
+        images, shared = torch.arange(200) // 10, build(book_config, init="common")
+        shared.initialise(rows, seed=0, images=images)
+        torch.testing.assert_close(shared.vectors, common(rows, CODES, 0, images, cosine=cosine))
     untouched = build(book_config, init="normal")
     before = state(untouched)
     untouched.initialise(rows, seed=0)

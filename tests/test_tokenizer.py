@@ -252,6 +252,19 @@ def test_codes_start_where_latents_are_though_the_projection_drops_channels(enco
     torch.testing.assert_close(autoencoder.quantizer.codebook, kmeans(latents, 20, 5), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["vqrae", "vqvae", "vqvae2"])
+@pytest.mark.parametrize("batches", [[24], [7, 17]])
+def test_calibration_says_of_which_image_each_row_is(encoder_folder, kind, batches, monkeypatch):
+    autoencoder, given = build(kind, "vector", encoder_folder), images(batch=24)
+    asked = []
+    for quantizer in [part for part in autoencoder.modules() if hasattr(part, "initialise")]:
+        monkeypatch.setattr(quantizer, "initialise", lambda rows, *_, images: asked.append((rows, images)))
+    autoencoder.calibrate(list(given.split(batches)), seed=0)
+    for rows, of_image in asked:
+        assert torch.equal(of_image, torch.arange(24).repeat_interleave(len(rows) // 24))
+    assert len(asked) == (2 if kind == "vqvae2" else 1)
+
+
 @pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])
 def test_calibration_reads_no_images_for_nothing(encoder_folder, kind):
     autoencoder = build(kind, "fsq", encoder_folder)

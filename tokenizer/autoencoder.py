@@ -20,7 +20,7 @@ from tokenizer.encoders import ENCODERS
 from tokenizer.interface import CodeLayout, QuantizerOutput
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.codebook import LowRank, to_rows
-from tokenizer.quantizers.kmeans import Reservoir, rows_wanted
+from tokenizer.quantizers.kmeans import ROWS_PER_CODE, Reservoir, rows_wanted
 from training.config import one_of
 
 
@@ -185,14 +185,14 @@ class Autoencoder(nn.Module):
             features = self.encoder(images.to(device))
             moments.add(features)
             sample.add(to_rows(features))
-        rows = sample.rows
+        rows, of_image = sample.rows, (sample.places // num_positions).to(device)
         if isinstance(self.normaliser, LatentNormaliser):
             self.normaliser.load(*moments.mean_and_variance())
             rows = self.normaliser.of_rows(rows, (sample.places % num_positions).to(rows.device))
         project = self.project_in.of_rows if isinstance(self.project_in, Projection) else None
         if project is not None and self.quantizer.dim < rows.shape[1]:  # it keeps no distances
             rows, project = torch.cat([project(part) for part in rows.split(8192)]), None
-        self.quantizer.initialise(rows, seed, project)
+        self.quantizer.initialise(rows, seed, project, images=of_image)
 
     def quantize(self, features: Tensor) -> tuple[Tensor, QuantizerOutput]:
         """The encoder's features (B, C, h, w) -> what the quantizer is given, and what it makes of that.
@@ -300,4 +300,5 @@ class _Moments:
 
 def rows_to_keep(quantizer: nn.Module, available: int) -> int:
     """How many rows of features a quantizer is started from, of so many."""
-    return min(available, rows_wanted(max(quantizer.num_codes)))
+    per_code = max(getattr(part, "rows_per_code", ROWS_PER_CODE) for part in quantizer.modules())
+    return min(available, rows_wanted(max(quantizer.num_codes), per_code))

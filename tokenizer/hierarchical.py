@@ -154,7 +154,7 @@ class Hierarchical(nn.Module):
             sample = Reservoir(rows_to_keep(quantizer, num_images * num_positions), seed)
             for images in batches:
                 sample.add(to_rows(latents_of(self.encoder(images.to(device)))))
-            quantizer.initialise(sample.rows, seed)
+            quantizer.initialise(sample.rows, seed, images=(sample.places // num_positions).to(device))
 
     def _top_latents(self, features: Tensor) -> Tensor:
         return self.project_top(self.top_encoder(features))

@@ -115,8 +115,14 @@ class Quantizer(Protocol):
 
     def lookup(self, codes: Tensor) -> Tensor: ...  # (B, L, H, W) -> (B, C, H, W), exactly what forward produced
 
-    def initialise(  # from features of training images, once before training; `project` maps rows to (N, C)
-        self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None
+    # from features of training images, (N, C), or (N, c) that `project` maps there; once before training.
+    # `images`: of which image each row is, (N,) int64; each of its own, without it
+    def initialise(
+        self,
+        rows: Tensor,
+        seed: int,
+        project: Callable[[Tensor], Tensor] | None = None,
+        images: Tensor | None = None,
     ) -> None: ...
 
     def update(self, step: int, taken: bool) -> None: ...  # after each optimizer step, taken or skipped

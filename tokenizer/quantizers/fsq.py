@@ -77,7 +77,13 @@ class FSQ(nn.Module):
         digits = codes.squeeze(1)[..., None] // self.places % self.levels
         return self._values(digits).movedim(-1, 1)
 
-    def initialise(self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None) -> None:
+    def initialise(
+        self,
+        rows: Tensor,
+        seed: int,
+        project: Callable[[Tensor], Tensor] | None = None,
+        images: Tensor | None = None,
+    ) -> None:
         """Nothing starts from data."""
 
     def update(self, step: int, taken: bool) -> None:

@@ -96,7 +96,13 @@ class Gumbel(nn.Module):
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
         return F.embedding(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
-    def initialise(self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None) -> None:
+    def initialise(
+        self,
+        rows: Tensor,
+        seed: int,
+        project: Callable[[Tensor], Tensor] | None = None,
+        images: Tensor | None = None,
+    ) -> None:
         """Nothing starts from data."""
 
     @torch.no_grad()

@@ -92,7 +92,13 @@ class IBQ(nn.Module):
         return embed(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None) -> None:
+    def initialise(
+        self,
+        rows: Tensor,
+        seed: int,
+        project: Callable[[Tensor], Tensor] | None = None,
+        images: Tensor | None = None,
+    ) -> None:
         """Start from data, (N, D) or what `project` maps there, where the configuration asks for it."""
         if self.starts_from_data:
             self.codebook.copy_(start_from(rows, self.num_codes[0], seed, project))

@@ -12,11 +12,12 @@ from training.command import UserError
 CHUNK = 8192  # rows handled at once
 SEEDING_ROUNDS = 64
 ROWS, ROWS_PER_CODE = 65536, 16
+COMMON_ROWS_PER_CODE, COMMON_ROUNDS, FEW = 48, 8, 0.6
 
 
-def rows_wanted(num_codes: int) -> int:
-    """As many rows as k-means reads at most."""
-    return max(ROWS, ROWS_PER_CODE * num_codes)
+def rows_wanted(num_codes: int, per_code: int = 0) -> int:
+    """As many rows as k-means reads at most; or so many of each code."""
+    return max(ROWS, (per_code or ROWS_PER_CODE) * num_codes)
 
 
 @torch.no_grad()
@@ -49,11 +50,35 @@ def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = Non
 
 
 @torch.no_grad()
-def drawn(rows: Tensor, num_codes: int, seed: int, *, cosine: bool = False) -> Tensor:
-    """`num_codes` of `rows`, (N, D) -> (num_codes, D), each equally likely; fewer rows, or bad ones, as in `kmeans`."""
+def common(rows: Tensor, num_codes: int, seed: int, images: Tensor | None = None, *, cosine: bool = False) -> Tensor:
+    """Codes that many images have, from `rows`, (N, D) -> (num_codes, D): rows at random, then rounds of moves.
+
+    Row i is of the image numbered `images[i]`, or of its own. A round counts for each code the images that meet it,
+    and moves those below FEW of the mean: half the way from another code to one of its rows, which are drawn in
+    proportion to how far above the mean the images are that meet that code. k-means prefers what a single image has,
+    however often: it lowers the error, and no image but that one meets the code. Fewer rows than codes, or bad ones,
+    as in `kmeans`.
+    """
     generator = torch.Generator().manual_seed(seed)
+    too_few = len(rows) < num_codes
     rows = _enough(rows, num_codes, generator, cosine)
-    return _seen(rows[torch.randperm(len(rows), generator=generator)[:num_codes].to(rows.device)], cosine)
+    centres = _seen(rows[torch.randperm(len(rows), generator=generator)[:num_codes].to(rows.device)], cosine)
+    if too_few:
+        return centres
+    images = torch.arange(len(rows), device=rows.device) if images is None else images
+    for _ in range(COMMON_ROUNDS):
+        codes = _nearest(rows, centres, cosine)[0]
+        met = torch.bincount(torch.unique(images * num_codes + codes) % num_codes, minlength=num_codes).float()
+        few = (met < FEW * met.mean()).nonzero()[:, 0]
+        if not len(few):
+            break
+        weights = ((met / met.mean() - 1).clamp(min=0) / torch.bincount(codes, minlength=num_codes))[codes]
+        race = torch.empty(len(rows)).exponential_(generator=generator).to(rows.device)
+        few = few[: int((weights > 0).sum())]
+        chosen = (weights / race).topk(len(few)).indices
+        parents = centres[codes[chosen]]
+        centres[few] = _seen(parents + (_seen(rows[chosen], cosine) - parents) / 2, cosine)
+    return centres
 
 
 @torch.no_grad()

@@ -91,7 +91,13 @@ class LookupFree(nn.Module):
         bits = codes.squeeze(1)[..., None] >> self.places & 1
         return self._values(bits.bool()).movedim(-1, 1)
 
-    def initialise(self, rows: Tensor, seed: int, project: Callable[[Tensor], Tensor] | None = None) -> None:
+    def initialise(
+        self,
+        rows: Tensor,
+        seed: int,
+        project: Callable[[Tensor], Tensor] | None = None,
+        images: Tensor | None = None,
+    ) -> None:
         """Nothing starts from data."""
 
     def update(self, step: int, taken: bool) -> None:

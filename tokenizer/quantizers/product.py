@@ -45,11 +45,11 @@ class ProductQuantizer(nn.Module):
         return any(level.starts_from_data for level in self.levels)
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Start each head from its channels of rows (N, C), or of what `project` makes of (N, d)."""
         rows = rows if project is None else project(rows)
         for head, (level, own) in enumerate(zip(self.levels, rows.chunk(len(self.levels), dim=1))):
-            level.initialise(own, distributed.mix(seed, head))
+            level.initialise(own, distributed.mix(seed, head), images=images)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """(B, C, H, W). One search for all heads, then what each makes of its codes."""

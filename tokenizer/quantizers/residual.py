@@ -59,12 +59,12 @@ class ResidualQuantizer(nn.Module):
         return any(level.starts_from_data for level in self.levels)
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Start level after level, (N, C), from what is left; a shared codebook from features and all that is left."""
         rest = rows.float() if project is None else project(rows).float()
         pool = rest
         for level in self._stack():
-            level.initialise(pool, seed)
+            level.initialise(pool, seed, images=None if images is None else images.repeat(len(pool) // len(rest)))
             rest = rest - _vectors_of(level, rest)
             pool = rest if len(self.levels) > 1 else torch.cat([pool, rest])
 

@@ -106,7 +106,7 @@ class SimVQ(nn.Module):
         return self.init == "kmeans"
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Start from data, where the configuration asks for it: centres for C, the identity for W.
 
         Rows are (N, D), or (N, d) before a `project` that keeps distances.

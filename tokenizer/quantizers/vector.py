@@ -7,6 +7,7 @@ LlamaGen (Sun et al. 2024, arXiv:2406.06525).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,9 @@ from tokenizer.quantizers.codebook import (
     revive,
     start_from,
 )
-from tokenizer.quantizers.kmeans import drawn, kmeans
+from tokenizer.quantizers.kmeans import COMMON_ROWS_PER_CODE, ROWS_PER_CODE, common, kmeans
 
-STARTS = {"kmeans": kmeans, "data": drawn}  # from data
+STARTS = ("kmeans", "common")  # from data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class VectorConfig:
     metric: str = "l2"  # or "cosine": features and codes of unit length
     decay: float = 0.99  # of the moving averages
     epsilon: float = 1e-5  # of their Laplace smoothing
-    init: str = "kmeans"  # centres of the data; or "data", rows of it; or "normal", "uniform"
+    init: str = "kmeans"  # centres of the data; or "common", what many images have; or "normal", "uniform"
     commitment: float = 0.25
     commitment_warmup_steps: int = 0
     entropy: float = 0.0  # weight of mean H(p) - H(mean p)
@@ -91,6 +92,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.num_codes, self.dim, self.assignment = (num_codes,), dim, assignment
         self.decay, self.epsilon, self.init = decay, epsilon, init
+        self.rows_per_code = COMMON_ROWS_PER_CODE if init == "common" else ROWS_PER_CODE  # that `initialise` is given
         self.restart, self.restart_below, self.restart_until = restart, restart_below, restart_until
         self.ema = not assignment.learn_codebook
         codebook = torch.empty(num_codes, dim)
@@ -121,10 +123,11 @@ class VectorQuantizer(nn.Module):
         return self.init in STARTS
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Start from data, (N, D) or (N, d) before a `project` that keeps distances, where the configuration asks."""
         if self.starts_from_data:
-            choose, cosine = STARTS[self.init], self.assignment.cosine
+            choose = kmeans if self.init == "kmeans" else functools.partial(common, images=images)
+            cosine = self.assignment.cosine
             self.codebook.copy_(start_from(rows, len(self.codebook), seed, project, cosine, choose=choose))
             if self.ema:
                 self.mean_sums.copy_(self.codebook * self.mean_counts[:, None])
