@@ -806,6 +806,17 @@ def test_each_level_quantizes_what_the_others_left(name):
     assert torch.equal(given.grad, torch.full_like(given, 3))
 
 
+@pytest.mark.parametrize("config", [ResidualConfig(depth=3), ResidualConfig(depth=3, shared=True), ProductConfig()])
+def test_every_level_is_told_of_which_image_its_rows_are(config, monkeypatch):
+    quantizer, told = config.build(), []
+    monkeypatch.setattr(type(quantizer.levels[0]), "initialise", lambda *given, images: told.append((given[1], images)))
+    rows, images = torch.randn(6, quantizer.dim), torch.arange(6) // 2
+    quantizer.initialise(rows, 0, images=images)
+    for of_level, of_image in told:
+        assert torch.equal(of_image, images.repeat(len(of_level) // 6))
+    assert [len(of_level) for of_level, _ in told] == ([6, 12, 18] if getattr(config, "shared", 0) else [6] * len(told))
+
+
 def test_a_shared_codebook_learns_from_all_levels():
     quantizer = build(CASES["residual-shared"]).train()
     assert len(quantizer.levels) == 1 and quantizer.num_codes == (CODES,) * 3
