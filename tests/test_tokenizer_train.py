@@ -283,9 +283,10 @@ def test_stopped_pretraining_goes_on_to_the_same_bits(root, tmp_path, monkeypatc
     assert sha256(tmp_path / "encoder/model/model.safetensors") == sha256(root / "encoder/model/model.safetensors")
 
 
-def test_a_run_goes_on_from_its_start_when_its_checkpoints_are_damaged(root, tmp_path):
+def test_a_run_goes_on_from_its_start_when_its_checkpoints_are_damaged(root, tmp_path, capsys):
     config = stage1(root, root=str(tmp_path))
     train_tokenizer(config)
+    assert f"{tmp_path / 'stage1'}: starting from the features of" in capsys.readouterr().out  # it may take minutes
     for state in (tmp_path / "stage1" / "checkpoints").glob("*/state.pt"):
         state.write_bytes(b"")
     train_tokenizer(config)

@@ -73,6 +73,9 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
 
     def begin() -> None:
         if config.start_from is None and autoencoder.starts_from_data:
+            if distributed.is_main():
+                count = min(config.calibration_images, len(images))
+                print(f"{folder}: starting from the features of {count} images", flush=True)
             autoencoder.calibrate(_calibration_batches(images.plain(), config), config.seed)
 
     def preview(averaged: nn.Module, path: Path, step: int) -> None:
