@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Usage, straight_through, to_grid, to_rows
+from tokenizer.quantizers.codebook import Project, Usage, straight_through, to_grid, to_rows
 
 EPSILON = 1e-3  # the bound reaches a little beyond the outermost levels
 
@@ -77,13 +76,7 @@ class FSQ(nn.Module):
         digits = codes.squeeze(1)[..., None] // self.places % self.levels
         return self._values(digits).movedim(-1, 1)
 
-    def initialise(
-        self,
-        rows: Tensor,
-        seed: int,
-        project: Callable[[Tensor], Tensor] | None = None,
-        images: Tensor | None = None,
-    ) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Nothing starts from data."""
 
     def update(self, step: int, taken: bool) -> None:

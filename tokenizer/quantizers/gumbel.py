@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Usage, to_grid, to_rows
+from tokenizer.quantizers.codebook import Project, Usage, to_grid, to_rows
 from training.distributed import Stream, uniform
 
 
@@ -96,13 +95,7 @@ class Gumbel(nn.Module):
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
         return F.embedding(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
-    def initialise(
-        self,
-        rows: Tensor,
-        seed: int,
-        project: Callable[[Tensor], Tensor] | None = None,
-        images: Tensor | None = None,
-    ) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Nothing starts from data."""
 
     @torch.no_grad()

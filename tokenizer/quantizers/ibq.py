@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,16 @@ from torch.autograd.function import once_differentiable
 
 import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Usage, check_choices, check_positive, embed, start_from, to_grid, to_rows
+from tokenizer.quantizers.codebook import (
+    Project,
+    Usage,
+    check_choices,
+    check_positive,
+    embed,
+    start_from,
+    to_grid,
+    to_rows,
+)
 from tokenizer.quantizers.lookup_free import entropy_of_mean
 
 
@@ -92,13 +100,7 @@ class IBQ(nn.Module):
         return embed(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
     @torch.no_grad()
-    def initialise(
-        self,
-        rows: Tensor,
-        seed: int,
-        project: Callable[[Tensor], Tensor] | None = None,
-        images: Tensor | None = None,
-    ) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Start from data, (N, D) or what `project` maps there, where the configuration asks for it."""
         if self.starts_from_data:
             self.codebook.copy_(start_from(rows, self.num_codes[0], seed, project))

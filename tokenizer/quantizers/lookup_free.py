@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Usage, straight_through, to_grid, to_rows
+from tokenizer.quantizers.codebook import Project, Usage, straight_through, to_grid, to_rows
 from training import distributed
 
 
@@ -91,13 +90,7 @@ class LookupFree(nn.Module):
         bits = codes.squeeze(1)[..., None] >> self.places & 1
         return self._values(bits.bool()).movedim(-1, 1)
 
-    def initialise(
-        self,
-        rows: Tensor,
-        seed: int,
-        project: Callable[[Tensor], Tensor] | None = None,
-        images: Tensor | None = None,
-    ) -> None:
+    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Nothing starts from data."""
 
     def update(self, step: int, taken: bool) -> None:
