@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -168,8 +169,18 @@ def test_the_operations_are_those_of_a_real_step(tmp_path):
     assert sum(estimate.flops(1, 1).values()) == total
 
 
+def attention_by_products(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """softmax(Q K^T / sqrt(d)) V of (..., N, d), with the two products written out."""
+    scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value
+
+
 @pytest.mark.parametrize("kind", PRIORS)
-def test_the_operations_of_a_prior_are_those_of_a_real_step(kind):
+def test_the_operations_of_a_prior_are_those_of_a_real_step(kind, monkeypatch):
     layout = CodeLayout(((2, 2), (4, 4)), (8, 16))
     prior = PRIORS[kind]().build(layout, 3)
 
@@ -177,11 +188,14 @@ def test_the_operations_of_a_prior_are_those_of_a_real_step(kind):
         codes = torch.zeros(samples, layout.length, dtype=torch.int64, device=device)
         return prior.loss(codes, codes[:, 0], torch.rand(samples, layout.length + 2, device=device)).total
 
+    # Whether a torch counts its attention kernel of the CPU, and with what is computed again in its backward pass,
+    # differs between versions; products are counted alike by all.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention_by_products)
     with FlopCounterMode(display=False) as counter:
         loss(prior.train(), 4, "cpu").backward()
+    monkeypatch.undo()
     found = trace(lambda samples: loss(prior, samples, "meta"), 4, "fp32", prior.to("meta"), {})
-    # torch counts what attention computes again in its backward pass, a quarter of its operations.
-    assert sum((found.forward + found.backward).values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert sum((found.forward + found.backward).values()) == counter.get_total_flops()
 
 
 def test_states_take_what_the_estimate_says(tmp_path):
