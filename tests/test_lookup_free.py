@@ -15,7 +15,12 @@ from tokenizer.quantizers.codebook import to_rows
 from tokenizer.quantizers.fsq import FSQConfig
 from tokenizer.quantizers.gumbel import GumbelConfig
 from tokenizer.quantizers.ibq import IBQConfig, SoftAssignment
-from tokenizer.quantizers.lookup_free import LookupFreeConfig, entropy_of_mean, mean_joint_probabilities
+from tokenizer.quantizers.lookup_free import (
+    BSQConfig,
+    LookupFreeConfig,
+    entropy_of_mean,
+    mean_joint_probabilities,
+)
 from training import config as configuration
 from training import distributed
 
@@ -23,7 +28,7 @@ DIM = 4
 CASES = {
     "fsq": FSQConfig(levels=(5, 4, 3, 8)),
     "lfq": LookupFreeConfig(bits=DIM, temperature=1.0),
-    "bsq": LookupFreeConfig(bits=DIM, spherical=True, temperature=1.0),
+    "bsq": BSQConfig(bits=DIM),
     "ibq": IBQConfig(num_codes=12, code_dim=DIM, entropy_temperature=1.0),
     "gumbel": GumbelConfig(num_codes=12, code_dim=DIM, anneal_steps=10),
     "gumbel-hard": GumbelConfig(num_codes=12, code_dim=DIM, anneal_steps=10, hard=True),
@@ -183,7 +188,10 @@ def test_initialise_changes_only_what_was_asked_for(config):
         (FSQConfig, {"levels": ()}, "quantizer.levels"),
         (FSQConfig, {"levels": (100,) * 4}, "fewer channels"),
         (LookupFreeConfig, {"bits": 25}, "quantizer.bits=25"),
-        (LookupFreeConfig, {"temperature": 0.0}, "quantizer.temperature=0.0"),
+        (LookupFreeConfig, {"temperature": 0.0}, "quantizer.temperature=0.0.*0.01 is usual"),
+        (BSQConfig, {"temperature": 0.0}, "quantizer.temperature=0.0.*1.0 is usual"),
+        (BSQConfig, {"bits": 0}, "quantizer.bits=0"),
+        (BSQConfig, {"entropy_boost": 0.5}, "quantizer.entropy_boost=0.5"),
         (IBQConfig, {"init": "zeros"}, "normal, kmeans"),
         (IBQConfig, {"entropy_temperature": -1.0}, "quantizer.entropy_temperature=-1.0"),
         (GumbelConfig, {"temperature_end": 2.0}, "quantizer.temperature_end=2.0"),
@@ -195,7 +203,9 @@ def test_values_out_of_range_are_refused(kind, wrong, message):
         kind(**wrong)
 
 
-@pytest.mark.parametrize(("config", "raw"), [(FSQConfig, {"levels": [3, 4]}), (LookupFreeConfig, {"bits": 3})])
+@pytest.mark.parametrize(
+    ("config", "raw"), [(FSQConfig, {"levels": [3, 4]}), (LookupFreeConfig, {"bits": 3}), (BSQConfig, {"bits": 3})]
+)
 def test_configurations_come_from_files(config, raw):
     quantizer = configuration.from_dict(config, raw, "a.yaml").build()
     assert quantizer.num_codes == (math.prod(raw.get("levels", [8])),)
@@ -307,6 +317,59 @@ def test_the_mean_over_ranks_is_that_of_one_batch(monkeypatch):
         ours.backward()
         torch.testing.assert_close(ours, value)
         torch.testing.assert_close(own.grad / 3, whole.grad[4 * rank : 4 * rank + 4])
+
+
+def authors_bsq(z, step):
+    """The authors' quantizer and the weight that their loss gives it, (N, d) float64: vectors, their loss.
+
+    With the settings of their configurations: commitment 0, both entropies 1, inverse temperature 1, bit by bit.
+    """
+    d = z.shape[1]
+    z = z / z.norm(dim=1, keepdim=True)
+    signs = torch.where(z > 0, 1.0, -1.0).double()
+    vectors = (z + (signs - z).detach()) / d**0.5
+    ones = 1 / (1 + (-4 * z / d**0.5).exp())
+    p = torch.stack([1 - ones, ones], dim=-1)
+    sample, batch = (-(p * p.log()).sum((1, 2)).mean(), -(p.mean(0) * p.mean(0).log()).sum())
+    rate = min(2000, step) / 2000
+    return vectors, 0.1 * (rate + 3 * (1 - rate)) * (sample - batch)
+
+
+@pytest.mark.parametrize("step", [0, 1, 500, 1999, 2000, 2001, 9000])
+def test_bsq_is_that_of_its_authors(step):
+    quantizer, given = BSQConfig(bits=9).build().train(), features(dim=9).requires_grad_()
+    if step:
+        quantizer(features(dim=9))
+        quantizer.update(step - 1, True)
+    output = quantizer(given)
+    vectors, loss = authors_bsq(to_rows(given.double()), step)
+    torch.testing.assert_close(to_rows(output.vectors).double(), vectors, atol=1e-6, rtol=0)
+    torch.testing.assert_close(output.loss.double(), loss, atol=1e-6, rtol=1e-5)
+    weights = torch.randn(36, 9)
+    (ours,) = torch.autograd.grad((to_rows(output.vectors) * weights).sum() + output.loss, given)
+    (theirs,) = torch.autograd.grad((vectors * weights).sum() + loss, given)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_the_boost_of_entropies_is_kept_and_a_skipped_step_leaves_it():
+    quantizer, again = (BSQConfig(bits=3, entropy_boost=2.0, entropy_boost_steps=4).build().train() for _ in "ab")
+    seen = []
+    for step in range(6):
+        seen.append(float(quantizer.boost))
+        quantizer.update(step, False)
+        assert float(quantizer.boost) == seen[-1]
+        quantizer.update(step, True)
+        again.load_state_dict(quantizer.state_dict())
+        assert torch.equal(again.boost, quantizer.boost)
+    assert seen == [2.0, 1.75, 1.5, 1.25, 1.0, 1.0]
+    constant = [
+        BSQConfig(bits=3, entropy_boost=1.0),
+        BSQConfig(bits=3, entropy_boost_steps=0),
+        LookupFreeConfig(bits=3),
+    ]
+    for quantizer in (config.build() for config in constant):
+        quantizer.update(0, True)
+        assert float(quantizer.boost) == 1 and "boost" not in quantizer.state_dict()
 
 
 def test_bits_pass_gradients_by_and_the_sphere_projects_them():

@@ -310,7 +310,8 @@ def test_lecam_by_hand():
 
 
 def test_lecam_averages_before_it_forgets():
-    lecam = LeCam(decay=0.99)
+    lecam = LeCam()
+    assert lecam.decay == 0.999
     for value in (1.0, 2.0, 6.0):
         lecam(torch.tensor([value]), torch.tensor([-value]))
         lecam.update(taken=True)

@@ -81,7 +81,7 @@ def test_a_preset_is_what_it_says(name, tmp_path, monkeypatch):
         assert counts[not frozen] - layers(encoder) < 2.1e6 and counts[frozen] == 0  # embeddings, positions, last norm
         assert counts[not frozen] > layers(encoder)
         assert parts["project_in"].trainable == encoder.dim * 1536 + 1536
-        assert parts["quantizer"].trainable == 1536**2 and parts["quantizer"].buffers > 16384 * 1536
+        assert parts["quantizer"].trainable == 1536**2 + 1536 and parts["quantizer"].buffers > 16384 * 1536
         ends = encoder.dim * decoder.dim + decoder.dim + (decoder.dim + 1) * 3 * stride**2
         assert parts["decoder"].trainable == layers(decoder) + ends + 3 * decoder.dim  # class token, last norm
     if config.start_from is not None:

@@ -732,11 +732,23 @@ def test_losses_are_those_of_the_paper():
 
 def test_simvq_learns_the_transform_and_freezes_the_codebook():
     quantizer = SimVQConfig(**SIZES).build().train()
-    assert [name for name, _ in quantizer.named_parameters()] == ["transform.weight"]
-    assert "frozen" in quantizer.state_dict()
+    weight, bias = quantizer.transform.weight, quantizer.transform.bias
+    assert [name for name, _ in quantizer.named_parameters()] == ["transform.weight", "transform.bias"]
+    assert "frozen" in quantizer.state_dict() and bias.abs().min() > 0
     quantizer(features()).loss.backward()
-    assert quantizer.transform.weight.grad.abs().min() > 0 and quantizer.frozen.grad is None
-    torch.testing.assert_close(quantizer.vectors, quantizer.frozen @ quantizer.transform.weight.T)
+    assert weight.grad.abs().min() > 0 and bias.grad.abs().min() > 0 and quantizer.frozen.grad is None
+    torch.testing.assert_close(quantizer.vectors, quantizer.frozen @ weight.T + bias)
+
+
+def test_a_simvq_from_before_its_map_had_a_bias_means_what_it_meant():
+    quantizer, before = build(CASES["simvq"]), build(CASES["simvq"], num_codes=CODES)
+    saved = state(before)
+    del saved["transform.bias"]
+    quantizer.load_state_dict(saved)
+    torch.testing.assert_close(quantizer.vectors, before.frozen @ before.transform.weight.T)
+    assert "transform.bias" not in saved
+    with pytest.raises(RuntimeError, match=r"transform\.weight"):
+        quantizer.load_state_dict({name: tensor for name, tensor in saved.items() if name != "transform.weight"})
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -750,10 +762,10 @@ def test_the_gradient_of_chosen_codes_is_that_of_the_whole_codebook(num_codes, m
     rows, vectors = quantizer.assignment.rows_of(same), quantizer.vectors[output.codes.flatten()]
     passed = to_grid(straight_through(rows, vectors.detach()), same.shape)
     loss = 0.3 * F.mse_loss(rows, vectors.detach()) + F.mse_loss(vectors, rows.detach())
-    weight = quantizer.transform.weight
-    wanted = torch.autograd.grad(passed.sin().sum() + 7 * loss, [same, weight])
+    learned = list(quantizer.transform.parameters())
+    wanted = torch.autograd.grad(passed.sin().sum() + 7 * loss, [same, *learned])
     torch.testing.assert_close(output.loss, loss)
-    for found, gradient in zip((given.grad, weight.grad), wanted):
+    for found, gradient in zip([given.grad, *(parameter.grad for parameter in learned)], wanted, strict=True):
         torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
 
 

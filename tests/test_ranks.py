@@ -43,7 +43,7 @@ from tokenizer.hierarchical import VQVAE2Config
 from tokenizer.objective import ObjectiveConfig
 from tokenizer.quantizers.gumbel import GumbelConfig
 from tokenizer.quantizers.ibq import IBQConfig
-from tokenizer.quantizers.lookup_free import LookupFreeConfig
+from tokenizer.quantizers.lookup_free import BSQConfig, LookupFreeConfig
 from tokenizer.quantizers.product import ProductConfig
 from tokenizer.quantizers.residual import ResidualConfig
 from tokenizer.quantizers.simvq import SimVQConfig
@@ -104,7 +104,7 @@ def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
         "gumbel": conv(GumbelConfig(**CODES)),
         "ibq": conv(IBQConfig(**CODES, init="kmeans", entropy_temperature=1.0)),
         "lfq": conv(LookupFreeConfig(bits=4, temperature=1.0)),
-        "bsq": conv(LookupFreeConfig(bits=4, spherical=True, temperature=0.5)),
+        "bsq": conv(BSQConfig(bits=4, entropy_boost_steps=10)),
         "vq-vae-2": VQVAE2Config(
             encoder=ConvEncoderConfig(16, residual_blocks=1, residual_channels=4), top=restarted, bottom=restarted,
             decoder=ConvDecoderConfig(16, residual_blocks=1, residual_channels=4), channels=16, residual_blocks=1,

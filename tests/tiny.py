@@ -108,6 +108,7 @@ QUANTIZER_SIZES = {
     "gumbel": {"num_codes": 20, "code_dim": 8},
     "fsq": {"levels": (5, 4, 3)},
     "lookup_free": {"bits": 5},
+    "bsq": {"bits": 5},
     "ibq": {"num_codes": 20, "code_dim": 8},
 }
 

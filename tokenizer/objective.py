@@ -198,10 +198,11 @@ class LeCam(nn.Module):
     """LeCAM regularisation (Tseng et al. 2021, arXiv:2104.03310): logits stay near the other side's moving average.
 
     E max(0, D(x) - a_fake)^2 + E max(0, a_real - D(G))^2, rectified as the authors' code is and their equation is
-    not: the penalty only ever draws the two sides together. 0 until there are averages.
+    not: the penalty only ever draws the two sides together. 0 until there are averages. The decay is that of
+    tokenizers (Open-MAGVIT2, TiTok); the authors' own code has 0.9 with BigGAN and 0.99 with StyleGAN2.
     """
 
-    def __init__(self, decay: float = 0.99) -> None:
+    def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
         self.register_buffer("anchors", torch.zeros(2))  # of real and fake logits

@@ -3,7 +3,7 @@
 from tokenizer.quantizers.fsq import FSQConfig
 from tokenizer.quantizers.gumbel import GumbelConfig
 from tokenizer.quantizers.ibq import IBQConfig
-from tokenizer.quantizers.lookup_free import LookupFreeConfig
+from tokenizer.quantizers.lookup_free import BSQConfig, LookupFreeConfig
 from tokenizer.quantizers.product import ProductConfig
 from tokenizer.quantizers.residual import ResidualConfig
 from tokenizer.quantizers.simvq import SimVQConfig
@@ -17,5 +17,6 @@ QUANTIZERS = {
     "gumbel": GumbelConfig,
     "fsq": FSQConfig,
     "lookup_free": LookupFreeConfig,
+    "bsq": BSQConfig,
     "ibq": IBQConfig,
 }

@@ -15,26 +15,60 @@ from training import distributed
 
 @dataclasses.dataclass(frozen=True)
 class LookupFreeConfig:
+    """LFQ; the values are Open-MAGVIT2's (Luo et al. 2024, arXiv:2409.04410), the weight of both entropies constant."""
+
     kind: str = "lookup_free"
     bits: int = 10  # 2**bits codes
-    spherical: bool = False  # BSQ: features and codes on the unit sphere
+    spherical: bool = False  # features and codes on the unit sphere; BSQ's other settings come with kind: bsq
     commitment: float = 0.25
     entropy: float = 0.1  # weight of both entropies
     diversity: float = 1.0  # gamma, of the batch's entropy among them
     temperature: float = 0.01  # of the soft assignment, in squared distance
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 24:
-            raise ValueError(f"quantizer.bits={self.bits} must be 1 to 24, as the use of 2**bits codes is counted")
-        if self.temperature <= 0:
-            raise ValueError(f"quantizer.temperature={self.temperature} must be above 0; 0.01 is usual")
+        _check(self)
 
     def build(self) -> LookupFree:
         return LookupFree(self.bits, self.spherical, self.commitment, self.entropy, self.diversity, self.temperature)
 
 
+@dataclasses.dataclass(frozen=True)
+class BSQConfig:
+    """BSQ with the values of its authors' code (github.com/zhaoyue-zephyrus/bsq-vit)."""
+
+    kind: str = "bsq"
+    bits: int = 10  # 2**bits codes
+    commitment: float = 0.0
+    entropy: float = 0.1  # weight of both entropies
+    entropy_boost: float = 3.0  # times that weight at the first step, falling to 1
+    entropy_boost_steps: int = 2000  # in a straight line over so many steps
+    diversity: float = 1.0  # gamma, of the batch's entropy among them
+    temperature: float = 1.0  # of the soft assignment, in squared distance
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.entropy_boost < 1:
+            raise ValueError(f"quantizer.entropy_boost={self.entropy_boost} must be at least 1, which leaves it out")
+
+    def build(self) -> LookupFree:
+        return LookupFree(
+            self.bits, True, self.commitment, self.entropy, self.diversity, self.temperature,
+            entropy_boost=self.entropy_boost, entropy_boost_steps=self.entropy_boost_steps,
+        )  # fmt: skip
+
+
+def _check(config: LookupFreeConfig | BSQConfig) -> None:
+    if not 1 <= config.bits <= 24:
+        raise ValueError(f"quantizer.bits={config.bits} must be 1 to 24, as the use of 2**bits codes is counted")
+    if config.temperature <= 0:
+        usual = type(config).temperature
+        raise ValueError(f"quantizer.temperature={config.temperature} must be above 0; {usual} is usual")
+
+
 class LookupFree(nn.Module):
     """Codes are the signs of the channels, the first the highest bit; vectors are +-1, or +-1/sqrt(bits) on the sphere.
+
+    Gradients pass the signs by and are scaled as the vectors are: by 1/sqrt(bits) on the sphere.
 
     In training the loss wants confident positions and batches that use all codes: E H[q(c|z)] - diversity *
     H[E q(c|z)], in nats, for the soft assignment q(c|z) ~ exp(-|z - c|^2 / temperature). Given z its bits are
@@ -52,13 +86,19 @@ class LookupFree(nn.Module):
         entropy: float = 0.1,
         diversity: float = 1.0,
         temperature: float = 0.01,
+        *,
+        entropy_boost: float = 1.0,
+        entropy_boost_steps: int = 0,
     ) -> None:
         super().__init__()
         self.dim, self.num_codes, self.spherical = bits, (2**bits,), spherical
         self.commitment, self.entropy, self.diversity = commitment, entropy, diversity
+        self.entropy_boost, self.entropy_boost_steps = entropy_boost, entropy_boost_steps
         self.scale = bits**-0.5 if spherical else 1.0
         self.sharpness = 4 * self.scale / temperature  # |z + s|^2 - |z - s|^2 = 4 s z
         self.register_buffer("places", torch.arange(bits - 1, -1, -1), persistent=False)
+        boosted = entropy_boost != 1 and entropy_boost_steps > 0
+        self.register_buffer("boost", torch.tensor(entropy_boost if boosted else 1.0), persistent=boosted)
         self.statistics = Usage(2**bits)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
@@ -79,9 +119,9 @@ class LookupFree(nn.Module):
                 sample_entropy = bit_entropy(logits).sum(1).mean()
                 mean = bit_probabilities(logits).mean(0) if self.spherical else mean_joint_probabilities(logits)
                 batch_entropy = entropy_of_mean(mean)
-                loss = loss + self.entropy * (sample_entropy - self.diversity * batch_entropy)
+                loss = loss + self.entropy * self.boost * (sample_entropy - self.diversity * batch_entropy)
                 parts |= {"sample_entropy": sample_entropy, "batch_entropy": batch_entropy}
-            vectors = to_grid(straight_through(rows, vectors), features.shape)
+            vectors = to_grid(straight_through(rows * self.scale, vectors), features.shape)
         codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
         return QuantizerOutput(vectors, codes, loss, {**parts, **self.statistics.figures()})
 
@@ -93,9 +133,15 @@ class LookupFree(nn.Module):
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Nothing starts from data."""
 
+    @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
-        """Count use."""
-        self.statistics.reduce() if taken else self.statistics.clear()
+        """Count use; set the entropies' weight for step + 1."""
+        if not taken:
+            return self.statistics.clear()
+        self.statistics.reduce()
+        if self.entropy_boost_steps > 0:
+            rest = max(0.0, 1 - (step + 1) / self.entropy_boost_steps)
+            self.boost.fill_(1 + (self.entropy_boost - 1) * rest)
 
     def _values(self, bits: Tensor) -> Tensor:
         return (2 * bits.float() - 1) * self.scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,10 @@ class SimVQConfig:
 
 
 class SimVQ(nn.Module):
-    """Codes are the nearest rows of C W, with C (K, D) frozen and W (D, D) learnable."""
+    """Codes are the nearest rows of C W + b, with C (K, D) frozen, W (D, D) and b (D,) learnable.
+
+    W and b are a linear layer that starts as torch's do, as in the authors' code (github.com/youngsheen/SimVQ).
+    """
 
     takes_low_rank = True
 
@@ -83,15 +87,14 @@ class SimVQ(nn.Module):
         self.restart, self.restart_below, self.restart_every = restart, restart_below, restart_every
         self.restart_until = restart_until
         self.register_buffer("frozen", torch.randn(num_codes, dim) * dim**-0.5)
-        self.transform = nn.Linear(dim, dim, bias=False)
-        nn.init.orthogonal_(self.transform.weight)
+        self.transform = nn.Linear(dim, dim)
         self.register_buffer("mean_counts", torch.ones(num_codes))
         self.statistics = Statistics(num_codes, 0, keep_rows=restart == "data")
         self.changed: Tensor | None = None  # codes that the last update restarted
 
     @property
     def vectors(self) -> Tensor:
-        """What codes stand for: C W, (K, D), in fp32 whatever the outer autocast."""
+        """What codes stand for: C W + b, (K, D), in fp32 whatever the outer autocast."""
         return self._seen(self._transformed())
 
     def _transformed(self) -> Tensor:
@@ -107,13 +110,14 @@ class SimVQ(nn.Module):
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
-        """Start from data, where the configuration asks for it: centres for C, the identity for W.
+        """Start from data, where the configuration asks for it: centres for C, the identity for W, 0 for b.
 
         Rows are (N, D), or (N, d) before a `project` that keeps distances.
         """
         if self.starts_from_data:
             self.frozen.copy_(start_from(rows, len(self.frozen), seed, project, self.assignment.cosine))
             nn.init.eye_(self.transform.weight)
+            nn.init.zeros_(self.transform.bias)
 
     def forward(self, features: Tensor, low_rank: LowRank | None = None) -> QuantizerOutput:
         if self.training and self.assignment.entropy:  # every code has a part in it
@@ -122,7 +126,7 @@ class SimVQ(nn.Module):
             book = self._transformed()
 
         def vectors_of(codes: Tensor) -> Tensor:
-            return self._seen(_Chosen.apply(codes, self.transform.weight, self.frozen, book))
+            return self._seen(_Chosen.apply(codes, *self.transform.parameters(), self.frozen, book))
 
         return self.assignment(features, self._seen(book), self.statistics, low_rank, vectors_of)
 
@@ -132,7 +136,7 @@ class SimVQ(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
-        """Count use; every `restart_every` steps solve r = c W for rows r of the data in place of dead codes."""
+        """Count use; every `restart_every` steps solve r = c W + b for rows r of the data in place of dead codes."""
         self.changed = None
         if not taken:
             return self.statistics.clear()
@@ -151,15 +155,20 @@ class SimVQ(nn.Module):
         follow(self, source, ["frozen", "mean_counts"])
 
     def _solve(self, rows: Tensor) -> Tensor:
-        """c with c W = r, (m, D) -> (m, D)."""
-        return torch.linalg.lstsq(self.transform.weight, rows.T).solution.T
+        """c with c W + b = r, (m, D) -> (m, D)."""
+        return torch.linalg.lstsq(self.transform.weight, (rows - self.transform.bias).T).solution.T
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """A file from before there was b has none, and means 0."""
+        state.setdefault(f"{prefix}transform.bias", torch.zeros_like(self.transform.bias))
+        super()._load_from_state_dict(state, prefix, *rest)
 
 
 class _Chosen(torch.autograd.Function):
-    """Rows of C W, (N,) codes -> (N, D), whose gradient reaches W by the rows of C that were chosen, not by all."""
+    """Rows of C W + b, (N,) codes -> (N, D), whose gradient reaches W by the rows of C that were chosen, not by all."""
 
     @staticmethod
-    def forward(ctx, codes: Tensor, weight: Tensor, frozen: Tensor, book: Tensor) -> Tensor:
+    def forward(ctx, codes: Tensor, weight: Tensor, bias: Tensor, frozen: Tensor, book: Tensor) -> Tensor:
         ctx.save_for_backward(codes, frozen)
         return embed(codes, book)
 
@@ -168,5 +177,7 @@ class _Chosen(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         codes, frozen = ctx.saved_tensors
         if len(codes) < len(frozen):
-            return None, gradient.T @ embed(codes, frozen), None, None
-        return None, segment_sums(gradient, codes.clamp(min=0), len(frozen))[1].T @ frozen, None, None
+            of_weight = gradient.T @ embed(codes, frozen)
+        else:
+            of_weight = segment_sums(gradient, codes.clamp(min=0), len(frozen))[1].T @ frozen
+        return None, of_weight, gradient.sum(0), None, None
