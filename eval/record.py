@@ -138,10 +138,12 @@ class Record:
 
 
 def share_interval(hits: int, n: int) -> tuple[float, float]:
-    """95 % for a share (Wilson 1927), in percent."""
+    """95 % for a share (Wilson 1927), in percent, within [0, 100]."""
     z, share = 1.96, hits / n
     middle, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return tuple(100 * (middle + side) / (1 + z * z / n) for side in (-reach, reach))
+    low, high = (100 * (middle + side) / (1 + z * z / n) for side in (-reach, reach))
+    # Of no hits, and of hits alone, one end is exactly 0 or 100, which rounding misses.
+    return low if hits else 0.0, high if hits < n else 100.0
 
 
 def mean_interval(values: torch.Tensor) -> tuple[float, float] | None:

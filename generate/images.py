@@ -31,6 +31,7 @@ from training.log import Progress
 
 GRID_ROWS, GRID_COLUMNS = 32, 10
 RECORD = "samples.json"
+LABEL_BYTES = 200  # of a class in a file's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,5 +175,10 @@ def write_single_files(samples: Samples, class_names: list[str], folder: Path) -
     from PIL import Image
 
     for index, (image, label) in enumerate(zip(samples.images, samples.labels)):
-        name = re.sub(r"[^\w.-]+", "_", [*class_names, "unconditional"][label])
-        Image.fromarray(image).save(folder / f"{index:06d}-{name}.png")
+        Image.fromarray(image).save(folder / single_file(index, [*class_names, "unconditional"][label]))
+
+
+def single_file(index: int, label: str) -> str:
+    """The name of a sample's file; of a long label as much as file systems take, which is 255 bytes in all."""
+    name = re.sub(r"[^\w.-]+", "_", label).encode()[:LABEL_BYTES].decode(errors="ignore")
+    return f"{index:06d}-{name}.png"

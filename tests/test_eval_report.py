@@ -18,7 +18,7 @@ from toy_pipeline import evaluate, make_pipeline, tiny_extractor
 
 from eval.extractors import Extraction, banner, figure_name
 from eval.in_domain import InDomain, rotate, train_extractor
-from eval.record import Measurement, Record
+from eval.record import Measurement, Record, share_interval
 from eval.report import Stage, write_report
 from eval.tables import number, text_table
 from training.command import UserError
@@ -117,6 +117,17 @@ def test_records_are_kept_until_their_settings_change(tmp_path: Path) -> None:
     assert Record.load(tmp_path, "reconstruction", {"tokenizer": "b"}) is None
     (tmp_path / "reconstruction.npz").write_bytes(b"PK torn")
     assert Record.load(tmp_path, "reconstruction", {"tokenizer": "a"}) is None
+
+
+def test_the_interval_of_a_share_is_wilsons_and_stays_within_all() -> None:
+    from scipy.stats import binomtest
+
+    for n in range(1, 300):
+        for hits in {0, 1, n // 2, n - 1, n}:
+            low, high = share_interval(hits, n)
+            assert 0 <= low <= 100 * hits / n <= high <= 100
+            theirs = binomtest(hits, n).proportion_ci(method="wilson")
+            assert (low / 100, high / 100) == pytest.approx((theirs.low, theirs.high), abs=1e-5)
 
 
 def test_numbers_for_people() -> None:

@@ -205,6 +205,14 @@ def test_unconditional_samples_are_of_no_class(root, tmp_path):
     assert command("generate.sample", root, "--unconditional", "--classes", "cat", "--out", out) == 2
 
 
+def test_a_long_label_is_cut_in_the_names_of_files(root, tmp_path):
+    record = dataclasses.replace(read_record(root / "prior"), class_names=["a" * 300, "ä" * 300, "c/\ud800"])
+    write_samples(root / "prior", record, dataclasses.replace(request(num=3), png=True), tmp_path / "out", 8)
+    names = sorted(path.name for path in (tmp_path / "out").glob("0*.png"))
+    assert [name[:9] for name in names] == ["000000-aa", "000001-ää", "000002-c_"]
+    assert all(150 < len(name.encode()) <= 255 for name in names[:2])
+
+
 def test_seconds_leave_the_first_of_several_batches_out(monkeypatch):
     class Warming:
         def sample(self, labels, options, ids, known=None):
