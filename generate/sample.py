@@ -69,7 +69,7 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "guidance": (float, "classifier-free guidance scale, 1 is none"),
     "guidance_schedule": (str, "constant, or rising from 1: linear, power_cosine"),
     "guidance_power": (float, "of power_cosine: the larger, the later"),
-    "temperature": (float, "divides the logits"),
+    "temperature": (float, "divides the logits; 0 takes the likeliest code (greedy)"),
     "top_k": (int, "keep the k likeliest codes, 0 for all"),
     "top_p": (float, "keep the fewest codes of this probability"),
     "steps": (int, "of a prior that samples in parallel steps, 0 for its own number"),

@@ -13,6 +13,9 @@ from tokenizer.interface import CodeLayout
 from training.command import UserError
 from training.loop import Loss
 
+MOST_GUIDANCE, MOST_STEPS = 1_000, 100_000  # beyond, numbers overflow, and a step takes memory of its own
+KINDS = {"float": ((int, float), "a number"), "int": (int, "a whole number"), "str": (str, "a text")}
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
@@ -21,7 +24,7 @@ class SampleOptions:
     guidance: float = 1.0  # s, at the end of its schedule
     guidance_schedule: str = "constant"  # or "linear", "power_cosine" (Yu et al. 2024, arXiv:2411.00776): from 1 up
     guidance_power: float = 2.75  # of power_cosine: the larger, the later
-    temperature: float = 1.0
+    temperature: float = 1.0  # divides the guided logits; 0 takes the likeliest code at each draw (greedy)
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # 1 keeps all
     steps: int = 0  # of iterative samplers; 0 takes the prior's default
@@ -29,23 +32,32 @@ class SampleOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            kinds, called = KINDS[field.type]
+            value = getattr(self, field.name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise UserError(f"{_flag(field.name)} is {value!r}: it must be {called}")
         ranges = {
-            "guidance": (0 <= self.guidance < float("inf"), "a number from 0"),
+            "guidance": (0 <= self.guidance <= MOST_GUIDANCE, f"a number from 0 to {MOST_GUIDANCE:,}"),
             "guidance_schedule": (self.guidance_schedule in GUIDANCE, "one of " + ", ".join(GUIDANCE)),
             "guidance_power": (0 < self.guidance_power < float("inf"), "a number above 0"),
-            "temperature": (0 < self.temperature < float("inf"), "a number above 0"),
+            "temperature": (0 <= self.temperature < float("inf"), "a number from 0, which is greedy"),
             "top_k": (self.top_k >= 0, "a count, or 0 for all"),
             "top_p": (0 < self.top_p <= 1, "a share in (0, 1]"),
-            "steps": (self.steps >= 0, "a count, or 0 for the prior's own"),
+            "steps": (0 <= self.steps <= MOST_STEPS, f"a count to {MOST_STEPS:,}, or 0 for the prior's own"),
             "seed": (0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         }
         for name, (holds, expected) in ranges.items():
             if not holds:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}: it must be {expected}")
+                raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be {expected}")
 
     def guidance_at(self, progress: float) -> float:
         """s when the share `progress` in [0, 1] of the sampling is done."""
         return 1 + (self.guidance - 1) * GUIDANCE[self.guidance_schedule](progress, self.guidance_power)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 # progress and power -> how much of s - 1 applies

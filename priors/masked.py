@@ -127,7 +127,8 @@ class MaskedPrior(nn.Module):
         """(B, N) int64. Each step draws all unknown codes and keeps some of them; N steps are the most.
 
         Samplers: "confidence" keeps those drawn with most confidence under annealed noise, "halton" those whose
-        turn it is, level after level, in an order that starts somewhere else in each sample.
+        turn it is, level after level, in an order that starts somewhere else in each sample. At temperature 0
+        confidences are those of temperature 1, without noise: the seed then has no part in "confidence".
         """
         start, length = begin(self, labels, options, known, given), self.layout.length
         sampler = choose_sampler(options, (self.sampler, *SAMPLERS))
@@ -149,8 +150,9 @@ class MaskedPrior(nn.Module):
                 num_masked = _num_waiting(initially_unknown, step, share)
                 masked = lowest(-turns.masked_fill(~unknown, -torch.inf), num_masked)
             else:
-                noise = gumbel(options.seed, sample_ids, (step + 1) * streams - 1, (length,))
-                confidence = confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
+                if options.temperature:
+                    noise = gumbel(options.seed, sample_ids, (step + 1) * streams - 1, (length,))
+                    confidence = confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
                 num_masked = _num_remasked(initially_unknown, unknown.sum(1), share)
                 masked = lowest(confidence, num_masked)
             codes = codes.masked_fill(masked, -1)
@@ -167,11 +169,14 @@ class MaskedPrior(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Codes with the unknown ones drawn, and log-probabilities of these, infinite at the others; both (B, N)."""
         logits, codes = read(codes, codes < 0), codes.clone()
+        untempered = dataclasses.replace(options, temperature=1.0, top_k=0, top_p=1.0)
         confidence = torch.full(codes.shape, torch.inf, dtype=torch.float64, device=codes.device)
         for level, (raw, (span, size)) in enumerate(zip(logits, self.layout.spans())):
             unknown, shaped = codes[:, span] < 0, shape_logits(raw, options, progress)
             drawn = categorical(shaped, chosen_gumbel(options.seed, sample_ids, stream + level, unknown, size))
             codes[:, span][unknown] = drawn
+            if not options.temperature:
+                shaped = shape_logits(raw, untempered, progress)
             confidence[:, span][unknown] = shaped.gather(-1, drawn[:, None])[:, 0] - shaped.logsumexp(-1)
         return codes, confidence
 

@@ -56,8 +56,10 @@ def shape_logits(logits: Tensor, options: SampleOptions, progress: float = 0.0) 
     logits = logits.double()
     if options.guidance != 1:
         logits = guide(*logits.chunk(2), options.guidance_at(progress))
-    if options.temperature != 1:
-        logits = logits / options.temperature
+    if options.temperature == 0:  # the limit: all probability is the likeliest code's, the first of equal ones
+        return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    if options.temperature != 1:  # about the highest, so that it stays finite at any temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     return filter_logits(logits, options.top_k, options.top_p)
 
 

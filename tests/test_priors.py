@@ -387,7 +387,7 @@ def test_gumbel_noise_is_the_samples_own_and_draws_the_right_law():
 
 @pytest.mark.parametrize(
     "option",
-    [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}, {"guidance": -1.0}, {"steps": -1}, {"seed": -1}],
+    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"guidance": -1.0}, {"steps": -1}, {"seed": -1}],
 )
 def test_sample_options_are_checked(option):
     with pytest.raises(UserError, match=next(iter(option)).replace("_", "-")):

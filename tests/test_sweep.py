@@ -50,8 +50,8 @@ def test_combinations_are_all_and_each_once():
     assert [(each.guidance, each.steps) for each in made[:4]] == [(1, 4), (1, 8), (1, 16), (2, 4)]
     assert len(set(made)) == 6 and {each.top_k for each in made} == {5}
     assert combinations(SampleOptions(), {}) == [SampleOptions()]
-    with pytest.raises(UserError, match="temperature is 0"):
-        combinations(SampleOptions(), {"temperature": (1.0, 0.0)})
+    with pytest.raises(UserError, match="temperature is -1"):
+        combinations(SampleOptions(), {"temperature": (1.0, -1.0)})
 
 
 def test_the_front_is_what_nothing_beats():
