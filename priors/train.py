@@ -27,6 +27,7 @@ from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
 
 LOSS_STREAM = 0x5052494F52  # sets the loss's draws apart from all others of a step
+PLAIN = 0  # the view that is no augmented one
 MEASURED = 256  # held-out sequences in the log's figure
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
 
@@ -96,14 +97,17 @@ class TokenSequences:
 
 
 class Measure:
-    """Held-out negative log-likelihood per token, over images spread evenly through the split."""
+    """Held-out negative log-likelihood per token, over plain images spread evenly through the split: where those are
+    all, the figure that `python -m eval.run likelihood` gives.
+    """
 
     def __init__(self, split: Any) -> None:
         indices = np.unique(np.linspace(0, len(split.codes) - 1, MEASURED).astype(int))
-        self.batches = TokenSequences(split, 0).gather([(0, int(index)) for index in indices])
+        self.codes = torch.from_numpy(np.asarray(split.codes[indices, PLAIN]).astype(np.int64))
+        self.labels = torch.as_tensor(split.labels)[indices]
 
     def __call__(self, prior: Prior) -> dict[str, float]:
-        parts = zip(self.batches["codes"].split(64), self.batches["labels"].split(64))
+        parts = zip(self.codes.split(64), self.labels.split(64))
         device = distributed.device()
         likelihoods = [prior.nll(codes.to(device), labels.to(device)) for codes, labels in parts]
         nats = torch.cat([likelihood.nats for likelihood in likelihoods])

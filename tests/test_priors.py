@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ import torch
 from priors.autoregressive import AutoregressiveConfig
 from priors.backbone import BackboneConfig
 from priors.halton import halton_turns, rolled
-from priors.interface import SampleOptions
+from priors.interface import Likelihood, SampleOptions
 from priors.masked import MaskedConfig, MaskedPrior, _num_remasked, _num_waiting
 from priors.pixelcnn import PixelCNNConfig
 from priors.record import PriorRecord, read_record
 from priors.sampling import categorical, filter_logits, guide, gumbel
 from priors.schedules import SCHEDULES, mean_share
-from priors.train import PriorRun, TokenSequences
+from priors.train import Measure, PriorRun, TokenSequences
 from tokenizer.interface import CodeLayout
 from training.command import UserError
 from training.config import load
@@ -431,6 +432,22 @@ def test_token_sequences_take_every_view_and_depend_on_the_key_only():
     assert batch["labels"].tolist() == [2] * 50 + [4]
     assert {tuple(row) for row in batch["codes"][:50].tolist()} == {tuple(row) for row in codes[2].tolist()}
     assert torch.equal(sequences.gather(keys[7:8])["codes"][0], batch["codes"][7])
+
+
+def test_the_logs_likelihood_is_of_plain_images():
+    """As `eval.run likelihood` measures it: no view but the first has a part in it."""
+    codes = np.stack([np.arange(600).reshape(300, 2), np.full((300, 2), 10**6)], 1)  # (images, views, N)
+
+    class Summing:
+        layout = CodeLayout(((1, 2),), (600,))
+
+        def nll(self, codes, labels, given=None):
+            assert torch.equal(codes[:, 0] // 2, labels)
+            return Likelihood(codes.sum(1).double(), "exact")
+
+    measured = Measure(SimpleNamespace(codes=codes, labels=np.arange(300)))(Summing())
+    rows = np.linspace(0, 299, 256).astype(int)
+    assert measured == {"nats_per_token": pytest.approx((4 * rows + 1).mean() / 2)}
 
 
 def test_record_round_trip_and_damage(tmp_path):
