@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from tokenizer.data import sources, transforms
 from tokenizer.data.listings import open_listing
@@ -57,6 +57,8 @@ def test_plain_grey_and_colour_are_exact(kind):
 
 def test_every_format_opens():
     for kind in transforms.FORMATS:
+        if kind == "AVIF" and not features.check("avif"):  # a Pillow of the system's may lack it
+            continue
         got = pixels(encode(np.full((SIZE, SIZE, 3), 77, dtype=np.uint8), kind))
         assert np.abs(got.astype(int) - 77).max() <= 1
 
@@ -80,6 +82,39 @@ def test_thirty_two_bits_and_floats():
         assert np.array_equal(pixels(encode(values, "TIFF")), grey(RAMP))
     values[0, 0] = np.nan
     with pytest.raises(BadImage, match="finite"):
+        pixels(encode(values, "TIFF"))
+
+
+def test_floats_around_white_are_no_other_range():
+    """Resampling shoots over black and white by a little: 1.02 is a bright pixel, not a nearly black one."""
+    for white in (1, 255, 65535):
+        values = (RAMP / 255 * white).astype(np.float32)
+        values[0, :2], values[-1, -2:] = -0.02 * white, 1.02 * white
+        expected = RAMP.copy()
+        expected[0, :2], expected[-1, -2:] = 0, 255
+        assert np.array_equal(pixels(encode(values, "TIFF")), grey(expected))
+
+
+@pytest.mark.parametrize("dark", [1, 0.3, 0.004])
+def test_dark_floats_up_to_one_stay_dark(dark):
+    values = (RAMP / 255 * dark).astype(np.float32)
+    assert np.array_equal(pixels(encode(values, "TIFF")), grey(np.rint(values * 255).astype(np.uint8)))
+
+
+def test_whole_numbers_up_to_255_are_levels_of_eight_bits():
+    for kind in (np.float32, np.int32):
+        assert np.array_equal(pixels(encode((RAMP // 8).astype(kind), "TIFF")), grey(RAMP // 8))
+
+
+@pytest.mark.parametrize(
+    "low, high, kind",
+    [(0, 1.5, np.float32), (0, 3.7, np.float32), (0, 40.5, np.float32), (-1, 1, np.float32), (-90, 250, np.int32),
+     (0, 3000, np.float32), (0, 4095, np.int32), (0, 1e6, np.float32), (0, 2**20, np.int32), (-1e30, 1e38, np.float32)],
+)  # fmt: skip
+def test_ranges_that_could_be_several_are_refused(low, high, kind):
+    """A high dynamic range, heights, [-1, 1]: what is white cannot be told from one picture."""
+    values = (low + RAMP / RAMP.max() * (high - low)).astype(kind)
+    with pytest.raises(BadImage, match=r"values from .* to .*: .*save it with 8 or 16 bits"):
         pixels(encode(values, "TIFF"))
 
 
@@ -171,6 +206,20 @@ def test_damaged_images_give_a_reason():
     flipped[len(whole) // 2] ^= 255
     with pytest.raises(BadImage):
         pixels(bytes(flipped))
+
+
+def test_a_shortage_of_memory_is_no_bad_image(monkeypatch):
+    """The image may be sound: the run ends with the machine's fault, and does not go on without the image."""
+
+    def load(self):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(BadImage, match="MemoryError"):  # there is memory: it is the image that asks for too much
+        pixels(encode(COLOURS))
+    monkeypatch.setattr(transforms, "bytearray", load, raising=False)
+    with pytest.raises(MemoryError):
+        pixels(encode(COLOURS))
 
 
 def test_bombs_are_refused_before_decoding(monkeypatch):

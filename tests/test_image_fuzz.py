@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import ORIENTATION_TAG
@@ -59,6 +59,7 @@ def seeds():
         ("tif", encode(picture, "TIFF", **frames)),
         ("ppm", encode(picture, "PPM")),
         ("jp2", encode(picture, "JPEG2000", tile_size=(32, 32))),
+        *((("avif", encode(picture, "AVIF", exif=rotated)),) if features.check("avif") else ()),
     ]
 
 

@@ -14,7 +14,7 @@ from training.command import UserError
 
 TRAIN_WORDS = ("train", "training")
 HELD_OUT_WORDS = ("validation", "val", "valid", "test")  # the first one that a source has is held out
-EXTENSIONS = tuple(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
+EXTENSIONS = tuple(".png .jpg .jpeg .jpe .jfif .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
 
 
 class OwnSplit(NamedTuple):

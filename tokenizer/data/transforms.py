@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 # Frequent formats first. A closed list: some of Pillow's other readers start programs (EPS runs Ghostscript).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
+SIXTEEN_BITS = 65535
+OVERSHOOT = 0.1  # of white, beyond black and white: what bicubic and Lanczos kernels add at an edge
 # EXIF orientation (tag 0x0112) -> the transposition that puts the picture upright.
 ORIENTATION_TAG = 0x0112
 TILE_WIDTH_TAG, TILE_HEIGHT_TAG = 322, 323  # TIFF 6.0, section 15
@@ -34,8 +36,10 @@ class BadImage(ValueError):
 def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     """An encoded image -> (3, size, size) uint8: upright, on white, centre square, grey thrice.
 
-    Raises BadImage, before any decoding when the header announces more than `max_pixels`.
+    Raises BadImage, before any decoding when the header announces more than `max_pixels`, and MemoryError when the
+    machine is short of memory, which says nothing of the image.
     """
+    needed = len(data)  # bytes
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             for width, height in (image.size, _tile(image)):
@@ -43,6 +47,7 @@ def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
                     raise BadImage(f"{width}x{height} is more than data.max_pixels={max_pixels}")
                 if width * height == 0:
                     raise BadImage(f"has no pixels ({width}x{height})")
+            needed += 8 * image.width * image.height
             # JPEG decodes at 1/2, 1/4 or 1/8; twice the target leaves the resize below its antialiasing.
             image.draft(image.mode, (2 * size, 2 * size))
             image.load()
@@ -53,6 +58,8 @@ def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     except Image.UnidentifiedImageError:
         raise BadImage("is not an image of a known format" if data else "is empty") from None
     except Exception as error:  # what Pillow's readers raise on damaged bytes is an open list
+        if isinstance(error, MemoryError):  # of damaged ones, too, that ask for more than their header announces
+            bytearray(needed)
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
     # The centre square is the same region in every orientation, so the small image can be turned.
     pixels = np.asarray(square if upright is None else square.transpose(upright))
@@ -76,7 +83,9 @@ def _orientation(image: Image.Image) -> int:
 def _on_white(image: Image.Image) -> Image.Image:
     """Any mode -> "L" or "RGB"; whatever is transparent lies on white."""
     if image.mode[0] in "IF":
-        return _grey(np.asarray(image), (1, 255, 65535) if image.mode == "F" else (65535,))
+        values = np.asarray(image).astype(np.float64)
+        told = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
+        return _grey(values, SIXTEEN_BITS if told else _white(values))
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         layer = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", layer.size, "white")
@@ -86,17 +95,30 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert(mode)
 
 
-def _grey(values: np.ndarray, whites: tuple[int, ...]) -> Image.Image:
-    """(H, W) of 16 or more bits -> "L". White is the first of `whites` that no pixel exceeds, or the maximum.
+def _white(values: np.ndarray) -> int:
+    """What is white in (H, W) floats or 32-bit integers, whose format does not say it. Raises BadImage in doubt.
 
-    Pillow's own conversion clips at 255, which turns 16-bit images white.
+    0..1, 0..255 or 0..65535: resampling may have shot over either end by a tenth (OVERSHOOT), and where white is not
+    1 the brightest pixel must reach a quarter of it, or all be whole numbers up to 255. Anything else could be several
+    ranges: 0..4095, [-1, 1], heights in metres, a high dynamic range whose white is an exposure of the viewer's choice.
     """
-    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise BadImage("has pixels that are not finite")
-    top = values.max()
-    white = next((white for white in whites if top <= white), top)
-    return Image.fromarray(np.rint(values.clip(0) * (255 / white)).astype(np.uint8))
+    low, high = values.min(), values.max()
+    levels = high <= 255 and (values == np.rint(values)).all()  # of eight bits, however dark
+    for white in (1, 255, SIXTEEN_BITS):
+        bright = white == 1 or high >= white / 4 or (white == 255 and levels)
+        if high <= (1 + OVERSHOOT) * white and low >= -OVERSHOOT * white and bright:
+            return white
+    raise BadImage(
+        f"has values from {low:g} to {high:g}: what is white is in doubt; scale them to 0..1, "
+        "or save it with 8 or 16 bits"
+    )
+
+
+def _grey(values: np.ndarray, white: int) -> Image.Image:
+    """(H, W) of 16 or more bits -> "L". Pillow's own conversion clips at 255, which turns 16-bit images white."""
+    return Image.fromarray(np.rint((values * (255 / white)).clip(0, 255)).astype(np.uint8))
 
 
 def _centre_square(image: Image.Image, size: int) -> Image.Image:
