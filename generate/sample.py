@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from generate.classes import HELP, parse_classes
 from training.command import Parser, UserError, run_command
 
 if TYPE_CHECKING:
     from priors.interface import SampleOptions
-
-
-def parse_classes(text: str, names: list[str]) -> tuple[int, ...]:
-    """Comma-separated names, numbers and ranges a-b -> sorted class numbers; an empty text names all.
-
-    Names come before numbers: class "7" of digits is the one so called. Raises UserError naming the nearest.
-    """
-    if not text:
-        return tuple(range(len(names)))
-    by_name = {name.casefold(): number for number, name in enumerate(names)}
-    chosen: set[int] = set()
-    for item in text.split(","):
-        item = item.strip()
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        if item.casefold() in by_name:
-            chosen.add(by_name[item.casefold()])
-        elif span and int(span[1]) <= int(span[2] or span[1]) < len(names):
-            chosen.update(range(int(span[1]), int(span[2] or span[1]) + 1))
-        elif span:
-            raise UserError(f"--classes {item}: classes are numbered 0 to {len(names) - 1}, ranges upwards")
-        else:
-            near = difflib.get_close_matches(item.casefold(), by_name, 1, 0.5)
-            some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-            hint = f"did you mean {names[by_name[near[0]]]!r}?" if near else f"the classes are {some}"
-            raise UserError(f"--classes {item!r}: there is no such class; {hint}")
-    return tuple(sorted(chosen))
 
 
 def find_prior(path: Path) -> Path:
@@ -55,7 +28,7 @@ def find_prior(path: Path) -> Path:
 def add_class_options(parser: argparse.ArgumentParser, default: str) -> None:
     """--classes and --unconditional."""
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--classes", default="", help=f"names, numbers and ranges: 0,3-5,cat ({default})")
+    kinds.add_argument("--classes", default="", help=f"{HELP} ({default})")
     kinds.add_argument("--unconditional", action="store_true", help="of no class")
 
 

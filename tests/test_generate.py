@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from tiny import command
 
 import tokenizer
+from generate.classes import parse_classes
 from generate.images import Request, class_grid, draw_samples, write_samples
-from generate.sample import SAMPLING, add_sampling_options, find_prior, parse_classes, sampling_options
+from generate.sample import SAMPLING, add_sampling_options, find_prior, sampling_options
 from generate.sample import main as sample_command
 from priors import load
 from priors.interface import SampleOptions
@@ -169,12 +170,64 @@ def test_classes_by_name_number_and_range():
     names = ["zero", "one", "2", "T-shirt", "four"]
     assert parse_classes("", names) == (0, 1, 2, 3, 4)
     assert parse_classes("four, t-shirt,0-1,0", names) == (0, 1, 3, 4)
-    assert parse_classes("1", ["b", "2", "1"]) == (2,)  # a name before a number
     with pytest.raises(UserError, match="did you mean 'four'"):
         parse_classes("fuor", names)
-    for wrong in ("5", "3-7", "3-1"):
+    for wrong in ("5", "3-7", "3-1", "@5", "@3-9"):
         with pytest.raises(UserError, match="0 to 4"):
             parse_classes(wrong, names)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "wanted"),
+    [
+        ("2-3", ["0", "1", "2", "3"], {2, 3}),  # of digits names and numbers agree
+        ("2,3", ["0", "1", "2", "3"], {2, 3}),
+        ("3-4", ["1", "2", "a", "3", "4"], {3, 4}),
+        ('"2","3"', ["1", "2", "3", "4"], {1, 2}),
+        ("@2-3", ["1", "2", "3", "4"], {2, 3}),
+        ("5-6", ["5", "6", "a"], {0, 1}),  # no such numbers: the names alone
+        ("01-03", ["01", "02", "03", "04"], {0, 1, 2}),
+        ("Cat", ["cat", "Cat"], {1}),
+        ("cat", ["cat", "Cat"], {0}),
+        ("DOG", ["cat", "dog"], {1}),
+        ('"tench, Tinca tinca",goldfish', ["tench, Tinca tinca", "goldfish"], {0, 1}),
+        (' "say ""hi""" , b', ['say "hi"', "b"], {0, 1}),
+        ('"@1"', ["a", "b", "@1"], {2}),
+        ('"2-3"', ["2-3", "b", "c", "d"], {0}),
+        ("@2-3", ["2-3", "b", "c", "d"], {2, 3}),
+        ("caf\u00e9", ["cafe\u0301"], {0}),  # accents composed or not
+        ('" spaced "', [" spaced ", "spaced"], {0}),
+        ("spaced", [" spaced ", "spaced"], {1}),
+    ],
+)
+def test_one_rule_reads_every_item(text, names, wanted):
+    assert set(parse_classes(text, names)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "remedy"),
+    [
+        ("1", ["b", "2", "1"], "@2 (1), @1 (2)"),  # the name or the number
+        ("2-3", ["1", "2", "3", "4"], "@1 (2), @2 (3)"),
+        ("2-3", ["2-3", "b", "c", "d"], '"2-3" in quotes, or @2-3'),
+        ("CAT", ["cat", "Cat"], "@0 (cat), @1 (Cat)"),
+        ("crane", ["crane", "maillot", "crane"], "@0 (crane), @2 (crane)"),
+        ('"crane"', ["crane", "maillot", "crane"], "@0 (crane), @2 (crane)"),
+        ("tench", ["goldfish", "tench, Tinca tinca"], """did you mean '"tench, Tinca tinca"'?"""),
+        ('"cat"', ["dog", "Cat"], "did you mean 'Cat'?"),
+        ('"cat', ["cat"], "a quote is not closed"),
+        ('"cat"s', ["cat"], "a quote is not closed"),
+        ("cat,,dog", ["cat", "dog"], "an item is empty"),
+        ("cat,", ["cat", "dog"], "an item is empty"),
+        ("@cat", ["cat"], "after @ comes a number"),
+        ("99999999999999999999-99999999999999999999", ["a"], "0 to 0"),
+        ("\u0663", ["a", "b", "c", "d"], "there is no such class"),  # a digit three, but not an ASCII one
+    ],
+)
+def test_what_can_be_read_in_several_ways_or_none_is_refused_with_the_remedy(text, names, remedy):
+    with pytest.raises(UserError) as refused:
+        parse_classes(text, names)
+    assert remedy in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_every_option_has_a_flag():
