@@ -37,7 +37,8 @@ from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8
 from tokenizer.interface import CodeLayout, Tokenizer
 from training import distributed
-from training.checkpoint import atomic_folder, replace_file
+from training.atomic import atomic_folder
+from training.checkpoint import replace_file
 from training.command import UserError
 from training.config import from_dict, to_dict
 from training.distributed import mix

@@ -24,7 +24,8 @@ from tokenizer.data.grid import image_grid
 from tokenizer.data.transforms import to_uint8
 from tokenizer.interface import Tokenizer
 from training import distributed
-from training.checkpoint import atomic_folder, replace_file, sha256, weights_hash
+from training.atomic import atomic_folder
+from training.checkpoint import replace_file, sha256, weights_hash
 from training.command import UserError
 from training.config import to_dict
 from training.log import Progress

@@ -55,7 +55,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
         cache.verify()
     inputs = {"tokens": sha256(Path(config.tokens) / "manifest.json")}
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh, inputs=inputs)
-    record = _keep_record(run.folder, cache, Path(config.tokens), config.sampling)
+    record = _keep_record(run, cache, Path(config.tokens), config.sampling)
     torch.manual_seed(distributed.mix(config.seed))
     prior = config.prior.build(cache.layout, record.num_classes)
 
@@ -139,8 +139,9 @@ class Preview:
         image_grid(images, PREVIEW_COLUMNS).save(path)
 
 
-def _keep_record(folder: Path, cache: Any, tokens: Path, sampling: SampleOptions) -> PriorRecord:
+def _keep_record(run: Run, cache: Any, tokens: Path, sampling: SampleOptions) -> PriorRecord:
     """Write weights/prior.json."""
+    folder = run.folder
     record = PriorRecord(
         layout=cache.layout,
         class_names=list(cache.class_names),
@@ -151,6 +152,7 @@ def _keep_record(folder: Path, cache: Any, tokens: Path, sampling: SampleOptions
         sampling=sampling,
     )
     if distributed.is_main():
+        run.files.note("weights/prior.json")
         record.write(folder)
     distributed.barrier()
     return record

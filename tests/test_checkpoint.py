@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from training.atomic import atomic_folder
 from training.checkpoint import (
     FREE_KEYS,
     Run,
-    atomic_folder,
     digest,
     load_weights,
     replace_file,

@@ -23,7 +23,8 @@ from torch import nn
 from tokenizer.interface import CodeLayout
 from tokenizer.run import TokenizerRun, load, load_autoencoder_weights, load_config
 from tokenizer.vqrae import VQRAE
-from training.checkpoint import atomic_folder, load_weights, sha256, weights_hash, weights_path, write_weights
+from training.atomic import atomic_folder
+from training.checkpoint import load_weights, sha256, weights_hash, weights_path, write_weights
 from training.command import Parser, UserError, run_command
 from training.config import from_dict, to_dict, to_yaml
 

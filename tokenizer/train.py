@@ -67,6 +67,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
             stored.make(autoencoder.encoder)
         batches = feed(stored, *reading)
     if isinstance(autoencoder.encoder, FoundationEncoder) and distributed.is_main():
+        run.files.note("weights/encoder/config.json", "weights/encoder/preprocessor_config.json")
         autoencoder.encoder.save_architecture(run.folder / "weights" / "encoder")
     places = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).long()  # of every class
     shown = held_out.gather([(0, int(place)) for place in places])["images"]

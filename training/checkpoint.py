@@ -6,19 +6,19 @@ checkpoints/step-00000600/   state.pt and manifest.json (SHA-256): everything to
 weights/model.safetensors    averaged weights, what others load
 previews/                    pictures
 requeue                      only after SIGTERM: that the run asks to be started again
+.lock                        all of this by name: what is not listed there is never removed (training/folder.py)
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -28,8 +28,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from training import distributed
+from training.atomic import replace_file, settle
 from training.command import UserError
 from training.config import to_dict, to_yaml
+from training.folder import Folder, Kind
 from training.signals import Interrupted
 
 # Settings that a run may change between one start and the next: they move no weight, or, where they only say how
@@ -51,62 +53,33 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path), open(temporary, "wb") as file:
-            file.write(data)
-            _sync(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _made(folder: Path) -> bool:
+    """Whether a folder without a list holds a run: of before there were lists, or copied without hidden files."""
+    has_checkpoints = any(RUN.fits(f"checkpoints/{name}", folder=True) for name in _entries(folder / "checkpoints"))
+    is_marked = (folder / ".lock").is_file() and (folder / "inputs.json").is_file()
+    return (folder / "config.yaml").is_file() and (has_checkpoints or is_marked)
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let a failed write say which file it was, which the system does only for opening."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+def _entries(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` when the block ends well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                with open(file, "rb+") as opened:
-                    _sync(opened)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # exactly as `_name` writes it: a copy of another name is no one's
+CHECKPOINT = ("state.pt", "manifest.json")
+ALWAYS = ("config.yaml", "inputs.json", "log.jsonl", "requeue", "weights/model.safetensors")
+RUN = Kind(
+    "run",
+    (
+        *map(re.escape, ALWAYS),
+        r"events\.out\.tfevents\.[0-9]{20}\.[0-9]+",
+        rf"checkpoints/{STEP.pattern}/(state\.pt|manifest\.json)",
+        rf"previews/{STEP.pattern}\.png",
+        r"weights/[\w-]+\.json",
+        r"weights/[\w-]+/[\w.-]+\.json",
+        r"model/[\w.-]+",
+    ),
+    made=_made,
+)
 
 
 class Run:
@@ -114,7 +87,8 @@ class Run:
 
     def __init__(self, folder: Path, config: Any) -> None:
         self.folder, self.config = folder, config
-        self._lock: IO[str] | None = None
+        self.files = Folder(folder, RUN)
+        self._warned: set[str] = set()
 
     @classmethod
     def open(
@@ -124,7 +98,7 @@ class Run:
 
         `inputs` are the SHA-256 of what the run is made from, by name. Raises UserError when another process
         writes to the folder, when the run was made with other settings or from other inputs (naming the first
-        that differs), or when it holds something else. `fresh` removes what it holds first.
+        that differs), or when it holds something else. `fresh` first removes what runs wrote there, and nothing else.
         """
         run = cls(Path(folder), config)
 
@@ -137,39 +111,20 @@ class Run:
         return run
 
     def _take(self, fresh: bool, inputs: Mapping[str, str]) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder}: a run needs a folder, and this is a file")
-        entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
-        strangers = any(p.name != ".lock" and not p.name.endswith(".tmp") for p in entries)
-        if strangers and not (self.folder / "config.yaml").is_file():
-            raise UserError(f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except NotADirectoryError:
-            raise UserError(f"{self.folder}: a part of this path is a file: name another folder") from None
-        ours = not strangers or (self.folder / ".lock").is_file()
-        if fresh and not ours:
-            raise UserError(f"{self.folder}: no run here made this folder: remove it yourself to start over")
-        self._lock = open(self.folder / ".lock", "w")
-        os.register_at_fork(after_in_child=_closing(self._lock))  # or whoever reads data would outlive us with it
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is writing to this run: wait for it, or stop it") from None
+        has_lock = (self.folder / ".lock").is_file()
+        if self.folder.is_dir() and not has_lock and self.files.strangers():
+            if not (self.folder / "config.yaml").is_file():
+                raise UserError(f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder")
+            if fresh:
+                raise UserError(f"{self.folder}: no run here made this folder: remove it yourself to start over")
+        self.files.take()
+        for name in self._steps():
+            settle(self.checkpoints / name)
         if fresh:
-            for entry in self.folder.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != ".lock":
-                    entry.unlink()
-        for left_over in [
-            *self.folder.glob(".*.tmp"),
-            *self.folder.glob("*/.*.tmp"),
-            *self.folder.glob("*/.*.old"),
-        ]:
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            self._start_over()
+        self.files.note(*ALWAYS)
         kept = self.folder / "config.yaml"
-        if kept.is_file() and any(self.checkpoints.glob("step-*")):  # before the first, nothing would be lost
+        if kept.is_file() and self._steps():  # before the first, nothing would be lost
             try:
                 old = OmegaConf.to_container(OmegaConf.load(kept))
             except Exception as error:  # the YAML parser's errors have no base that we could name
@@ -180,16 +135,47 @@ class Run:
                     f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
                     "or start it over with --fresh (make: FRESH=1)"
                 )
-            try:
-                before = json.loads((self.folder / "inputs.json").read_text())
-            except (OSError, ValueError):
-                before = {}  # lost or damaged: the run itself is whole
+            before = self._inputs()
             for name, now in inputs.items():
                 if before.get(name, now) != now:
                     raise UserError(
                         f"{self.folder} was made from {name} {before[name][:8]}…, which is now {now[:8]}…: start it "
                         "over with --fresh (make: FRESH=1)"
                     )
+
+    def _start_over(self) -> None:
+        """Remove what runs wrote. Raises UserError, and removes nothing, where others' files would be taken for it."""
+        for name in self._steps():
+            others = set(_entries(self.checkpoints / name)) - set(CHECKPOINT)
+            if others:
+                raise UserError(
+                    f"{self.checkpoints / name / min(others)}: no command here wrote it, and it is in the way: "
+                    "move it away"
+                )
+        left = self.files.clear()
+        if left:
+            shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+            print(f"{self.folder}: what no command here wrote stays: {shown}", flush=True)
+
+    def _inputs(self) -> dict[str, str]:
+        """What the run was made from; what is lost or damaged is not compared, as the run itself is whole."""
+        file = self.folder / "inputs.json"
+        try:
+            before = json.loads(file.read_text())
+            if not isinstance(before, dict) or not all(isinstance(value, str) for value in before.values()):
+                raise ValueError("no hashes by name")
+            return before
+        except (OSError, ValueError) as error:
+            print(f"warning: {file}: damaged ({error}): what the run was made from is not compared", flush=True)
+            return {}
+
+    @property
+    def _lock(self) -> IO[bytes] | None:
+        return self.files.lock
+
+    def _steps(self) -> list[str]:
+        """Names of checkpoints, whole or not, the oldest first."""
+        return sorted(filter(STEP.fullmatch, _entries(self.checkpoints)), key=_number)
 
     @property
     def checkpoints(self) -> Path:
@@ -205,7 +191,7 @@ class Run:
 
     def newest(self) -> str:
         """The name of the newest checkpoint, whole or not; empty where there is none."""
-        return max((path.name for path in self.checkpoints.glob("step-*")), default="")
+        return max(self._steps(), key=_number, default="")
 
     @contextlib.contextmanager
     def marking(self) -> Iterator[None]:
@@ -221,8 +207,7 @@ class Run:
                 step = int(self.newest().removeprefix("step-") or 0)
                 facts = {"step": step, "signal": "SIGTERM", "time": datetime.now(UTC).isoformat()}
                 replace_file(marker, json.dumps(facts).encode())
-            if self._lock is not None:
-                self._lock.close()
+            self.files.release()
             raise
 
     def save(self, step: int, state: dict[str, Any], keep: int | None) -> None:
@@ -234,21 +219,24 @@ class Run:
             return
         folder = self.checkpoints / _name(step)
         try:
-            with atomic_folder(folder) as temporary:
+            with self.files.subfolder(f"checkpoints/{folder.name}") as temporary:
                 torch.save(state, temporary / "state.pt")
                 files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in temporary.iterdir()}
                 manifest = {"step": step, "files": files}
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
             raise _unwritable(folder, _size(state), error) from None
-        found = sorted(self.checkpoints.glob("step-*"))
-        earlier = [path for path in found if path.name <= folder.name]  # later ones are damaged: we passed them over
-        for old in set(found) - set(earlier[-keep:]) if keep else ():
-            shutil.rmtree(old)
+        found = self._steps()
+        earlier = [name for name in found if _number(name) <= step]  # later ones are damaged: we passed them over
+        for old in [name for name in found if name not in earlier[-keep:]] if keep else ():
+            reason = self.files.drop(f"checkpoints/{old}")
+            if reason and old not in self._warned:
+                print(f"warning: {self.checkpoints / old} stays: {reason}", flush=True)
+                self._warned.add(old)
 
     def latest(self) -> dict[str, Any] | None:
         """The newest checkpoint's state that is whole, or None. Says which damaged ones it passes over."""
-        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+        for folder in [self.checkpoints / name for name in reversed(self._steps())]:
             damage = _damage(folder)
             if damage is None:
                 try:
@@ -323,14 +311,12 @@ def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def _closing(file: IO[Any]) -> Callable[[], None]:
-    """What closes a file if it is still there."""
-    reference = weakref.ref(file)
-    return lambda: opened.close() if (opened := reference()) else None
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _damage(folder: Path) -> str | None:
@@ -366,7 +352,7 @@ def _unwritable(path: Path, size: int, error: Exception) -> UserError:
 def _rooted(value: Any, root: str = "") -> Any:
     """A config with its root replaced by a mark in every path, so that a root can be moved as a whole."""
     if isinstance(value, dict):
-        root = root or value.get("root", "")
+        root = root or str(value.get("root", ""))
         return {key: _rooted(entry, root) for key, entry in value.items()}
     if isinstance(value, str) and root and (value + "/").startswith(root.rstrip("/") + "/"):
         return "${root}" + value[len(root.rstrip("/")) :]

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from training import distributed
-from training.checkpoint import naming, replace_file
+from training.atomic import naming, replace_file
 
 CLOCKS = ("seconds", "images_per_second", "data_wait", "save_seconds")  # figures that no two runs have alike
 
@@ -56,16 +57,23 @@ class Meter:
 
 
 class Log:
-    """log.jsonl and TensorBoard events in a run folder. Lines after the step resumed from are dropped."""
+    """log.jsonl and TensorBoard events in a run folder. Lines after the step resumed from are dropped.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    `note` is told the name of a file before it is made.
+    """
+
+    def __init__(self, folder: Path, step: int, note: Callable[[str], object] = lambda name: None) -> None:
         self.path = folder / "log.jsonl"
         self.kept: list[dict[str, Any]] = []  # what a resumed run had written
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            replace_file(self.path, "".join(f"{line}\n" for line in kept).encode())
+            lines = self.path.read_bytes().splitlines()
+            damaged = sum(_step_of(line) is None for line in lines[:-1])  # the last one is cut short by any crash
+            if damaged:
+                print(f"warning: {self.path}: {damaged} damaged lines are left out", flush=True)
+            kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
+            replace_file(self.path, b"".join(line + b"\n" for line in kept))
             self.kept = [json.loads(line) for line in kept]
-        self.events = Events(folder, step)
+        self.events = Events(folder, step, note)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with naming(self.path), open(self.path, "a") as file:
@@ -85,11 +93,12 @@ class Events:
     written yet, and meets a full disk with a traceback.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, note: Callable[[str], object] = lambda name: None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.path = folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        note(self.path.name)
         with naming(self.path):
             self.records = RecordWriter(open(self.path, "wb"))
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -112,11 +121,13 @@ class Events:
         self.records.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float | None:
+    """The step of a line of the log, None where it is damaged."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int | float) else None
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a crash
+        return None
 
 
 class Progress:

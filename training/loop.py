@@ -149,7 +149,7 @@ class _Loop:
             return self._finished()
         for mover in self.movers:
             mover.rest()
-        self.log = Log(self.run.folder, self.step) if self.main else None
+        self.log = Log(self.run.folder, self.step, self.run.files.note) if self.main else None
         self.progress = Progress(self.title, config.steps)
         for kept in self.log.kept if self.log and self.watch else []:  # what was warned of is not warned of again
             if "warning" not in kept:
@@ -215,8 +215,10 @@ class _Loop:
             with contextlib.suppress(Interrupted):
                 with requests.at_once(), torch.no_grad():
                     if self.preview:
-                        self.run.previews.mkdir(exist_ok=True)
-                        self.preview(averaged, self.run.previews / f"step-{self.step:08d}.png", self.step)
+                        picture = self.run.previews / f"step-{self.step:08d}.png"
+                        self.run.files.note(f"previews/{picture.name}")
+                        picture.parent.mkdir(exist_ok=True)
+                        self.preview(averaged, picture, self.step)
                     if self.measure:
                         figures = {f"held_out.{name}": value for name, value in self.measure(averaged).items()}
                 drawn = True

@@ -22,7 +22,7 @@ from tokenizer.data.transforms import to_pixels
 from tokenizer.decoders.vit import sin_cos_positions
 from tokenizer.encoders.foundation import quiet_transformers
 from training import distributed
-from training.checkpoint import Run, atomic_folder
+from training.checkpoint import Run
 from training.command import UserError, config_command, run_command
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
@@ -145,7 +145,7 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
     turns = [Turn("mae", model, loss, config.optimizer)]
     averaged = train(config.loop, run, turns, batches, seed=config.seed, published=model, preview=preview)
     if distributed.is_main() and not (run.folder / "model" / "config.json").is_file():
-        with atomic_folder(run.folder / "model") as folder, quiet_transformers():
+        with run.files.subfolder("model") as folder, quiet_transformers():
             averaged.save_pretrained(folder)
             preprocessing = {
                 "image_processor_type": "ViTImageProcessor",
