@@ -152,7 +152,13 @@ def _encode_split(tokenizer: Any, sources: list[Images], split: str, out: Path, 
             for view in range(views):
                 keys = [(view, index) for index in range(start, min(start + BATCH, last))]
                 batch = sources[min(view, 1)].gather(keys)
-                codes[rows, view] = _encode(tokenizer, batch["images"])
+                found = _encode(tokenizer, batch["images"])
+                if found.min() < 0:  # an unsigned type would hold it as a large code
+                    raise UserError(
+                        f"{out}: image number {batch['ids'][(found < 0).any(1).argmax()]} of {split} has features that "
+                        "are not finite: look at it and at the tokenizer's log, mend what is wrong and encode again"
+                    )
+                codes[rows, view] = found
                 if view == 0:
                     labels[rows], ids[rows] = batch["labels"], batch["ids"]
             if distributed.is_main():
