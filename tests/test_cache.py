@@ -119,7 +119,7 @@ def test_manifest_and_files(root):
         for shard in split["shards"]:
             listed |= shard["files"]
     found = {path.name for path in (root / "tokens").iterdir()}
-    assert found == {"manifest.json", *listed}
+    assert found == {".lock", "manifest.json", *listed}
     for name, entry in listed.items():
         path = root / "tokens" / name
         assert entry == {"bytes": path.stat().st_size, "sha256": sha256(path)}
