@@ -18,7 +18,7 @@ def measure_protocols(pipeline: Pipeline) -> Record:
     options, train = pipeline.options, pipeline.train
     samples = Samples.open(pipeline.folder / "samples", train.image_size)
     extractor = pipeline.judge
-    n, places = len(samples.images[: options.num]), pipeline.places(train)
+    n, places = samples.count(options.num), pipeline.places(train)
     settings = {
         "samples_sha256": samples.sha256,
         "n": n,

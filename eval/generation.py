@@ -3,6 +3,7 @@ class agreement; most beside the same figure between real images, without which 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,6 +27,8 @@ from eval.pipeline import Pipeline, load, pixels, share
 from eval.reconstruction import measure_frechet, measure_reconstruction
 from eval.record import Measurement, Origin, Record, share_interval
 from eval.reference import read_reference
+from generate.images import FILES
+from generate.npz import DAMAGES, IMAGES, LABELS, Rows, first_damage
 from training.checkpoint import sha256
 from training.command import UserError
 
@@ -41,9 +44,9 @@ SHOWN_NEAREST = 12  # samples beside their training neighbours
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What generate.sample wrote."""
+    """What generate.sample wrote, or anyone in ADM's form."""
 
-    images: np.ndarray  # (N, H, W, 3) uint8
+    images: np.ndarray | Rows  # (N, H, W, 3) uint8; of a file they are read when they are asked for
     labels: np.ndarray | None  # (N,) int64
     sha256: str
     made_from: dict[str, Any]  # of samples.json: hashes of prior and tokenizer, and the request
@@ -51,28 +54,36 @@ class Samples:
     @staticmethod
     def open(folder: Path, image_size: int) -> Samples:
         """Raises UserError for a missing or damaged file and for images of another size."""
-        path = folder / "samples.npz"
+        path, about = folder / FILES.arrays, folder / FILES.record
         if not path.is_file():
             raise UserError(f"{path}: no samples here: make them first (python -m generate.sample)")
         try:
-            with np.load(path) as stored:
-                images = stored["arr_0"]
-                labels = stored["arr_1"].astype(np.int64) if "arr_1" in stored.files else None
-            about = folder / "samples.json"
-            made_from = json.loads(about.read_text())["made_from"] if about.is_file() else {}
-        except Exception as error:
+            facts = json.loads(about.read_text()) if about.is_file() else {}
+            made_from, found = facts["made_from"] if facts else {}, sha256(path)
+            images, labels = Rows(path, IMAGES), None
+            with contextlib.suppress(KeyError):
+                labels = Rows(path, LABELS)[:].astype(np.int64)
+            if facts.get("samples_sha256", found) != found:
+                raise ValueError(f"its SHA-256 is not that in {about.name}")
+            if "samples_sha256" not in facts and (damaged := first_damage(path)):
+                raise ValueError(f"the checksum of {damaged} is another")
+        except (*DAMAGES, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}): sample again") from error
-        if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3):
+        if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3) or not len(images):
             raise UserError(
                 f"{path}: arr_0 is {images.dtype} {images.shape}, and the data needs uint8 "
                 f"(N, {image_size}, {image_size}, 3): sample again from this run"
             )
         if labels is not None and labels.shape != images.shape[:1]:
             raise UserError(f"{path}: {len(images)} images and {len(labels)} labels: sample again")
-        return Samples(images, labels, sha256(path), made_from)
+        return Samples(images, labels, found, made_from)
 
     def load(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.images[ids.numpy()]).permute(0, 3, 1, 2)
+
+    def count(self, limit: int | None) -> int:
+        """How many of them are measured."""
+        return len(self.images) if limit is None else min(limit, len(self.images))
 
 
 def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str = "generation") -> Record:
@@ -90,7 +101,7 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
     settings = {
         "samples_sha256": samples.sha256,
         "samples": samples.made_from,
-        "n": len(samples.images[: options.num]),
+        "n": samples.count(options.num),
         "data": [split.identity() for split in (pipeline.train, pipeline.held_out)],
         "data_n": [len(pipeline.places(split)) for split in (pipeline.train, pipeline.held_out)],
         "extractors": [extractor.settings for extractor in pipeline.extractors],

@@ -186,8 +186,7 @@ def git_commit() -> str | None:
 
 
 def dump_json(content: Any) -> bytes:
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode(errors="backslashreplace")  # of a path whose bytes are no UTF-8: "\udce9" is JSON's own escape
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _to_json(value: float) -> float | str:

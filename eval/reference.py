@@ -25,13 +25,13 @@ from eval.in_domain import InDomain
 from eval.interface import Batch
 from eval.moments import Moments
 from eval.pipeline import load, share
+from generate.npz import DAMAGES, IMAGES, Rows, first_damage
 from tokenizer.data.sources import DataConfig, open_split
 from training import distributed
 from training.checkpoint import replace_file, sha256
 from training.command import UserError
 
 KEPT_ROWS = 10_000
-IMAGES = "arr_0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,11 @@ def write_reference(
         raise UserError(f"--out {out}: statistics are kept in a .npz file")
     if data.endswith(".npz"):
         path = Path(data)
-        header = image_header(path)
-        n = header.shape[0] if num is None else min(num, header.shape[0])
+        check_whole(path)
+        images = open_images(path)
+        n = len(images) if num is None else min(num, len(images))
         batches = npz_batches(path, batch_size, n)
-        identity = {"source": path.name, "sha256": sha256(path), "n": n, "image_size": header.shape[1]}
+        identity = {"source": path.name, "sha256": sha256(path), "n": n, "image_size": images.shape[1]}
     else:
         size = image_size or (extractor.input_size if isinstance(extractor, InDomain) else None)
         if size is None:
@@ -175,42 +176,42 @@ def extract(batches: Iterable[Batch], extractor: Extractor, n: int) -> Seen:
 
 
 def _of_images(path: Path, extractor: Extractor, batch_size: int) -> Seen:
-    n = image_header(path).shape[0]
+    check_whole(path)
+    n = len(open_images(path))
     return extract(npz_batches(path, batch_size, n), extractor, n)
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
-    shape: tuple[int, ...]
-    offset: int  # of the pixels within arr_0.npy
-
-
-def image_header(path: Path) -> Header:
-    """Of a .npz file's arr_0; UserError unless it holds uint8 (N, H, H, 3), N > 0."""
+def open_images(path: Path) -> Rows:
+    """A .npz file's arr_0; UserError unless it holds uint8 (N, H, H, 3), N > 0."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            offset = file.tell()
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        images = Rows(path, IMAGES)
+    except DAMAGES as error:
         raise UserError(f"{path}: holds no images as ADM's files do, {IMAGES} ({error})") from None
+    shape = images.shape
     good = len(shape) == 4 and shape[0] > 0 and shape[1] == shape[2] and shape[3] == 3
-    if dtype != np.uint8 or fortran or not good:
-        raise UserError(f"{path}: {IMAGES} is {dtype} {shape}, not uint8 (N, H, H, 3)")
-    return Header(shape, offset)
+    if images.dtype != np.uint8 or not good:
+        raise UserError(f"{path}: {IMAGES} is {images.dtype} {shape}, not uint8 (N, H, H, 3)")
+    return images
+
+
+def check_whole(path: Path) -> None:
+    """Raise UserError where a .npz file's bytes are not those of its checksums. Reads all of it."""
+    try:
+        damaged = first_damage(path)
+    except DAMAGES as error:
+        damaged = str(error)
+    if damaged:
+        raise UserError(f"{path}: damaged: the checksum of {damaged} is another: fetch or make the file again")
 
 
 def npz_batches(path: Path, batch_size: int, n: int) -> Iterator[Batch]:
     """This rank's share of the first n images of a .npz file, read as they are needed."""
-    header = image_header(path)
-    size = header.shape[1]
-    with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as file:
-        file.read(header.offset)
-        for number, places in enumerate(torch.arange(n).split(batch_size)):
-            data = file.read(len(places) * size * size * 3)
-            if len(data) != len(places) * size * size * 3:
-                raise UserError(f"{path}: {IMAGES} ends before its {header.shape[0]} images: damaged")
-            if number % distributed.world() == distributed.rank():
-                images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, size, size, 3)
-                yield Batch(images.permute(0, 3, 1, 2).to(distributed.device()), places)
+    images = open_images(path)
+
+    def load_batch(places: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(images[places.numpy()]).permute(0, 3, 1, 2)
+        except DAMAGES as error:
+            raise UserError(f"{path}: {IMAGES} is damaged ({error})") from None
+
+    yield from share(torch.arange(n), batch_size, load_batch, path.name)

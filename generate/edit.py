@@ -12,23 +12,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from generate.images import (
-    Request,
-    Samples,
-    class_grid,
-    draw_samples,
-    is_current,
-    load_models,
-    maker,
-    save_arrays,
-    write_single_files,
-)
+from generate.drawing import Drawing, Files, Request, Samples, draw_samples, drawn
+from generate.images import class_grid, is_current, load_models, maker, single_files, write_single_files
 from priors.interface import Prior
 from priors.record import PriorRecord
 from priors.sampling import uniform_noise
@@ -37,14 +29,14 @@ from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8
 from tokenizer.interface import CodeLayout, Tokenizer
 from training import distributed
-from training.atomic import atomic_folder
-from training.checkpoint import replace_file
+from training.atomic import replace_file
 from training.command import UserError
 from training.config import from_dict, to_dict
 from training.distributed import mix
 from training.log import Progress
 
-RECORD = "edits.json"
+PICTURES = ("grid.png", "original.png", "masked.png")
+FILES = Files.of("edits", *PICTURES)
 HOLE = (200, 30, 120)  # how a hole is drawn
 HINT_STREAM = 0x48494E54  # sets the choice of hints apart from the prior's draws
 
@@ -81,19 +73,25 @@ def edit_image(
     Outside the hole they are the image's own pixels, unless `composite` is off. Where nothing is kept of the hole,
     what was in it has no part in them. Raises UserError when the prior's family cannot fill such a hole.
     """
+    return draw_samples(prior, tokenizer, request, batch_size, progress, **changing(tokenizer, image, edit, request))
+
+
+def changing(tokenizer: Tokenizer, image: Tensor, edit: Edit, request: Request) -> dict[str, Any]:
+    """What a Drawing of an image's versions has beside one of samples: the codes that stay, and the pixels."""
     device, layout = distributed.device(), tokenizer.layout
     unknown = unknown_codes(edit.hole, layout, edit.dilate).to(device)
     seen = image if any(edit.keep) else blank(image, edit.hole)
     codes = tokenizer.encode(to_float(seen)[None].to(device))
+    outside = (~edit.hole).numpy()
 
     def known(sample_ids: Tensor) -> Tensor:
         hints = choose_hints(unknown, layout, edit.keep, request.options.seed, sample_ids)
         return torch.where(unknown & ~hints, -1, codes)
 
-    samples = draw_samples(prior, tokenizer, request, batch_size, progress, known)
-    if edit.composite:
-        samples.images[:, (~edit.hole).numpy()] = image[:, ~edit.hole].T.numpy()
-    return samples
+    def finish(images: np.ndarray) -> None:
+        images[:, outside] = image[:, ~edit.hole].T.numpy()
+
+    return {"known": known, "finish": finish if edit.composite else None}
 
 
 def unknown_codes(hole: Tensor, layout: CodeLayout, dilate: int = 0) -> Tensor:
@@ -189,26 +187,26 @@ def write_edits(
     made_from = maker(folder, record) | to_dict(request)
     made_from |= {"image_sha256": _sha256(image), "hole_sha256": _sha256(edit.hole)}
     made_from |= {"keep": list(edit.keep), "dilate": edit.dilate, "composite": edit.composite}
-    if is_current(out, RECORD, made_from):
+    if is_current(out, FILES, made_from):
         if distributed.is_main():
             print(f"{out}: current, {request.num} edits", flush=True)
         return
-    distributed.barrier()
     prior, tokenizer = load_models(folder, record)
-    samples = edit_image(prior, tokenizer, image, edit, request, batch_size, Progress(str(out), request.num))
-    if not distributed.is_main():
-        return
+    drawing = Drawing(prior, tokenizer, request, **changing(tokenizer, image, edit, request))
     original = image.permute(1, 2, 0).numpy()
     masked = np.where(edit.hole.numpy()[..., None], np.array(HOLE, np.uint8), original)
-    with atomic_folder(out) as temporary:
-        class_grid(samples, len(request.classes), (original, masked)).save(temporary / "grid.png")
-        Image.fromarray(original).save(temporary / "original.png")
-        Image.fromarray(masked).save(temporary / "masked.png")
-        write_single_files(samples, record.class_names, temporary)
-        save_arrays(temporary / "edits.npz", samples)
+    plan = {key: value for key, value in made_from.items() if key != "num"}
+    names = [*PICTURES, *single_files(request.labels(), record.class_names)]
+    with drawn(drawing, out, FILES, plan, batch_size, names) as (staged, samples):
+        if staged is None:
+            return
+        class_grid(samples, len(request.classes), (original, masked)).save(staged / "grid.png")
+        Image.fromarray(original).save(staged / "original.png")
+        Image.fromarray(masked).save(staged / "masked.png")
+        write_single_files(samples, record.class_names, staged)
         facts = {"made_from": made_from, "class_names": record.class_names, "prior": str(folder)}
         facts |= {"hole_pixels": int(edit.hole.sum()), "seconds_per_image": samples.seconds_per_image}
-        replace_file(temporary / RECORD, json.dumps(facts, indent=1).encode())
+        replace_file(staged / FILES.record, json.dumps(facts, indent=1).encode())
     print(f"{out}: {request.num} edits; look at {out / 'grid.png'}", flush=True)
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     import torch
 
     from generate import edit
-    from generate.images import Request
+    from generate.drawing import Request
     from priors.record import read_record
     from tokenizer.run import load_config
     from training import distributed

@@ -99,7 +99,8 @@ def main() -> None:
     arguments = _parse()
     check_counts(arguments, "num", "batch_size")
 
-    from generate.images import Request, write_samples
+    from generate.drawing import Request
+    from generate.images import write_samples
     from priors.record import read_record
     from training import distributed
 

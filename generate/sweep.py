@@ -20,7 +20,7 @@ from generate.sample import SAMPLING, add_class_options, add_sampling_options, c
 from training.command import Parser, UserError, run_command
 
 if TYPE_CHECKING:
-    from generate.images import Request
+    from generate.drawing import Request
     from priors.interface import SampleOptions
 
 PLAN = "sweep.json"
@@ -78,7 +78,7 @@ def main() -> None:
     if arguments.num < 2:
         raise UserError("--num 1: a distance needs at least 2 samples")
 
-    from generate.images import Request
+    from generate.drawing import Request
     from priors.record import read_record
     from training import distributed
 

@@ -13,8 +13,8 @@ from tiny import command
 from torch import nn
 
 import tokenizer
+from generate.drawing import Request
 from generate.edit import Edit, blank, border, box, choose_hints, edit_image, shifted, unknown_codes
-from generate.images import Request
 from priors.autoregressive import AutoregressiveConfig
 from priors.backbone import BackboneConfig
 from priors.interface import SampleOptions

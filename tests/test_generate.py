@@ -14,7 +14,8 @@ from tiny import command
 
 import tokenizer
 from generate.classes import parse_classes
-from generate.images import Request, class_grid, draw_samples, write_samples
+from generate.drawing import Request, draw_samples
+from generate.images import class_grid, write_samples
 from generate.sample import SAMPLING, add_sampling_options, find_prior, sampling_options
 from generate.sample import main as sample_command
 from priors import load
@@ -273,7 +274,7 @@ def test_seconds_leave_the_first_of_several_batches_out(monkeypatch):
             return torch.zeros(len(ids), 4, dtype=torch.int64)
 
     clock = [0.0]
-    monkeypatch.setattr("generate.images.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
     assert draw_samples(Warming(), Painter(), request(num=7), 3).seconds_per_image == 2
     assert draw_samples(Warming(), Painter(), request(num=3), 4).seconds_per_image == 25
 

@@ -10,12 +10,15 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.command import UserError
+
+T = TypeVar("T")
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's constants, as signed integers of 64 bits
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
@@ -90,23 +93,28 @@ def largest(number: int) -> int:
     return int(numbers.item())
 
 
-def on_main(function: Callable[[], object]) -> None:
-    """Call on rank 0 while the others wait; what it cannot do there (UserError, a full disk) fails on every rank."""
+def on_main(function: Callable[[], T]) -> T:
+    """Call on rank 0 while the others wait; all get what it returned. What it cannot do there (UserError, a full disk)
+    fails on every rank.
+    """
     error: Exception | None = None
+    found: Any = None
     if is_main():
         try:
-            function()
+            found = function()
         except (UserError, OSError) as caught:
             error = caught
     if dist.is_initialized():
-        reasons = [error and str(error)]
-        dist.broadcast_object_list(reasons, device=device())
-        if reasons[0] and not is_main():
-            error = UserError(reasons[0])
+        told = [error and str(error), found]
+        dist.broadcast_object_list(told, device=device())
+        found = told[1]
+        if told[0] and not is_main():
+            error = UserError(told[0])
             error.told = True
     try:
         if error is not None:
             raise error
+        return found
     finally:
         error = None  # or the error, its traceback and this frame would keep each other
 
