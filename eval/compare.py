@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.markup import table_cell
 from eval.record import Measurement
 from eval.tables import ARROWS, interval_text, number, value_text
 from training.command import Parser, UserError, run_command
@@ -147,7 +148,7 @@ def check_alike(conditions: Mapping[Path, Mapping[str, str]], allowed: Sequence[
 def table_of(columns: dict[str, list[str]]) -> list[str]:
     """Lines of Markdown, aligned: the first column to the left, the others to the right."""
     padded = []
-    for head, cells in columns.items():
+    for head, *cells in ([table_cell(text) for text in (head, *cells)] for head, cells in columns.items()):
         width = max(map(len, [head, *cells]))
         place, rule = (str.rjust, "-" * (width - 1) + ":") if padded else (str.ljust, "-" * width)
         padded.append([place(head, width), rule, *(place(cell, width) for cell in cells)])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tokenizer.data.grid import image_grid
+from training.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def points_plot(names: Sequence[str], places: Sequence[float], heights: Sequence
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]  # what labels keep off, in pixels
     for name, *point in zip(names, places, heights):
         label = axes.annotate(
-            name, point, PLACES[0][:2], textcoords="offset points", va="center", fontsize=9, color=INK,
+            _plain(name), point, PLACES[0][:2], textcoords="offset points", va="center", fontsize=9, color=INK,
             arrowprops={"arrowstyle": "-", "color": FIRST, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
         for dx, dy, end in PLACES:
@@ -71,7 +72,7 @@ def codebook_bars(names: Sequence[str], usage: Sequence[float], perplexity: Sequ
     places = np.arange(len(names))
     axes.barh(places - 0.2, usage, 0.38, color=FIRST, label="codes in use")
     axes.barh(places + 0.2, perplexity, 0.38, color=SECOND, label="perplexity")
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, list(map(_plain, names)))
     axes.invert_yaxis()
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
@@ -88,7 +89,7 @@ def curves_plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:
     order = sorted(curves, key=lambda name: -curves[name][-1][1])
     for index, name in enumerate(order):
         style = ("-", "--", ":")[index // 10 % 3]
-        axes.plot(*zip(*curves[name]), style, color=colormaps["tab10"](index % 10), linewidth=1.5, label=name)
+        axes.plot(*zip(*curves[name]), style, color=colormaps["tab10"](index % 10), linewidth=1.5, label=_plain(name))
     axes.grid(color=GRID)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return _svg(figure)
@@ -98,7 +99,7 @@ def labelled_grid(names: Sequence[str], rows: Sequence[np.ndarray]) -> bytes:
     """A row of images (n, H, W, 3) uint8 for each name, which stands on its left, as PNG."""
     from PIL import Image, ImageDraw, ImageFont
 
-    grid = image_grid(np.concatenate(rows), columns=len(rows[0]))
+    grid, names = image_grid(np.concatenate(rows), columns=len(rows[0])), [printable(name) for name in names]
     font = ImageFont.load_default(16)
     margin = 12 + max(round(font.getlength(name)) for name in names)
     picture = Image.new("RGB", (margin + grid.width, grid.height), "white")
@@ -109,6 +110,11 @@ def labelled_grid(names: Sequence[str], rows: Sequence[np.ndarray]) -> bytes:
     data = io.BytesIO()
     picture.save(data, "PNG", optimize=True)
     return data.getvalue()
+
+
+def _plain(name: str) -> str:
+    """What matplotlib takes as text and not as mathematics."""
+    return printable(name).replace("$", r"\$")
 
 
 def _overlap(first: Sequence[float], second: Sequence[float]) -> bool:

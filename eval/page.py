@@ -7,9 +7,9 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
+from eval.markup import escape
 from eval.record import Measurement, Record
 from eval.tables import ARROWS, extractor_text, headlines, interval_text, seed_text, value_text
 

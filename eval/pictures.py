@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from eval.markup import escape
 from eval.tables import number
 from tokenizer.data.grid import image_grid
 
@@ -39,7 +39,7 @@ class Picture:
         data = base64.b64encode(self.content).decode()
         more = f' data-pairs="{self.pairs}"' if self.pairs else ""
         more += ' class="smooth"' if self.smooth else ""
-        return f'<img alt="{html.escape(self.caption)}"{more} src="data:image/png;base64,{data}">'
+        return f'<img alt="{escape(self.caption)}"{more} src="data:image/png;base64,{data}">'
 
 
 def pair_strip(originals: np.ndarray, images: np.ndarray) -> bytes:
@@ -87,7 +87,7 @@ def heat_map(values: np.ndarray, unit: str, width: int = 360) -> str:
     shapes = [
         f'<rect x="{column * side:.2f}" y="{row * side:.2f}" width="{side:.2f}" height="{side:.2f}" fill="{LINE}" '
         f'fill-opacity="{shares[row, column]:.3f}"><title>row {row + 1}, column {column + 1}: '
-        f"{number(float(values[row, column]))} {html.escape(unit)}</title></rect>"
+        f"{number(float(values[row, column]))} {escape(unit)}</title></rect>"
         for row in range(rows)
         for column in range(columns)
     ]
@@ -112,7 +112,7 @@ def bars(shares: Sequence[tuple[str, float]], width: int = 720, row: int = 24, l
             _text(left - 8, top + 15, name if len(name) <= 20 else name[:19] + "…", "end", INK),
             f'<rect {box} width="{reach}" fill="{FILL}"/>',
             f'<rect {box} width="{reach * share / 100:.1f}" fill="{LINE}">'
-            f"<title>{html.escape(name)}: {share:.1f} %</title></rect>",
+            f"<title>{escape(name)}: {share:.1f} %</title></rect>",
             _text(width - right + 8, top + 15, f"{share:.1f} %", "start", INK),
         ]
     return _svg(width, 12 + len(shares) * row, shapes, label)
@@ -150,7 +150,7 @@ def _panel(key: str, points: list[tuple[int, float]], width: int, height: int, m
     return "".join(
         [
             f'<rect width="{width}" height="{height}" rx="6" fill="none" stroke="{FILL}"/>',
-            f"<title>{html.escape(key)}: {number(values[-1])} at step {last:,}</title>",
+            f"<title>{escape(key)}: {number(values[-1])} at step {last:,}</title>",
             _text(left, 16, shown + (" (log)" if logarithmic else ""), "start", INK),
             f'<polyline points="{" ".join(place)}" fill="none" stroke="{LINE}" stroke-width="1.5"/>',
             f'<circle cx="{end_x}" cy="{end_y}" r="2.5" fill="{LINE}"/>',
@@ -167,7 +167,7 @@ def _svg(width: float, height: float, shapes: Iterable[str], label: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, fill: str = MUTED) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(text)}</text>'
 
 
 def _nice_ceiling(value: float) -> float:

@@ -144,8 +144,9 @@ def resize_bicubic(images: Tensor, size: int) -> Tensor:
 
 
 def resize_bicubic_float(images: Tensor, size: int) -> Tensor:
-    """Pillow's, antialiased, every channel in float32: neither rounded nor clipped, so that values leave [0, 255]."""
-    return _pillow(images.flatten(0, 1)[:, None], size, np.float32).unflatten(0, images.shape[:2]).squeeze(2)
+    """Pillow's, antialiased, every channel in float32: not rounded, but clipped, since its kernel leaves [0, 255]."""
+    resized = _pillow(images.flatten(0, 1)[:, None], size, np.float32)
+    return resized.clamp(0, 255).unflatten(0, images.shape[:2]).squeeze(2)
 
 
 def _pillow(images: Tensor, size: int, dtype: type) -> Tensor:
@@ -194,7 +195,7 @@ PROTOCOLS = {
         resize_bicubic_float,
         None,
         None,
-        "Pillow's antialiased bicubic to the network's input, kept in float32 without rounding or clipping; no IS",
+        "Pillow's antialiased bicubic to the network's input, in float32: clipped to [0, 255], not rounded; no IS",
     ),
     "torch-fidelity": Protocol(
         to_uint8,

@@ -186,7 +186,8 @@ def git_commit() -> str | None:
 
 
 def dump_json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")  # of a path whose bytes are no UTF-8: "\udce9" is JSON's own escape
 
 
 def _to_json(value: float) -> float | str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from eval.compare import table_of
 from eval.generation import measure_generation
 from eval.likelihood import measure_likelihood
+from eval.markup import markdown
 from eval.page import html_page
 from eval.pipeline import Pipeline
 from eval.reconstruction import measure_reconstruction
@@ -126,7 +127,7 @@ def write_report(
 
 
 def _markdown(title: str, notes: list[str], figures: Sequence[Measurement], sections: Sequence[Section]) -> str:
-    lines = [f"# {title}", "", *(f"> {note}\n" for note in notes)]
+    lines = [f"# {markdown(title)}", "", *(f"> {markdown(note)}\n" for note in notes)]
     lines += [
         "| figure | value | 95 % | N | of | extractor | seed | settings |",
         "|---|---|---|---|---|---|---|---|",
@@ -141,14 +142,14 @@ def _markdown(title: str, notes: list[str], figures: Sequence[Measurement], sect
             figure.split,
             extractor_text(figure),
         ]
-        cells += [seed_text(figure), f"`{figure.settings_hash[:8]}`"]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        cells = [*map(markdown, [*cells, seed_text(figure)]), f"`{figure.settings_hash[:8]}`"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Every figure with its full settings is in [report.json](report.json)."]
     for section in sections:
-        lines += ["", f"## {section.title}", "", section.text]
+        lines += ["", f"## {section.title}", "", markdown(section.text)]
         lines += ["", *table_of(section.table.columns)] if section.table else []
         for picture in section.pictures:
-            lines += ["", f"![{picture.name}](images/{picture.name})", "", picture.caption]
+            lines += ["", f"![{picture.name}](images/{picture.name})", "", markdown(picture.caption)]
     return "\n".join(lines) + "\n"
 
 

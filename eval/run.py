@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.command import Parser, UserError, run_command
+from training.text import printable
 
 if TYPE_CHECKING:
     from eval.pipeline import Options, Pipeline
@@ -127,7 +128,7 @@ def report(options: Options) -> None:
     title = f"{pipeline.folder.resolve().name} on {pipeline.held_out.name}"
     written = write_report(pipeline.report_folder, title, records, stages, pipeline.tokens.class_names)
     for note in dict.fromkeys(note for record in records for note in record.notes):
-        print(note)
+        print(printable(note))
     print(text_table(headlines(unique_figures(records))))
     state = "written" if written else "up to date"
     print(f"{pipeline.report_folder / 'report.html'}: {state}", flush=True)
@@ -154,7 +155,7 @@ def show(pipeline: Pipeline, records: list[Record]) -> None:
 
     if distributed.is_main():
         for note in dict.fromkeys(note for record in records for note in record.notes):
-            print(note)
+            print(printable(note))
         print(text_table(unique_figures(records)))
         print(", ".join(str(pipeline.report_folder / f"{record.kind}.json") for record in records), flush=True)
 

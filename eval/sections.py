@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -183,5 +184,6 @@ def curves_section(stages: Sequence[Stage]) -> Section:
     pictures = []
     for place, stage in enumerate(stages, start=1):
         if stage.curves:
-            pictures.append(Picture(f"training-{place}-{stage.name}.svg", stage.name, curves_plot(stage.curves)))
+            name = re.sub(r"[^\w.-]+", "_", stage.name, flags=re.ASCII)[:100]
+            pictures.append(Picture(f"training-{place}-{name}.svg", stage.name, curves_plot(stage.curves)))
     return Section("Training", "Every run's log over steps, oldest run first.", pictures)

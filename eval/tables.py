@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from eval.record import Measurement, Record
+from training.text import printable
 
 HEADLINES = (
     r"PSNR$",
@@ -40,6 +41,7 @@ def text_table(figures: Sequence[Measurement]) -> str:
     """Figures as aligned plain text."""
     rows = [("figure", "value", "95 %", "N", "of")]
     rows += [(f.name, value_text(f), interval_text(f), f"{f.n:,}", f.split) for f in figures]
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = (False, True, True, True, False)
     return "\n".join(

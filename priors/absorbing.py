@@ -113,7 +113,7 @@ class AbsorbingPrior(nn.Module):
         logits = read(codes, move.reveal.to(codes.device))
         for level, (span, _) in zip(logits, self.layout.spans()):
             reveal, noise = move.reveal[:, span], move.noise[:, span]
-            probabilities = shape_logits(level, options, move.progress).softmax(-1)
+            probabilities = shape_logits(level, options, options.guidance_at(move.progress)).softmax(-1)
             codes[:, span][reveal] = inverse_cdf(probabilities, noise[reveal].to(codes.device))
 
 
@@ -135,7 +135,7 @@ def mask_some(uniform: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 class Move:
     """One step of a sampler, on the host."""
 
-    progress: float  # share of the sampling that is done before it
+    progress: float  # share of the sampling that is done after it
     reveal: Tensor  # (B, N) bool
     noise: Tensor  # (B, N) in (0, 1), the draw of each revealed code
     mask: Tensor | None = None  # (B, N) bool, to be masked again afterwards
@@ -151,21 +151,21 @@ def ancestral(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknow
     ascending = prior.schedule(_grid(steps))[1:-1].flip(0)
     step_of = len(ascending) - torch.searchsorted(ascending, time.contiguous(), right=True)
     for step in range(steps):
-        yield Move(step / steps, unknown & (step_of == step), noise)
+        yield Move((step + 1) / steps, unknown & (step_of == step), noise)
 
 
 def first_hitting(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor) -> Iterator[Move]:
     """One position after another in random order: exact (Zheng et al. 2024, arXiv:2409.02908).
 
     A network without time sees only the order of the hitting times. Fewer options.steps than unknown codes
-    reveal several at once, in equal groups.
+    reveal several at once, in equal groups. The last is revealed in the last step.
     """
     steps = options.steps or unknown.shape[1]
     time, noise = uniform_noise(options.seed, ids, 0, (2, unknown.shape[1])).unbind(1)
     ranks = time.where(unknown, torch.inf).argsort(1).argsort(1)
-    step_of = ranks * steps // unknown.sum(1, keepdim=True).clamp_min(1)
+    step_of = -(-(ranks + 1) * steps // unknown.sum(1, keepdim=True).clamp_min(1)) - 1
     for step in range(steps):
-        yield Move(step / steps, unknown & (step_of == step), noise)
+        yield Move((step + 1) / steps, unknown & (step_of == step), noise)
 
 
 def remasking(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor) -> Iterator[Move]:
@@ -178,7 +178,7 @@ def remasking(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknow
         again = min(prior.eta, (1 - after) / now) if now > 0 else 0.0  # sigma
         reveal = masked & (noise[:, 0] < (after - (1 - again) * now) / (1 - now))
         mask = unknown & ~masked & (noise[:, 0] < again)
-        yield Move(step / steps, reveal, noise[:, 1], mask)
+        yield Move((step + 1) / steps, reveal, noise[:, 1], mask)
         masked = masked & ~reveal | mask
 
 

@@ -140,7 +140,8 @@ class AutoregressivePrior(nn.Module):
                 given=start.given,
             )
             for slot in range(length):
-                logits = shape_logits(decoding.step(slot, previous), options, slot / length)
+                scale = options.guidance_at((slot + 1) / length)
+                logits = shape_logits(decoding.step(slot, previous), options, scale)
                 drawn = categorical(logits, gumbel(options.seed, sample_ids, slot, logits.shape[1:]))
                 position = order[:, slot, None]
                 kept = codes.gather(1, position)[:, 0]

@@ -21,8 +21,8 @@ KINDS = {"float": ((int, float), "a number"), "int": (int, "a whole number"), "s
 class SampleOptions:
     """How to sample. Guidance: logits = u + s (c - u), so s = 1 is none (Ho & Salimans 2022, arXiv:2207.12598)."""
 
-    guidance: float = 1.0  # s, at the end of its schedule
-    guidance_schedule: str = "constant"  # or "linear", "power_cosine" (Yu et al. 2024, arXiv:2411.00776): from 1 up
+    guidance: float = 1.0  # s, of the last step; of one step where there is but one
+    guidance_schedule: str = "constant"  # or "linear", "power_cosine" (Yu et al. 2024, arXiv:2411.00776): from 1 to s
     guidance_power: float = 2.75  # of power_cosine: the larger, the later
     temperature: float = 1.0  # divides the guided logits; 0 takes the likeliest code at each draw (greedy)
     top_k: int = 0  # 0 keeps all
@@ -52,8 +52,9 @@ class SampleOptions:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be {expected}")
 
     def guidance_at(self, progress: float) -> float:
-        """s when the share `progress` in [0, 1] of the sampling is done."""
-        return 1 + (self.guidance - 1) * GUIDANCE[self.guidance_schedule](progress, self.guidance_power)
+        """s of the step after which the share `progress` in (0, 1] of the sampling is done: (k + 1) / N of step k."""
+        share = GUIDANCE[self.guidance_schedule](progress, self.guidance_power)
+        return share * self.guidance + (1 - share)  # the last is s to the last bit
 
 
 def _flag(name: str) -> str:

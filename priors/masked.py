@@ -143,7 +143,11 @@ class MaskedPrior(nn.Module):
         read = reading(self.backbone, start.labels, start.given, start.copies)
         for step, share in enumerate(shares):
             unknown = codes < 0
-            codes, confidence = self._draw(read, codes, options, sample_ids, step * streams, step / steps)
+            scale: float | Tensor = options.guidance_at((step + 1) / steps)
+            if sampler == "halton":  # a hole of fewer codes than steps is full earlier: its last step has s too
+                scales = [options.guidance_at(min(1.0, (step + 1) / own)) for own in range(1, steps + 1)]
+                scale = codes.new_tensor(scales, dtype=torch.float64)[initially_unknown.clamp(1, steps) - 1, None]
+            codes, confidence = self._draw(read, codes, options, sample_ids, step * streams, scale)
             if step + 1 == steps:
                 break  # the result is what was drawn before the last re-masking
             if sampler == "halton":
@@ -165,18 +169,23 @@ class MaskedPrior(nn.Module):
         options: SampleOptions,
         sample_ids: Tensor,
         stream: int,
-        progress: float,
+        scale: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Codes with the unknown ones drawn, and log-probabilities of these, infinite at the others; both (B, N)."""
+        """Codes with the unknown ones drawn, and log-probabilities of these, infinite at the others; both (B, N).
+
+        `scale`: guidance of this step, or (B, 1) of each sample.
+        """
         logits, codes = read(codes, codes < 0), codes.clone()
         untempered = dataclasses.replace(options, temperature=1.0, top_k=0, top_p=1.0)
         confidence = torch.full(codes.shape, torch.inf, dtype=torch.float64, device=codes.device)
         for level, (raw, (span, size)) in enumerate(zip(logits, self.layout.spans())):
-            unknown, shaped = codes[:, span] < 0, shape_logits(raw, options, progress)
+            unknown = codes[:, span] < 0
+            own_scale = scale.expand_as(unknown)[unknown][:, None] if isinstance(scale, Tensor) else scale
+            shaped = shape_logits(raw, options, own_scale)
             drawn = categorical(shaped, chosen_gumbel(options.seed, sample_ids, stream + level, unknown, size))
             codes[:, span][unknown] = drawn
             if not options.temperature:
-                shaped = shape_logits(raw, untempered, progress)
+                shaped = shape_logits(raw, untempered, own_scale)
             confidence[:, span][unknown] = shaped.gather(-1, drawn[:, None])[:, 0] - shaped.logsumexp(-1)
         return codes, confidence
 

@@ -11,6 +11,7 @@ from priors.interface import SampleOptions
 from tokenizer.interface import CodeLayout
 from training.checkpoint import replace_file, weights_hash
 from training.command import UserError
+from training.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,10 @@ def read_record(run_folder: Path) -> PriorRecord:
     try:
         raw = json.loads(path.read_text())
         typed = {"layout": CodeLayout(**raw["layout"]), "sampling": SampleOptions(**raw["sampling"])}
-        if not raw["class_names"] or not isinstance(raw["class_names"], list):
+        names = raw["class_names"]
+        if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("class_names")
+        typed["class_names"] = [printable(name) for name in names]
         for name in ("tokens", "tokens_sha256", "tokenizer", "tokenizer_sha256"):
             if not isinstance(raw[name], str):
                 raise ValueError(name)

@@ -38,7 +38,7 @@ def begin(prior: Prior, labels: Tensor, options: SampleOptions, known: Tensor | 
     return Start(known, guided_labels(labels, prior.num_classes, options), given, copies)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """logits = u + s (c - u): s = 1 is exactly the conditional, s = 0 exactly the unconditional."""
     return torch.lerp(unconditional, conditional, scale)
 
@@ -48,14 +48,14 @@ def guided_labels(labels: Tensor, num_classes: int, options: SampleOptions) -> T
     return labels if options.guidance == 1 else torch.cat([labels, torch.full_like(labels, num_classes)])
 
 
-def shape_logits(logits: Tensor, options: SampleOptions, progress: float = 0.0) -> Tensor:
+def shape_logits(logits: Tensor, options: SampleOptions, scale: float | Tensor) -> Tensor:
     """Logits for `guided_labels` (B or 2B, ..., K) -> guided, tempered, filtered (B, ..., K) float64.
 
-    `progress` in [0, 1] is the share of the sampling that is done, for the guidance's schedule.
+    `scale`: s of this step, of `options.guidance_at`, or of each row, (B, 1).
     """
     logits = logits.double()
     if options.guidance != 1:
-        logits = guide(*logits.chunk(2), options.guidance_at(progress))
+        logits = guide(*logits.chunk(2), scale)
     if options.temperature == 0:  # the limit: all probability is the likeliest code's, the first of equal ones
         return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
     if options.temperature != 1:  # about the highest, so that it stays finite at any temperature

@@ -159,7 +159,8 @@ class UniformPrior(nn.Module):
                     held = corrupt(known, held, alpha, self.num_codes, self.mask_share)
                     noisy = held if step == 0 else torch.where(known < 0, noisy, held)
                 logits = self._at(network, noisy, 1 - step / steps)
-                logits = [shape_logits(level, options, step / steps) for level in logits]
+                scale = options.guidance_at((step + 1) / steps)
+                logits = [shape_logits(level, options, scale) for level in logits]
                 if self.parameterisation == "leave_one_out":
                     logits = self._times_likelihood(logits, noisy, alpha)
                 noisy = reverse(
@@ -185,7 +186,7 @@ class UniformPrior(nn.Module):
             logits = self._at(network, codes, 1 - LATEST)
             if self.parameterisation == "posterior":
                 logits = self._times_likelihood(logits, codes, 1 - share, -1)
-            logits = [shape_logits(level, options, 1.0) for level in logits]
+            logits = [shape_logits(level, options, options.guidance) for level in logits]
             turn = holes & ((ranks - step * size) % num_holes < size)
             codes = torch.where(turn, self._draw(logits, noise[:, 0].to(codes.device)), codes)
         return codes

@@ -95,6 +95,18 @@ def test_round_trip(root):
     cache.verify()
 
 
+def test_features_that_are_not_finite_are_no_codes(root):
+    """They would be written as 65535."""
+    trained = tokenizer.load(root / "tokenizer")
+    state = trained.state_dict()
+    next(value for name, value in state.items() if name.startswith("encoder"))[:] = torch.nan
+    write_weights(root / "tokenizer" / "weights" / "model.safetensors", state, {})
+    with pytest.raises(UserError, match=r"tokens: .*number \d+ .*not finite: .*encode again"):
+        encode_data(run(root))
+    with pytest.raises(UserError, match="no finished token cache"):
+        TokenCache.open(root / "tokens")
+
+
 def test_manifest_and_files(root):
     manifest = encode_data(run(root)).manifest
     assert manifest["format"] == FORMAT and manifest["dtype"] == "<u2" and manifest["views"] == 1
@@ -107,7 +119,7 @@ def test_manifest_and_files(root):
         for shard in split["shards"]:
             listed |= shard["files"]
     found = {path.name for path in (root / "tokens").iterdir()}
-    assert found == {"manifest.json", *listed}
+    assert found == {".lock", "manifest.json", *listed}
     for name, entry in listed.items():
         path = root / "tokens" / name
         assert entry == {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -90,6 +92,23 @@ def test_classes_and_given_codes_are_seen_everywhere():
     changed[0, 3] = (changed[0, 3] + 1) % 4  # the lower right quarter of the grid
     moved = (logits - whole(codes, labels, given=changed)[0]).abs().amax(-1).view(5, 4) > 0
     assert moved[3:, 2:].all() and not moved[0, 0]
+
+
+def test_a_gate_is_tanh_times_sigmoid():
+    """Eq. 2 of the paper, on a layer whose branches give 0.5 and -2 everywhere: tanh(0.5) / (1 + e^2)."""
+    layer = network(LAYOUTS["row"], channels=1).levels[0].layers[0]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        for branch, out in ((layer.down, layer.down_out), (layer.right, layer.right_out)):
+            branch.bias.copy_(torch.tensor([0.5, -2.0]))
+            out.weight.fill_(1)
+        inputs, nothing = torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 1, 1, 1).double()
+        down = layer.vertical(inputs, nothing)
+        right = layer.horizontal(torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 1, 3).double(), nothing)
+    expected = math.tanh(0.5) / (1 + math.exp(2))
+    torch.testing.assert_close(down, torch.full_like(down, expected))
+    torch.testing.assert_close(right, torch.full_like(right, expected))
 
 
 @pytest.mark.parametrize("wrong", [{"kernel": 4}, {"kernel": 1}, {"channels": 0}, {"depth": 0}, {"dropout": 1.0}])

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+import priors.absorbing
 import priors.autoregressive
+import priors.diffusion
 import priors.masked
 import priors.sampling
+from priors.absorbing import AbsorbingPrior
 from priors.autoregressive import AutoregressivePrior
+from priors.hierarchical import HierarchicalPrior
 from priors.interface import SampleOptions
 from priors.masked import MaskedPrior
-from priors.sampling import guide
 from tokenizer.interface import CodeLayout
 from training.command import UserError
 
@@ -104,16 +107,16 @@ def fast_noise(monkeypatch):
     """Independent rows as of `uniform_noise`, whose own laws are in test_priors.py, but drawn all at once."""
 
     def noise(seed, sample_ids, stream, shape):
-        generator = torch.Generator().manual_seed(1000 * seed + stream)
+        generator = torch.Generator().manual_seed((1000 * seed + stream) % 2**63)
         return torch.rand((len(sample_ids), *shape), generator=generator, dtype=torch.float64).clamp_min(1e-300)
 
-    for module in (priors.sampling, priors.autoregressive, priors.masked):
+    for module in (priors.sampling, priors.autoregressive, priors.masked, priors.absorbing, priors.diffusion):
         monkeypatch.setattr(module, "uniform_noise", noise)
 
 
-def draw(prior, options=None, known=None, given=None, label=0):
-    labels, ids = torch.full((COUNT,), label), torch.arange(COUNT)
-    repeat = lambda row: None if row is None else torch.tensor(row).expand(COUNT, -1)  # noqa: E731
+def draw(prior, options=None, known=None, given=None, label=0, count=COUNT):
+    labels, ids = torch.full((count,), label), torch.arange(count)
+    repeat = lambda row: None if row is None else torch.tensor(row).expand(count, -1)  # noqa: E731
     return prior.sample(labels, options or SampleOptions(), ids, repeat(known), given=repeat(given))
 
 
@@ -189,16 +192,107 @@ def test_given_codes_choose_the_joint(name):
     assert p_value(prior.backbone, drawn, prior.backbone.joints[2 * 3]) < 1e-9
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "power_cosine"])
-def test_guided_samples_follow_the_guided_conditionals(schedule):
-    toy, options = Causal(LAYOUTS["one_grid"]), SampleOptions(guidance=1.5, guidance_schedule=schedule, temperature=1.2)
-    guided = torch.zeros(len(toy.sequences), dtype=torch.float64)
-    both = [toy(toy.sequences, torch.full((len(toy.sequences),), label))[0] for label in (0, toy.num_classes)]
-    for slot in range(3):
-        logits = guide(both[0][:, slot], both[1][:, slot], options.guidance_at(slot / 3)) / options.temperature
-        guided += logits.log_softmax(-1).gather(1, toy.sequences[:, slot : slot + 1])[:, 0]
-    assert p_value(toy, draw(AutoregressivePrior(toy, 2), options), guided.exp()) > 1e-3
-    assert p_value(toy, draw(AutoregressivePrior(toy, 2), options), toy.joints[0]) < 1e-9
+PAIR = CodeLayout(((1, 2),), (3,))
+# s = 1.5 of each of three steps, by hand: linear 1 + k / 6, power_cosine 1 + (1 - cos(pi (k / 3)^2)) / 4
+SCALES = {
+    "constant": (1.5, 1.5, 1.5),
+    "linear": (7 / 6, 8 / 6, 1.5),
+    "power_cosine": (1 + 0.25 * (1 - math.cos(math.pi / 9)), 1 + 0.25 * (1 - math.cos(math.pi * 4 / 9)), 1.5),
+}
+SCALES_OF_TWO = {"constant": (1.5, 1.5), "linear": (1.25, 1.5), "power_cosine": (1.25 - 0.25 * math.sqrt(0.5), 1.5)}
+OVER_SCHEDULES = pytest.mark.parametrize("schedule", SCALES)
+ONE_BY_ONE = {**SAMPLERS, "first_hitting": lambda layout: AbsorbingPrior(AnyOrder(layout), 2)}
+FEWER = 30_000  # draws
+
+
+def guided(schedule, **changes):
+    return SampleOptions(guidance=1.5, guidance_schedule=schedule, guidance_power=2.0, **changes)
+
+
+def guided_law(toy, scales, known=None, temperature=1.0, orders=None):
+    """(S,) the law of codes drawn one by one, each from u + s (c - u) with the s of its step, over equal orders."""
+    law = torch.zeros(len(toy.sequences), dtype=torch.float64)
+    known = torch.full_like(toy.sequences[:1], -1) if known is None else torch.tensor([known])
+    seen = known.expand_as(toy.sequences)
+    holes = [position for position, code in enumerate(known[0].tolist()) if code < 0]
+    orders = orders or list(itertools.permutations(holes))
+    labels = torch.zeros(len(toy.sequences), dtype=torch.int64)
+    for order in orders:
+        codes, nats = seen.clone(), torch.zeros_like(law)
+        for position, scale in zip(order, scales, strict=True):
+            conditional, unconditional = (
+                toy.conditionals(codes, label, None)[:, position, : toy.sizes[position]]
+                for label in (labels, labels + toy.num_classes)
+            )
+            logits = (unconditional + scale * (conditional - unconditional)) / temperature
+            codes[:, position] = toy.sequences[:, position]
+            nats -= logits.log_softmax(-1).gather(1, codes[:, position, None])[:, 0]
+        law += (-nats).exp() / len(orders)
+    return law * ((toy.sequences == known) | (known < 0)).all(1)
+
+
+@OVER_SCHEDULES
+def test_guidance_in_raster_order_has_the_schedules_scales(schedule):
+    prior = SAMPLERS["raster"](LAYOUTS["one_grid"])
+    law = guided_law(prior.backbone, SCALES[schedule], temperature=1.2, orders=[(0, 1, 2)])
+    assert p_value(prior.backbone, draw(prior, guided(schedule, temperature=1.2)), law) > 1e-3
+    assert p_value(prior.backbone, draw(prior, guided(schedule, temperature=1.2)), prior.backbone.joints[0]) < 1e-9
+
+
+@OVER_SCHEDULES
+@pytest.mark.parametrize("name", ["random", "halton", "confidence", "first_hitting"])
+def test_guidance_in_any_order_has_the_schedules_scales(name, schedule):
+    prior = ONE_BY_ONE[name](PAIR)
+    law = guided_law(prior.backbone, SCALES_OF_TWO[schedule])
+    options = guided(schedule, sampler="first_hitting" if name == "first_hitting" else "")
+    assert p_value(prior.backbone, draw(prior, options, count=FEWER), law) > 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_the_last_code_of_a_hole_has_the_whole_guidance(name):
+    prior = ONE_BY_ONE[name](LAYOUTS["one_grid"])
+    options = SampleOptions(3.0, "linear", sampler="first_hitting" if name == "first_hitting" else "")
+    law = guided_law(prior.backbone, [3.0], [2, 0, -1])
+    assert p_value(prior.backbone, draw(prior, options, [2, 0, -1], count=FEWER), law) > 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "power_cosine"])
+@pytest.mark.parametrize("sampler", ["halton", "confidence", "ancestral", "first_hitting", "remasking"])
+def test_one_step_has_the_whole_guidance(sampler, schedule):
+    family = MaskedPrior if sampler in priors.masked.SAMPLERS else AbsorbingPrior
+    drawn = [
+        draw(family(AnyOrder(PAIR), 2), SampleOptions(4.0, each, steps=1, sampler=sampler), count=1000)
+        for each in ("constant", schedule)
+    ]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("sampler", priors.absorbing.SAMPLERS)
+def test_absorbing_steps_have_the_scales_of_the_linear_schedule(sampler, monkeypatch):
+    prior, scales = AbsorbingPrior(AnyOrder(LAYOUTS["square"]), 2, eta=0.3), []
+    shape = priors.absorbing.shape_logits
+    monkeypatch.setattr(
+        priors.absorbing,
+        "shape_logits",
+        lambda logits, options, scale: scales.append(scale) or shape(logits, options, scale),
+    )
+    draw(prior, SampleOptions(3.0, "linear", steps=4, sampler=sampler), count=1000)
+    assert scales == [1.5, 2.0, 2.5, 3.0]
+
+
+def test_only_guided_samples_ask_twice():
+    class Counting(AnyOrder):
+        def forward(self, codes, labels, *, given=None):
+            self.rows.append(len(codes))
+            return super().forward(codes, labels, given=given)
+
+    for family, calls in ((MaskedPrior, 2), (AbsorbingPrior, 2)):
+        network = Counting(PAIR)
+        prior, ids = family(network, 2), torch.arange(5)
+        for scale, rows in ((1.0, 5), (2.0, 10)):
+            network.rows = []
+            prior.sample(ids * 0, SampleOptions(scale, "linear", steps=2), ids)
+            assert network.rows == [rows] * calls
 
 
 @OVER_LAYOUTS
@@ -229,6 +323,60 @@ def test_confidence_without_noise_keeps_the_likelier_code():
     drawn = draw(MaskedPrior(toy, 2, steps=2, choice_temperature=0.0))
     assert p_value(toy, drawn, law.flatten()) > 1e-3
     assert p_value(toy, drawn, joint.flatten()) < 1e-9
+
+
+def test_noise_on_confidences_fades_to_half_in_the_first_of_two_steps():
+    """As above, but with noise of temperature 3 / 2, which keeps the first with odds (p(a) / p(b))^(2 / 3)."""
+    toy = AnyOrder(PAIR)
+    joint = toy.joints[0].view(3, 3)
+    first, second, law = joint.sum(1), joint.sum(0), torch.zeros(3, 3, dtype=torch.float64)
+    for a, b in itertools.product(range(3), repeat=2):
+        odds = (first[a] / second[b]) ** (2 / 3)
+        law[a] += first[a] * second[b] * odds / (1 + odds) * joint[a] / first[a]
+        law[:, b] += first[a] * second[b] / (1 + odds) * joint[:, b] / second[b]
+    drawn = draw(MaskedPrior(toy, 2, steps=2, choice_temperature=3.0))
+    assert p_value(toy, drawn, law.flatten()) > 1e-3
+
+
+class Seeing(nn.Module):
+    """Remembers how many codes are unknown, in each step."""
+
+    layout = CodeLayout(((8, 8),), (4,))
+
+    def __init__(self):
+        super().__init__()
+        self.unknown = []
+
+    def forward(self, codes, labels, *, given=None):
+        self.unknown += (codes < 0).sum(1).tolist()
+        return [torch.zeros(*codes.shape, 4)]
+
+
+def test_samplers_have_the_schedules_of_their_papers():
+    """Known before step k of 4: MaskGIT 64 - floor(64 cos(pi k / 8)), Halton floor(64 - 64 arccos(k / 4) 2 / pi)."""
+    known = {
+        "confidence": [64 - math.floor(64 * math.cos(math.pi * k / 8)) for k in range(4)],
+        "halton": [math.floor(64 * (1 - math.acos(k / 4) / (math.pi / 2))) for k in range(4)],
+    }
+    assert known["halton"] == [0, 10, 21, 34]
+    for sampler, expected in known.items():
+        network = Seeing()
+        MaskedPrior(network, 2, sampler=sampler).sample(
+            torch.zeros(1, dtype=torch.int64), SampleOptions(steps=4), torch.arange(1)
+        )
+        assert [64 - count for count in network.unknown] == expected
+
+
+def test_the_grids_of_a_hierarchy_draw_with_noise_of_their_own():
+    """Top and bottom begin with a code of as many values: of the same noise they would fall together."""
+    top, bottom = Causal(CodeLayout(((1, 1),), (3,))), Causal(CodeLayout(((1, 2),), (3,)), num_given=3)
+    prior = HierarchicalPrior(AutoregressivePrior(top, 2), AutoregressivePrior(bottom, 2))
+    codes = draw(prior, count=FEWER)
+    observed = torch.bincount(codes[:, 0] * 9 + codes[:, 1] * 3 + codes[:, 2], minlength=27).double()
+    expected = (top.joints[0][:, None] * bottom.joints[:3]).flatten() * FEWER
+    from scipy.stats import chi2
+
+    assert chi2.sf(float(((observed - expected).square() / expected).sum()), 26) > 1e-3
 
 
 BEGINNING, ANYWHERE, LEVELWISE = ("raster",), ("random", "halton", "confidence"), ("halton", "confidence")

@@ -503,18 +503,28 @@ def test_a_step_waits_for_no_gpu(name):
 # features that are not finite
 
 
-@pytest.mark.parametrize("name", [*CODEBOOKS, "residual", "residual-shared", "residual-simvq", "product"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_flagged_and_leave_no_trace(name, value):
-    hurt, plain = build(CASES[name]).train(), build(CASES[name]).train()
-    given = features()
-    given[1, :, 2, 1] = value
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("alone", [False, True])
+def test_features_that_are_not_finite_are_flagged_and_leave_no_trace(config, value, alone):
+    """Each of their levels, or the one that has them, gets -1; the others are what they would be."""
+    hurt, plain = build(config).train(), build(config).train()
+    given = features(dim=hurt.dim)
+    hale = plain.eval()(given)
+    given[1, 0 if alone else slice(None), 2, 1] = value
     output = train_step(hurt, 0, given, taken=False)
     assert not output.loss.isfinite()
-    assert (output.codes[1, :, 2, 1] == -1).all() and int((output.codes == -1).sum()) == output.codes.shape[1]
+    own = 0 if alone and config.kind == "product" else slice(None)  # a head has channels of its own
+    flagged = torch.zeros_like(output.codes, dtype=torch.bool)
+    flagged[1, own, 2, 1] = True
+    assert torch.equal(output.codes == -1, flagged)
     assert hurt.lookup(output.codes).isfinite().all()
+    hurt.eval()
+    found = hurt(given)
+    assert torch.equal(found.codes, hale.codes.masked_fill(flagged, -1)) and not found.loss.isfinite()
+    assert torch.equal(found.vectors, hurt.lookup(found.codes))
+    plain.train(), hurt.train()
     for quantizer in (hurt, plain):
-        train_step(quantizer, 1, features(seed=2))
+        train_step(quantizer, 1, features(seed=2, dim=hurt.dim))
     assert same_state(hurt, plain)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from tokenizer.interface import CodeLayout
 from training.checkpoint import sha256, weights_hash
 from training.command import UserError
+from training.text import printable
 
 FORMAT = "tessera-tokens-1"
 ARRAYS = ("codes", "labels", "ids")
@@ -87,7 +88,7 @@ class TokenCache:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
         self.layout = CodeLayout(**manifest["layout"])
-        self.class_names: list[str] = manifest["class_names"]
+        self.class_names = [printable(name) for name in manifest["class_names"]]
 
     @property
     def num_classes(self) -> int:
@@ -183,8 +184,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def _check(manifest: dict[str, Any]) -> None:
     """Raise ValueError, KeyError, TypeError or AttributeError unless a manifest has the form that `encode` writes."""
     CodeLayout(**manifest["layout"])
-    if not isinstance(manifest["class_names"], list) or not isinstance(manifest["plan_sha256"], str):
-        raise ValueError("class_names or plan_sha256")
+    for value, kind in ((names := manifest["class_names"], list), *((name, str) for name in names)):
+        if not isinstance(value, kind):
+            raise ValueError("class_names")
+    if not isinstance(manifest["plan_sha256"], str):
+        raise ValueError("plan_sha256")
     for key in ("folder", "weights_sha256"):
         if not isinstance(manifest["tokenizer"][key], str):
             raise ValueError(f"tokenizer.{key}")

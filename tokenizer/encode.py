@@ -6,6 +6,7 @@ current is left alone, one that was interrupted is completed, one of another tok
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -24,6 +25,7 @@ from training import distributed
 from training.checkpoint import digest, replace_file, sha256, weights_hash
 from training.command import UserError, config_command, run_command
 from training.config import to_dict
+from training.folder import Folder, Kind
 from training.log import Progress
 
 IMAGES_PER_SHARD = 4096
@@ -46,7 +48,15 @@ class TokensRun:
 
 
 def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
-    """Encode both splits. Raises UserError when the folder holds something else, or there is no tokenizer."""
+    """Encode both splits.
+
+    Raises UserError when the folder holds something else or another process writes to it, or there is no tokenizer.
+    """
+    with contextlib.ExitStack() as held:
+        return _encode_data(config, fresh, held)
+
+
+def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> TokenCache:
     run_folder, out, views = Path(config.tokenizer), Path(config.root) / config.name, config.views
     tokenizer_config = load_config(run_folder)
     data = tokenizer_config.data
@@ -65,9 +75,9 @@ def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
         if distributed.is_main():
             print(f"{out}: up to date", flush=True)
         return current
-    if distributed.is_main():
-        _prepare(out, digest(plan))
-    distributed.barrier()
+    files = Folder(out, TOKENS)
+    held.callback(files.release)
+    distributed.on_main(lambda: _prepare(files, digest(plan)))
 
     tokenizer = load(run_folder)
     splits: dict[str, Any] = {}
@@ -75,6 +85,7 @@ def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
         augmented = open_split(data, split, augment=True)
         sources = [augmented.plain(), augmented]
         augmented.announce()
+        _note_shards(files, split, len(sources[0]))
         _encode_split(tokenizer, sources, split, out, views)
         splits[split] = {"count": len(sources[0]), **sources[0].identity()}
         names = sources[0].class_names
@@ -94,13 +105,28 @@ def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
             "splits": splits,
         }
         replace_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
-        (out / PLAN).unlink()
+        files.remove([PLAN])
     distributed.barrier()
     return TokenCache.open(out)
 
 
 PLAN = "unfinished.json"
-OURS = re.compile(rf"manifest\.json|{re.escape(PLAN)}|({'|'.join(SPLITS)})-\d+\.({'|'.join(ARRAYS)})\.npy|\..*\.tmp")
+
+
+def _made(folder: Path) -> bool:
+    """Whether a folder without a list of files holds a token cache, whole or not."""
+    try:
+        return json.loads((folder / "manifest.json").read_text())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return (folder / PLAN).is_file()
+
+
+TOKENS = Kind(
+    "token cache",
+    (r"manifest\.json", re.escape(PLAN), rf"({'|'.join(SPLITS)})-[0-9]{{5,}}\.({'|'.join(ARRAYS)})\.npy"),
+    remedy="give it another name=",
+    made=_made,
+)
 
 
 def _current(out: Path, plan: str) -> TokenCache | None:
@@ -116,23 +142,21 @@ def _current(out: Path, plan: str) -> TokenCache | None:
         return None
 
 
-def _prepare(out: Path, plan: str) -> None:
-    """An empty folder, or an unfinished one of the same plan."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: a token cache needs a folder, and this is a file: give it another name=")
-    if out.is_dir():
-        strangers = [p for p in out.iterdir() if not OURS.fullmatch(p.name)]
-        if strangers:
-            raise UserError(f"{out}: holds {strangers[0].name}, so it is no token cache: give it another name=")
-        unfinished = out / PLAN
-        if not (unfinished.is_file() and unfinished.read_text() == plan and not (out / "manifest.json").exists()):
-            for ours in out.iterdir():  # not the folder: it may be a link to another disk
-                ours.unlink()
-    out.mkdir(exist_ok=True)
-    for left_over in out.glob(".*.tmp"):
-        left_over.unlink()
-    replace_file(out / PLAN, plan.encode())
+def _prepare(files: Folder, plan: str) -> None:
+    """Take the folder, where an unfinished cache of the same plan stays and all else that was written here goes."""
+    files.take()
+    unfinished = files.path / PLAN
+    same = unfinished.is_file() and unfinished.read_bytes() == plan.encode()
+    if not same or (files.path / "manifest.json").exists():
+        files.clear()
+    files.note("manifest.json", PLAN)
+    replace_file(unfinished, plan.encode())
+
+
+def _note_shards(files: Folder, split: str, count: int) -> None:
+    """List a split's files before any process writes one."""
+    shards = range(-(-count // IMAGES_PER_SHARD))
+    distributed.on_main(lambda: files.note(*(shard_file(split, shard, array) for shard in shards for array in ARRAYS)))
 
 
 def _encode_split(tokenizer: Any, sources: list[Images], split: str, out: Path, views: int) -> None:
@@ -152,7 +176,13 @@ def _encode_split(tokenizer: Any, sources: list[Images], split: str, out: Path, 
             for view in range(views):
                 keys = [(view, index) for index in range(start, min(start + BATCH, last))]
                 batch = sources[min(view, 1)].gather(keys)
-                codes[rows, view] = _encode(tokenizer, batch["images"])
+                found = _encode(tokenizer, batch["images"])
+                if found.min() < 0:  # an unsigned type would hold it as a large code
+                    raise UserError(
+                        f"{out}: image number {batch['ids'][(found < 0).any(1).argmax()]} of {split} has features that "
+                        "are not finite: look at it and at the tokenizer's log, mend what is wrong and encode again"
+                    )
+                codes[rows, view] = found
                 if view == 0:
                     labels[rows], ids[rows] = batch["labels"], batch["ids"]
             if distributed.is_main():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -33,9 +32,12 @@ from tokenizer.objective import ObjectiveConfig
 from training import distributed
 from training.checkpoint import digest, replace_file
 from training.command import UserError
+from training.folder import Folder, Kind
 from training.log import Progress
 
 FORMAT = "tessera-features-1"
+# Its name is the hash of what it holds, so no one else has a use for it.
+FEATURES = Kind("cache of features", (r"manifest\.json", r"[0-9]{5,}\.npy"), made=lambda folder: True)
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SHARD_BYTES = 64 * 2**20  # about: what a kill can cost, and what a process holds in memory
 BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
@@ -162,14 +164,8 @@ class StoredFeatures:
             raise UserError(f"{manifest}: is not what these settings make: remove its folder and run again")
         if not missing:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context(open(self.folder / ".lock", "w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is writing these features: wait for it") from None
-        for left_over in self.folder.glob(".*.tmp"):
-            left_over.unlink()
+        files = held.enter_context(Folder(self.folder, FEATURES).taken())
+        files.note(manifest.name, *(self._path(shard).name for shard in range(self._num_shards)))
         needed = sum(len(self._places(shard)) for shard in missing) * self.bytes_per_image
         free = shutil.disk_usage(self.folder).free
         if needed > free:

@@ -8,8 +8,10 @@ README.md                    a model card with the run's last figures and its re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -23,13 +25,12 @@ from torch import nn
 from tokenizer.interface import CodeLayout
 from tokenizer.run import TokenizerRun, load, load_autoencoder_weights, load_config
 from tokenizer.vqrae import VQRAE
-from training.atomic import atomic_folder
+from training.atomic import STAGED, atomic_folder, settle
 from training.checkpoint import load_weights, sha256, weights_hash, weights_path, write_weights
 from training.command import Parser, UserError, run_command
 from training.config import from_dict, to_dict, to_yaml
 
 FILES = ["config.yaml", "config.json", "manifest.json", "README.md", "weights/*.safetensors", "weights/*/*.json"]
-TOP = {"config.yaml", "config.json", "manifest.json", "README.md", "weights", ".gitattributes", ".cache"}
 FORMAT = "tessera-tokenizer-1"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 USAGE = """```python
@@ -66,7 +67,7 @@ def save_pretrained(run_folder: str | Path, out: str | Path, report: str | Path 
     with torch.device("meta"):
         model = config.model.build(config.data.image_size, folder / "weights", weights=False)
     card = _card(shared, model.layout, folder, _find_report(folder, report))
-    with atomic_folder(out) as temporary:
+    with _replacing(out) as temporary:
         (temporary / "config.yaml").write_text(to_yaml(shared))
         (temporary / "weights").mkdir()
         shutil.copyfile(weights_path(folder), weights_path(temporary))
@@ -113,7 +114,7 @@ def save_vqrae(model: VQRAE, folder: str | Path) -> Path:
     (grid,), (num_codes,) = model.autoencoder.layout.grids, model.autoencoder.layout.num_codes
     about = f"A VQRAE: images to {grid[0]} x {grid[1]} codes of {num_codes}, and back."
     front = _front_matter(["vqrae"], arguments["encoder_config_path"], None)
-    with atomic_folder(folder) as temporary:
+    with _replacing(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps({"class": "VQRAE", "arguments": arguments}, indent=1))
         write_weights(weights_path(temporary), model.state_dict(), {})
         encoder.save_architecture(temporary / "weights" / "encoder")
@@ -148,15 +149,34 @@ def push_vqrae(model: VQRAE, repo_id: str, *, private: bool = True) -> str:
 
 
 def _check_target(source: Path | None, out: Path) -> None:
-    """Refuse to replace what is no shared folder."""
+    """Refuse a folder that `save_pretrained` did not write; what it holds beside our files stays."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file is in the way: name a folder")
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in TOP) if out.is_dir() else []
-    if not strangers and out.is_dir() and not _is_shared(out):
-        strangers = sorted(path.name for path in out.iterdir())
+    settle(out)
+    strangers = sorted(path.name for path in out.iterdir() if path.name != STAGED) if out.is_dir() else []
+    if _is_shared(out):
+        strangers = []
     if strangers or (source is not None and out.resolve() == source.resolve()):
         found = strangers[0] if strangers else "the source itself"
         raise UserError(f"{out}: holds {found} and would be replaced: name another folder")
+
+
+def _replacing(out: Path) -> contextlib.AbstractContextManager[Path]:
+    """A temporary folder whose files take the place of those that `save_pretrained` wrote to `out`."""
+    try:
+        manifest = json.loads((out / "manifest.json").read_text())
+        ours = {"manifest.json", *manifest["files"]}
+        if (out / "README.md").is_file() and sha256(out / "README.md") == manifest.get("card_sha256"):
+            ours.add("README.md")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ours = set()
+
+    def check(names: list[str]) -> None:
+        for name in names:
+            if name not in ours and os.path.lexists(out / name):
+                raise UserError(f"{out / name}: was edited, or is not ours, and would be replaced: move it away")
+
+    return atomic_folder(out, ours=ours.__contains__, noting=check, last="manifest.json")
 
 
 def _is_shared(folder: Path) -> bool:
@@ -190,8 +210,9 @@ def _seal(folder: Path, card: str) -> None:
     entries = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files
     }
-    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
     (folder / "README.md").write_text(card)
+    manifest = {"format": FORMAT, "files": entries, "card_sha256": sha256(folder / "README.md")}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def _fetch(name: str | Path, revision: str | None) -> Path:

@@ -93,10 +93,8 @@ def atomic_folder(
         names = sorted(files_below(staged))
         noting(names)
         if inside:
-            before = sorted(
-                name for name in files_below(path) if not _hidden(name) and ours(name) and name not in names
-            )
-            _commit(path, staged, names, before, last)
+            before = {name for name in files_below(path) if not _hidden(name) and ours(name)}
+            _commit(path, staged, names, sorted(before - set(names)), last)
         else:
             for name in names:
                 _sync_file(staged / name)

@@ -152,10 +152,7 @@ class Run:
                     f"{self.checkpoints / name / min(others)}: no command here wrote it, and it is in the way: "
                     "move it away"
                 )
-        left = self.files.clear()
-        if left:
-            shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-            print(f"{self.folder}: what no command here wrote stays: {shown}", flush=True)
+        self.files.clear()
 
     def _inputs(self) -> dict[str, str]:
         """What the run was made from; what is lost or damaged is not compared, as the run itself is whole."""

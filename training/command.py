@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import io
 import os
 import signal
 import sys
@@ -28,6 +29,9 @@ def run_command(main: Callable[[], None]) -> None:
 
     Of processes that fail together one says why. Anything else is our own bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that its encoding does not have is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         with listening(signal.SIGTERM, at_once=True):
             main()

@@ -19,6 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.command import UserError
+from training.text import printable
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -69,10 +70,13 @@ def from_dict(schema: type[T], raw: Mapping[str, Any], source: str, origins: Map
         raise UserError(f"{source}: {error}") from None
     if missing:
         raise fail(missing[0], "this key has no default: give it a value")
-    for key, number in _numbers(OmegaConf.to_container(config, resolve=True)):
+    for key, value in _scalars(OmegaConf.to_container(config, resolve=True)):
         largest = MOST_LAYERS if key.endswith(LAYERS) else LARGEST
-        if not 0 <= number <= largest:  # NaN is neither
-            raise fail(key, f"{number} is not a number from 0 to {largest}")
+        if isinstance(value, int | float) and not 0 <= value <= largest:  # NaN is neither
+            raise fail(key, f"{value} is not a number from 0 to {largest}")
+        # Bytes of a path that are no UTF-8 have no place in YAML.
+        if isinstance(value, str) and value != value.encode(errors="replace").decode():
+            raise fail(key, f"{printable(value)} is not UTF-8: rename it, or give a link to it with another name")
     return made
 
 
@@ -140,15 +144,15 @@ def _misfit(prototype: Any, raw: Mapping[Any, Any], prefix: tuple[str, ...] = ()
     return ".".join(prefix) or "config", raw
 
 
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """(key, number) of every number in nested containers; an item of a list has the list's key."""
+def _scalars(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every scalar in nested containers; an item of a list has the list's key."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
+            yield from _scalars(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _numbers(inner, key)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _scalars(inner, key)
+    else:
         yield key, value
 
 

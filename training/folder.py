@@ -151,13 +151,13 @@ class Folder:
             if name not in self.listed or not stat.S_ISREG(os.lstat(self.path / name).st_mode):
                 raise UserError(f"{self.path / name}: no command here wrote it, and it is in the way: move it away")
 
-    def clear(self) -> list[str]:
-        """Remove all that is listed; what stays, as names of `strangers`. Raises UserError as `check_free`, before."""
+    def clear(self) -> None:
+        """Remove all that is listed, and say what stays. Raises UserError as `check_free`, before."""
         self.check_free()
         folders = {folder for name in self.listed for folder in parents_of(name)}
         self.remove(self.listed)
         self.lock.truncate(len(self._header()))
-        return self._others(folders)
+        self._say(self._others(folders))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove listed files, those at the top last: they say what the folder is."""
@@ -178,6 +178,7 @@ class Folder:
                            keep=keep) as staged:  # fmt: skip
             yield staged
         self._forget([name for name in self.listed if not os.path.lexists(self.path / name)])
+        self._say(self.strangers())
 
     @contextlib.contextmanager
     def subfolder(self, name: str) -> Iterator[Path]:
@@ -210,6 +211,11 @@ class Folder:
             return os.strerror(error.errno)
         self._forget([f"{name}/{entry}" for entry in entries])
         return None
+
+    def _say(self, strangers: list[str]) -> None:
+        if strangers:
+            shown = ", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if len(strangers) > 5 else "")
+            print(f"{self.path}: what no command here wrote stays: {shown}", flush=True)
 
     def _header(self) -> bytes:
         return f"{HEADER} {self.kind.name}\n".encode()

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizer.data.naming import EXTENSIONS, HELD_OUT_WORDS, TRAIN_WORDS, number_classes, own_split, walk
 from tokenizer.data.transforms import BadImage
 from training.command import UserError
+from training.text import printable
 
 MAX_BYTES = 2**28  # of an encoded image
 
@@ -47,7 +48,7 @@ class FolderListing:
         return self._paths[item]
 
     def where(self, item: int) -> str:
-        return self._paths[item]
+        return printable(self._paths[item])
 
     def read(self, item: int) -> bytes:
         path = self._root / self._paths[item]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from training.command import UserError
+from training.text import printable
 
 TRAIN_WORDS = ("train", "training")
 HELD_OUT_WORDS = ("validation", "val", "valid", "test")  # the first one that a source has is held out
@@ -43,7 +44,7 @@ def number_classes(
 ) -> tuple[np.ndarray, list[str]]:
     """Label values, either names or numbers (into `class_names` where given) -> (n,) int64, all names.
 
-    A missing value, or one that `class_names` does not know, is -1.
+    A missing value, or one that `class_names` does not know, is -1. The names given back are printable.
     """
     kinds = {type(value) for value in values if value is not None}
     if len(kinds) > 1 or kinds - {int, str}:
@@ -55,7 +56,7 @@ def number_classes(
     else:
         known = {value: number for number, value in enumerate(sorted({v for v in values if v is not None}))}
     labels = np.array([known.get(value, -1) for value in values], dtype=np.int64)
-    return labels, [str(name) for name in (known if class_names is None else class_names)]
+    return labels, [printable(str(name)) for name in (known if class_names is None else class_names)]
 
 
 def walk(root: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:

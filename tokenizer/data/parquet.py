@@ -14,6 +14,7 @@ import numpy as np
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from training.command import UserError
+from training.text import printable
 
 
 class RowGroup(NamedTuple):
@@ -68,7 +69,7 @@ class ParquetListing:
 
     def where(self, item: int) -> str:
         group, row = self._place(item)
-        return f"{self._groups[group].path.name} row {self._groups[group].first_row + row}"
+        return f"{printable(self._groups[group].path.name)} row {self._groups[group].first_row + row}"
 
     def read(self, item: int) -> bytes:
         group, row = self._place(item)

@@ -22,6 +22,7 @@ from tokenizer.data.transforms import BadImage
 from training import distributed
 from training.command import UserError
 from training.distributed import mix
+from training.text import printable
 
 SPLITS = ("train", "held_out")
 SPLIT_SEED = 1  # part of what "held out" means: changing it moves images between the splits
@@ -76,7 +77,7 @@ class Images:
     """
 
     def __init__(self, listing: Listing, split: str, config: DataConfig, augmentation: str, seed: int):
-        self.name = listing.name
+        self.name = printable(listing.name)
         self.split = split
         self.class_names = listing.class_names
         self.bad: list[str] = []  # "item: reason"
@@ -273,4 +274,5 @@ def split_items(listing: Listing, split: str, share: float) -> np.ndarray:
 
 
 def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{SPLIT_SEED}:{key}".encode(), digest_size=8).digest())
+    data = f"{SPLIT_SEED}:{key}".encode(errors="surrogatepass")  # names of files need not be UTF-8
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())

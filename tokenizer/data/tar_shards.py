@@ -17,6 +17,7 @@ from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from training import distributed
 from training.command import UserError
+from training.text import printable
 
 MAX_SHARDS = 10**6  # that a pattern may name
 READERS = 8  # threads that read the headers of shards, which wait for disks
@@ -63,7 +64,7 @@ class TarListing:
         return f"{self._names[self._shard(item)]}/{name.decode('utf-8', 'replace')}"
 
     def where(self, item: int) -> str:
-        return "".join(letter if letter.isprintable() else "?" for letter in self.key(item)[:200])
+        return printable(self.key(item)[:200])
 
     def read(self, item: int) -> bytes:
         if item in self.refused:

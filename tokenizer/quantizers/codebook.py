@@ -30,6 +30,11 @@ def to_grid(rows: Tensor, shape: Sequence[int]) -> Tensor:
     return rows.unflatten(0, (shape[0], *shape[-2:])).movedim(-1, 1)
 
 
+def finite(rows: Tensor) -> Tensor:
+    """Which of rows (N, D) have a code, (N,) bool. Others get -1 from every quantizer, and their loss is not finite."""
+    return rows.isfinite().all(1)
+
+
 def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
     """`vectors` in the forward pass, to the last bit; the identity for gradients (Bengio et al. 2013, arXiv:1308.3432).
 
@@ -193,7 +198,7 @@ def build_assignment(config: Any, *, learn_codebook: bool) -> Assignment:
 def embed(codes: Tensor, codebook: Tensor) -> Tensor:
     """Rows of the codebook (K, D), codes (...) -> (..., D); code -1, of features that are not finite, meets the first.
 
-    The loss of such features is not finite either, and the training loop skips their step.
+    So it is in the other quantizers, too. The training loop skips a step whose loss is not finite.
     """
     return F.embedding(codes.clamp(min=0), codebook)
 

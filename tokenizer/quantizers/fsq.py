@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Project, Usage, straight_through, to_grid, to_rows
+from tokenizer.quantizers.codebook import Project, Usage, finite, straight_through, to_grid, to_rows
 
 EPSILON = 1e-3  # the bound reaches a little beyond the outermost levels
 
@@ -62,18 +62,20 @@ class FSQ(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             rows = to_rows(features.float())
             bounded = (rows + self.shift).tanh() * self.half_width - self.offset
-            digits = bounded.detach().round().long() + self.levels // 2  # (N, D) in [0, levels)
-            codes = (digits * self.places).sum(1)
+            whole = finite(rows)
+            digits = bounded.detach().round().long() + self.levels // 2
+            digits = digits.where(whole[:, None], 0)  # (N, D) in [0, levels)
+            codes = (digits * self.places).sum(1).where(whole, -1)
             if self.training:
                 self.statistics.gather(codes)
             vectors = straight_through(bounded / (self.levels // 2), self._values(digits))
         codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
-        loss = torch.zeros((), device=features.device)
+        loss = rows.new_zeros(()).where(whole.all(), torch.nan)
         return QuantizerOutput(to_grid(vectors, features.shape), codes, loss, self.statistics.figures())
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
-        digits = codes.squeeze(1)[..., None] // self.places % self.levels
+        digits = codes.squeeze(1).clamp(min=0)[..., None] // self.places % self.levels
         return self._values(digits).movedim(-1, 1)
 
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:

@@ -6,13 +6,12 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Project, Usage, to_grid, to_rows
+from tokenizer.quantizers.codebook import Project, Usage, embed, finite, to_grid, to_rows
 from training.distributed import Stream, uniform
 
 
@@ -93,7 +92,7 @@ class Gumbel(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
-        return F.embedding(codes.squeeze(1), self.codebook).movedim(-1, 1)
+        return embed(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
         """Nothing starts from data."""
@@ -114,9 +113,10 @@ class Gumbel(nn.Module):
         divergence = (log_q.exp() * log_q).sum(1) + math.log(len(self.codebook))
         if keys is not None:
             logits = logits - uniform(keys, len(self.codebook)).to(logits.dtype).log().neg().log()
-        codes, weights = logits.argmax(1), (logits / self.temperature).softmax(1)
+        whole = finite(rows)
+        codes, weights = logits.argmax(1).where(whole, -1), (logits / self.temperature).softmax(1)
         if self.training and not self.hard:
             return weights @ self.codebook, codes, divergence
         mixture = weights @ self.codebook.detach()
-        vectors = F.embedding(codes, self.codebook) + (mixture - mixture.detach())  # plus nothing but a gradient
-        return vectors, codes, divergence
+        passed = (mixture - mixture.detach()).where(whole[:, None], 0.0)  # nothing but a gradient
+        return embed(codes, self.codebook) + passed, codes, divergence

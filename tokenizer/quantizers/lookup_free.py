@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
-from tokenizer.quantizers.codebook import Project, Usage, straight_through, to_grid, to_rows
+from tokenizer.quantizers.codebook import Project, Usage, finite, straight_through, to_grid, to_rows
 from training import distributed
 
 
@@ -107,8 +107,9 @@ class LookupFree(nn.Module):
             rows = to_rows(features.float())
             if self.spherical:
                 rows = F.normalize(rows, dim=1)
-            bits = rows.detach() > 0
-            codes = (bits.long() << self.places).sum(1)
+            whole = finite(rows)
+            bits = (rows.detach() > 0) & whole[:, None]
+            codes = (bits.long() << self.places).sum(1).where(whole, -1)
             if self.training:
                 self.statistics.gather(codes)
             vectors = self._values(bits)
@@ -127,7 +128,7 @@ class LookupFree(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, bits, H, W) float32."""
-        bits = codes.squeeze(1)[..., None] >> self.places & 1
+        bits = codes.squeeze(1).clamp(min=0)[..., None] >> self.places & 1
         return self._values(bits.bool()).movedim(-1, 1)
 
     def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
