@@ -10,7 +10,8 @@ import types
 
 import pytest
 import torch
-from tiny import save_encoder
+import torch.nn.functional as F
+from tiny import MEAN, STD, save_encoder
 from torch import nn
 
 from tokenizer.autoencoder import Reconstruction, VQVAEConfig
@@ -476,9 +477,58 @@ def test_refused_patch_settings():
         PatchConfig().build(2)
 
 
+def raes_logits(images, discriminator, depths):
+    """RAE's DinoDisc, equation by equation, on these weights: (B, 5 * N) of a trunk `vit` of 16 px."""
+    model = discriminator.trunk.model
+    x = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
+    x = model.embeddings((x * 0.5 + 0.5 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    activations = []
+    for index, layer in enumerate(model.layers if hasattr(model, "layers") else model.encoder.layer):
+        x = layer(x)
+        x = x[0] if isinstance(x, tuple) else x
+        if index in depths:
+            activations.append(x[:, 1:].transpose(1, 2))
+    activations.append(x[:, 1:].transpose(1, 2))  # theirs is the first; the class token is in none, nor the last norm
+
+    def convolve(x, convolution):
+        width = convolution.weight.shape[2] // 2
+        return F.conv1d(F.pad(x, (width, width), mode="circular"), convolution.weight, convolution.bias)
+
+    def block(x, parts):
+        x = convolve(x, parts[0])
+        x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        x = x * parts[1].weight[:, None] + parts[1].bias[:, None]
+        return torch.where(x > 0, x, 0.2 * x)
+
+    logits = []
+    for head, x in zip(discriminator.heads, activations, strict=True):
+        x = block(x, head.enter)
+        logits.append(convolve((block(x, head.mix) + x) / math.sqrt(2), head.leave).flatten(1))
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("size", [16, 20, 32])
+def test_the_dino_discriminator_is_raes(size, tmp_path):
+    discriminator = DinoConfig(name=save_encoder(tmp_path, "vit"), layers=(0, 1)).build(size)
+    with torch.no_grad():
+        for parameter in discriminator.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    given, same = images(3, size).requires_grad_(), images(3, size).requires_grad_()
+    ours, theirs = discriminator(given), raes_logits(same, discriminator, {0, 1})
+    torch.testing.assert_close(ours.flatten(1), theirs, atol=1e-5, rtol=1e-4)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(given.grad, same.grad, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trunk_of_any_family(family, tmp_path):
-    discriminator = DinoConfig(name=save_encoder(tmp_path, family), layers=(0, 1)).build(16)
+    sized = family != "siglip2_vision_model"
+    config = DinoConfig(name=save_encoder(tmp_path, family), layers=(0, 1), resize=sized)
+    if not sized:
+        with pytest.raises(UserError, match=r"no size of its own: set objective\.discriminator\.resize=false"):
+            dataclasses.replace(config, resize=True).build(16)
+    discriminator = config.build(16)
     given = images().requires_grad_()
     assert discriminator(given).shape == (6, 3, 4, 4)
     discriminator(given).sum().backward()
@@ -525,10 +575,10 @@ def test_spectral_norms_bound_the_heads(encoder_folder):
             torch.testing.assert_close(norm, torch.ones(()), atol=0.05, rtol=0)
 
 
-def test_images_are_resized_to_the_trunk_when_asked(encoder_folder):
-    plain = DinoConfig(name=encoder_folder, layers=(0, 1))
+def test_images_are_resized_to_the_trunk_unless_asked_not_to(encoder_folder):
+    resized = DinoConfig(name=encoder_folder, layers=(0, 1))
+    plain = dataclasses.replace(resized, resize=False)
     assert plain.build(32)(images(2, 32)).shape == (2, 3, 8, 8)
-    resized = dataclasses.replace(plain, resize=True)
     assert resized.build(32)(images(2, 32)).shape == (2, 3, 4, 4)
     assert resized.build(30)(images(2, 30)).shape == (2, 3, 4, 4)
 
@@ -543,9 +593,11 @@ def test_refused_trunks(encoder_folder):
     with pytest.raises(UserError, match=r"layers=\[1, -1\] are not all different"):
         DinoConfig(name=encoder_folder, layers=(1, -1)).build(16)
     with pytest.raises(UserError, match=r"images of 30 px .* patches of 4 px: set objective\.discriminator\.resize"):
-        DinoConfig(name=encoder_folder, layers=(0,)).build(30)
-    with pytest.raises(UserError, match=r"kernel=9 is too wide for 1 patches"):
-        DinoConfig(name=encoder_folder, layers=(0,)).build(4)
+        DinoConfig(name=encoder_folder, layers=(0,), resize=False).build(30)
+    with pytest.raises(UserError, match=r"kernel=13 is too wide for 4 patches"):
+        DinoConfig(name=encoder_folder, layers=(0,), resize=False, kernel=13).build(8)
+    with pytest.raises(UserError, match=r"images of 4 px are one patch .* set objective\.discriminator\.resize=true"):
+        DinoConfig(name=encoder_folder, layers=(0,), resize=False).build(4)
     with pytest.raises(UserError, match=r"^objective\.discriminator\.name=\./nowhere: there is no such folder"):
         DinoConfig(name="./nowhere").build(16)
 

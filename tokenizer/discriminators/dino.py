@@ -1,6 +1,9 @@
 """Projected discriminator: small heads on a frozen, self-supervised vision transformer.
 
-Sauer et al. 2023 (StyleGAN-T, arXiv:2301.09515), section 3.2, as RAE uses it (Zheng et al. 2025, arXiv:2510.11690).
+Sauer et al. 2023 (StyleGAN-T, arXiv:2301.09515), section 3.2, as RAE's code has it (Zheng et al. 2025,
+arXiv:2510.11690): images are resized, class tokens left out, the last input is the trunk's before its last norm, and
+what is called batch normalisation there is of one image at a time. Other than there, estimates of spectral norms move
+once for an optimizer step, and DINO's GELU is the exact one that it was trained with.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
-from tokenizer.discriminators.patch import group_norm
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from training.command import UserError
 
@@ -24,9 +26,9 @@ class DinoConfig:
     kind: str = "dino"
     name: str = "facebook/dino-vits8"  # any encoder of kind foundation: a folder, or a model of the Hub
     revision: str | None = None
-    layers: tuple[int, ...] = (2, 5, 8, 11)  # blocks with a head, from 0 or, negative, from the end; the output has one
+    layers: tuple[int, ...] = (2, 5, 8, 11)  # blocks with a head, from 0 or, negative, from the end; the last has one
     kernel: int = 9
-    resize: bool = False  # images to the size that the trunk was trained on
+    resize: bool = True  # images to the size that the trunk was trained on (DINO: 224 px); false: as they are
 
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
@@ -53,6 +55,11 @@ class DinoConfig:
                 f"{trunk.stride} px: set objective.discriminator.resize=true"
             )
         tokens = (size // trunk.stride) ** 2
+        if tokens == 1:  # whose normalisation leaves nothing
+            raise UserError(
+                f"objective.discriminator.name={self.name}: images of {size} px are one patch of it: "
+                "set objective.discriminator.resize=true, or take another trunk"
+            )
         if self.kernel // 2 > tokens:
             raise UserError(f"objective.discriminator.kernel={self.kernel} is too wide for {tokens} patches: take 1")
         depth = trunk.model.config.num_hidden_layers
@@ -118,13 +125,13 @@ class DinoDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)
         side = self.size // self.trunk.stride
-        logits = [head(_patches(tokens, side**2)) for head, tokens in zip(self.heads, self._tokens(images))]
+        logits = [head(tokens[:, -(side**2) :].mT) for head, tokens in zip(self.heads, self._tokens(images))]
         return torch.cat(logits, 1).unflatten(2, (side, side))
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
-        """(B, prefix + h * w, C) after each of `blocks`, and the trunk's normalised output."""
+        """(B, prefix + h * w, C) after each of `blocks`, and once more after the last, before the trunk's norm."""
         outputs = []
         model = self.trunk.model
         ask = model.register_forward_pre_hook(_ask_for_hidden_states, with_kwargs=True)
@@ -135,11 +142,14 @@ class DinoDiscriminator(nn.Module):
             ask.remove()
             keep.remove()
         (output,) = outputs
-        return [*(output.hidden_states[block + 1] for block in self.blocks), output.last_hidden_state]
+        return [*(output.hidden_states[block + 1] for block in self.blocks), output.hidden_states[-1]]
 
 
 class Head(nn.Module):
-    """(B, C, N) tokens in raster order -> (B, 1, N): a pointwise and a residual circular convolution, spectral norm."""
+    """(B, C, N) tokens in raster order -> (B, 1, N): a pointwise and a residual circular convolution, spectral norm.
+
+    Each channel of each image is normalised over its tokens, so that no image depends on its batch.
+    """
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -152,14 +162,9 @@ class Head(nn.Module):
 
 
 def _block(channels: int, kernel: int) -> nn.Sequential:
-    convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
-    return nn.Sequential(spectral_norm(convolution), group_norm(channels), nn.LeakyReLU(0.2))
-
-
-def _patches(tokens: Tensor, count: int) -> Tensor:
-    """(B, prefix + count, C) -> (B, C, count): the class token, where there is one, is added to every patch."""
-    patches = tokens[:, -count:]
-    return (patches + tokens[:, :1] if tokens.shape[1] > count else patches).transpose(1, 2)
+    # RAE's convolution has a bias, which the normalisation takes away again.
+    convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False)
+    return nn.Sequential(spectral_norm(convolution), nn.GroupNorm(channels, channels, eps=1e-6), nn.LeakyReLU(0.2))
 
 
 def _ask_for_hidden_states(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
