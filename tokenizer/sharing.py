@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tokenizer.interface import CodeLayout
+from tokenizer.remote import patient
 from tokenizer.run import TokenizerRun, load, load_autoencoder_weights, load_config
 from tokenizer.vqrae import VQRAE
 from training.atomic import STAGED, atomic_folder, settle
@@ -230,7 +231,8 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        with patient(name):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except Exception as error:  # the errors of its network libraries share no base
         raise UserError(
             f"{name} is no folder here, and the Hub gave no tokenizer ({_reason(error)}): check the name and the "
@@ -261,10 +263,11 @@ def _upload(folder: Path, repo_id: str, private: bool) -> str:
     if not HUB_NAME.fullmatch(repo_id):
         raise UserError(f"{repo_id}: a repository of the Hub is named owner/name")
     try:
-        api = HfApi()
-        address = str(api.create_repo(repo_id, private=private, exist_ok=True))
-        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=FILES,
-                          commit_message="Tokenizer trained with Tessera")  # fmt: skip
+        with patient(repo_id):
+            api = HfApi()
+            address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+            api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=FILES,
+                              commit_message="Tokenizer trained with Tessera")  # fmt: skip
     except Exception as error:  # the errors of its network libraries share no base
         raise UserError(
             f"{repo_id}: the Hub did not take it ({_reason(error)}): log in with `hf auth login`, and check the "

@@ -9,6 +9,7 @@ import numpy as np
 
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
+from tokenizer.remote import patient
 from training.command import UserError
 
 
@@ -21,7 +22,8 @@ class HubListing:
         import datasets
 
         try:
-            parts = datasets.load_dataset(name)
+            with patient(f"hub:{name}"):
+                parts = datasets.load_dataset(name)
         except Exception as error:  # anything from a typing slip to a lost connection
             reason = " ".join(str(error).split())
             remedy = "check the name and the connection"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenizer.remote import patient
 from training.command import UserError
 
 
@@ -288,12 +289,13 @@ def load_pretrained(name: str, revision: str | None, weights: bool = True) -> tu
 
 
 def _download(name: str, revision: str | None) -> str:
-    """The local folder of a Hub model, from the Hub or its cache. One attempt: a Hub that is away is told at once."""
+    """The local folder of a Hub model, from the Hub or its cache. A Hub that is away is told at once."""
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*processor_config.json", "model.safetensors*", "model-*.safetensors"]
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=wanted)
+        with patient(name):
+            return snapshot_download(name, revision=revision, allow_patterns=wanted)
     except Exception as error:  # the errors of its network libraries share no base
         reason = str(error).strip().split("\n")[0]
         raise UserError(
