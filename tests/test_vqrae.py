@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tiny import save_encoder
 
 from tokenizer import VQRAE
 from tokenizer.autoencoder import LatentNormaliser
-from tokenizer.vqrae import _decoder_config
+from tokenizer.vqrae import CodebookUsage, _decoder_config
 from training.command import UserError
 
 TINY_DECODER = {
@@ -136,15 +138,95 @@ def test_both_stages_train(folder, use_simvq):
 
 def test_usage_counts_what_training_met(folder):
     vqrae = model(folder, use_simvq=False, noise_tau=0.0).train()
-    assert vqrae.get_codebook_usage() == {"usage": 0.0, "perplexity": 1.0, "num_codes": 20}
+    usage = vqrae.get_codebook_usage()
+    assert (usage, usage.perplexity, usage.num_codes) == (0.0, 1.0, 20)
     met = vqrae.encode_to_indices(images()).unique()
     vqrae(images())
     vqrae.update()
-    assert vqrae.get_codebook_usage()["usage"] == pytest.approx(len(met) / 20)
+    usage = vqrae.get_codebook_usage()
+    assert usage == pytest.approx(len(met) / 20) and 1 < usage.perplexity <= len(met) + 1e-3
     before = vqrae.autoencoder.quantizer.codebook.clone()
     vqrae(images())
     vqrae(images())  # applies what the call before gathered
     assert not torch.equal(vqrae.autoencoder.quantizer.codebook, before)
+
+
+def test_usage_is_a_number_that_knows_more(folder):
+    usage = CodebookUsage(0.6543, perplexity=12.5, num_codes=20)
+    assert isinstance(usage, float) and f"{usage * 100:.1f}%" == f"{usage:.1%}" == "65.4%" and usage > 0.5
+    assert json.loads(json.dumps({"usage": usage})) == {"usage": 0.6543} and round(usage, 2) == 0.65
+    assert torch.tensor(usage) == torch.tensor(0.6543) and sum([usage, usage]) / 2 == usage
+    for again in (copy.deepcopy(usage), pickle.loads(pickle.dumps(usage))):
+        assert (again, again.perplexity, again.num_codes) == (0.6543, 12.5, 20)
+
+
+@pytest.mark.parametrize("choice", [{}, {"use_simvq": True}, {"use_simvq": False}])
+def test_what_users_of_the_interface_write(folder, choice, tmp_path, capsys):
+    """Line by line as their scripts have it, with the small sizes of a test."""
+    vqrae = VQRAE(
+        encoder_cls="MAEwNorm",
+        encoder_config_path=str(folder / "mae"),
+        encoder_input_size=16,
+        encoder_params={},
+        decoder_config_path=str(folder / "decoder"),
+        decoder_patch_size=4,
+        pretrained_decoder_path=None,
+        noise_tau=0.0,
+        reshape_to_2d=True,
+        normalization_stat_path=str(folder / "statistics.pt"),
+        eps=1e-5,
+        num_embeddings=20,
+        commitment_cost=0.25,
+        vq_decay=0.99,
+        vq_epsilon=1e-5,
+        quantize_before_reshape=False,
+        use_projection=True,
+        freeze_encoder=True,
+        codebook_dim=48,
+        **choice,
+    ).to("cpu")
+    x = images()
+    optimizer = torch.optim.AdamW([p for p in vqrae.parameters() if p.requires_grad], lr=1e-3)
+
+    vqrae.train()
+    before = [p.detach().clone() for p in vqrae.parameters() if p.requires_grad]
+    x_rec = vqrae(x)
+    loss = (x_rec - x).abs().mean() + vqrae.last_vq_loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    assert x_rec.shape == x.shape and loss.isfinite() and vqrae.last_vq_loss.ndim == 0
+    assert any(not torch.equal(*pair) for pair in zip(before, (p for p in vqrae.parameters() if p.requires_grad)))
+    vqrae(x)  # the codebook's statistics of a step are applied by the next
+    usage = vqrae.get_codebook_usage()
+    print(f"Codebook usage: {usage * 100:.1f}%")
+    assert 0 < usage <= 1 and capsys.readouterr().out == f"Codebook usage: {100 * float(usage):.1f}%\n"
+
+    vqrae.set_stage(2)
+    assert all(p.requires_grad for p in vqrae.autoencoder.encoder.parameters())
+    optimizer = torch.optim.AdamW(vqrae.parameters(), lr=1e-5)
+    z_quant = vqrae.encode(x)
+    z_cont = torch.randn_like(z_quant)
+    distill = vqrae.compute_distillation_loss(z_cont, z_quant)
+    (distill + vqrae.last_vq_loss).backward()
+    optimizer.step()
+    assert any(p.grad is not None for p in vqrae.autoencoder.encoder.parameters())
+
+    vqrae.eval()
+    with torch.no_grad():
+        z = vqrae.encode(x)
+        x_rec = vqrae.decode(z)
+        indices = vqrae.encode_to_indices(x)
+        x_from_indices = vqrae.decode_from_indices(indices)
+    assert (z.shape, x_rec.shape, indices.shape) == ((3, 16, 4, 4), x.shape, (3, 4, 4))
+    assert indices.dtype == torch.int64 and 0 <= int(indices.min()) and int(indices.max()) < 20
+    torch.testing.assert_close(x_from_indices, x_rec)
+
+    torch.save(vqrae.state_dict(), tmp_path / "vqrae.pt")
+    again = model(folder, normalization_stat_path=str(folder / "statistics.pt"), **choice).eval()
+    again.load_state_dict(torch.load(tmp_path / "vqrae.pt", weights_only=True))
+    assert torch.equal(again.encode_to_indices(x), indices)
+    assert torch.equal(again.decode_from_indices(indices), x_from_indices)
 
 
 def test_the_notes_distillation_moves_quantized_features_alone(folder):

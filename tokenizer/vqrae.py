@@ -58,6 +58,15 @@ class VQRAEConfig:
         return Autoencoder(*parts, **options)
 
 
+class CodebookUsage(float):
+    """The share of codes met, in [0, 1], with `perplexity` of those and `num_codes`, how many there are."""
+
+    def __new__(cls, share: float, perplexity: float = 1.0, num_codes: int = 0) -> CodebookUsage:
+        usage = super().__new__(cls, share)
+        usage.perplexity, usage.num_codes = perplexity, num_codes
+        return usage
+
+
 class VQRAE(nn.Module):
     """RAE's interface with a codebook between encoder and decoder; images (B, 3, H, W) in [0, 1].
 
@@ -220,11 +229,12 @@ class VQRAE(nn.Module):
         """
         return distillation_loss(z_quant, z_cont.detach())
 
-    def get_codebook_usage(self) -> dict[str, float]:
-        """Share of codes met in recent training steps, their perplexity, and how many there are."""
+    def get_codebook_usage(self) -> CodebookUsage:
+        """Share of codes met in recent training steps, a number in [0, 1]; beside it what CodebookUsage has."""
         figures = self.autoencoder.quantizer.statistics.figures()
-        used = {name: float(value) for name, value in figures.items()}
-        return used | {"num_codes": self.autoencoder.quantizer.num_codes[0]}
+        return CodebookUsage(
+            float(figures["usage"]), float(figures["perplexity"]), self.autoencoder.quantizer.num_codes[0]
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` reads: arguments, weights, the encoder's architecture, a card."""
