@@ -19,7 +19,7 @@ from tokenizer.data.sources import DataConfig, Images, open_split
 from tokenizer.data.transforms import to_float
 from training import config as configuration
 from training import distributed
-from training.checkpoint import Run, load_weights, weights_hash
+from training.checkpoint import Run, load_weights, weights_hash, weights_path
 from training.command import UserError
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
@@ -192,7 +192,7 @@ class InDomain:
 def open_extractor(folder: Path, data: DataConfig, images: Images) -> InDomain:
     """The in-domain extractor kept in `folder`; where there is none, it is trained on `images`' split first.
 
-    Raises UserError when it was trained on other data.
+    Where its weights are damaged, they are written again. Raises UserError when it was trained on other data.
     """
     kept = folder / "config.yaml"
     config = configuration.load(ExtractorRun, kept) if kept.is_file() else extractor_run(data, images)
@@ -203,6 +203,20 @@ def open_extractor(folder: Path, data: DataConfig, images: Images) -> InDomain:
                 f"{folder}: this extractor was trained with data.{key}={was}, not {wanted}: remove it "
                 "to train another, or name one with --extractor"
             )
-    if not Run(folder, config).finished(config.loop.steps):
+    finished, reason = Run(folder, config).finished(config.loop.steps), ""
+    if finished:
+        try:
+            load_weights(folder)
+        except UserError as error:
+            reason = str(error).partition(": remove it")[0]
+    broken = distributed.any_true(bool(reason))
+    if broken:
+
+        def discard() -> None:
+            print(f"warning: {reason}: it is written again from the last checkpoint", flush=True)
+            weights_path(folder).unlink(missing_ok=True)
+
+        distributed.on_main(discard)
+    if broken or not finished:
         train_extractor(config, folder)
     return InDomain(folder)

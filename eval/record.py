@@ -9,13 +9,14 @@ import json
 import math
 import platform
 import subprocess
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from training import distributed
+from training.arrays import DamagedFile, read_arrays, reason_of
 from training.checkpoint import digest, replace_file
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity", "pillow", "constriction")
@@ -104,7 +105,8 @@ class Record:
         arrays = io.BytesIO()
         np.savez_compressed(arrays, record_hash=np.array(self.hash), **self.arrays)
         replace_file(folder / f"{self.kind}.npz", arrays.getvalue())
-        replace_file(folder / f"{self.kind}.json", dump_json(self.to_dict()))
+        fields = self.to_dict()
+        replace_file(folder / f"{self.kind}.json", dump_json(fields | {"sha256": digest(fields)}))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -124,17 +126,24 @@ class Record:
 
     @staticmethod
     def read(folder: Path, kind: str) -> Record | None:
-        """The kept record, whatever its settings; None when there is none, or it is not whole."""
+        """The kept record, whatever its settings; None when there is none, or it is damaged, which is said."""
+        file = folder / f"{kind}.json"
         try:
-            fields = json.loads((folder / f"{kind}.json").read_text())
-            with np.load(folder / f"{kind}.npz") as stored:
-                arrays = {name: stored[name] for name in stored.files}
+            fields = json.loads(file.read_bytes())
+            arrays = read_arrays(file.with_suffix(".npz"))
+            if "sha256" in fields and fields.pop("sha256") != digest(fields):
+                raise DamagedFile("its SHA-256 is not that of what it holds")
             measurements = [Measurement.from_dict(each) for each in fields["measurements"]]
             own = str(arrays.pop("record_hash"))
             record = Record(kind, fields["settings"], measurements, arrays, fields["notes"], fields["environment"])
-            return record if own == fields["hash"] == record.hash else None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-            return None  # absent, torn or of an older version: measured again
+            return record if own == fields["hash"] == record.hash else None  # else a kill came between the two files
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if distributed.is_main():
+                reason = f"damaged, or of another version ({reason_of(error)})"
+                print(f"warning: {file} or its .npz: {reason}: it is not used", flush=True)
+            return None
 
 
 def share_interval(hits: int, n: int) -> tuple[float, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from eval.pipeline import load, share
 from generate.npz import DAMAGES, IMAGES, Rows, first_damage
 from tokenizer.data.sources import DataConfig, open_split
 from training import distributed
+from training.arrays import DamagedFile, array_names, read_arrays, reason_of
 from training.checkpoint import replace_file, sha256
 from training.command import UserError
 
@@ -103,20 +103,20 @@ def read_reference(path: Path, extractor: Extractor, batch_size: int = 100) -> R
     Raises UserError when the file is missing or damaged, or its statistics are another extractor's.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ("mu", "sigma", "n", "features", "about") if name in stored.files}
-            has_images = IMAGES in stored.files
+        arrays, has_images = read_arrays(path, ("mu", "sigma", "n", "features", "about")), IMAGES in array_names(path)
         about = json.loads(str(arrays["about"])) if "about" in arrays else None
+        if about is not None and not (isinstance(about, dict) and isinstance(about.get("extractor"), dict)):
+            raise DamagedFile("about names no extractor")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give an ADM reference, or make one: eval.run reference-stats") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged, or no .npz file of arrays ({error})") from None
+    except (OSError, ValueError) as error:
+        reason = f"damaged, or no .npz file of arrays ({reason_of(error)})"
+        raise UserError(f"{path}: {reason}: fetch it again, or make it again (eval.run reference-stats)") from None
     settings = {"reference": path.name, "reference_sha256": sha256(path)}
     fits = _made_by(extractor, about)
     if {"mu", "sigma"} <= arrays.keys() and fits:
         gaussian = Gaussian(*_statistics(path, arrays, extractor.dim))
-        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-        n = int(arrays["n"]) if "n" in arrays else None
+        features, n = _rows(path, arrays, extractor.dim), _count(path, arrays)
         if features is None and has_images:
             features = _of_images(path, extractor, batch_size).features
         return Reference(gaussian, features, settings | {"reference_n": n})
@@ -141,7 +141,26 @@ def _made_by(extractor: Extractor, about: dict[str, Any] | None) -> bool:
     return about["extractor"] == extractor.settings
 
 
+def _rows(path: Path, arrays: dict[str, np.ndarray], dim: int) -> Tensor | None:
+    """(m, D) float32, where the file has rows."""
+    rows = arrays.get("features")
+    if rows is None:
+        return None
+    if rows.dtype.kind != "f" or rows.shape[1:] != (dim,) or not np.isfinite(rows).all():
+        raise UserError(f"{path}: features {rows.dtype} {rows.shape} are not finite rows of {dim}: the file is damaged")
+    return torch.from_numpy(rows)
+
+
+def _count(path: Path, arrays: dict[str, np.ndarray]) -> int | None:
+    n = arrays.get("n")
+    if n is not None and (n.dtype.kind not in "iu" or n.shape != () or n < 1):
+        raise UserError(f"{path}: n is {n}, and no count of images: the file is damaged")
+    return None if n is None else int(n)
+
+
 def _statistics(path: Path, arrays: dict[str, np.ndarray], dim: int) -> tuple[Tensor, Tensor]:
+    if arrays["mu"].dtype.kind not in "fiu" or arrays["sigma"].dtype.kind not in "fiu":
+        raise UserError(f"{path}: mu {arrays['mu'].dtype} and sigma {arrays['sigma'].dtype} are no real numbers")
     mean, covariance = (torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in ("mu", "sigma"))
     if mean.shape != (dim,) or covariance.shape != (dim, dim):
         raise UserError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} are not of {dim} features")

@@ -41,14 +41,14 @@ class Stage:
     def read(folder: Path) -> Stage:
         config = folder / "config.yaml"
         curves = {key: points for key, points in read_log(folder).items() if key not in BARE_LOG_KEYS}
-        return Stage(folder.name, config.read_text() if config.is_file() else "", curves)
+        return Stage(folder.name, config.read_text(errors="replace") if config.is_file() else "", curves)
 
 
 def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by key of a run's log.jsonl, if there is one; lines that a crash cut short are passed over."""
+    """(step, value) by key of a run's log.jsonl, if there is one; lines that are damaged are passed over."""
     curves: dict[str, dict[int, float]] = {}
     log = folder / "log.jsonl"
-    for line in log.read_text().splitlines() if log.is_file() else ():
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
         try:
             values = json.loads(line)
             step = int(values["step"])

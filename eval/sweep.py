@@ -169,9 +169,12 @@ def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        for line in lines:  # as they are used
+            [Measurement.from_dict(fields) for fields in line["measurements"]], line["options"]["seed"]
+            float(line["seconds_per_image"])
         return {line["key"]: line for line in lines}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged: remove it, and the samples are measured again") from None
 
 

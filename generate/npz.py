@@ -17,7 +17,8 @@ import numpy as np
 IMAGES, LABELS = "arr_0", "arr_1"
 BLOCK = 64  # rows that an iteration reads at a time
 # What reading a file by anyone may raise.
-DAMAGES = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError)
+DAMAGES = (OSError, LookupError, ValueError, EOFError, SyntaxError, MemoryError, RuntimeError, OverflowError)
+DAMAGES += (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import stat
-import zipfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training.arrays import read_arrays
 from training.checkpoint import replace_file
 from training.command import UserError
 
@@ -284,9 +284,9 @@ def _is_size(digits: bytes) -> bool:
 def _load(path: Path, state: Stamp) -> TarIndex | None:
     """A kept index, if it is whole and of this state of the shard."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if json.loads(str(stored["about"])) != [FORMAT, *state]:
-                return None
-            return TarIndex(**{name: stored[name] for name in TarIndex._fields})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+        stored = read_arrays(path)
+        if json.loads(str(stored["about"])) != [FORMAT, *state]:
+            return None
+        return TarIndex(**{name: stored[name] for name in TarIndex._fields})
+    except (OSError, ValueError, KeyError):
+        return None  # absent, damaged or of another version: the shard is read anew
