@@ -276,7 +276,7 @@ def _hash_reference(path: Path | None) -> str | None:
 def _to_reference(pipeline: Pipeline, path: Path, features: Tensor, origin: Origin) -> Measurement:
     """The distance of samples' features by `pipeline.judge` to a file's statistics."""
     extractor = pipeline.judge
-    reference = read_reference(path, extractor, pipeline.options.batch_size)
+    reference = read_reference(path, extractor, pipeline.options.batch_size, pipeline.held_out.image_size)
     own = Origin(origin.split, {"batch_size": pipeline.options.batch_size}, origin.subject)
     name = f"{figure_name('FD', extractor)} to {path.name}"
     return measure_frechet(own, name, extractor, features, reference.gaussian, **reference.settings)

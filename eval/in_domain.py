@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -181,12 +182,28 @@ class InDomain:
         }
 
     def __call__(self, images: Tensor) -> Extraction:
+        """Raises UserError for images of another size than it was trained on: it resizes none."""
+        if images.shape[-2:] != (self.input_size, self.input_size):
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"{self.name} was trained on images of {self.input_size} px, and these are {height} x {width}: give it "
+                "images of its size, or name another extractor with --extractor"
+            )
         return self.see(images)
 
     @torch.no_grad()
     def see(self, inputs: Tensor) -> Extraction:
         features = self.network.features(to_float(inputs.to(distributed.device())))
         return Extraction(features, self.network.head(F.relu(features)).softmax(1))
+
+
+def check_extractor(named: Path, trained_in: Sequence[Path]) -> None:
+    """Raise UserError where a folder that was named holds no extractor: one is trained in these places alone."""
+    if (named / "config.yaml").is_file() or named.resolve() in [place.resolve() for place in trained_in]:
+        return
+    places = " or ".join(map(str, trained_in))
+    remedy = f"leave the option out and one is trained in {places}" if places else "name the run of one"
+    raise UserError(f"--extractor {named}: holds no extractor (there is no config.yaml): {remedy}")
 
 
 def open_extractor(folder: Path, data: DataConfig, images: Images) -> InDomain:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval.extractors import WEIGHTS, Extractor, Inception, Tower, find_inception
-from eval.in_domain import InDomain, open_extractor
+from eval.in_domain import InDomain, check_extractor, open_extractor
 from eval.interface import Batch
 from eval.paired import LPIPS
 from eval.record import Record
@@ -57,9 +57,15 @@ class Pipeline:
     """
 
     def __init__(self, options: Options) -> None:
-        """Raises UserError when the folder is neither, or its tokens are not of the tokenizer's present weights."""
+        """Raises UserError when the folder is neither, its tokens are not of the tokenizer's present weights, or a
+        folder that was named for an extractor holds none.
+        """
         self.options, self.folder = options, options.run
         self.alone = (self.folder / "config.yaml").is_file() and not (self.folder / "tokens").is_dir()
+        self.extractor_folder = options.extractor or self.folder / "extractor"
+        if options.extractor:  # of several tokenizers one extractor lies beside them
+            beside = [self.folder.parent / "extractor"] if self.alone else []
+            check_extractor(options.extractor, [self.folder / "extractor", *beside])
         self.tokenizer_folder = self.folder if self.alone else self.tokens.tokenizer_folder
 
     @property
@@ -97,8 +103,7 @@ class Pipeline:
 
     @functools.cached_property
     def in_domain(self) -> InDomain:
-        folder = self.options.extractor or self.folder / "extractor"
-        return open_extractor(folder, self.data, self.train)
+        return open_extractor(self.extractor_folder, self.data, self.train)
 
     @functools.cached_property
     def extractors(self) -> list[Extractor]:

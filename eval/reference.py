@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eval.extractors import WEIGHTS, Extractor, Inception
 from eval.frechet import Gaussian
-from eval.in_domain import InDomain
+from eval.in_domain import InDomain, check_extractor
 from eval.interface import Batch
 from eval.moments import Moments
 from eval.pipeline import load, share
@@ -50,19 +50,23 @@ def write_reference(
     """Measure images and keep their statistics in `out`, a .npz file; what `read_reference` gives for it.
 
     `data`: a source as of DataConfig, at `image_size` (an in-domain extractor knows its own), at most `num` images
-    that lie evenly in its `split`; or a .npz file of images.
+    that lie evenly in its `split`; or a .npz file of images, which are of that size already.
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: statistics are kept in a .npz file")
+    own = extractor.input_size if isinstance(extractor, InDomain) else None
+    if own is not None and image_size not in (None, own):
+        raise UserError(f"--image-size {image_size}: {extractor.name} sees images of {own} px: leave the option out")
+    size = image_size or own
     if data.endswith(".npz"):
         path = Path(data)
         check_whole(path)
         images = open_images(path)
+        check_size(path, images.shape[1], size)
         n = len(images) if num is None else min(num, len(images))
         batches = npz_batches(path, batch_size, n)
         identity = {"source": path.name, "sha256": sha256(path), "n": n, "image_size": images.shape[1]}
     else:
-        size = image_size or (extractor.input_size if isinstance(extractor, InDomain) else None)
         if size is None:
             raise UserError(f"{data}: at what size? say --image-size, for statistics of images of other sizes differ")
         images = open_split(DataConfig(source=data, image_size=size), split)
@@ -90,6 +94,7 @@ def write_reference(
 def choose_extractor(in_domain: Path | None, inception: Path | None) -> Extractor:
     """The in-domain extractor of a folder, else the Inception; UserError where its weights are not found either."""
     if in_domain is not None:
+        check_extractor(in_domain, [])
         return InDomain(in_domain)
     path = WEIGHTS["inception"].find(inception)
     if path is None:
@@ -97,22 +102,27 @@ def choose_extractor(in_domain: Path | None, inception: Path | None) -> Extracto
     return Inception(path)
 
 
-def read_reference(path: Path, extractor: Extractor, batch_size: int = 100) -> Reference:
+def read_reference(path: Path, extractor: Extractor, batch_size: int = 100, image_size: int | None = None) -> Reference:
     """Statistics for figures of this extractor; images without statistics are measured.
 
-    Raises UserError when the file is missing or damaged, or its statistics are another extractor's.
+    Raises UserError when the file is missing or damaged, its statistics are another extractor's, or its images, as
+    far as it tells, are not of `image_size`, where one is given: distances between sizes are distances of sizes.
     """
     try:
         arrays, has_images = read_arrays(path, ("mu", "sigma", "n", "features", "about")), IMAGES in array_names(path)
         about = json.loads(str(arrays["about"])) if "about" in arrays else None
         if about is not None and not (isinstance(about, dict) and isinstance(about.get("extractor"), dict)):
             raise DamagedFile("about names no extractor")
+        maker = about["extractor"]["extractor"] if about is not None else "inception-2015-12-05"
+        size = about["data"]["image_size"] if about is not None else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give an ADM reference, or make one: eval.run reference-stats") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"damaged, or no .npz file of arrays ({reason_of(error)})"
         raise UserError(f"{path}: {reason}: fetch it again, or make it again (eval.run reference-stats)") from None
-    settings = {"reference": path.name, "reference_sha256": sha256(path)}
+    size = open_images(path).shape[1] if has_images else size
+    check_size(path, size, image_size)
+    settings = {"reference": path.name, "reference_sha256": sha256(path), "reference_size": size}
     fits = _made_by(extractor, about)
     if {"mu", "sigma"} <= arrays.keys() and fits:
         gaussian = Gaussian(*_statistics(path, arrays, extractor.dim))
@@ -126,7 +136,6 @@ def read_reference(path: Path, extractor: Extractor, batch_size: int = 100) -> R
             Gaussian.of_moments(seen.moments), seen.features, settings | {"reference_n": seen.moments.count}
         )
     if not fits:
-        maker = about["extractor"]["extractor"] if about else "inception-2015-12-05"
         raise UserError(
             f"{path}: statistics by {maker}, and these figures are by {extractor.name}@{extractor.sha256[:8]}: "
             "make them with that one (eval.run reference-stats)"
@@ -211,6 +220,15 @@ def open_images(path: Path) -> Rows:
     if images.dtype != np.uint8 or not good:
         raise UserError(f"{path}: {IMAGES} is {images.dtype} {shape}, not uint8 (N, H, H, 3)")
     return images
+
+
+def check_size(path: Path, found: int | None, wanted: int | None) -> None:
+    """The one place where sizes meet: UserError for a file of images of another side, where both are known."""
+    if None not in (found, wanted) and found != wanted:
+        raise UserError(
+            f"{path}: its images are of {found} px, and {wanted} px are needed, for nothing is resized here: make it "
+            f"of images of {wanted} px (eval.run reference-stats DATA --image-size {wanted})"
+        )
 
 
 def check_whole(path: Path) -> None:

@@ -123,8 +123,7 @@ def report(options: Options) -> None:
     records = collect_records(pipeline)
     if not distributed.is_main():
         return
-    extractor = options.extractor or pipeline.folder / "extractor"
-    stages = find_stages(pipeline.folder, [pipeline.tokenizer_folder, extractor])
+    stages = find_stages(pipeline.folder, [pipeline.tokenizer_folder, pipeline.extractor_folder])
     title = f"{pipeline.folder.resolve().name} on {pipeline.held_out.name}"
     written = write_report(pipeline.report_folder, title, records, stages, pipeline.tokens.class_names)
     for note in dict.fromkeys(note for record in records for note in record.notes):
@@ -206,7 +205,7 @@ def parse() -> argparse.Namespace:
             add("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
         if name in EXTRACTORS:
             add("--inception-weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth")
-            add("--extractor", type=Path, metavar="RUN", help="in-domain extractor; a pipeline's is RUN/extractor")
+            add("--extractor", type=Path, metavar="RUN", help="in-domain extractor, trained before; else RUN/extractor")
         if name in TOWERS:
             add("--dinov2", type=Path, metavar="FOLDER", help="facebook/dinov2-large, for FD-DINOv2")
         if name in SAMPLES:

@@ -13,6 +13,7 @@ from tiny import command
 from toy_pipeline import BlockTokenizer, evaluate, make_pipeline
 
 from eval import run
+from eval.in_domain import InDomain
 from eval.neighbours import find_copying, nearest
 from eval.protocols import PROTOCOLS
 from eval.record import Record
@@ -112,6 +113,36 @@ def test_protocols_see_the_same_samples(root, monkeypatch, capsys):
     assert values == pytest.approx([values[0]] * 3, rel=1e-5), "images of the network's own size are not resized"
     assert all(figure["settings"]["protocol"] == name for name, figure in distances.items())
     assert run.PROTOCOLS == tuple(PROTOCOLS)
+
+
+def test_a_mistyped_extractor_is_refused_and_none_is_trained(root, tmp_path, capsys):
+    typo = root / "extracter"
+    for words in (
+        ["generation", root, "--extractor", typo],
+        ["report", root, "--extractor", typo],
+        ["reconstruction", root / "tokenizer", "--extractor", typo],
+        ["reference-stats", "digits", "--out", tmp_path / "x.npz", "--extractor", typo],
+    ):
+        assert command("eval.run", *words) == 2, words
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"--extractor {typo}: holds no extractor" in error, words
+    assert not typo.exists()
+    assert command("eval.sweep", swept(root, tmp_path), "--extractor", typo) == 2 and not typo.exists()
+    for words in (["--image-size", 32], []):  # an extractor knows its size, and resizes nothing
+        path = tmp_path / "images.npz"
+        np.savez(path, arr_0=np.zeros((4, 32, 32, 3), np.uint8))
+        made = ["reference-stats", path, "--out", tmp_path / "x.npz", "--extractor", root / "extractor", *words]
+        assert command("eval.run", *made) == 2
+        assert "16 px" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "x.npz").exists()
+    with pytest.raises(UserError, match="trained on images of 16 px, and these are 32 x 32"):
+        InDomain(root / "extractor")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def swept(root, folder):
+    """A sweep's folder with a plan alone."""
+    plan = {"pipeline": str(root), "varied": [], "combinations": []}
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    return folder
 
 
 def test_mistakes_end_with_2_in_one_line(root, tmp_path, capsys):

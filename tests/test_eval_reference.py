@@ -114,6 +114,32 @@ def test_statistics_of_another_extractor_are_refused(tmp_path: Path) -> None:
         read_reference(tmp_path / "stats.npz", Means(sha256="b" * 64))
 
 
+def test_images_of_another_size_are_refused_and_not_measured(tmp_path: Path) -> None:
+    """The same digits at 8 and at 16 px are far apart, whatever a network resizes them to."""
+    small, large = (tmp_path / f"{size}.npz" for size in (8, 16))
+    for path, size in ((small, 8), (large, 16)):
+        write_reference("digits", path, Means(), image_size=size, num=40)
+    bare = save(tmp_path / "images.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    adm = save(tmp_path / "adm.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8), mu=np.zeros(12), sigma=np.eye(12))
+    unknown = save(tmp_path / "unknown.npz", mu=np.zeros(12), sigma=np.eye(12))
+    assert read_reference(small, Means(), image_size=8).settings["reference_size"] == 8
+    assert read_reference(unknown, STANDARD, image_size=8).settings["reference_size"] is None
+    for path, extractor in ((large, Means()), (bare, Means()), (adm, STANDARD), (adm, Means())):
+        with pytest.raises(UserError, match=rf"{path.name}: .* are of 16 px, and 8 px are needed.*--image-size"):
+            read_reference(path, extractor, image_size=8)
+    with pytest.raises(UserError, match="16 px, and 8 px are needed"):
+        write_reference(str(bare), tmp_path / "out.npz", Means(), image_size=8)
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_an_about_that_is_not_ours_is_refused_in_a_line(tmp_path: Path) -> None:
+    good = {"mu": np.zeros(12), "sigma": np.eye(12)}
+    for about in ("[]", "3", "{}", '{"extractor": 3, "data": {}}', '{"extractor": {"extractor": "a"}, "data": []}'):
+        path = save(tmp_path / "about.npz", **good, about=np.array(about))
+        with pytest.raises(UserError, match=r"about\.npz"):
+            read_reference(path, Means())
+
+
 def test_what_is_no_reference_is_refused_in_a_line(tmp_path: Path) -> None:
     good = {"mu": np.zeros(12), "sigma": np.eye(12)}
     cut = save(tmp_path / "cut.npz", arr_0=pixels(30))
