@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from eval.compare import check_alike, own_settings, table_of
 from eval.comparison_pictures import codebook_bars, curves_plot, labelled_grid, rate_plot
 from eval.pictures import Picture
@@ -21,7 +19,7 @@ from eval.record import Measurement, Record, dump_json
 from eval.report import read_log
 from eval.tables import ARROWS, number
 from tokenizer.run import TokenizerRun, load_config
-from training import distributed
+from training import distributed, words
 from training.checkpoint import replace_file, weights_path
 from training.command import UserError
 from training.config import to_dict
@@ -174,7 +172,7 @@ def find_runs(folder: Path) -> list[Path]:
     """The subfolders that hold a tokenizer with weights; other runs, such as an extractor's, are passed over."""
     configs = sorted(folder.glob("*/config.yaml"))
     runs = [path.parent for path in configs if weights_path(path.parent).is_file()]
-    return [run for run in runs if "model" in OmegaConf.load(run / "config.yaml")]
+    return [run for run in runs if "model" in words.read(run / "config.yaml")]
 
 
 def of_levels(counts: Iterable[int]) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from tokenizer.interface import CodeLayout
@@ -30,6 +29,7 @@ from training.atomic import STAGED, atomic_folder, settle
 from training.checkpoint import load_weights, sha256, weights_hash, weights_path, write_weights
 from training.command import Parser, UserError, run_command
 from training.config import from_dict, to_dict, to_yaml
+from training.words import dump
 
 FILES = ["config.yaml", "config.json", "manifest.json", "README.md", "weights/*.safetensors", "weights/*/*.json"]
 FORMAT = "tessera-tokenizer-1"
@@ -374,7 +374,7 @@ def _front_matter(tags: list[str], encoder: str | None, source: str | None) -> s
         fields["base_model"] = encoder
     if source and source.startswith("hub:"):
         fields["datasets"] = [source.removeprefix("hub:")]
-    return f"---\n{OmegaConf.to_yaml(OmegaConf.create(fields))}---\n"
+    return f"---\n{dump(fields)}---\n"
 
 
 def _lines(title: str, lines: list[str]) -> str:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from training import distributed
@@ -33,6 +32,7 @@ from training.command import UserError
 from training.config import to_dict, to_yaml
 from training.folder import Folder, Kind
 from training.signals import Interrupted
+from training.words import escaped, undump
 
 # Settings that a run may change between one start and the next: they move no weight, or, where they only say how
 # the same step is computed, not beyond rounding.
@@ -126,11 +126,10 @@ class Run:
         kept = self.folder / "config.yaml"
         if kept.is_file() and self._steps():  # before the first, nothing would be lost
             try:
-                old = OmegaConf.to_container(OmegaConf.load(kept))
-            except Exception as error:  # the YAML parser's errors have no base that we could name
-                reason = " ".join(str(error).split())
-                raise UserError(f"{kept}: damaged ({reason}): start the run over with --fresh") from None
-            for key, was, now in _differences(_rooted(old), _rooted(to_dict(self.config))):
+                old = undump(kept)
+            except ValueError as error:
+                raise UserError(f"{kept}: damaged ({error}): start the run over with --fresh") from None
+            for key, was, now in _differences(_rooted(old), _rooted(escaped(to_dict(self.config)))):
                 raise UserError(
                     f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
                     "or start it over with --fresh (make: FRESH=1)"

@@ -13,7 +13,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from training.signals import Interrupted, listening
 
@@ -22,6 +23,11 @@ class UserError(ValueError):
     """Something the user can mend. The message names the file, the value and the remedy, in one line."""
 
     told = False  # whether another process says so
+
+
+def expand_home(text: str) -> str:
+    """A path with the home folder for `~` and `~name` at its beginning, as shells have it."""
+    return os.path.expanduser(text)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -81,6 +87,14 @@ def _fail(message: str, code: int) -> None:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, with the nearest right flag."""
 
+    def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does, with `~` in paths read as in configurations."""
+        namespace, others = super().parse_known_args(*arguments, **options)
+        for name, value in vars(namespace).items():
+            if isinstance(value, Path):
+                setattr(namespace, name, Path(expand_home(str(value))))
+        return namespace, others
+
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
         flags = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
@@ -102,7 +116,7 @@ def config_command(
     flag --dry-run prints what it returns instead.
     """
     parser = Parser(prog=f"python -m {program}", description=description)
-    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
     parser.add_argument("--fresh", action="store_true", help="remove what the run's folder holds and start over")
     if dry_run:
@@ -124,7 +138,7 @@ def config_command(
 
 
 @contextlib.contextmanager
-def _building(path: str) -> Iterator[None]:
+def _building(path: Path) -> Iterator[None]:
     """What torch says of a setting's value within some config's `build` is the user's to mend, as a UserError is."""
     try:
         yield

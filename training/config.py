@@ -1,30 +1,52 @@
-"""One YAML per run over frozen dataclasses (structured omegaconf).
+"""One YAML per run over frozen dataclasses, read by the types of their fields.
 
 A file may `include:` another, which it overrides key by key; the command line overrides both. A field made by
 `one_of` holds one of a table's config classes: its `kind` names which, and naming another kind drops what a
 lower layer said about the old one.
+
+What a word means is the field's to say, in a file and on the command line alike: `007` is text for a `str`, 7 for an
+`int`. Nothing else reads it, so `1e3`, `yes` and `a: b` are as good a name as any.
+
+Text in a file may refer to another key of the same configuration, `${root}/tokenizer`; `$${` stands for `${` itself.
+Nothing else in braces means anything: no environment, no functions. On the command line `${` is text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from training.command import UserError
+from training.command import UserError, expand_home
 from training.text import printable
+from training.words import REFERENCE, Word, dump, escaped, parse, read, shown
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
 LARGEST = 2**63 - 1  # what a tensor of integers holds
 LAYERS, MOST_LAYERS = ("depth", "layers", "blocks"), 1000  # ends of keys: counts of what is built one by one
+WHOLE = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?\.?inf|\.?nan", re.ASCII | re.IGNORECASE)
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+NULLS = ("", "null")
+Fail = Callable[[str, str], UserError]  # of a key, and what is wrong with it
+
+
+class Misfit(ValueError):
+    """A value is not of its field's type; the message says why, without the key."""
+
+
+@dataclasses.dataclass
+class Section:
+    """A config before it is made: its class, and of each field a value of the right type or a Section."""
+
+    schema: type
+    values: dict[str, Any]
 
 
 def one_of(table: Mapping[str, type], kind: str, **defaults: Any) -> Any:
@@ -35,49 +57,31 @@ def one_of(table: Mapping[str, type], kind: str, **defaults: Any) -> Any:
     )
 
 
+def signed(default: Any) -> Any:
+    """A dataclass field of numbers that may be below 0, which others are refused for."""
+    return dataclasses.field(default=default, metadata={"signed": True})
+
+
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """The config of class `schema` that a YAML file and `section.key=value` overrides describe.
 
     Raises UserError, naming the file (or the command line), the key and the nearest right one.
     """
     origins: dict[str, str] = {}
-    layers = [*_read(Path(path), origins), read_overrides(overrides)]
+    layers = [*_layers(Path(path).expanduser(), origins), read_overrides(overrides)]
     _note_origins(layers[-1], COMMAND_LINE, origins)
     raw: dict[str, Any] = {}
     for layer in layers:
         raw = _overlay(raw, layer)
-    return from_dict(schema, raw, str(path), origins)
+    return _made(schema, raw, str(path), origins)
 
 
-def from_dict(schema: type[T], raw: Mapping[str, Any], source: str, origins: Mapping[str, str] = {}) -> T:
-    """The config that a plain dictionary describes; `source` names it in errors."""
+def from_dict(schema: type[T], raw: Mapping[str, Any], source: str) -> T:
+    """The config that a plain dictionary, such as `to_dict` gives, describes; `source` names it in errors.
 
-    def fail(key: str, message: str) -> UserError:
-        parent = next((k for k in (key, key.rpartition(".")[0]) if k in origins), "")
-        return UserError(f"{origins.get(parent, source)}: {key}: {message}")
-
-    prototype = _prototype(schema, raw, "", fail)
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(prototype), raw)
-        missing = sorted(OmegaConf.missing_keys(config))
-        made = None if missing else OmegaConf.to_object(config)
-    except (OmegaConfBaseException, TypeError) as error:
-        if getattr(error, "full_key", None):
-            raise fail(str(error.full_key), str(error).splitlines()[0]) from None
-        key, value = _misfit(prototype, raw)  # omegaconf does not say where for tuples
-        raise fail(key, f"{value!r} is of a wrong type or length") from None
-    except (ValueError, ArithmeticError) as error:  # a range check in some __post_init__
-        raise UserError(f"{source}: {error}") from None
-    if missing:
-        raise fail(missing[0], "this key has no default: give it a value")
-    for key, value in _scalars(OmegaConf.to_container(config, resolve=True)):
-        largest = MOST_LAYERS if key.endswith(LAYERS) else LARGEST
-        if isinstance(value, int | float) and not 0 <= value <= largest:  # NaN is neither
-            raise fail(key, f"{value} is not a number from 0 to {largest}")
-        # Bytes of a path that are no UTF-8 have no place in YAML.
-        if isinstance(value, str) and value != value.encode(errors="replace").decode():
-            raise fail(key, f"{printable(value)} is not UTF-8: rename it, or give a link to it with another name")
-    return made
+    Its text refers to nothing. Raises UserError, naming the key.
+    """
+    return _made(schema, escaped(raw), source, {})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -86,11 +90,31 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """The resolved config as YAML, for `load`."""
+    return dump(escaped(to_dict(config)))
 
 
-def _read(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`section.key=value` words as nested dictionaries of Words. Raises UserError for a word of another form."""
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(part.replace("_", "").isalnum() for part in key.split(".")):
+            raise UserError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
+        *sections, name = key.split(".")
+        section = raw
+        for part in sections:
+            inner = _section(section.get(part), key)
+            section[part] = inner if isinstance(inner, dict) else {}
+            section = section[part]
+        section[name] = Word(escaped(text))
+    return raw
+
+
+# From files to nested dictionaries
+
+
+def _layers(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """The layers of a file: what it includes, then itself."""
     if path.resolve() in seen:
         raise UserError(f"{path}: include: the files include each other")
@@ -98,115 +122,226 @@ def _read(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) -> l
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.4)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise UserError(f"{path}: there is no such configuration file{hint}")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # the YAML parser's errors share no base with omegaconf's
-        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
-    if not OmegaConf.is_dict(loaded):
-        raise UserError(f"{path}: a configuration is a mapping of sections")
-    raw = OmegaConf.to_container(loaded)
-    assert isinstance(raw, dict)
+    raw = read(path)
     include = raw.pop("include", None)
     if include is not None and not isinstance(include, str):
-        raise UserError(f"{path}: include: one file name is expected, not {include!r}")
-    layers = _read(path.parent / include, origins, (*seen, path.resolve())) if include else []
+        raise UserError(f"{path}: include: one file name is expected, not {shown(include)}")
+    layers = _layers(path.parent / expand_home(include), origins, (*seen, path.resolve())) if include else []
     _note_origins(raw, str(path), origins)
     return [*layers, raw]
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`section.key=value` words as nested dictionaries. Raises UserError for a word of another form."""
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not all(part.replace("_", "").isalnum() for part in key.split(".")):
-            raise UserError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
+def _section(value: Any, key: str) -> Any:
+    """Where a word of the command line is a section, {a: 1}, its dictionary; all else as it is."""
+    if not isinstance(value, Word) or not value.lstrip().startswith(("{", "[")):
+        return value
     try:
-        raw = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:
-        raise UserError(f"{COMMAND_LINE}: {' '.join(overrides)}: {_one_line(error)}") from None
-    assert isinstance(raw, dict)
-    return raw
+        return parse(value)
+    except ValueError as error:
+        raise UserError(f"{COMMAND_LINE}: {key}: {error}") from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _misfit(prototype: Any, raw: Mapping[Any, Any], prefix: tuple[str, ...] = ()) -> tuple[str, Any]:
-    """The first key, and its value, that does not fit by itself."""
-    for key, value in raw.items():
-        path = (*prefix, str(key))
-        alone = functools.reduce(lambda inner, name: {name: inner}, reversed(path), value)
-        try:
-            OmegaConf.merge(OmegaConf.structured(prototype), alone)
-        except (OmegaConfBaseException, TypeError):
-            return _misfit(prototype, value, path) if isinstance(value, Mapping) else (".".join(path), value)
-    return ".".join(prefix) or "config", raw
-
-
-def _scalars(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of every scalar in nested containers; an item of a list has the list's key."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _scalars(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _scalars(inner, key)
-    else:
-        yield key, value
-
-
-def _note_origins(raw: Mapping[Any, Any], source: str, origins: dict[str, str], prefix: str = "") -> None:
+def _note_origins(raw: Mapping[str, Any], source: str, origins: dict[str, str], prefix: str = "") -> None:
     for key, value in raw.items():
         origins[f"{prefix}{key}"] = source
         if isinstance(value, Mapping):
             _note_origins(value, source, origins, f"{prefix}{key}.")
 
 
-def _overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def _overlay(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     merged = dict(lower)
     for key, value in upper.items():
         below = merged.get(key)
+        if isinstance(below, Mapping):
+            value = _section(value, f"{prefix}{key}")
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             other_kind = "kind" in value and value["kind"] != below.get("kind", value["kind"])
-            merged[key] = dict(value) if other_kind else _overlay(below, value)
+            merged[key] = dict(value) if other_kind else _overlay(below, value, f"{prefix}{key}.")
         else:
             merged[key] = value
     return merged
 
 
-def _prototype(schema: type, raw: Any, prefix: str, fail: Any, defaults: Mapping[str, Any] = {}) -> Any:
-    """An instance of `schema` whose one_of fields hold the classes that `raw` names; unknown keys fail here."""
+# From nested dictionaries to a config
+
+
+def _made(schema: type[T], raw: Any, source: str, origins: Mapping[str, str]) -> T:
+    """The config itself. What a class says of its own values is told with the file's name."""
+
+    def make(section: Section) -> Any:
+        return section.schema(**{name: make(v) if isinstance(v, Section) else v for name, v in section.values.items()})
+
+    fail = _failing(source, origins)
+    tree = _typed(schema, raw, "", fail)
+    resolved = _resolved(tree, tree, "", fail)
+    try:
+        return make(resolved)
+    except (ValueError, ArithmeticError) as error:  # a range check in some __post_init__
+        raise UserError(f"{source}: {error}") from None
+
+
+def _failing(source: str, origins: Mapping[str, str]) -> Fail:
+    def fail(key: str, message: str) -> UserError:
+        parent = next((k for k in (key, key.rpartition(".")[0]) if k in origins), "")
+        return UserError(f"{origins.get(parent, source)}: {key}: {message}")
+
+    return fail
+
+
+def _typed(schema: type, raw: Any, prefix: str, fail: Fail, defaults: Mapping[str, Any] = {}) -> Section:
+    """What `raw` says and, where it says nothing, the defaults. Unknown keys and wrong types fail here."""
     if not isinstance(raw, Mapping):
-        raise fail(prefix.rstrip(".") or "config", f"a section of keys is expected, not {raw!r}")
-    fields = {field.name: field for field in dataclasses.fields(schema)}
+        raise fail(prefix.rstrip(".") or "config", f"a section of keys is expected, not {shown(raw)}")
+    fields, hints, values = {field.name: field for field in dataclasses.fields(schema)}, get_type_hints(schema), {}
     for key in raw:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(fields))}"
             raise fail(f"{prefix}{key}", f"unknown key; {hint}")
-    hints, values = get_type_hints(schema), dict(defaults)
     for name, field in fields.items():
-        given, below = raw.get(name, {}), f"{prefix}{name}."
+        key, default = f"{prefix}{name}", defaults.get(name, _default(field))
+        hint, optional = _without_none(hints[name])
+        given = _section(raw[name], key) if name in raw and hint is not str else raw.get(name)
         if "table" in field.metadata:
-            table, kind = field.metadata["table"], field.metadata["kind"]
-            if isinstance(given, str):
-                raise fail(f"{prefix}{name}", f"a section is expected: {name}: {{kind: {given}}}")
-            chosen = given.get("kind", kind) if isinstance(given, Mapping) else kind
-            if not isinstance(chosen, str) or chosen not in table:
-                near = difflib.get_close_matches(str(chosen), table, 1, 0.4)
-                hint = f"did you mean {near[0]}? It" if near else "it"
-                raise fail(f"{below}kind", f"unknown kind {chosen!r}; {hint} is one of {', '.join(table)}")
-            inner = field.metadata["defaults"] if chosen == kind else {}
-            values[name] = _prototype(table[chosen], given, below, fail, inner)
-        elif dataclasses.is_dataclass(hints[name]):
-            inner = {}
-            if field.default_factory is not dataclasses.MISSING:
-                made = field.default_factory()
-                inner = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-            values[name] = _prototype(hints[name], given, below, fail, inner)
-        elif name not in values:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required:
-                values[name] = MISSING
-    return schema(**values)
+            chosen, inner = _chosen(field, given if name in raw else {}, defaults.get(name), key, fail)
+            values[name] = _typed(chosen, given if name in raw else {}, f"{key}.", fail, inner)
+        elif optional and name in raw and (given is None or (isinstance(given, Word) and given in NULLS)):
+            values[name] = None
+        elif dataclasses.is_dataclass(hint) and (name in raw or default is not None):
+            values[name] = _typed(hint, given if name in raw else {}, f"{key}.", fail, _fields(default))
+        elif name in raw:
+            values[name] = _value(hint, given, key, fail, "signed" in field.metadata)
+        elif default is dataclasses.MISSING:
+            raise fail(key, "this key has no default: give it a value")
+        else:
+            values[name] = default
+    return Section(schema, values)
+
+
+def _chosen(field: Any, given: Any, default: Any, key: str, fail: Fail) -> tuple[type, Mapping[str, Any]]:
+    """The class that a field made by `one_of` is to hold, and the defaults of its fields."""
+    table, kind, defaults = field.metadata["table"], field.metadata["kind"], field.metadata["defaults"]
+    if default is not None:
+        kind, defaults = default.kind, _fields(default)
+    if isinstance(given, str):
+        raise fail(key, f"a section is expected: {field.name}: {{kind: {given}}}")
+    chosen = given.get("kind", kind) if isinstance(given, Mapping) else kind
+    if not isinstance(chosen, str) or chosen not in table:
+        near = difflib.get_close_matches(str(chosen), table, 1, 0.4)
+        hint = f"did you mean {near[0]}? It" if near else "it"
+        raise fail(f"{key}.kind", f"unknown kind {chosen!r}; {hint} is one of {', '.join(table)}")
+    return table[chosen], defaults if chosen == kind else {}
+
+
+def _default(field: Any) -> Any:
+    """A field's default, or MISSING."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a config holds; nothing of what is none."""
+    made = dataclasses.is_dataclass(config) and not isinstance(config, type)
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} if made else {}
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """`X | None` as X and True."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    (inner,) = [each for each in get_args(hint) if each is not types.NoneType]
+    return inner, True
+
+
+def _value(hint: Any, given: Any, key: str, fail: Fail, signed: bool) -> Any:
+    """`given` as a value of the type `hint`. Numbers are finite and, unless they are signed, not below 0."""
+    if get_origin(hint) is dict and isinstance(given, Mapping):
+        return {str(name): _value(get_args(hint)[1], each, f"{key}.{name}", fail, signed)
+                for name, each in given.items()}  # fmt: skip
+    try:
+        value = _converted(hint, given)
+    except Misfit as error:
+        raise fail(key, str(error)) from None
+    largest = MOST_LAYERS if key.endswith(LAYERS) else LARGEST
+    smallest = -largest if signed else 0
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, int | float) and not smallest <= number <= largest:  # NaN is neither
+            raise fail(key, f"{number} is not a number from {smallest} to {largest}")
+    return value
+
+
+def _converted(hint: Any, given: Any) -> Any:
+    """`given` as a value of the type `hint`; text is read as one. Raises Misfit."""
+    items = get_args(hint)
+    if get_origin(hint) in (tuple, list):
+        many = (len(items) == 2 and items[1] is Ellipsis) or get_origin(hint) is list
+        if not isinstance(given, list | tuple) or not (many or len(given) == len(items)):
+            raise Misfit(f"{shown(given)} is of a wrong type or length")
+        try:
+            return get_origin(hint)([_converted(items[0 if many else i], each) for i, each in enumerate(given)])
+        except Misfit:
+            raise Misfit(f"{shown(given)} is of a wrong type or length") from None
+    if isinstance(given, Mapping | list | tuple) or given is None or hint not in READERS:
+        what = "nothing (null)" if given is None else "a section" if isinstance(given, Mapping) else shown(given)
+        raise Misfit(f"Cannot convert {what} to {NAMES.get(hint, hint)}{QUOTE if hint is str else ''}")
+    if type(given) is hint or (hint is float and type(given) is int):
+        return hint(given)
+    value = READERS[hint](str(given).strip().lower() if hint is not str else given) if isinstance(given, str) else None
+    if value is None:
+        raise Misfit(f"Value {str(given)!r} is not {NAMES[hint]}{QUOTE if hint is str else ''}")
+    return value
+
+
+def _bool(text: str) -> bool | None:
+    return True if text in YES else False if text in NO else None
+
+
+def _int(text: str) -> int | None:
+    return int(text) if WHOLE.fullmatch(text) and len(text) < 1000 else None
+
+
+def _float(text: str) -> float | None:
+    plain = text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
+    return float(plain) if NUMBER.fullmatch(text) else None
+
+
+READERS: dict[Any, Callable[[str], Any]] = {str: str, bool: _bool, int: _int, float: _float}
+NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+QUOTE = ": put text in quotes"
+
+
+# References
+
+
+def _resolved(value: Any, tree: Section, key: str, fail: Fail) -> Any:
+    """The same with what its text refers to in `tree`, and with the home folder for `~`."""
+    if isinstance(value, Section):
+        inner = {name: _resolved(each, tree, f"{key}.{name}".lstrip("."), fail) for name, each in value.values.items()}
+        return Section(value.schema, inner)
+    if isinstance(value, dict):
+        return {name: _resolved(each, tree, f"{key}.{name}", fail) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_resolved(each, tree, key, fail) for each in value])
+    try:
+        return _text(value, tree) if isinstance(value, str) else value
+    except Misfit as error:
+        raise fail(key, str(error)) from None
+
+
+def _text(text: str, tree: Section, within: tuple[str, ...] = ()) -> str:
+    def meant(found: re.Match) -> str:
+        if found[1] is None:
+            return "${"
+        value: Any = tree
+        for part in found[1].split("."):
+            value = value.values.get(part) if isinstance(value, Section) else None
+        if value is None:
+            raise Misfit(f"Interpolation key '{found[1]}' not found; $${{ stands for the characters ${{")
+        if found[1] in within or not isinstance(value, str | int | float):
+            raise Misfit(f"{found[0]} refers to itself, or to more than one value")
+        return _text(value, tree, (*within, found[1])) if isinstance(value, str) else str(value)
+
+    resolved = expand_home(REFERENCE.sub(meant, text))
+    # Bytes of a path that are no UTF-8 have no place in YAML.
+    if resolved != resolved.encode(errors="replace").decode():
+        raise Misfit(f"{printable(resolved)} is not UTF-8: rename it, or give a link to it with another name")
+    return resolved

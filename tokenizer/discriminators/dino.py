@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from training.command import UserError
+from training.config import signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class DinoConfig:
     kind: str = "dino"
     name: str = "facebook/dino-vits8"  # any encoder of kind foundation: a folder, or a model of the Hub
     revision: str | None = None
-    layers: tuple[int, ...] = (2, 5, 8, 11)  # blocks with a head, from 0 or, negative, from the end; the last has one
+    # The last block has a head too.
+    layers: tuple[int, ...] = signed((2, 5, 8, 11))  # blocks with a head; negative: from the end
     kernel: int = 9
     resize: bool = True  # images to the size that the trunk was trained on (DINO: 224 px); false: as they are
 
