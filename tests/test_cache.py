@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -245,6 +246,49 @@ def test_a_folder_with_other_files_is_not_touched(root, stranger):
         with pytest.raises(UserError, match=f"holds {stranger}, so it is no token cache"):
             encode_data(run(root), fresh=fresh)
     assert [path.name for path in (root / "tokens").iterdir()] == [stranger]
+
+
+def test_files_of_others_stay_and_links_are_followed(root):
+    encode_data(run(root))
+    os.rename(root / "tokens", root / "disk")
+    (root / "tokens").symlink_to("disk")
+    for name in ("thesis.tmp", ".thesis.tmp", ".thesis.9.tmp", "train-00000.codes.npy.bak"):
+        (root / "disk" / name).write_text("mine")
+    made = files(root / "tokens")
+    encode_data(run(root), fresh=True)
+    assert (root / "tokens").is_symlink() and files(root / "tokens") == made
+    encode_data(run(root, views=2))
+    assert {name for name, data in files(root / "disk").items() if data == b"mine"} == {
+        "thesis.tmp", ".thesis.tmp", ".thesis.9.tmp", "train-00000.codes.npy.bak"
+    }  # fmt: skip
+    (root / "disk" / "train-00007.codes.npy").write_text("mine")
+    with pytest.raises(UserError, match=r"train-00007\.codes\.npy: no command here wrote it.*move it away"):
+        encode_data(run(root), fresh=True)
+    assert TokenCache.open(root / "tokens").manifest["views"] == 2
+
+
+def test_a_cache_of_before_there_were_lists_is_made_anew(root):
+    encode_data(run(root))
+    (root / "tokens" / ".lock").unlink()
+    assert encode_data(run(root, views=2)).manifest["views"] == 2
+
+
+def test_one_process_encodes_at_a_time(root, monkeypatch):
+    refused, replace = [], encode.replace_file
+
+    def others(path, data):
+        for fresh in (False, True) if path.name in ("unfinished.json", "train-00001.codes.npy") else ():
+            with pytest.raises(UserError, match="another process is writing to this token cache"):
+                encode_data(run(root), fresh=fresh)
+            refused.append(path)
+        replace(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "replace_file", others)
+        encode_data(run(root))
+    assert len(refused) == 4
+    encode_data(run(root)).verify()
+    encode_data(run(root), fresh=True)
 
 
 def test_a_file_in_the_way_is_refused(root):

@@ -291,6 +291,18 @@ def test_two_runs_do_not_write_at_once(root, tmp_path):
     store.make(encoder)
 
 
+def test_files_of_others_stay(root, tmp_path):
+    store, encoder = stored(root, tmp_path)
+    store.make(encoder)
+    before = files(store)
+    for name in (".thesis.tmp", ".thesis.9.tmp", "notes.txt"):
+        (store.folder / name).write_text("mine")
+    (store.folder / "00001.npy").unlink()
+    store.make(encoder)
+    assert files(store) == before
+    assert all((store.folder / name).read_text() == "mine" for name in (".thesis.tmp", ".thesis.9.tmp", "notes.txt"))
+
+
 # what cannot be
 
 

@@ -326,3 +326,38 @@ def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
     replace_file(tmp_path / "stats", b"new")
     assert (tmp_path / "stats").is_symlink() and (tmp_path / "disk" / "stats").read_text() == "new"
     assert os.listdir(tmp_path / "disk") == ["stats"]
+
+
+@pytest.mark.parametrize("work", [make, replace_whole])
+def test_a_request_to_stop_at_any_point_leaves_the_old_or_the_new_at_once(tmp_path, monkeypatch, work):
+    """As SIGTERM between two renamings: one call is interrupted, and what cleans up after it is not."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    point, seen, kept = 0, set(), MINE if work is make else {}
+    while True:
+        path, count = tmp_path / str(point) / "out", 0
+        work(path, OLD)
+        fill(path, kept)
+
+        def once(call):
+            def wrapped(*arguments, **keywords):
+                nonlocal count
+                count += 1
+                if count == point + 1:  # noqa: B023
+                    raise KeyboardInterrupt
+                return call(*arguments, **keywords)
+
+            return wrapped
+
+        try:
+            with monkeypatch.context() as patch:
+                for name in CALLS:
+                    patch.setattr(os, name, once(getattr(os, name)))
+                work(path, NEW)
+        except KeyboardInterrupt:
+            assert contents(path) in (OLD | kept, NEW | kept), point
+            assert is_settled(path) and not (path / ".tessera-staged").exists() and os.listdir(path.parent) == ["out"]
+            seen.add((path / "about.json").read_text())
+            point += 1
+        else:
+            break
+    assert seen == {"old", "new"}

@@ -196,6 +196,25 @@ def test_only_shared_folders_are_replaced(conv, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and weights_path(conv).is_file()
 
 
+def test_what_others_put_into_a_shared_folder_stays(conv, tmp_path):
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "shared"
+    out.symlink_to("disk")
+    sharing.save_pretrained(conv, out)
+    mine = (".gitattributes", ".git/config", "weights/old.safetensors", "notes.txt")
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    sharing.save_pretrained(conv, out)
+    assert out.is_symlink() and all((out / name).read_text() == "mine" for name in mine)
+    (out / "README.md").write_text("mine")  # a card is free to be edited
+    with pytest.raises(UserError, match=r"README\.md: was edited"):
+        sharing.save_pretrained(conv, out)
+    assert (out / "README.md").read_text() == "mine" and sharing.from_pretrained(out)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".tessera")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "made", "shared"]
+
+
 def test_what_is_no_tokenizer_is_one_line(tmp_path):
     fails(tmp_path / "nowhere" / "at" / "all", "no such folder")
     fails("just-a-name", "no name of the Hub")
