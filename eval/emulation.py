@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eval.counts import Counts
 from eval.extractors import banner, figure_name
 from eval.generation import Samples
 from eval.pipeline import Pipeline, load
 from eval.protocols import emulate
 from eval.record import Origin, Record
 from training import distributed
+
+SCORE = "a score of class probabilities"
 
 
 def measure_protocols(pipeline: Pipeline) -> Record:
@@ -35,8 +38,10 @@ def measure_protocols(pipeline: Pipeline) -> Record:
     def own(rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(options.batch_size)[distributed.rank() :: distributed.world()]
 
+    counts = Counts({"samples": n, "train images": len(places)})
+    enough = counts.suffice("a Fréchet distance", *counts.sets)
     found = emulate(
-        options.protocol,
+        options.protocol if enough else (),
         extractor,
         lambda: (samples.load(rows) for rows in own(torch.arange(n))),
         lambda: (load(train, rows) for rows in own(places)),
@@ -54,5 +59,7 @@ def measure_protocols(pipeline: Pipeline) -> Record:
     notes = [line for line in [banner(extractor)] if line]
     notes += [f"{figures.protocol}: {figures.why}." for figures in found]
     notes.append("Samples are kept as uint8, so that how a protocol turns floats into uint8 does not show here.")
-    record = Record("protocols", settings, measurements, {}, notes)
+    if any(figures.score is not None for figures in found) and not counts.suffice(SCORE, "samples"):
+        measurements = [figure for figure in measurements if not figure.name.startswith(figure_name("IS", extractor))]
+    record = Record("protocols", settings, measurements, {}, notes + counts.notes)
     return pipeline.keep(record)

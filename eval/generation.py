@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eval.cmmd import cmmd
+from eval.counts import Counts
 from eval.extractors import Extraction, Extractor, FeatureRows, banner, figure_name
 from eval.frechet import Gaussian, frechet_infinity
 from eval.in_domain import InDomain
@@ -40,6 +41,8 @@ NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000  # of KID, as published; smaller sets give smaller subsets
 INFINITY_POINTS = 15
 SHOWN_NEAREST = 12  # samples beside their training neighbours
+SETS = SAMPLES, HELD_OUT, TRAIN = "samples", "held-out images", "train images"  # as notes call them
+SPACED = "train images, evenly spaced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,29 +131,34 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
     drawn: dict[str, Extraction] = {}
     notes = [line for line in map(banner, pipeline.extractors) if line]
     arrays = _sample_pictures(samples, settings["n"], pipeline.tokens.num_classes)
+    counts = Counts(dict(zip(SETS, (settings["n"], *reversed(settings["data_n"])))))
     for extractor in pipeline.extractors:
         seen = _extract(pipeline, extractor, samples, settings["n"])
+        counts.sets[SPACED] = len(seen.train.features)
         drawn[extractor.name] = seen.samples
-        measurements += _distances(extractor, seen, origins)
-        measurements += _kernel_distances(extractor, seen, origins)
+        measurements += _distances(extractor, seen, origins, counts)
+        measurements += _kernel_distances(extractor, seen, origins, counts)
         measurements += [m for m in reconstruction.measurements if m.name == figure_name("rFD", extractor)]
         if getattr(extractor, "task", "classes") == "rotation":
             notes.append(f"The score of class probabilities is left out: {extractor.name} knows no classes.")
         elif seen.samples.probabilities.shape[1]:
-            measurements += _scores(extractor, seen, origins)
-        measurements += _manifolds(extractor, seen, origins)
+            measurements += _scores(extractor, seen, origins, counts)
+        measurements += _manifolds(extractor, seen, origins, counts)
         if extractor is pipeline.in_domain:
             agreement = _agreement(pipeline, seen, samples, origins)
-            copying = _copying(pipeline, seen, samples, origins)
-            measurements += copying.measurements + agreement.measurements
-            arrays |= copying.arrays | agreement.arrays
+            measurements += agreement.measurements
+            arrays |= agreement.arrays
             notes += agreement.notes
+            if counts.suffice("nearer to train than held-out images", SAMPLES, HELD_OUT):
+                copying = _copying(pipeline, seen, samples, origins)
+                measurements += copying.measurements
+                arrays |= copying.arrays
     if pipeline.clip:
-        measurements += _clip_distances(pipeline, samples, settings["n"], origins)
-    if options.reference:
+        measurements += _clip_distances(pipeline, samples, settings["n"], origins, counts)
+    if options.reference and counts.suffice("a Fréchet distance", SAMPLES):
         features = drawn[pipeline.judge.name].features
         measurements.append(_to_reference(pipeline, options.reference, features, origins.samples))
-    record = Record(kind, settings, measurements, arrays, notes)
+    record = Record(kind, settings, measurements, arrays, notes + counts.notes)
     return pipeline.keep(record)
 
 
@@ -206,37 +214,39 @@ def _extract_real(pipeline: Pipeline, extractor: Extractor) -> Real:
     return Real(held_out.gathered(), train.gathered(), moments.reduced(), features)
 
 
-def _distances(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
-    name, rows = figure_name("FD", extractor), seen.samples.features
-    real = seen.held_out.features
-    train, held_out = Gaussian.of_moments(seen.train_moments), Gaussian.of_features(real)
+def _distances(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
+    name, rows, real = figure_name("FD", extractor), seen.samples.features, seen.held_out.features
     to_train = {"reference": "train split", "reference_n": seen.train_moments.count}
     to_held_out = {"reference": "held-out split", "reference_n": len(real)}
-    found = [
-        measure_frechet(origins.samples, f"{name} to held-out", extractor, rows, held_out, **to_held_out),
-        measure_frechet(origins.samples, f"{name} to train", extractor, rows, train, **to_train),
-        measure_frechet(origins.held_out, f"{name} of real images", extractor, real, train, **to_train),
-    ]
-    least = len(rows) // 10
-    if 2 <= least <= len(rows) - INFINITY_POINTS:
+    found = []
+    if counts.suffice("a Fréchet distance", SAMPLES, HELD_OUT):
+        target = Gaussian.of_features(real)
+        found.append(measure_frechet(origins.samples, f"{name} to held-out", extractor, rows, target, **to_held_out))
+    train = Gaussian.of_moments(seen.train_moments) if counts.suffice("a Fréchet distance", TRAIN) else None
+    if train and counts.suffice("a Fréchet distance", SAMPLES):
+        found.append(measure_frechet(origins.samples, f"{name} to train", extractor, rows, train, **to_train))
+    if train and counts.suffice("a distance at endless N", SAMPLES):
+        least = len(rows) // 10
         line = frechet_infinity(rows, train, INFINITY_POINTS, least)
         how = to_train | extractor.settings | {"points": INFINITY_POINTS, "least": least, "draw_seed": 0}
         details = {"slope": line.slope, "counts": list(line.counts), "distances": list(line.distances)}
-        name = f"{figure_name('FD∞', extractor)} to train"
-        found.insert(2, origins.samples.measure(name, line.value, "", False, len(rows), details=details, **how))
+        endless = f"{figure_name('FD∞', extractor)} to train"
+        found.append(origins.samples.measure(endless, line.value, "", False, len(rows), details=details, **how))
+    if train and counts.suffice("a Fréchet distance", HELD_OUT):
+        found.append(measure_frechet(origins.held_out, f"{name} of real images", extractor, real, train, **to_train))
     return found
 
 
-def _kernel_distances(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
+def _kernel_distances(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
     real, found = seen.held_out.features, []
-    for suffix, origin, rows in (
-        (" to held-out", origins.samples, seen.samples.features),
-        (" of real images", origins.train, seen.train.features),
+    for suffix, origin, rows, count in (
+        (" to held-out", origins.samples, seen.samples.features, SAMPLES),
+        (" of real images", origins.train, seen.train.features, SPACED),
     ):
+        if not counts.suffice("a kernel distance", count, HELD_OUT):
+            continue
         least = min(len(rows), len(real))
         size = KERNEL_SUBSET_SIZE if least >= KERNEL_SUBSET_SIZE else least // 2
-        if size < 2:
-            continue
         distance = kernel_distance(rows, real, KERNEL_SUBSETS, size)
         how = extractor.settings | {"reference": "held-out split", "reference_n": len(real), "kernel": "(xy/D + 1)^3"}
         how |= {"subsets": distance.subsets, "subset_size": distance.subset_size, "draw_seed": 2020}
@@ -246,7 +256,9 @@ def _kernel_distances(extractor: Extractor, seen: Seen, origins: Origins) -> lis
     return found
 
 
-def _clip_distances(pipeline: Pipeline, samples: Samples, n: int, origins: Origins) -> list[Measurement]:
+def _clip_distances(
+    pipeline: Pipeline, samples: Samples, n: int, origins: Origins, counts: Counts
+) -> list[Measurement]:
     """CMMD, of samples and of real images."""
     extractor, held_out, train, drawn = pipeline.clip, *(FeatureRows(pipeline.clip) for _ in range(3))
     for rows, batches in (
@@ -257,7 +269,12 @@ def _clip_distances(pipeline: Pipeline, samples: Samples, n: int, origins: Origi
         for batch in batches:
             rows.update(batch)
     real, found = held_out.gathered().features, []
-    for suffix, origin, rows in (("", origins.samples, drawn), (" of real images", origins.train, train)):
+    for suffix, origin, rows, count in (
+        ("", origins.samples, drawn, SAMPLES),
+        (" of real images", origins.train, train, TRAIN),
+    ):
+        if not counts.suffice("CMMD", count, HELD_OUT):
+            continue
         features = rows.gathered().features
         how = extractor.settings | {"reference": "held-out split", "reference_n": len(real)}
         name = figure_name("MMD", extractor) + suffix
@@ -282,13 +299,15 @@ def _to_reference(pipeline: Pipeline, path: Path, features: Tensor, origin: Orig
     return measure_frechet(own, name, extractor, features, reference.gaussian, **reference.settings)
 
 
-def _scores(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
+def _scores(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
     found = []
-    for suffix, origin, rows in (
-        ("", origins.samples, seen.samples.probabilities),
-        (" of real images", origins.held_out, seen.held_out.probabilities),
+    for suffix, origin, rows, count in (
+        ("", origins.samples, seen.samples.probabilities, SAMPLES),
+        (" of real images", origins.held_out, seen.held_out.probabilities, HELD_OUT),
     ):
-        score = inception_score(rows, min(IS_SPLITS, len(rows)))
+        if not counts.suffice("a score of class probabilities", count):
+            continue
+        score = inception_score(rows, IS_SPLITS)
         settings = extractor.settings | {"classes": rows.shape[1], "splits": score.splits, "shuffle_seed": 2020}
         details = {"deviation": score.deviation}
         name = figure_name("IS", extractor) + suffix
@@ -296,14 +315,14 @@ def _scores(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurem
     return found
 
 
-def _manifolds(extractor: Extractor, seen: Seen, origins: Origins) -> list[Measurement]:
+def _manifolds(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
     real = _spread(seen.held_out.features)
     found = []
-    for suffix, origin, rows in (
-        ("", origins.samples, seen.samples.features[:MANIFOLD_LIMIT]),
-        (" of real images", origins.train, _spread(seen.train.features)),
+    for suffix, origin, rows, count in (
+        ("", origins.samples, seen.samples.features[:MANIFOLD_LIMIT], SAMPLES),
+        (" of real images", origins.train, _spread(seen.train.features), SPACED),
     ):
-        if min(len(rows), len(real)) <= DENSITY_NEIGHBOURS:
+        if not counts.suffice("precision, recall, density and coverage", count, HELD_OUT):
             continue
         settings = extractor.settings | {"reference": "held-out split", "reference_n": len(real)}
         figures = dataclasses.asdict(manifold(rows, real, NEIGHBOURS, DENSITY_NEIGHBOURS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,12 @@ def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pi
 def draw(rows: Sequence[Row]) -> list[Picture]:
     names = [row.name for row in rows]
     seconds = [row.facts["seconds_per_image"] for row in rows]
-    plot = points_plot(names, seconds, [_distance(row) for row in rows], "seconds per image", "FD to held-out images")
-    return [
-        Picture(f"{NAME}-seconds.svg", "In-domain Fréchet distance against seconds per image.", plot),
-        Picture(f"{NAME}-samples.png", "The first samples of each prior, the same classes in each row.", _grid(rows)),
-    ]
+    distances = [_distance(row) for row in rows]
+    grid = Picture(f"{NAME}-samples.png", "The first samples of each prior, the same classes in each row.", _grid(rows))
+    if not all(map(math.isfinite, distances)):
+        return [grid]
+    plot = points_plot(names, seconds, distances, "seconds per image", "FD to held-out images")
+    return [Picture(f"{NAME}-seconds.svg", "In-domain Fréchet distance against seconds per image.", plot), grid]
 
 
 def _grid(rows: Sequence[Row]) -> bytes:
@@ -189,7 +191,9 @@ def _likelihood(row: Row) -> str:
 
 
 def _distance(row: Row) -> float:
-    return row.figure("FD", " to held-out").value
+    """Infinite where there were too few images for it."""
+    figure = row.figure("FD", " to held-out")
+    return figure.value if figure else math.inf
 
 
 def _cell(figure: Measurement | None) -> str:

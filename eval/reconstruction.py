@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eval.codebook import CodebookUsage
+from eval.counts import LEAST, Counts
 from eval.extractors import WEIGHTS, Extractor, FeatureRows, banner, figure_name
 from eval.frechet import Gaussian, frechet_distance, frechet_jackknife
 from eval.interface import Batch
@@ -35,6 +36,8 @@ class PairedFrechet:
 
     def compute(self) -> dict[str, Measurement]:
         features, references = self.images.gathered().features, self.references.gathered().features
+        if len(features) < LEAST["a Fréchet distance"]:
+            return {}
         name = figure_name("rFD", self.extractor)
         return {name: measure_frechet(self.origin, name, self.extractor, features, references)}
 
@@ -102,8 +105,11 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
             if figure in rows:
                 arrays[f"{name}_{figure}"] = rows[figure][chosen_rows].numpy()
     notes = [line for line in map(banner, pipeline.extractors) if line]
+    counts = Counts({pipeline.split_name(held_out, places): n})
     if not distances:
         notes.append("rFD is left out: no extractor was given (--extractor).")
+    elif not counts.suffice("a Fréchet distance", *counts.sets):
+        notes += counts.notes
     if "ssim" not in rows:
         notes.append(f"SSIM is left out: images of {held_out.image_size} px are below its window.")
     if not pipeline.lpips:

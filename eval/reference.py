@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.counts import LEAST
 from eval.extractors import WEIGHTS, Extractor, Inception
 from eval.frechet import Gaussian
 from eval.in_domain import InDomain, check_extractor
@@ -74,6 +75,8 @@ def write_reference(
         places = torch.linspace(0, len(images) - 1, n, dtype=torch.float64).round().long()
         batches = share(torch.arange(n), batch_size, lambda chosen: load(images, places[chosen]), images.name)
         identity = images.identity() | {"measured": n}
+    if n < LEAST["a Fréchet distance"]:
+        raise UserError(f"{data}: N = {n} is too few for statistics: at least {LEAST['a Fréchet distance']} are needed")
     seen = extract(batches, extractor, n)
     about = {"extractor": extractor.settings, "data": identity, "batch_size": batch_size}
     arrays = {
@@ -131,6 +134,8 @@ def read_reference(path: Path, extractor: Extractor, batch_size: int = 100, imag
             features = _of_images(path, extractor, batch_size).features
         return Reference(gaussian, features, settings | {"reference_n": n})
     if has_images:
+        if (n := len(open_images(path))) < LEAST["a Fréchet distance"]:
+            raise UserError(f"{path}: N = {n} is too few for a distance to these images: at least 2 are needed")
         seen = _of_images(path, extractor, batch_size)
         return Reference(
             Gaussian.of_moments(seen.moments), seen.features, settings | {"reference_n": seen.moments.count}

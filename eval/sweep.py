@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from eval.counts import LEAST
 from eval.extractors import Extraction, FeatureRows, banner, figure_name
 from eval.frechet import Gaussian
 from eval.generation import Samples
@@ -72,6 +73,9 @@ class Judge:
     @functools.cached_property
     def target(self) -> Gaussian:
         """The held-out images' features, taken once, and only if there is something to measure."""
+        n, least = len(self.pipeline.places(self.pipeline.held_out)), LEAST["a Fréchet distance"]
+        if n < least:
+            raise UserError(f"{self.pipeline.held_out.name}: N = {n} held-out images is too few for a distance to them")
         held_out = self.pipeline.batches(self.pipeline.held_out, "held-out images")
         return Gaussian.of_features(self._see(held_out).features)
 

@@ -20,6 +20,7 @@ from training.config import to_yaml
 from training.loop import LoopConfig
 
 DATA = DataConfig(source="digits", image_size=16)
+NUM_SAMPLES = 120
 
 
 class BlockTokenizer(nn.Module):
@@ -48,7 +49,7 @@ def make_pipeline(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_weights(root / "tokenizer" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {})
     (root / "tokenizer" / "config.yaml").write_text(to_yaml(TokenizerRun(data=DATA)))
     encode.encode_data(encode.TokensRun(root=str(root), tokenizer=str(root / "tokenizer")))
-    train = open_split(DATA, "train").gather([(0, index) for index in range(120)])
+    train = open_split(DATA, "train").gather([(0, index) for index in range(NUM_SAMPLES)])
     images = (model.decode(model.encode(train["images"])) + 1) * 127.5
     (root / "samples").mkdir()
     pixels = images.round().byte().permute(0, 2, 3, 1).numpy()
