@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).parents[1]
+ALL = ["CONFIG", "DATA", "RUN", "NUM", "STEPS", "FRESH", "NPROC", "LPIPS", "PYTHON", "PY"]
 
 
-def make(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *words], cwd=PROJECT, capture_output=True, text=True, check=False)
+def make(
+    *words: str, cwd: Path = PROJECT, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in (*ALL, "MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        ["make", *words], cwd=cwd, capture_output=True, text=True, check=False, env=kept | (environment or {})
+    )
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with the Makefile, configurations, and in Python's place a script that notes what it is called with."""
+    (tmp_path / "Makefile").symlink_to(PROJECT / "Makefile")
+    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    (tmp_path / "stub").write_text('#!/bin/bash\nprintf "%s\\0" "$@" end >> calls\n')
+    (tmp_path / "stub").chmod(0o755)
+    return tmp_path
+
+
+def calls(place: Path, *words: str, environment: dict[str, str] | None = None) -> list[list[str]]:
+    """The words of each call of Python that `make WORDS` makes."""
+    (place / "calls").unlink(missing_ok=True)
+    done = make("-o", "setup", "PY=./stub", *words, cwd=place, environment=environment)
+    assert done.returncode == 0, done.stderr
+    found: list[list[str]] = [[]]
+    for word in (place / "calls").read_bytes().decode().split("\0")[:-1]:
+        if word == "end":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found[:-1]
 
 
 def test_help_has_a_line_for_every_target_and_variable():
@@ -21,22 +55,109 @@ def test_help_has_a_line_for_every_target_and_variable():
     assert shown == targets | variables
 
 
-def test_demo_runs_every_stage_in_order():
-    plan = make("-n", "demo", "DATA=some folder/of images", "RUN=out", "NPROC=2").stdout
-    stages = re.findall(r"--nproc-per-node 2 -m (\S+)", plan)
-    assert stages[0] == "tokenizer.encoders.pretrain"
-    assert stages[-4:] == ["tokenizer.encode", "priors.train", "generate.sample", "eval.run"]
-    assert plan.count('data.source="some folder/of images"') == 2 and 'root="out"' in plan
-
-
-def test_fresh_concerns_the_named_stage():
-    plan = make("-n", "prior", "FRESH=1").stdout
-    assert [line for line in plan.splitlines() if "--fresh" in line] == [
-        line for line in plan.splitlines() if "priors.train" in line
+def test_demo_runs_every_stage_in_order(place):
+    made = calls(place, "demo", "DATA=some folder/of images", "RUN=out", "NPROC=2", "LPIPS=net.pth", "NUM=7")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    assert all(call[: len(launch)] == launch for call in made)
+    where, data = "root=out", "data.source=some folder/of images"
+    assert [call[len(launch) :] for call in made] == [
+        ["tokenizer.encoders.pretrain", "configs/digits/encoder.yaml", where, data],
+        ["tokenizer.train", "configs/digits/tokenizer-stage1.yaml", where, data],
+        ["tokenizer.train", "configs/digits/tokenizer-stage2.yaml", where, data],
+        ["tokenizer.encode", "configs/digits/tokens.yaml", where],
+        ["priors.train", "configs/digits/prior.yaml", where],
+        ["generate.sample", "out", "--num", "7"],
+        ["eval.run", "report", "out", "--lpips-net", "squeeze", "--lpips-weights", "net.pth"],
     ]
+
+
+def test_one_process_needs_no_launcher(place):
+    assert calls(place, "samples", "CONFIG=digits_vqvae/")[-1] == [
+        "-m", "generate.sample", "runs/digits_vqvae", "--num", "500"]  # fmt: skip
+    assert [call[1] for call in calls(place, "demo", "CONFIG=digits_vqvae", "DATA=a/b")] == [
+        "tokenizer.train", "tokenizer.encode", "priors.train", "generate.sample", "eval.run"]  # fmt: skip
+    assert calls(place, "report", "DATA=pictures/cats/")[-1][3] == "runs/digits-cats"
+
+
+def test_the_launcher_takes_no_option_of_a_stage_for_its_own(place):
+    """By torchrun's own parser: `--num` is the beginning of two of its options."""
+    from torch.distributed.run import get_args_parser
+
+    for call in calls(place, "demo", "compare-priors", "NPROC=2", "STEPS=3", "LPIPS=x"):
+        read = get_args_parser().parse_args(call[2:])
+        assert read.module and read.nproc_per_node == "2"
+        assert [read.training_script, *read.training_script_args] == call[call.index("--") + 1 :]
+
+
+def test_the_job_script_puts_the_same_words_before_a_module():
+    assert '-m -- "$module" "$@"' in (PROJECT / "docs" / "slurm" / "tessera.sbatch").read_text()
+
+
+def test_fresh_concerns_the_named_stage(place):
+    for goal, fresh in (("prior", ["priors.train"]), ("tokens", ["tokenizer.encode"]), ("samples", [])):
+        made = calls(place, goal, "FRESH=1")
+        assert [call[1] for call in made if "--fresh" in call] == fresh
+    assert all("--fresh" in call for call in calls(place, "demo", "FRESH=1") if call[1].endswith(("train", "encode")))
+
+
+HACK = "touch hacked"
+HOSTILE = ["w/exp #2", f"`{HACK}`", f"$({HACK})", f"$(shell {HACK})", f"$$({HACK})", f"$$(shell {HACK})", "${HOME}",
+           "$HOME", f'"; {HACK}; "', f"'; {HACK}; '", f"a; {HACK}", f"a | {HACK}", f"a & {HACK}", f"a\n{HACK}\n", "50%",
+           'q"q', "it's", "a  b ", "back\\slash\\", "*", "?[a-z]", "{a,b}", "$@", "$(", "$", "$$", "~/runs", "a,b)",
+           "!x", "é", "a=b", "a:b", "$(info x)", f"$(eval X:=$(shell {HACK}))", "<in", ">out"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_is_given_arrives_as_it_is_and_runs_nothing(place, text):
+    given = [f"{name}={text}" for name in ("DATA", "RUN", "NUM", "STEPS", "FRESH", "NPROC", "LPIPS", "PYTHON")]
+    made = calls(place, "report", "CONFIG=digits_vqvae", *given)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", text, "-m", "--"]
+    assert [call[: len(launch)] for call in made] == [launch] * 5
+    where, data = f"root={text}", f"data.source={text}"
+    assert [call[len(launch) + 1 :] for call in made] == [
+        ["configs/digits_vqvae/tokenizer.yaml", where, data],
+        ["configs/digits_vqvae/tokens.yaml", where],
+        ["configs/digits_vqvae/prior.yaml", where],
+        [text, "--num", text],
+        ["report", text, "--lpips-net", "squeeze", "--lpips-weights", text],
+    ]
+    make("-o", "setup", "config-exists", "help", f"CONFIG={text}", *given, cwd=place)
+    assert sorted(os.listdir(place)) == ["Makefile", "calls", "configs", "stub"]
+
+
+@pytest.mark.parametrize("text", ["w/exp #2", f"$(shell {HACK})", f"`{HACK}`"])
+def test_the_same_holds_for_the_environment_and_for_every_comparison(place, text):
+    made = calls(place, "samples", environment={"RUN": text, "DATA": text})
+    assert made[-1] == ["-m", "generate.sample", text, "--num", "500"] and f"data.source={text}" in made[0]
+    made = calls(place, "compare-quantizers", "compare-priors", f"STEPS={text}", f"RUN={text}")
+    trained = [call for call in made if call[1].endswith("train")]
+    assert sum(f"loop.steps={text}" in call for call in trained) > 10
+    assert all(f"root={text}" in call for call in trained)
+    assert sorted(os.listdir(place)) == ["Makefile", "calls", "configs", "stub"]
 
 
 def test_unknown_configuration_is_one_line():
     done = make("-o", "setup", "tokens", "CONFIG=nope")
     assert done.returncode == 2
     assert "CONFIG=nope" in done.stderr and "digits" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_tiny_pipeline_on_two_processes(tmp_path):
+    (tmp_path / "Makefile").symlink_to(PROJECT / "Makefile")
+    folder = tmp_path / "configs" / "tiny"
+    folder.mkdir(parents=True)
+    loop = "{steps: 2, batch_size: 8, preview_every: 2}"
+    (folder / "tokenizer.yaml").write_text(
+        f"name: tokenizer\ndata: {{source: digits, image_size: 16}}\ncalibration_images: 64\nloop: {loop}\n"
+        "model: {kind: vqvae, encoder: {kind: conv, channels: 8, stride: 4, residual_blocks: 1}, "
+        "decoder: {kind: conv, channels: 8, residual_blocks: 1}, quantizer: {kind: vector, num_codes: 8, code_dim: 4}}"
+    )
+    (folder / "tokens.yaml").write_text("tokenizer: ${root}/tokenizer\n")
+    prior = "prior: {kind: masked, steps: 2, backbone: {dim: 16, depth: 1, heads: 2}}"
+    (folder / "prior.yaml").write_text(f"tokens: ${{root}}/tokens\n{prior}\nloop: {loop}\n")
+    words = ["-o", "setup", f"PY={sys.executable}", "CONFIG=tiny", "RUN=some run #1", "NPROC=2", "NUM=20"]
+    done = make("demo", *words, cwd=tmp_path, environment={"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "some run #1" / "report" / "report.html").is_file(), done.stdout

@@ -128,7 +128,7 @@ def test_a_command_whose_paths_are_not_utf8_ends_in_one_line(tmp_path: Path, cap
     (tmp_path / "a.yaml").write_text(f"root: {tmp_path}\nloop: {{steps: 1, batch_size: 4}}\n")
     assert command("tokenizer.train", tmp_path / "a.yaml", f"data.source={source}/pictures") == 2
     printed = capsys.readouterr().err
-    assert printed.count("\n") == 1 and "data.source=" in printed and "caf" in printed
+    assert printed.count("\n") == 1 and "data.source: " in printed and "caf" in printed
 
 
 def rows_and_headings(folder: Path) -> tuple[int, list[str]]:
