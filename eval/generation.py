@@ -30,6 +30,8 @@ from eval.record import Measurement, Origin, Record, share_interval
 from eval.reference import read_reference
 from generate.images import FILES
 from generate.npz import DAMAGES, IMAGES, LABELS, Rows, first_damage
+from generate.shards import UNFINISHED
+from training.atomic import is_settled
 from training.checkpoint import sha256
 from training.command import UserError
 
@@ -58,8 +60,12 @@ class Samples:
     def open(folder: Path, image_size: int) -> Samples:
         """Raises UserError for a missing or damaged file and for images of another size."""
         path, about = folder / FILES.arrays, folder / FILES.record
+        if folder.is_dir() and not is_settled(folder):
+            raise UserError(f"{folder}: sampling was ended as it put its files in place: run the same command again")
         if not path.is_file():
-            raise UserError(f"{path}: no samples here: make them first (python -m generate.sample)")
+            begun = (folder / UNFINISHED).is_dir()
+            remedy = "unfinished: run the same command again" if begun else "no samples here: make them first"
+            raise UserError(f"{path}: {remedy} (python -m generate.sample)")
         try:
             facts = json.loads(about.read_text()) if about.is_file() else {}
             made_from, found = facts["made_from"] if facts else {}, sha256(path)

@@ -22,6 +22,7 @@ from priors.interface import SampleOptions
 from priors.sampling import uniform_noise
 from tokenizer.interface import CodeLayout
 from training import distributed
+from training.atomic import COMMITTED, is_settled
 from training.command import UserError
 
 LAYOUT = CodeLayout(((2, 2),), (256,))
@@ -306,6 +307,67 @@ def test_two_commands_on_one_folder(tmp_path):
 
     sample(out, prior=Noise(second))
     assert (out / "samples.json").is_file()
+
+
+def test_what_is_unfinished_is_not_measured(tmp_path, monkeypatch):
+    """Neither shards, nor files that a kill left half in place, whose record is not there yet."""
+    from eval.generation import Samples
+
+    out = tmp_path / "out"
+    monkeypatch.setattr("generate.shards.LEAST", 1)
+    with pytest.raises(UserError, match="no samples here"):
+        Samples.open(out, 2)
+    with pytest.raises(Stop):
+        sample(out, prior=stopping(3))
+    with pytest.raises(UserError, match=r"samples\.npz: unfinished: run the same command again"):
+        Samples.open(out, 2)
+    sample(out)
+    assert Samples.open(out, 2).images.shape == (23, 2, 2, 3)
+    (out / "samples.json").write_text(json.dumps({"made_from": {}, "samples_sha256": "0" * 64}))
+    with pytest.raises(UserError, match=r"its SHA-256 is not that in samples\.json"):
+        Samples.open(out, 2)
+    child = os.fork()
+    if not child:
+        replace = os.replace
+        os.replace = lambda *paths: (
+            os.kill(os.getpid(), signal.SIGKILL) if COMMITTED in str(paths[0]) else replace(*paths)
+        )
+        sample(out)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and not is_settled(out)
+    with pytest.raises(UserError, match="was ended as it put its files in place"):
+        Samples.open(out, 2)
+    sample(out)
+    assert Samples.open(out, 2).made_from["options"]["seed"] == 4
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from test_shards import REQUEST, Noise, Painter, SimpleNamespace, distributed, images
+import torch
+images.maker = lambda folder, record: {"prior_sha256": "a", "tokenizer_sha256": "b"}
+images.load_models = lambda folder, record: (Noise(), Painter())
+distributed.start()
+record = SimpleNamespace(class_names=["cat", "dog", "cow"], tokenizer="../tokenizer")
+images.write_samples(Path("prior"), record, REQUEST, Path(sys.argv[1]), 4)
+images.write_samples(Path("prior"), record, REQUEST, Path(sys.argv[1]), 4)
+distributed.finish()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(tmp_path, whole):
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "shared.py").write_text(SHARED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, tmp_path / "shared.py", tmp_path / "out"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("current, 23 samples") == 1
+    assert contents(tmp_path / "out") == whole
 
 
 MEASURE = """
