@@ -98,7 +98,7 @@ class AbsorbingPrior(nn.Module):
         sampler = SAMPLERS[choose_sampler(options, tuple(SAMPLERS))]
         start = begin(self, labels, options, known, given)
         codes = start.known.clone()
-        plan = sampler(self, options, sample_ids.cpu(), (codes < 0).cpu())
+        plan = sampler(self, options, sample_ids, codes < 0)
         read = reading(self.backbone, start.labels, start.given, start.copies)
         for move in plan:
             self._reveal(codes, move, read, options)
@@ -110,11 +110,11 @@ class AbsorbingPrior(nn.Module):
         """Draw the codes of `move.reveal`, in place."""
         if not move.reveal.any():
             return
-        logits = read(codes, move.reveal.to(codes.device))
+        logits = read(codes, move.reveal)
         for level, (span, _) in zip(logits, self.layout.spans()):
             reveal, noise = move.reveal[:, span], move.noise[:, span]
             probabilities = shape_logits(level, options, options.guidance_at(move.progress)).softmax(-1)
-            codes[:, span][reveal] = inverse_cdf(probabilities, noise[reveal].to(codes.device))
+            codes[:, span][reveal] = inverse_cdf(probabilities, noise[reveal])
 
 
 def mask_some(uniform: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def mask_some(uniform: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass
 class Move:
-    """One step of a sampler, on the host."""
+    """One step of a sampler."""
 
     progress: float  # share of the sampling that is done after it
     reveal: Tensor  # (B, N) bool
@@ -148,7 +148,7 @@ def ancestral(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknow
     """
     steps = options.steps or prior.steps
     time, noise = uniform_noise(options.seed, ids, 0, (2, unknown.shape[1])).unbind(1)
-    ascending = prior.schedule(_grid(steps))[1:-1].flip(0)
+    ascending = prior.schedule(_grid(steps))[1:-1].flip(0).to(time.device)
     step_of = len(ascending) - torch.searchsorted(ascending, time.contiguous(), right=True)
     for step in range(steps):
         yield Move((step + 1) / steps, unknown & (step_of == step), noise)

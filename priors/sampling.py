@@ -1,23 +1,21 @@
 """The mathematics of sampling: guidance (arXiv:2207.12598), filters, and Gumbel noise owned by each sample.
 
-Noise comes from the counter-based Philox generator (Salmon et al. 2011) under the key (seed, sample id), so a
-sample meets the same numbers in any batch. It is float64: in float32 it lowers the effective temperature.
+Noise comes from `training.philox` under the key (seed, sample id) and is made on the ids' device, so a sample meets
+the same numbers in any batch and on any device. It is float64: in float32 it lowers the effective temperature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from priors.interface import Prior, SampleOptions
+from training import philox
 
-# the state of a generator that has drawn nothing, without its counter and key
-EMPTY = {"bit_generator": "Philox", "buffer": np.zeros(4, np.uint64), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-JUMP = 1024  # numbers that are drawn in the time of a jump past them
+JUMP = 256  # numbers that the CPU draws in the time of a jump past them
 
 
 class Start(NamedTuple):
@@ -81,25 +79,15 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 def uniform_noise(seed: int, sample_ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """(B, *shape) float64 in (0, 1) on the ids' device; a row depends on seed, its id and stream only."""
-    rows, generator_at = np.empty((len(sample_ids), *shape)), _generators(seed, stream)
-    for row, sample_id in zip(rows, sample_ids.tolist()):
-        generator_at(sample_id, 0).random(out=row)
-    return _above_zero(rows).to(sample_ids.device)
+    return philox.uniform(seed, sample_ids, stream, math.prod(shape)).view(len(sample_ids), *shape)
 
 
 def chosen_noise(seed: int, sample_ids: Tensor, stream: int, chosen: Tensor, size: int) -> Tensor:
     """`uniform_noise(seed, sample_ids, stream, (N, size))[chosen]` for chosen (B, N) bool, without the rest."""
     if size < JUMP:
         return uniform_noise(seed, sample_ids, stream, (chosen.shape[1], size))[chosen]
-    chosen, filled = chosen.cpu().numpy(), 0
-    rows, generator_at = np.empty((chosen.sum(), size)), _generators(seed, stream)
-    for row, sample_id in zip(chosen, sample_ids.tolist()):
-        edges = np.flatnonzero(np.diff(row, prepend=False, append=False)).tolist()
-        for start, stop in zip(edges[::2], edges[1::2]):
-            end = filled + stop - start
-            generator_at(sample_id, start * size).random(out=rows[filled:end])
-            filled = end
-    return _above_zero(rows).to(sample_ids.device)
+    rows, places = chosen.nonzero().unbind(1)
+    return philox.uniform(seed, sample_ids[rows], stream, size, places * size)
 
 
 def gumbel(seed: int, sample_ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
@@ -112,27 +100,9 @@ def chosen_gumbel(seed: int, sample_ids: Tensor, stream: int, chosen: Tensor, si
     return _to_gumbel_(chosen_noise(seed, sample_ids, stream, chosen, size))
 
 
-def _generators(seed: int, stream: int) -> Callable[[int, int], np.random.Generator]:
-    """A function of a sample's id and a place in its noise to a generator that goes on from there."""
-    philox = np.random.Philox(0)  # one for all: making one reads the system's entropy
-    generator = np.random.Generator(philox)
-
-    def generator_at(sample_id: int, place: int) -> np.random.Generator:
-        counter, key = np.array([place // 4, 0, 0, stream], np.uint64), np.array([seed, sample_id], np.uint64)
-        philox.state = {**EMPTY, "state": {"counter": counter, "key": key}}
-        generator.random(place % 4)  # four numbers for each count
-        return generator
-
-    return generator_at
-
-
 def _to_gumbel_(uniform: Tensor) -> Tensor:
     """-log(-log u), in the place of u."""
     return uniform.log_().neg_().log_().neg_()
-
-
-def _above_zero(rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows).clamp_min_(np.finfo(np.float64).tiny)
 
 
 def categorical(logits: Tensor, noise: Tensor) -> Tensor:

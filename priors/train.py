@@ -61,7 +61,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
 
     def loss(batch: Batch, step: int) -> Loss:
         shape = (cache.layout.length + 2,)
-        uniform = distributed.draw((config.seed, step, LOSS_STREAM), batch.positions, shape)
+        uniform = distributed.draw((config.seed, step, LOSS_STREAM), batch.positions, shape, torch.float64)
         uniform = antithetic(uniform, batch.positions, config.loop.batch_size)
         return prior.loss(batch["codes"], batch["labels"], uniform)
 

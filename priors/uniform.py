@@ -149,11 +149,11 @@ class UniformPrior(nn.Module):
         known = start.known
         steps, noisy, holds = options.steps or self.steps, known, bool((known >= 0).any())
         alphas = 1 - self.schedule(torch.arange(steps + 1, dtype=torch.float64, device=labels.device) / steps)
-        noises = step_noise(options, sample_ids.cpu(), 2 * steps + 1, (4, self.layout.length))
+        noises = step_noise(options, sample_ids, 2 * steps + 1, (4, self.layout.length))
         with evaluation(self):
             network = self._network(start.labels, start.given, start.copies)
             for step, noise in zip(range(steps), noises):
-                choice, case, fresh, held = noise.to(labels.device).unbind(1)
+                choice, case, fresh, held = noise.unbind(1)
                 alpha, next_alpha = alphas[step], alphas[step + 1]
                 if step == 0 or holds:
                     held = corrupt(known, held, alpha, self.num_codes, self.mask_share)
@@ -180,7 +180,7 @@ class UniformPrior(nn.Module):
         num_holes = holes.sum(1, keepdim=True).clamp_min(1)
         share, _ = share_and_rate(self.schedule, torch.tensor(LATEST, device=codes.device))
         size = -(-num_holes // (options.steps or self.steps))
-        order = next(noises)[:, 0].to(codes.device)
+        order = next(noises)[:, 0]
         ranks = order.where(holes, torch.inf).argsort(1).argsort(1)
         for step, noise in enumerate(noises):
             logits = self._at(network, codes, 1 - LATEST)
@@ -188,7 +188,7 @@ class UniformPrior(nn.Module):
                 logits = self._times_likelihood(logits, codes, 1 - share, -1)
             logits = [shape_logits(level, options, options.guidance) for level in logits]
             turn = holes & ((ranks - step * size) % num_holes < size)
-            codes = torch.where(turn, self._draw(logits, noise[:, 0].to(codes.device)), codes)
+            codes = torch.where(turn, self._draw(logits, noise[:, 0]), codes)
         return codes
 
     def _estimate(

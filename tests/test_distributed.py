@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -82,6 +83,9 @@ def test_draws_belong_to_positions(shape):
             assert torch.equal(distributed.draw((1, 2, 3), positions, shape), whole[positions])
     assert not torch.equal(distributed.draw((1, 2, 4), torch.arange(32), shape), whole)
     assert distributed.draw((1,), torch.arange(0), shape).shape == (0, *shape)
+    exact = distributed.draw((1, 2, 3), torch.arange(32), shape, torch.float64)
+    assert exact.dtype == torch.float64 and 0 < exact.min() and exact.max() < 1
+    assert torch.equal(distributed.draw((1, 2, 3), torch.tensor([9, 4]), shape, torch.float64), exact[[9, 4]])
 
 
 def test_mix_known_values():
@@ -108,14 +112,17 @@ def test_picked_rows_are_rows_without_repetition():
     assert pick_rows(candidates[:2], 5, step=0).shape == (5, 2)  # more than there are
 
 
-def test_words_known_values():
-    """A row is SplitMix64's outputs from its key on."""
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [word % 2**64 for word in distributed.words(torch.tensor([0, 1234567]), 3)[1].tolist()] == known
+def test_words_are_those_of_numpys_philox():
+    """A key says whose sequence it is and which part of it."""
+    known = np.random.Philox(key=[0, 1234567]).random_raw(12).tolist()
+    drawn = distributed.words(torch.tensor([[0, 0], [1234567, 3], [1234567, 0]]), 3)
+    assert [word % 2**64 for word in drawn[1].tolist()] == known[9:]
+    assert [word % 2**64 for word in drawn[2].tolist()] == known[:3]
 
 
 def test_uniform_numbers_are_uniform_and_of_their_rows():
-    drawn = distributed.uniform(torch.arange(256), 1001).double()
+    keys = torch.tensor([[owner, part] for owner in range(16) for part in range(16)])
+    drawn = distributed.uniform(keys, 1001).double()
     assert drawn.shape == (256, 1001) and 0 < drawn.min() and drawn.max() < 1
     counts = drawn.flatten().mul(64).long().bincount(minlength=64)
     expected = drawn.numel() / 64
@@ -123,7 +130,8 @@ def test_uniform_numbers_are_uniform_and_of_their_rows():
     for across in (drawn, drawn.T[:256]):
         correlation = torch.corrcoef(across).fill_diagonal_(0) * across.shape[1] ** 0.5
         assert correlation.abs().max() < 6 and 0.95 < correlation.std() < 1.05
-    assert torch.equal(distributed.uniform(torch.tensor([7]), 5)[0].double(), drawn[7, :5])
+    assert torch.equal(distributed.uniform(torch.tensor([[0, 0]]), 5)[0].double(), drawn[0, :5])
+    assert torch.equal(distributed.uniform(torch.tensor([[1, 3]]), 1001)[0].double(), drawn[19])
 
 
 @pytest.fixture

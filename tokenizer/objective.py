@@ -237,12 +237,8 @@ def feature_noise(seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ..
 
     A sample's noise depends on its place in the global batch alone, not on how the batch is split.
     """
-    rows = []
-    for position in positions.tolist():
-        generator = torch.Generator().manual_seed(distributed.mix(*seed, position))
-        deviation = tau * torch.rand((), generator=generator)
-        rows.append(deviation * torch.randn(shape, generator=generator))
-    return torch.stack(rows).to(positions.device)
+    deviations = tau * distributed.draw(seed, positions, (1,) * len(shape))
+    return distributed.normal(seed, positions, shape).mul_(deviations)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training import philox
 from training.command import UserError
 
 T = TypeVar("T")
@@ -159,16 +160,32 @@ def equalise(module: nn.Module) -> None:
             tensor.copy_(broadcast_(tensor.contiguous()))
 
 
-def draw(seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-    """Uniform numbers in [0, 1) that belong to samples of the *global* batch, (len(positions), *shape) float32.
+def draw(
+    seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniform numbers that belong to samples of the *global* batch, (len(positions), *shape) on their device.
 
-    `positions` are places within the global batch. Every rank draws the same table from `seed` and takes its
-    rows, so a sample meets the same randomness however the batch is split.
+    `positions` are places within the global batch. A sample's numbers depend on the seed and its place alone, so they
+    are the same however the batch is split. float32 ones lie in [0, 1), with 24 bits; float64 ones in (0, 1), with 53.
     """
-    generator = torch.Generator().manual_seed(mix(*seed))
-    count = int(positions.max()) + 1 if positions.numel() else 0
-    table = torch.rand((count, *shape), generator=generator)
-    return table[positions.cpu()].to(positions.device)
+    size = math.prod(shape)
+    if dtype == torch.float64:
+        drawn = philox.uniform(*_owner(seed, positions), 0, size, positions * size)
+    else:
+        drawn = philox.short_uniform(*_owner(seed, positions), 0, size, positions * -(-size // 2))
+    return drawn.view(len(positions), *shape)
+
+
+def normal(seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers that belong to samples as those of `draw` do, (len(positions), *shape) float32."""
+    size = math.prod(shape)
+    drawn = philox.normal(*_owner(seed, positions), 1, size, positions * -(-size // 2))
+    return drawn.view(len(positions), *shape)
+
+
+def _owner(seed: tuple[int, ...], positions: Tensor) -> tuple[int, Tensor]:
+    """Samples of a batch have successive parts of one sequence: on the CPU that is one call for all of them."""
+    return mix(*seed), torch.zeros_like(positions)
 
 
 def mix(*numbers: int) -> int:
@@ -191,14 +208,14 @@ def samples(seed: tuple[int, ...], positions: Tensor) -> Iterator[None]:
     It must span the backward pass too, where activations may be computed again.
     """
     global _samples
-    kept, _samples = _samples, scramble_(positions * GOLDEN + mix(*seed))
+    kept, _samples = _samples, torch.stack([torch.full_like(positions, mix(*seed)), positions], 1)
     try:
         yield
     finally:
         _samples = kept
 
 
-_samples: Tensor | None = None  # (B,) int64, a number of its own for each sample of the step
+_samples: Tensor | None = None  # (B, 2) int64: a number of the step, and each sample's place in the global batch
 
 
 class Stream(nn.Module):
@@ -214,13 +231,16 @@ class Stream(nn.Module):
         self.register_buffer("number", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def keys(self, batch: int, count: int = 1) -> Tensor:
-        """(batch * count,) int64: `count` for each of the samples, one after another."""
+        """(batch * count, 2) int64: `count` for each of the samples, one after another. A key is a sequence of
+        numbers, and which part of it."""
         if _samples is None:
-            own = torch.randint(1 << 62, (batch,), device=self.number.device)
+            owner = torch.randint(1 << 62, (1,), device=self.number.device).expand(batch)
+            places = torch.arange(batch, device=self.number.device)
         else:
             assert len(_samples) == batch, f"{batch} rows for {len(_samples)} samples"
-            own = scramble_(_samples + self.number * GOLDEN)
-        return own if count == 1 else words(own, count).flatten()
+            owner, places = scramble_(_samples[:, 0] + self.number * GOLDEN), _samples[:, 1]
+        places = places[:, None] * count + torch.arange(count, device=places.device)
+        return torch.stack([owner[:, None].expand(-1, count), places], -1).flatten(0, 1)
 
 
 def number_streams(module: nn.Module) -> None:
@@ -248,14 +268,15 @@ class Dropout(nn.Module):
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """(N,) int64 keys -> (N, count) float32 in (0, 1), multiples of 2^-24; a row depends on its key only."""
+    """(N, 2) keys of a `Stream` -> (N, count) float32 in (0, 1), multiples of 2^-24; a row depends on its key only."""
     drawn = words(keys, -(-count // 2)).view(torch.int32)[:, :count]
     return ((drawn & 0x7FFFFF).float() + 0.5) * 2**-23
 
 
 def words(keys: Tensor, count: int) -> Tensor:
-    """(N,) int64 keys -> (N, count) int64, all bits random: SplitMix64's outputs from each key on."""
-    return scramble_(keys[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN)
+    """(N, 2) keys of a `Stream` -> (N, count) int64, all bits random."""
+    owner, part = keys.unbind(1)
+    return philox.words(0, owner.contiguous(), 0, count, part * count)
 
 
 def scramble_(z: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Gumbel(nn.Module):
         self.temperature.fill_(self.temperature_start * (self.temperature_end / self.temperature_start) ** progress)
 
     def _choose(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, D) and, for their noise, (N,) -> vectors (N, D), codes (N,), KL(q, uniform) in nats (N,)."""
+        """(N, D) and, for their noise, keys (N, 2) -> vectors (N, D), codes (N,), KL(q, uniform) in nats (N,)."""
         logits = self.logits(rows)
         log_q = logits.log_softmax(1)
         divergence = (log_q.exp() * log_q).sum(1) + math.log(len(self.codebook))
