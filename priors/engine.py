@@ -134,7 +134,8 @@ class _Static:
             blocks(*self._inputs(span))
         main.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Other threads, such as the one that pins batches, may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             result = blocks(*self._inputs(span))
         return graph, result
 

@@ -19,11 +19,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy import LOOP, Generator, Rows, Toy, ToyRun, fingerprint, leaves, log_lines, loop, stop_at
 
 from tokenizer.data.sampler import feed
+from training import distributed
 from training.checkpoint import Run, load_weights
-from training.command import UserError
+from training.command import Interrupted, UserError
 from training.ema import Ema
 from training.log import Log, Meter
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.loop import Batch, LoopConfig, Loss, Turn, has_bf16, train
 from training.optim import OptimizerConfig
 
 CONSTANT = OptimizerConfig(lr=0.1, warmup_steps=0, schedule="constant")
@@ -354,3 +355,34 @@ def test_tensorboard_sees_each_step_once_after_a_crash(tmp_path):
 def test_a_loop_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match=rf"loop\.{next(iter(wrong))}="):
         LoopConfig(**wrong)
+
+
+def test_ranks_start_alike_by_tensors_of_their_device(tmp_path, monkeypatch):
+    """NCCL takes nothing else: what makes every rank's modules equal comes after they are moved."""
+    toy, met = Toy(ToyRun(loop=loop(steps=1))), []
+
+    def equalise(module):
+        met.append({tensor.device.type for tensor in module.state_dict().values()})
+        if len(met) == len(toy.turns):
+            raise Interrupted("seen", 2)
+
+    monkeypatch.setattr(distributed, "equalise", equalise)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
+    with pytest.raises(Interrupted):
+        toy.train(tmp_path / "run")
+    assert met == [{"meta"}, {"meta"}]
+
+
+def test_a_collective_of_a_tensor_elsewhere_is_a_fault(monkeypatch):
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for collective in (distributed.sum_, distributed.broadcast_):
+        with pytest.raises(AssertionError, match="a collective of a tensor on cpu"):
+            collective(torch.zeros(2))
+
+
+@pytest.mark.parametrize("own, low", [(True, True), (False, False)])
+def test_bf16_only_where_a_gpu_has_its_own(monkeypatch, own, low):
+    """Those before Ampere say that they support it, and emulate it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+    assert has_bf16(torch.device("cuda")) is low and not has_bf16(torch.device("cpu"))

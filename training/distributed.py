@@ -29,12 +29,19 @@ def start() -> None:
     """Join the process group that torchrun describes in the environment; does nothing without torchrun."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized() or int(os.environ["WORLD_SIZE"]) == 1:
         return
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local} of this machine has no GPU, of which there are {torch.cuda.device_count()}: "
+                "start at most one process for each (make: NPROC)"
+            )
+        torch.cuda.set_device(local)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps the addresses of before a restart
         store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=size)
+    backend, bound = ("nccl", device()) if torch.cuda.is_available() else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
 
 
 def finish() -> None:
@@ -69,9 +76,9 @@ def device() -> torch.device:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sum over ranks, in place. A collective's tensor is on the device of the process, here and elsewhere."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(_here(tensor))
     return tensor
 
 
@@ -149,7 +156,13 @@ def samples_each(batch_size: int, accumulate: int) -> int:
 def broadcast_(tensor: Tensor) -> Tensor:
     """Rank 0's values to every rank, in place."""
     if dist.is_initialized():
-        dist.broadcast(tensor, 0)
+        dist.broadcast(_here(tensor), 0)
+    return tensor
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """A tensor that the process group can take: NCCL, which joins GPUs, knows no other device."""
+    assert tensor.device.type == device().type, f"a collective of a tensor on {tensor.device}, not on {device()}"
     return tensor
 
 

@@ -39,7 +39,7 @@ class LoopConfig:
     batch_size: int = 64  # samples per step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches per step and process
     clip: float = 1.0  # largest gradient norm
-    precision: str = "auto"  # bf16 autocast on a GPU, fp32 on a CPU; or "fp32", "bf16"
+    precision: str = "auto"  # bf16 autocast on a GPU that has it, else fp32; or "fp32", "bf16"
     sharding: str = "none"  # "full": each process keeps a part of every transformer block (FSDP2)
     compile: bool = False  # torch.compile, of each transformer block or of what has none
     ema_decay: float = 0.999
@@ -92,6 +92,11 @@ def train(
         return loop.train(batches, requests, saver)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU has bf16 of its own: those before Ampere only emulate it, slower than fp32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class _Loop:
     """What `train` holds while it runs: the state of a checkpoint, and the log."""
 
@@ -120,11 +125,13 @@ class _Loop:
         if state is None and begin:
             begin()
         for turn in turns:
-            distributed.equalise(turn.module)
+            distributed.equalise(turn.module.to(self.device))
         sharded = config.sharding == "full" and distributed.world() > 1
         if sharded:
             published.cpu()  # nothing but parts will come back
-        low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        low = config.precision == "bf16" or (config.precision == "auto" and has_bf16(self.device))
+        if self.main and config.precision == "auto" and not low and self.device.type != "cpu":
+            print(f"{self.title}: fp32, as this GPU only emulates bf16 (loop.precision=bf16 asks for it)", flush=True)
         self.ema = Ema(published, config.ema_decay)
         self.movers = [
             Mover(turn, self.device, steps=config.steps, clip=config.clip, low=low, compiled=config.compile,

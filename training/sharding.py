@@ -33,17 +33,26 @@ def _is_block(module: nn.Module) -> bool:
     return composite and 0 < len(parameters) == len(module.state_dict()) and all(p.ndim for p in parameters.values())
 
 
+def share_of(blocks: Sequence[nn.Module], module: nn.Module) -> float:
+    """The share of a module's parameters that are the blocks'."""
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for block in blocks for parameter in block.parameters()) / max(1, whole)
+
+
 def shard_(engine: nn.Module, device: torch.device) -> None:
     """Share the blocks within `engine`, whose forward is a whole step, among all processes; all else is moved whole.
 
-    Raises UserError when there is no block.
+    Raises UserError where blocks are less than half of it: then little would be saved.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     blocks = blocks_of(engine)
-    if not blocks:
-        raise UserError("loop.sharding=full: this model has no transformer blocks to share out: set loop.sharding=none")
+    if share_of(blocks, engine) < 0.5:
+        raise UserError(
+            "loop.sharding=full: there are no transformer blocks that hold half of this model's parameters, and "
+            "nothing else is shared out: set loop.sharding=none"
+        )
     mesh = init_device_mesh(device.type, (distributed.world(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)

@@ -68,8 +68,12 @@ class Mover:
             sharding.shard_(self.engine, device)
         else:
             turn.module.to(device)
-        if compiled:  # in place: names of parameters stay; and by the block, which takes seconds rather than minutes
-            for module in sharding.blocks_of(turn.module) or [turn.module]:
+        if compiled:  # in place: names of parameters stay
+            import torch._functorch.config
+
+            # Losses that weigh their terms by gradients go backward several times, through buffers that stay.
+            torch._functorch.config.donated_buffer = False
+            for module in units_of(turn.module):
                 module.compile()
         self.optimizer = turn.optimizer.build(turn.module)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -185,6 +189,15 @@ class _Step(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Loss:
         return self.loss(batch, step)
+
+
+def units_of(module: nn.Module) -> list[nn.Module]:
+    """What is compiled as one: transformer blocks, which are alike, or, where these are not most of it, the whole.
+
+    By the block it takes seconds rather than minutes.
+    """
+    blocks = sharding.blocks_of(module)
+    return blocks if sharding.share_of(blocks, module) >= 0.5 else [module]
 
 
 def _spoilt(total: Tensor) -> Tensor:

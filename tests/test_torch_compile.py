@@ -1,0 +1,164 @@
+"""loop.compile: every tokenizer and prior trains as it does uncompiled, with all its turns, in few graphs.
+
+Through `aot_eager`, which traces forward and backward passes as for a GPU and takes seconds where inductor takes
+minutes.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import pytest
+import torch
+from tiny import QUANTIZER_SIZES
+from torch import nn
+
+from priors.absorbing import AbsorbingConfig
+from priors.autoregressive import AutoregressiveConfig
+from priors.backbone import BackboneConfig
+from priors.masked import MaskedConfig
+from priors.pixelcnn import PixelCNNConfig
+from priors.uniform import UniformConfig
+from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.decoders.conv import ConvDecoderConfig
+from tokenizer.discriminators.patch import PatchConfig
+from tokenizer.encoders.conv import ConvEncoderConfig
+from tokenizer.hierarchical import VQVAE2Config
+from tokenizer.interface import CodeLayout
+from tokenizer.objective import Objective, ObjectiveConfig
+from tokenizer.quantizers import QUANTIZERS
+from tokenizer.train import turns_of
+from training import distributed
+from training.checkpoint import Run
+from training.loop import Batch, LoopConfig, Turn, train
+from training.optim import OptimizerConfig
+from training.turn import units_of
+
+SIZES = {"channels": 8, "residual_blocks": 2, "residual_channels": 4, "activation": "silu"}
+OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=1, schedule="constant")
+LAYOUT = CodeLayout(((2, 2), (4, 4)), (5, 9))
+BACKBONE = BackboneConfig(dim=16, depth=2, heads=2, dropout=0.1)
+PRIORS = {
+    "autoregressive": AutoregressiveConfig(backbone=BACKBONE),
+    "masked": MaskedConfig(backbone=BACKBONE),
+    "absorbing": AbsorbingConfig(backbone=BACKBONE),
+    "uniform": UniformConfig(backbone=BACKBONE),
+    "pixelcnn": PixelCNNConfig(channels=8, depth=2),
+}
+ADVERSARY = {"adversarial": 0.5, "adversarial_start_step": 1, "adversarial_ramp_steps": 1, "augment": 0.7, "lecam": 0.1,
+             "discriminator": PatchConfig(channels=8, layers=1)}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tokenizer_turns(model, **objective):
+    torch.manual_seed(0)
+    autoencoder = model.build(16)
+    losses = Objective(ObjectiveConfig(**objective), autoencoder, None, seed=3)
+    config = collections.namedtuple("Config", "optimizer discriminator_optimizer objective")
+    return autoencoder, turns_of(config(OPTIMIZER, OPTIMIZER, losses.config), losses)
+
+
+def images(step, accumulate):
+    drawn = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(step)) * 2 - 1
+    parts = zip(drawn.chunk(accumulate), torch.arange(4).chunk(accumulate))
+    return [Batch({"images": part}, positions) for part, positions in parts]
+
+
+def trained(folder, module, turns, batches, *, compile_, accumulate=1):
+    loop = LoopConfig(steps=3, batch_size=4, accumulate=accumulate, compile=compile_, log_every=1)
+    run = Run.open(folder, loop)
+    stream = lambda step: (batches(at, accumulate) for at in range(step, 100))  # noqa: E731
+    train(loop, run, turns, stream, seed=3, published=module)
+    return {f"{turn.name}.{name}": value for turn in turns for name, value in turn.module.state_dict().items()}
+
+
+def compile_with(monkeypatch, backend):
+    """The backend of all that is compiled from here on."""
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(whole, backend=backend))
+
+
+def assert_same(ours, theirs, bound=2e-5):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=bound, msg=name)
+
+
+def conv(**quantizer):
+    made = QUANTIZERS[quantizer.pop("kind")](**quantizer)
+    return VQVAEConfig(encoder=ConvEncoderConfig(**SIZES), quantizer=made, decoder=ConvDecoderConfig(**SIZES))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_an_adversary_with_adaptive_weight(tmp_path, monkeypatch, backend):
+    """Gradients of two losses at the last layer, through a compiled decoder, before the step's own."""
+    compile_with(monkeypatch, backend)
+    model = conv(kind="vector", num_codes=20, code_dim=8)
+    plain, compiled = (
+        trained(tmp_path / str(on), *tokenizer_turns(model, **ADVERSARY), images, compile_=on) for on in (False, True)
+    )
+    assert_same(compiled, plain)
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZERS, "vqvae2"])
+def test_every_tokenizer(kind, tmp_path, monkeypatch):
+    """In two micro-batches; the whole forward is few graphs."""
+    compile_with(monkeypatch, "aot_eager")
+    if kind == "vqvae2":
+        level = QUANTIZERS["vector"](num_codes=20, code_dim=8)
+        model = VQVAE2Config(encoder=ConvEncoderConfig(**SIZES), top=level, bottom=level,
+                             decoder=ConvDecoderConfig(**SIZES), channels=8, residual_blocks=1)  # fmt: skip
+    else:
+        model = conv(kind=kind, **QUANTIZER_SIZES[kind])
+    plain = trained(tmp_path / "plain", *tokenizer_turns(model), images, compile_=False, accumulate=2)
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(tmp_path / "compiled", *tokenizer_turns(model), images, compile_=True, accumulate=2)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert sum(breaks.values()) == 0, breaks
+    assert_same(compiled, plain)
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_every_prior(kind, tmp_path, monkeypatch):
+    """Dropout and label dropout included; blocks that are alike are compiled once."""
+    compile_with(monkeypatch, "aot_eager")
+
+    def made():
+        torch.manual_seed(0)
+        prior = PRIORS[kind].build(LAYOUT, 3)
+
+        def loss(batch, step):
+            shape = (LAYOUT.length + 2,)
+            uniform = distributed.draw((7, step), batch.positions, shape, torch.float64)
+            return prior.loss(batch["codes"], batch["labels"], uniform)
+
+        return prior, [Turn("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))]
+
+    def codes(step, accumulate):
+        generator = torch.Generator().manual_seed(step)
+        drawn = torch.randint(5, (4, LAYOUT.length), generator=generator)
+        return [Batch({"codes": drawn, "labels": torch.arange(4) % 3}, torch.arange(4))]
+
+    plain = trained(tmp_path / "plain", *made(), codes, compile_=False)
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(tmp_path / "compiled", *made(), codes, compile_=True)
+    counters = torch._dynamo.utils.counters
+    assert sum(counters["graph_break"].values()) == 0, counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert_same(compiled, plain)
+
+
+def test_units_are_transformer_blocks_or_the_whole():
+    for kind, config in PRIORS.items():
+        prior = config.build(LAYOUT, 3)
+        units = units_of(prior)
+        assert (units == [prior]) is False or kind == "pixelcnn", kind
+    model = conv(kind="vector", num_codes=20, code_dim=8).build(16)
+    assert units_of(model) == [model]
