@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from priors.interface import Likelihood, SampleOptions
 from priors.masked import MaskedConfig, MaskedPrior, _num_remasked, _num_waiting
 from priors.pixelcnn import PixelCNNConfig
 from priors.record import PriorRecord, read_record
-from priors.sampling import categorical, filter_logits, guide, gumbel
+from priors.sampling import categorical, filter_logits, guide, gumbel, uniform_noise
 from priors.schedules import SCHEDULES, mean_share
 from priors.train import Measure, PriorRun, TokenSequences
 from tokenizer.interface import CodeLayout
@@ -309,7 +310,7 @@ def test_unknown_samplers_are_refused_by_name(kind):
         ("masked", TWO_LEVELS, 16, 0.3),
     ],
 )
-def test_training_reaches_the_entropy_of_four_sequences(kind, layout, repeats, excess):
+def test_training_reaches_the_entropy_of_four_sequences(kind, layout, repeats, excess, monkeypatch):
     codes, labels = random_codes(layout, 4), torch.zeros(4, dtype=torch.int64)
     prior = make(kind, layout, trained=False, label_dropout=0.0, label_smoothing=0.0).train()
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
@@ -318,8 +319,12 @@ def test_training_reaches_the_entropy_of_four_sequences(kind, layout, repeats, e
         prior.loss(codes.repeat(repeats, 1), labels.repeat(repeats)).total.backward()
         optimizer.step()
     assert all(parameter.grad is not None for parameter in prior.parameters())
-    nats = float(prior.nll(codes, labels).nats.mean())
-    assert nats == pytest.approx(math.log(4), abs=excess)
+    found = []
+    for seed in range(20 if kind == "masked" else 1):  # a bound's masks of one draw are off by as much as 0.3
+        noise = functools.partial(uniform_noise, seed, torch.arange(4), 0)
+        monkeypatch.setattr("priors.bounds.own_noise", lambda codes, shape, noise=noise: noise(shape))
+        found.append(float(prior.nll(codes, labels).nats.mean()))
+    assert sum(found) / len(found) == pytest.approx(math.log(4), abs=excess)
     drawn = prior.sample(labels.repeat(16), SampleOptions(), torch.arange(64))
     share = (drawn[:, None] == codes[None]).all(-1).any(1).float().mean()
     assert share > (0.6 if kind == "masked" else 0.9)
