@@ -311,7 +311,7 @@ def num_training_images(data: DataConfig) -> tuple[int | None, int | None]:
     """How many images and classes there are, where they are in this machine's folders; none is decoded."""
     if not _here(data.source):
         return None, None
-    listing = open_listing(data.source, 0)
+    listing = open_listing(data.source, 0, data.choice)
     return len(split_items(listing, "train", data.held_out)), len(listing.class_names)
 
 

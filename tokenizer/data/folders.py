@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
+import collections
+import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from tokenizer.data.naming import EXTENSIONS, HELD_OUT_WORDS, TRAIN_WORDS, number_classes, own_split, walk
+from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
+from tokenizer.data.label_files import read_label_files
+from tokenizer.data.naming import EXTENSIONS, OwnSplit, folder_split, number_classes, some, split_word
 from tokenizer.data.transforms import BadImage
+from tokenizer.data.walk import Walk, walk
 from training.command import UserError
 from training.text import printable
 
 MAX_BYTES = 2**28  # of an encoded image
+# Pictures that are not read here: people take them for images, so that they are not lost among other files.
+UNREAD = tuple(".heic .heif .hif .jxl .jxr .dng .cr2 .nef .arw .psd .exr .hdr .tga .svg".split())
+
+
+class Layout(NamedTuple):
+    """Where a folder's classes and splits begin."""
+
+    top: str  # the folder that holds them, "" or ending in "/"
+    split: OwnSplit | None  # of folders in `top`
+    names: frozenset[str] = frozenset()  # of the split's folders
+
+    def part(self, path: str) -> str | None:
+        """What holds the classes that a path below the root belongs to, ending in "/"; None if it is left out."""
+        if not path.startswith(self.top):
+            return None
+        if self.split is None:
+            return self.top
+        name = path[len(self.top) :].partition("/")[0]
+        return f"{self.top}{name}/" if name in self.names else None
 
 
 class FolderListing:
-    """A folder of images: flat, in class subfolders, or either of these within train/ and validation/."""
+    """A folder of images. Their classes are, where a label file says nothing of them, its first subfolders."""
 
     refused: Mapping[int, str] = {}
 
-    def __init__(self, root: Path):
-        self.name = root.resolve().name
-        self._root = root
-        folders = [entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
-        split = own_split([name for name in folders if name.lower() in TRAIN_WORDS + HELD_OUT_WORDS])
-        if split is not None:
-            tops = [*split.train, *split.held_out]
-        elif len(folders) == 1 and folders[0].lower() in TRAIN_WORDS:  # a wrapper, not a class
-            tops = folders
-        else:
-            tops = [""]
-        # (path below the root, path below train/ or the like), in the order of the first
-        found = sorted((f"{top}/{path}" if top else path, path) for top in tops for path in walk(root / top))
-        if not found:
-            lack = f"holds no images ({' '.join(EXTENSIONS)})" if any(root.iterdir()) else "is empty"
+    def __init__(self, root: Path, found: Walk | None = None, choice: Choice = NO_CHOICE) -> None:
+        """`found` is the walk through `root`, where there was one."""
+        choice.refuse(str(root), "image_column", "hub_config", "hub_revision")
+        found = found or walk(root)
+        images = found.having(*EXTENSIONS)
+        self.name, self._root = root.resolve().name, root
+        if not images:
+            others = "".join(f"; it holds {text}" for text in [_by_extension(found.files)] if text)
+            lack = f"holds no images ({' '.join(EXTENSIONS)}){others}" if any(root.iterdir()) else "is empty"
             raise UserError(f"data.source={root} {lack}: give images, or one subfolder of images per class")
-        self._paths = [path for path, _ in found]
-        classes = [path.split("/")[0] if "/" in path else None for _, path in found]
-        values = classes if any(classes) else ["all"] * len(found)
+        layout = _layout(root, images, found)
+        self._paths = [path for path in images if layout.part(path) is not None]
+        files = read_label_files(root, found.files, images, choice)
+        classes = [_first_folder(path, layout) for path in self._paths]
+        values = [files.value(path, name) for path, name in zip(self._paths, classes)]
+        if choice.label_column == NO_LABELS:
+            values = [None] * len(values)
         self.labels, self.class_names = number_classes(str(root), values)
-        in_held_out = [split is not None and path.split("/")[0] in split.held_out for path in self._paths]
-        self.held_out = None if split is None else np.array(in_held_out)
+        held_out = [] if layout.split is None else [f"{layout.top}{name}/" for name in layout.split.held_out]
+        in_held_out = [layout.part(path) in held_out for path in self._paths]
+        self.held_out = None if layout.split is None else np.array(in_held_out)
+        others = [path for path in found.files if not path.lower().endswith(EXTENSIONS) and path not in files.used]
+        self.notes = [*_left_out(images, layout), *files.notes, *other_files(found, others)]
+        self.notes += _repeats(root, found, layout)
 
     def key(self, item: int) -> str:
         return self._paths[item]
@@ -61,3 +88,90 @@ class FolderListing:
             return path.read_bytes()
         except OSError as error:
             raise BadImage(error.strerror) from error
+
+
+def _layout(root: Path, images: Sequence[str], found: Walk) -> Layout:
+    """Looks through wrappers: folders beside which there is no image, and which are a split or lead to the splits.
+
+    A split's folder counts without images, too: it may be closed, or a link to another split's.
+    """
+    top, begin = "", ""
+    images = [*images, *(f"{path}/" for path, first in found.repeats if not _leads_back(path, first))]
+    while True:
+        below = [path[len(top) :] for path in images]
+        below += [f"{path[len(top) :]}/" for path in found.folders if _is_split_of(path, top)]
+        names = list(dict.fromkeys(path.partition("/")[0] for path in below if "/" in path))
+        split = folder_split(str(root / top), names)
+        if split is not None:
+            return Layout(top, split, frozenset([*split.train, *split.held_out]))
+        if len(names) != 1 or not all("/" in path for path in below):
+            return Layout(begin, None)
+        top += f"{names[0]}/"
+        begin = top if split_word(names[0]) else begin
+
+
+def _is_split_of(path: str, top: str) -> bool:
+    return path.startswith(top) and "/" not in path[len(top) :] and split_word(path[len(top) :]) is not None
+
+
+def _first_folder(path: str, layout: Layout) -> str | None:
+    """The class folder of an image, or of a folder."""
+    below = path[len(layout.part(path) or "") :]
+    return below.partition("/")[0] if "/" in below else None
+
+
+def _left_out(images: Sequence[str], layout: Layout) -> list[str]:
+    """Images beside the splits."""
+    if layout.split is None:
+        return []
+    beside: dict[str, int] = collections.Counter()
+    for path in images:
+        if layout.part(path) is None:
+            below = path[len(layout.top) :]
+            beside[below.partition("/")[0] + "/" if "/" in below else below] += 1
+    used = f"{some(layout.split.train)} and {some(layout.split.held_out)}"
+    names = [f"{name} ({count:,})" if name.endswith("/") else name for name, count in beside.items()]
+    return [f"passed over {sum(beside.values()):,} images beside {used}: {some(names)}"] if beside else []
+
+
+def other_files(found: Walk, others: Sequence[str]) -> list[str]:
+    """Notes on files of other kinds than the one that a folder is a source of, and on folders that are closed."""
+    notes = []
+    if unread := [path for path in others if path.lower().endswith(UNREAD)]:
+        notes.append(
+            f"passed over {len(unread):,} pictures of kinds that are not read here ({_by_extension(unread)}; "
+            f"{some(unread)}): convert them"
+        )
+    if rest := [path for path in others if not path.lower().endswith(UNREAD)]:
+        notes.append(f"passed over {len(rest):,} files of other kinds ({_by_extension(rest)})")
+    if found.unreadable:
+        shown = [f"{folder}: {reason}" for folder, reason in found.unreadable.items()]
+        notes.append(f"could not enter {len(shown):,} folders ({some(shown)})")
+    return notes
+
+
+def _repeats(root: Path, found: Walk, layout: Layout) -> list[str]:
+    """Folders that were met again, by links. Raises UserError where their images would be of two classes or splits."""
+    shown = []
+    for path, first in found.repeats:
+        parts = layout.part(f"{path}/"), layout.part(f"{first}/")
+        owners = [(part, _first_folder(f"{name}/", layout)) for part, name in zip(parts, (path, first))]
+        if not _leads_back(path, first) and None not in parts and owners[0] != owners[1]:
+            raise UserError(
+                f"data.source={root}: {printable(path)} and {printable(first)} are the same folder, whose images would "
+                "be of two classes or splits: remove one of the links"
+            )
+        shown.append(f"{path} is {first or 'the whole'}")
+    return [f"passed over {len(shown):,} links to folders that are listed already ({some(shown)})"] if shown else []
+
+
+def _leads_back(path: str, first: str) -> bool:
+    """Whether a link leads to what it lies in."""
+    return not first or f"{path}/".startswith(f"{first}/")
+
+
+def _by_extension(files: Sequence[str]) -> str:
+    """ ".txt 12, .json 3", the most frequent first."""
+    counts = collections.Counter(os.path.splitext(file)[1].lower() or "without an ending" for file in files)
+    ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return some([f"{extension} {count:,}" for extension, count in ordered], 6)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tokenizer.data.columns import NO_CHOICE, Choice, Table, choose_image, choose_label
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from tokenizer.remote import patient
@@ -18,31 +19,41 @@ class HubListing:
 
     refused: Mapping[int, str] = {}
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, choice: Choice = NO_CHOICE) -> None:
         import datasets
 
+        source = f"hub:{name}"
+        wanted = [choice.hub_config] if choice.hub_config is not None else []
+        revision = {"revision": choice.hub_revision} if choice.hub_revision is not None else {}
         try:
-            with patient(f"hub:{name}"):
-                parts = datasets.load_dataset(name)
+            with patient(source):
+                parts = datasets.load_dataset(name, *wanted, **revision)
         except Exception as error:  # anything from a typing slip to a lost connection
             reason = " ".join(str(error).split())
             remedy = "check the name and the connection"
-            raise UserError(f"data.source=hub:{name} cannot be loaded ({reason}): {remedy}") from error
+            if "onfig" in reason and not wanted:  # "Config name is missing. Please pick one among …"
+                remedy = "choose one with data.hub_config"
+            raise UserError(f"data.source={source} cannot be loaded ({reason}): {remedy}") from error
         self.name = name.split("/")[-1]
         split = own_split(list(parts))
         used = list(parts) if split is None else [*split.train, *split.held_out]
         whole = datasets.concatenate_datasets([parts[part] for part in used])
         images = [key for key, feature in whole.features.items() if isinstance(feature, datasets.Image)]
-        if "image" not in images and len(images) != 1:
-            raise UserError(f"data.source=hub:{name} has no image column, only {', '.join(whole.features)}")
-        self._column = "image" if "image" in images else images[0]
+        self._column = choose_image(f"data.source={source}", list(whole.features), images, choice)
+        if self._column not in images:
+            raise UserError(f"data.image_column={self._column}: in {source} it holds no images")
+        classes = {key: kind.names for key, kind in whole.features.items() if isinstance(kind, datasets.ClassLabel)}
+        rest = [key for key in whole.features if key != self._column]
+        label = choose_label(f"data.source={source}", rest, choice, classes)
         rows = whole.select_columns(self._column)
         self._rows = rows.cast_column(self._column, datasets.Image(decode=False))
-        values = list(whole["label"]) if "label" in whole.features else ["all"] * len(whole)
-        class_names = getattr(whole.features.get("label"), "names", None)
-        self.labels, self.class_names = number_classes(f"hub:{name}", values, class_names)
+        values = [None] * len(whole) if label is None else list(whole[label])
+        self.labels, self.class_names = number_classes(source, values, classes.get(label or ""))
         in_held_out = [split is not None and part in split.held_out for part in used]
         self.held_out = None if split is None else np.repeat(in_held_out, [len(parts[p]) for p in used])
+        others = [key for key in images if key != self._column]
+        table = Table(self._column, self._column, label, classes.get(label or ""), others)
+        self.notes = [*(split.notes() if split else []), *table.notes(values)]
 
     def key(self, item: int) -> str:
         return str(item)

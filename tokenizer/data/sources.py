@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tokenizer.data import transforms
-from tokenizer.data.listings import Listing, open_listing
+from tokenizer.data.columns import Choice
+from tokenizer.data.listings import Listing, open_listing, unseen_classes
 from tokenizer.data.transforms import BadImage
 from training import distributed
 from training.command import UserError
@@ -41,6 +42,10 @@ class DataConfig:
     max_bad: float = 0.05  # largest share of unreadable items, of a split or of what was read, that is skipped
     max_pixels: int = 64_000_000  # larger images are refused before they are decoded
     memory_mib: int = 1024  # for decoded pixels; larger sets are decoded each time
+    image_column: str | None = None  # of a table (parquet, Arrow, Hub), where not "image" or the only one
+    label_column: str | None = None  # of a table or metadata.csv, where several may be; "none": without classes
+    hub_config: str | None = None  # of a data set of the Hub that has several
+    hub_revision: str | None = None  # branch, tag or commit of a data set of the Hub
 
     def __post_init__(self) -> None:
         if self.augment not in transforms.AUGMENTATIONS:
@@ -55,6 +60,11 @@ class DataConfig:
         if self.max_pixels < 1:
             raise UserError(f"data.max_pixels={self.max_pixels}: must be at least 1")
 
+    @property
+    def choice(self) -> Choice:
+        """What is said of the source."""
+        return Choice(self.image_column, self.label_column, self.hub_config, self.hub_revision)
+
 
 def open_split(config: DataConfig, split: str, augment: bool = False, seed: int = 0) -> Images:
     """One split, "train" or "held_out", of the configured source.
@@ -63,7 +73,7 @@ def open_split(config: DataConfig, split: str, augment: bool = False, seed: int 
     split without items.
     """
     assert split in SPLITS, split
-    listing = open_listing(config.source, config.memory_mib * 2**20)
+    listing = open_listing(config.source, config.memory_mib * 2**20, config.choice)
     return Images(listing, split, config, config.augment if augment else "none", seed)
 
 
@@ -81,6 +91,7 @@ class Images:
         self.split = split
         self.class_names = listing.class_names
         self.bad: list[str] = []  # "item: reason"
+        self.notes = [*listing.notes, *unseen_classes(listing)]  # on the whole source, for people
         self._config = config
         self._augmentation = augmentation
         self._seed = seed
@@ -160,9 +171,13 @@ class Images:
         return other
 
     def announce(self) -> None:
-        """Tell people on standard output what this is and what was skipped, once per run."""
+        """Tell people on standard output what this is and what was skipped, once per run; of the training split, too,
+        what of the source was passed over.
+        """
         if distributed.is_main():
             print(self.summary(), flush=True)
+            for note in self.notes if self.split == "train" else ():
+                print(f"{self.name}: {printable(note)}", flush=True)
 
     def summary(self) -> str:
         """One line for people: what this is and what was skipped."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenizer.data import tar_index
+from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from training import distributed
@@ -30,8 +31,11 @@ class TarListing:
     and its name.
     """
 
-    def __init__(self, source: Path, shards: list[Path]) -> None:
+    def __init__(self, source: Path, shards: list[Path], choice: Choice = NO_CHOICE) -> None:
         """`source` is a folder, a .tar or a pattern of them; `shards` are its tars."""
+        without_labels = choice.label_column == NO_LABELS
+        used = ("label_column",) if without_labels else ()
+        choice.refuse(str(source), *(field for field in choice._fields if field not in used))
         self.name = source.name.removesuffix(".tar")
         root = source if source.is_dir() else Path(str(source).partition("{")[0] + "x").parent
         split = own_split([path.relative_to(root).as_posix() for path in shards])
@@ -53,6 +57,9 @@ class TarListing:
         first_bytes = np.cumsum([0, *(len(index.keys) for index in indexes)])
         self._key_ends = np.concatenate([index.key_ends + first for index, first in zip(indexes, first_bytes)])
         self.labels, self.class_names = _merge_labels(str(source), indexes)
+        if without_labels:
+            self.labels, self.class_names = np.where(self._offsets < 0, -1, 0), ["all"]
+        self.notes = split.notes() if split else []
         problems = np.flatnonzero(self._offsets < 0).tolist()
         self.refused = {item: tar_index.PROBLEMS[-1 - self._offsets[item]] for item in problems}
         in_held_out = [split is not None and f"{name}.tar" in split.held_out for name in self._names]
