@@ -94,7 +94,7 @@ def is_current(out: Path, files: Files, made_from: dict[str, Any]) -> bool:
 
     def check() -> bool:
         if out.is_dir() and not is_settled(out):
-            with Folder(out, files.kind).taken(keep=True):
+            with Folder(out, files.kind).taken():
                 pass  # which completes what a killed process had begun to put in place
         try:
             kept = json.loads((out / files.record).read_text())["made_from"]

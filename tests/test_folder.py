@@ -254,20 +254,6 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path):
         assert contents(out) == NEW | MINE and is_settled(out)
 
 
-def test_what_is_kept_for_the_next_start_is_there_again(tmp_path):
-    make(tmp_path / "out", OLD)
-    with Folder(tmp_path / "out", PICTURES).taken() as folder:
-        with pytest.raises(KeyboardInterrupt), folder.replacing("about.json", keep=True) as staged:
-            fill(staged, {"1.png": "new"})
-            raise KeyboardInterrupt
-        assert contents(tmp_path / "out") == OLD
-    with Folder(tmp_path / "out", PICTURES).taken(keep=True) as folder:
-        with folder.replacing("about.json", keep=True) as staged:
-            assert contents(staged) == {"1.png": "new"}
-            fill(staged, NEW)
-    assert contents(tmp_path / "out") == NEW
-
-
 # One writer
 
 

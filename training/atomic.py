@@ -58,14 +58,12 @@ def atomic_folder(
     ours: Callable[[str], bool] = lambda name: True,
     noting: Callable[[list[str]], object] = lambda names: None,
     last: str | None = None,
-    keep: bool = False,
 ) -> Iterator[Path]:
     """A temporary folder whose files take the place of those in `path` when the block ends well.
 
-    Otherwise it vanishes; or, with `keep`, it is there again at the next call with all that it held: what takes hours
-    can go on. Of what `path` held before, the files go for which `ours(relative name)` holds; others stay, and so does
-    a link to a folder. `noting(relative names)` is called before the first of them appears. `last` is the file that
-    says to others that the folder is whole: it goes first and comes last.
+    Otherwise it vanishes. Of what `path` held before, the files go for which `ours(relative name)` holds; others stay,
+    and so does a link to a folder. `noting(relative names)` is called before the first of them appears. `last` is the
+    file that says to others that the folder is whole: it goes first and comes last.
 
     A process that is killed leaves the old contents or the new ones, or what `settle` makes the new ones of. Raises
     UserError for a file in the way, and where another process is writing.
@@ -75,16 +73,11 @@ def atomic_folder(
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file is in the way of a folder: move it away")
     settle(path)
-    inside = keep or path.is_dir()
-    if inside:
-        path.mkdir(exist_ok=True)
-        staged = path / STAGED
-    else:
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    inside = path.is_dir()
+    staged = path / STAGED if inside else path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for left_over in [path / STAGED, *_siblings(path)]:
-        if not (keep and left_over == staged):
-            discard(left_over, path)
-    staged.mkdir(exist_ok=keep)
+        discard(left_over, path)
+    staged.mkdir()
     held = _hold(staged)
     try:
         if held is None:
@@ -101,7 +94,7 @@ def atomic_folder(
             os.rename(staged, path)
             _sync_folder(path.parent)
     except BaseException:
-        if held is not None and not keep:
+        if held is not None:
             shutil.rmtree(staged, ignore_errors=True)
         settle(path)
         raise

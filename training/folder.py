@@ -82,19 +82,19 @@ class Folder:
         self.lock: IO[bytes] | None = None
 
     @contextlib.contextmanager
-    def taken(self, *, keep: bool = False) -> Iterator[Folder]:
+    def taken(self) -> Iterator[Folder]:
         """Take it for the time of a block."""
-        self.take(keep=keep)
+        self.take()
         try:
             yield self
         finally:
             self.release()
 
-    def take(self, *, keep: bool = False) -> None:
+    def take(self) -> None:
         """Make the folder where it is not there, lock it, and finish or undo what a killed process had begun.
 
-        `keep` leaves what `replacing(keep=True)` had staged. Raises UserError when another process writes to it, a
-        file is in the way, or it holds something of another kind or of nobody here: then nothing was changed.
+        Raises UserError when another process writes to it, a file is in the way, or it holds something of another kind
+        or of nobody here: then nothing was changed.
         """
         path, what = self.path, self.kind.name
         if path.exists() and not path.is_dir():
@@ -109,8 +109,7 @@ class Folder:
         try:
             self._begin()
             settle(path)
-            if not keep:
-                discard(path / STAGED, path)
+            discard(path / STAGED, path)
             self._sweep()
         except BaseException:
             self.release()
@@ -168,14 +167,14 @@ class Folder:
         self._forget(names)
 
     @contextlib.contextmanager
-    def replacing(self, last: str, *, keep: bool = False) -> Iterator[Path]:
+    def replacing(self, last: str) -> Iterator[Path]:
         """A folder whose files take the place of all that is listed when the block ends well; see `atomic_folder`.
 
         `note` the names before the work, so that a file in the way is found before it.
         """
         before = set(self.listed)
-        with atomic_folder(self.path, ours=before.__contains__, noting=lambda names: self.note(*names), last=last,
-                           keep=keep) as staged:  # fmt: skip
+        options = {"ours": before.__contains__, "noting": lambda names: self.note(*names), "last": last}
+        with atomic_folder(self.path, **options) as staged:
             yield staged
         self._forget([name for name in self.listed if not os.path.lexists(self.path / name)])
         self._say(self.strangers())
