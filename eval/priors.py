@@ -17,12 +17,12 @@ from eval.generation import measure_generation
 from eval.likelihood import measure_likelihood
 from eval.pictures import Picture
 from eval.pipeline import Options, Pipeline
-from eval.record import Measurement, Record, dump_json
+from eval.record import Measurement, Record, dump_json, write_pages
 from eval.tables import number
 from priors.record import is_prior, read_record
 from priors.train import PriorRun
 from training import config, distributed
-from training.checkpoint import replace_file, weights_path
+from training.checkpoint import weights_path
 from training.command import UserError
 from training.config import to_dict
 
@@ -89,14 +89,13 @@ def compare_priors(options: Options) -> None:
     if not distributed.is_main():
         return
     pictures = draw(rows)
-    for picture in pictures:
-        replace_file(options.run / "images" / picture.name, picture.file())
     notes = list(dict.fromkeys(note for row in rows for note in row.generation.notes))
-    replace_file(options.run / f"{NAME}.json", dump_json({"notes": notes, "runs": [row.to_dict() for row in rows]}))
     table = table_of(columns_of(rows))
-    page = options.run / f"{NAME}.md"
-    replace_file(page, markdown(rows, table, notes, pictures).encode())
-    print("\n".join([*notes, *table, f"{page}: written"]), flush=True)
+    files = {f"images/{picture.name}": picture.file() for picture in pictures}
+    files[f"{NAME}.json"] = dump_json({"notes": notes, "runs": [row.to_dict() for row in rows]})
+    files[f"{NAME}.md"] = markdown(rows, table, notes, pictures).encode()
+    write_pages(options.run, files)
+    print("\n".join([*notes, *table, f"{options.run / NAME}.md: written"]), flush=True)
 
 
 def conditions_of(folder: Path) -> dict[str, str]:

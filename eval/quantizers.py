@@ -15,12 +15,12 @@ from eval.comparison_pictures import codebook_bars, curves_plot, labelled_grid, 
 from eval.pictures import Picture
 from eval.pipeline import Options, Pipeline
 from eval.reconstruction import measure_reconstruction
-from eval.record import Measurement, Record, dump_json
+from eval.record import Measurement, Record, dump_json, write_pages
 from eval.report import read_log
 from eval.tables import ARROWS, number
 from tokenizer.run import TokenizerRun, load_config
 from training import distributed, words
-from training.checkpoint import replace_file, weights_path
+from training.checkpoint import weights_path
 from training.command import UserError
 from training.config import to_dict
 
@@ -157,15 +157,13 @@ def compare_quantizers(options: Options) -> None:
     if not distributed.is_main():
         return
     pictures = draw(rows)
-    for picture in pictures:
-        replace_file(options.run / "images" / picture.name, picture.file())
     notes = list(dict.fromkeys(note for row in rows for note in row.record.notes))
-    content = {"notes": notes, "runs": [row.to_dict() for row in rows]}
-    replace_file(options.run / f"{NAME}.json", dump_json(content))
     table = table_of(columns_of(rows, options.allow_differences))
-    page = options.run / f"{NAME}.md"
-    replace_file(page, markdown(rows, table, notes, pictures).encode())
-    print("\n".join([*notes, *table, f"{page}: written"]), flush=True)
+    files = {f"images/{picture.name}": picture.file() for picture in pictures}
+    files[f"{NAME}.json"] = dump_json({"notes": notes, "runs": [row.to_dict() for row in rows]})
+    files[f"{NAME}.md"] = markdown(rows, table, notes, pictures).encode()
+    write_pages(options.run, files)
+    print("\n".join([*notes, *table, f"{options.run / NAME}.md: written"]), flush=True)
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import torch
 from training import distributed
 from training.arrays import DamagedFile, read_arrays, reason_of
 from training.checkpoint import digest, replace_file
+from training.folder import Folder, Kind
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity", "pillow", "constriction")
 
@@ -144,6 +145,36 @@ class Record:
                 reason = f"damaged, or of another version ({reason_of(error)})"
                 print(f"warning: {file} or its .npz: {reason}: it is not used", flush=True)
             return None
+
+
+def _has_pages(folder: Path) -> bool:
+    """Whether a folder without a list of files holds pages of ours."""
+    for name in ("report", "quantizers", "priors"):
+        try:
+            if {"hash", "runs"} & json.loads((folder / f"{name}.json").read_bytes()).keys():
+                return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False
+
+
+PAGES = Kind(
+    "folder of pages",
+    (r"(report|quantizers|priors)\.(md|html|json)", r"images/[\w.-]+"),
+    made=_has_pages,
+    shared=True,
+)
+
+
+def write_pages(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files in their order, the last of which says that all are there, beside whatever else is in the folder.
+
+    Raises UserError, and writes nothing, for one that is there and that no command wrote.
+    """
+    with Folder(folder, PAGES).taken(wait=True) as pages:
+        pages.note(*files)
+        for name, data in files.items():
+            replace_file(folder / name, data)
 
 
 def share_interval(hits: int, n: int) -> tuple[float, float]:

@@ -15,12 +15,12 @@ from eval.markup import markdown
 from eval.page import html_page
 from eval.pipeline import Pipeline
 from eval.reconstruction import measure_reconstruction
-from eval.record import Measurement, Record, dump_json
+from eval.record import Measurement, Record, dump_json, write_pages
 from eval.sections import SECTIONS, Section, curves_section
 from eval.tables import ARROWS, extractor_text, interval_text, seed_text, unique_figures, value_text
 from eval.token_records import measure_codebook
 from priors.record import is_prior
-from training.checkpoint import digest, replace_file, weights_hash
+from training.checkpoint import digest, weights_hash
 from training.command import UserError
 from training.log import CLOCKS
 
@@ -110,10 +110,7 @@ def write_report(
     sections += [curves_section(stages)] if stages else []
     notes = list(dict.fromkeys(note for record in records for note in record.notes))
     figures = unique_figures(records)
-    for picture in (picture for section in sections for picture in section.pictures):
-        replace_file(folder / "images" / picture.name, picture.file())
-    replace_file(folder / "report.md", _markdown(title, notes, figures, sections).encode())
-    replace_file(folder / "report.html", html_page(title, notes, figures, sections, records, stages).encode())
+    pictures = [picture for section in sections for picture in section.pictures]
     content = {
         "title": title,
         "hash": current,
@@ -122,7 +119,10 @@ def write_report(
         "records": {record.kind: {"hash": record.hash, "settings": record.settings} for record in records},
         "environment": {record.kind: record.environment for record in records},
     }
-    replace_file(folder / "report.json", dump_json(content))  # last: it says that the others are current
+    files = {f"images/{picture.name}": picture.file() for picture in pictures}
+    files["report.md"] = _markdown(title, notes, figures, sections).encode()
+    files["report.html"] = html_page(title, notes, figures, sections, records, stages).encode()
+    write_pages(folder, files | {"report.json": dump_json(content)})  # last: it says that the others are current
     return True
 
 

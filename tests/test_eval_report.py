@@ -298,3 +298,21 @@ def test_a_judge_that_fails_on_real_images_is_called_out(accuracy):
     )
     assert found.measurements[0].value == 100 * accuracy
     assert bool(found.notes) == (accuracy < 0.8) and all("50 % of real" in note for note in found.notes)
+
+
+def test_pages_do_not_replace_what_no_command_wrote(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("thesis.tex", "images/holiday.png"):
+        (tmp_path / name).write_text("mine")
+    write_report(tmp_path, "toy", synthetic_records(), [], ["zero", "one"])
+    write_report(tmp_path, "another title", synthetic_records(), [], ["zero", "one"])
+    assert all((tmp_path / name).read_text() == "mine" for name in ("thesis.tex", "images/holiday.png"))
+    for name in ("report.md", "images/samples.png"):
+        folder = tmp_path / name.partition(".")[0]
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name}: no command here wrote it.*move it away"):
+            write_report(folder, "toy", synthetic_records(), [], ["zero", "one"])
+        assert [path.read_text() for path in folder.rglob("*.*") if path.is_file() and path.name != ".lock"] == ["mine"]
+    (tmp_path / ".lock").unlink()  # of a report of before there were lists
+    assert write_report(tmp_path, "a third", synthetic_records(), [], ["zero", "one"])

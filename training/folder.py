@@ -53,6 +53,7 @@ class Kind:
     remedy: str = "name another folder"
     # Whether a folder without a list is of this kind: made before there were lists, or copied without hidden files.
     made: Callable[[Path], bool] = lambda path: False
+    shared: bool = False  # whether others' files are expected in it, as in the root of a pipeline
 
     def fits(self, name: str, *, folder: bool = False) -> bool:
         """Whether a file of this relative name may be ours; or a folder, because files within it may be."""
@@ -82,29 +83,30 @@ class Folder:
         self.lock: IO[bytes] | None = None
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[Folder]:
+    def taken(self, *, wait: bool = False) -> Iterator[Folder]:
         """Take it for the time of a block."""
-        self.take()
+        self.take(wait=wait)
         try:
             yield self
         finally:
             self.release()
 
-    def take(self) -> None:
+    def take(self, *, wait: bool = False) -> None:
         """Make the folder where it is not there, lock it, and finish or undo what a killed process had begun.
 
-        Raises UserError when another process writes to it, a file is in the way, or it holds something of another kind
-        or of nobody here: then nothing was changed.
+        Raises UserError when another process writes to it (or waits for that to end, which is for what takes a moment),
+        a file is in the way, or it holds something of another kind or of nobody here: then nothing was changed.
         """
         path, what = self.path, self.kind.name
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: a {what} needs a folder, and this is a file: {self.kind.remedy}")
         known = self._read() is not None
         others = [] if known else self.strangers()
-        if others and not self.kind.made(path):
+        if others and not self.kind.shared and not self.kind.made(path):
             raise UserError(f"{path}: holds {others[0]}, so it is no {what}: {self.kind.remedy}")
         make_folder(path)
-        self.lock = _open_locked(path, f"another process is writing to this {what}: wait for it, or stop it")
+        refusal = f"another process is writing to this {what}: wait for it, or stop it"
+        self.lock = _open_locked(path, refusal, wait=wait)
         os.register_at_fork(after_in_child=_closing(self.lock))  # or whoever reads data would outlive us with it
         try:
             self._begin()
@@ -252,7 +254,8 @@ class Folder:
             self.listed = {name for name in listed if not os.path.islink(self.path / name)}
         else:
             self.lock.write(self._header())
-            found = [name for name in self.kind.find(self.path) if stat.S_ISREG(os.lstat(self.path / name).st_mode)]
+            adopted = self.kind.find(self.path) if self.kind.made(self.path) else ()
+            found = [name for name in adopted if stat.S_ISREG(os.lstat(self.path / name).st_mode)]
             self._append("+", found)
             self.listed = set(found)
 
@@ -294,7 +297,7 @@ class Folder:
         return self.kind.fits(meant)
 
 
-def _open_locked(folder: Path, refusal: str) -> IO[bytes]:
+def _open_locked(folder: Path, refusal: str, *, wait: bool) -> IO[bytes]:
     """The folder's `.lock`, locked; where its file system cannot, that is said. Raises UserError where it is held."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     for _ in range(3):
@@ -303,7 +306,7 @@ def _open_locked(folder: Path, refusal: str) -> IO[bytes]:
         except IsADirectoryError:
             raise UserError(f"{folder / LOCK}: a folder is in the way of a file: move it away") from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return file
         except OSError as error:
             if error.errno in NO_LOCKS:
