@@ -298,6 +298,25 @@ def test_what_another_process_could_not_write_is_said(tmp_path, monkeypatch):
         sample(tmp_path / "out")
 
 
+def test_a_link_to_a_folder_stays_a_link(tmp_path, whole):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk", target_is_directory=True)
+    with pytest.raises(Stop):
+        sample(tmp_path / "out", prior=stopping(2))
+    sample(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and contents(tmp_path / "disk") == whole
+
+
+def test_what_is_in_the_way_ends_the_command_before_its_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "theirs").mkdir()
+    np.savez(tmp_path / "theirs" / "samples.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8))
+    for name in ("file", "theirs"):
+        with pytest.raises(UserError, match=rf"{name}: .*choose another --out"):
+            sample(tmp_path / name, prior=stopping(0))
+    assert (tmp_path / "theirs" / "samples.npz").is_file()
+
+
 def test_two_commands_on_one_folder(tmp_path):
     out = tmp_path / "out"
 
@@ -375,6 +394,8 @@ import resource, sys
 from pathlib import Path
 from test_shards import Noise, Painter, Request, SampleOptions, SimpleNamespace, images
 import torch
+from eval.generation import Samples
+from eval.pipeline import share
 class Big(Painter):
     def decode(self, codes):
         return super().decode(codes).repeat(1, 1, 16, 16)
@@ -383,13 +404,19 @@ images.load_models = lambda folder, record: (Noise(), Big())
 record = SimpleNamespace(class_names=["a"] * 3, tokenizer="t")
 request = Request(int(sys.argv[2]), (0, 1, 2), SampleOptions())
 images.write_samples(Path("prior"), record, request, Path(sys.argv[1]), 100)
+drawn = Samples.open(Path(sys.argv[1]), 32)
+for batch in share(torch.arange(len(drawn.images)), 100, drawn.load, "measured"):
+    assert batch.images.shape == (100, 3, 32, 32)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
-    """Peak resident memory of a fresh process; 20,000 images of 32 px are 59 MiB, and were held thrice."""
+    """Peak resident memory of a fresh process that draws them and reads them as the evaluation does.
+
+    20,000 images of 32 px are 59 MiB, and were held thrice.
+    """
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
     peaks = []
     for num in (2_000, 20_000):
