@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from eval import generation
 from eval.frechet import (
     Gaussian,
     extrapolate,
@@ -20,6 +22,7 @@ from eval.frechet import (
 from eval.inception_score import inception_score
 from eval.manifold import manifold
 from eval.moments import Moments
+from eval.record import Origin
 
 
 def normal(n: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -204,6 +207,37 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
     assert found.precision == pytest.approx(precision, abs=1e-6)
     assert found.recall == pytest.approx(recall, abs=1e-6)
     assert not math.isclose(found.precision, found.recall)
+
+
+def test_reported_manifolds_have_the_published_neighbours() -> None:
+    """3 for precision and recall (Kynkäänniemi et al.), 5 for density and coverage (Naeem et al.), by plain loops."""
+    real, samples, train = normal(60, 3, 15).numpy(), 0.7 * normal(50, 3, 16).numpy(), normal(70, 3, 17).numpy()
+
+    def radius(points: np.ndarray, k: int) -> np.ndarray:
+        return np.array([sorted(np.linalg.norm(points - point, axis=1))[k] for point in points])  # itself is the 0th
+
+    def expected(rows: np.ndarray) -> dict[str, float]:
+        distances = np.array([[np.linalg.norm(row - other) for other in real] for row in rows])
+        inside, dense = distances <= radius(real, 3), distances <= radius(real, 5)
+        return {
+            "precision": inside.any(1).mean(),
+            "recall": (distances <= radius(rows, 3)[:, None]).any(0).mean(),
+            "density": dense.sum() / (5 * len(rows)),
+            "coverage": dense.any(0).mean(),
+        }
+
+    sides = [types.SimpleNamespace(features=torch.from_numpy(rows)) for rows in (samples, real, train)]
+    seen = types.SimpleNamespace(samples=sides[0], held_out=sides[1], train=sides[2])
+    origins = generation.Origins(*(Origin(name, {}, {}) for name in ("samples", "held-out", "train")))
+    extractor = types.SimpleNamespace(name="few", sha256="0" * 64, standard=False, settings={})
+    enough = types.SimpleNamespace(suffice=lambda *_: True)
+    found = {each.name: each for each in generation._manifolds(extractor, seen, origins, enough)}
+    for suffix, rows in (("", samples), (" of real images", train)):
+        for name, value in expected(rows).items():
+            figure = found[f"{name}[few@00000000]{suffix}"]
+            assert figure.value == pytest.approx(value, abs=1e-12)
+            assert figure.settings["k"] == (3 if name in ("precision", "recall") else 5)
+    assert len({figure.value for figure in found.values()}) == 8
 
 
 @pytest.mark.parametrize("order", ["class after class", "classes in turn"])
