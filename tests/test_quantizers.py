@@ -99,6 +99,54 @@ def same_state(one, other):
     return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in state(one).items())
 
 
+# What a kind is where nothing is set: the values of its source, or this project's own where there is none.
+COMMON = {
+    "commitment": 0.25, "commitment_warmup_steps": 0, "entropy": 0.0, "entropy_temperature": 1.0, "rotation": False,
+    "restart": "none", "restart_below": 0.1, "restart_until": 0,
+}  # fmt: skip
+VECTOR = {
+    "num_codes": 512, "code_dim": 64, "codebook": "ema", "metric": "l2", "decay": 0.99, "epsilon": 1e-5,
+    "init": "kmeans", **COMMON,
+}  # fmt: skip
+DEFAULTS = {
+    "vector": VECTOR,
+    "simvq": {
+        "num_codes": 8192, "code_dim": 256, "metric": "l2", "init": "normal", "restart_every": 50, **COMMON,
+    },
+    "residual": {"depth": 4, "shared": False, "quantizer_dropout": 0.0, "level": {"kind": "vector", **VECTOR}},
+    "product": {"heads": 4, "level": {"kind": "vector", **VECTOR, "num_codes": 256, "code_dim": 16}},
+    "gumbel": {
+        "num_codes": 8192, "code_dim": 256, "temperature_start": 1.0, "temperature_end": 1 / 16,
+        "anneal_steps": 10000, "hard": False, "kl": 5e-4,
+    },
+    "fsq": {"levels": (8, 5, 5, 5)},
+    "lookup_free": {
+        "bits": 10, "spherical": False, "commitment": 0.25, "entropy": 0.1, "diversity": 1.0, "temperature": 0.01,
+    },
+    "bsq": {
+        "bits": 10, "commitment": 0.0, "entropy": 0.1, "entropy_boost": 3.0, "entropy_boost_steps": 2000,
+        "diversity": 1.0, "temperature": 1.0,
+    },
+    "ibq": {
+        "num_codes": 16384, "code_dim": 256, "commitment": 1.0, "attraction": 0.25, "temperature": 1.0,
+        "entropy": 0.05, "entropy_temperature": 0.01, "init": "normal",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_defaults_are_those_of_their_sources(kind):
+    assert dataclasses.asdict(QUANTIZERS[kind]()) == {"kind": kind, **DEFAULTS[kind]}
+
+
+def test_what_follows_from_the_configuration_is_in_no_file(config):
+    """A file of weights holds what was learned, counted or scheduled."""
+    quantizer = build(config)
+    kept = {name.rpartition(".")[2] for name in quantizer.state_dict()}
+    learned = {name.rpartition(".")[2] for name, _ in quantizer.named_parameters()}
+    assert kept <= learned | {"usage", "mean_counts", "mean_sums", "codebook", "frozen", "temperature", "boost"}
+
+
 # features that were projected from fewer channels
 
 
