@@ -224,6 +224,18 @@ def test_headers_are_read_once(tmp_path, cache, monkeypatch, capsys):
     assert everything(root)[0][-2:] == [(50, 0), (51, 1)] and not list(cache.glob(".*"))
 
 
+def test_an_index_with_a_flipped_bit_is_made_again(tmp_path, cache):
+    path = write_shard(tmp_path / "a.tar", samples(range(3)))
+    first = everything(path)
+    (kept,) = cache.iterdir()
+    whole = kept.read_bytes()
+    for place in range(0, len(whole), 3):  # headers of the archive, of its arrays, and what they hold
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        kept.write_bytes(damaged)
+        assert everything(path) == first, place
+
+
 def test_an_index_that_cannot_be_kept_is_not_needed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -6,7 +6,6 @@ are never read: whatever they hold, there is nothing here that could run it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenizer.data.kept import kept_at
 from training.arrays import read_arrays
 from training.checkpoint import replace_file
 from training.command import UserError
@@ -68,7 +68,7 @@ def index_of(path: Path) -> TarIndex:
 
     Where nothing can be written, nothing is kept. Raises UserError for a file that is no whole, plain tar.
     """
-    state, kept = stamp(path), kept_at(path)
+    state, kept = stamp(path), index_at(path)
     index = _load(kept, state)
     if index is None:
         index = scan(path)
@@ -81,10 +81,9 @@ def index_of(path: Path) -> TarIndex:
     return index
 
 
-def kept_at(path: Path) -> Path:
-    """Where a shard's index is kept: in $XDG_CACHE_HOME/tessera/tars, by default below ~/.cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tessera", "tars")
-    return folder / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]}.npz"
+def index_at(path: Path) -> Path:
+    """Where a shard's index is kept."""
+    return kept_at("tars", path).with_suffix(".npz")
 
 
 class Stamp(NamedTuple):

@@ -94,7 +94,7 @@ class TarListing:
 
 def _indexes(shards: list[Path]) -> list[tar_index.TarIndex]:
     """Of each shard. Each process begins elsewhere, so that several find most of them made by the others."""
-    if (new := sum(not tar_index.kept_at(path).exists() for path in shards)) and distributed.is_main():
+    if (new := sum(not tar_index.index_at(path).exists() for path in shards)) and distributed.is_main():
         print(f"reading the headers of {new} shards, once", flush=True)
     first = distributed.rank() * len(shards) // distributed.world()
     with ThreadPoolExecutor(READERS) as pool:
