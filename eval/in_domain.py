@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.extractors import Extraction
+from tokenizer.data.identity import changes, noted, open_run
 from tokenizer.data.sampler import feed
 from tokenizer.data.sources import DataConfig, Images, open_split
 from tokenizer.data.transforms import to_float
@@ -108,8 +109,8 @@ class Residual(nn.Module):
 
 def train_extractor(config: ExtractorRun, folder: Path, fresh: bool = False) -> None:
     """Train on the train split, keeping the run in `folder`; goes on where it stopped."""
-    run = Run.open(folder, config, fresh=fresh)
     images = open_split(config.data, "train", augment=True, seed=config.seed)
+    run = open_run(folder, config, [images], fresh=fresh)
     held_out = open_split(config.data, "held_out")
     num_classes = 4 if config.task == "rotation" else images.num_classes
     torch.manual_seed(distributed.mix(config.seed))
@@ -207,19 +208,21 @@ def check_extractor(named: Path, trained_in: Sequence[Path]) -> None:
 
 
 def open_extractor(folder: Path, data: DataConfig, images: Images) -> InDomain:
-    """The in-domain extractor kept in `folder`; where there is none, it is trained on `images`' split first.
+    """The in-domain extractor kept in `folder`; where there is none, it is trained on `images`, the train split, first.
 
     Where its weights are damaged, they are written again. Raises UserError when it was trained on other data.
     """
-    kept = folder / "config.yaml"
+    kept, made_from = folder / "config.yaml", noted(folder, images.split)
     config = configuration.load(ExtractorRun, kept) if kept.is_file() else extractor_run(data, images)
-    for key in ("source", "image_size", "held_out"):
+    remedy = "remove it to train another, or name one with --extractor"
+    for key in ("image_size", "held_out") if made_from else ("source", "image_size", "held_out"):
         was, wanted = getattr(config.data, key), getattr(data, key)
         if was != wanted:
-            raise UserError(
-                f"{folder}: this extractor was trained with data.{key}={was}, not {wanted}: remove it "
-                "to train another, or name one with --extractor"
-            )
+            raise UserError(f"{folder}: this extractor was trained with data.{key}={was}, not {wanted}: {remedy}")
+    if made_from not in (None, images.inventory.sha256):
+        what = changes(folder, [images.inventory])
+        raise UserError(f"{folder}: this extractor was trained on other images: {what}; {remedy}")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data.source))  # they may move
     finished, reason = Run(folder, config).finished(config.loop.steps), ""
     if finished:
         try:
@@ -236,4 +239,6 @@ def open_extractor(folder: Path, data: DataConfig, images: Images) -> InDomain:
         distributed.on_main(discard)
     if broken or not finished:
         train_extractor(config, folder)
+    elif made_from is None and distributed.is_main():
+        print(f"warning: {folder} does not say which images this extractor was trained on: taken for these", flush=True)
     return InDomain(folder)

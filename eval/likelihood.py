@@ -35,6 +35,7 @@ def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood
     settings = {
         "prior_sha256": weights_hash(folder),
         "tokens_sha256": about.tokens_sha256,
+        "data": pipeline.held_out.identity(),
         "n": len(places),
         "batch_size": options.batch_size,
     }

@@ -95,11 +95,18 @@ class Pipeline:
 
     @functools.cached_property
     def train(self) -> Images:
-        return _open_split(self.data, "train")
+        return self._split("train")
 
     @functools.cached_property
     def held_out(self) -> Images:
-        return _open_split(self.data, "held_out")
+        return self._split("held_out")
+
+    def _split(self, name: str) -> Images:
+        """Raises UserError when the tokens are of other images."""
+        images = _open_split(self.data, name)
+        if not self.alone:
+            self.tokens.check_images(images)
+        return images
 
     @functools.cached_property
     def in_domain(self) -> InDomain:

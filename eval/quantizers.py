@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from eval.reconstruction import measure_reconstruction
 from eval.record import Measurement, Record, dump_json, write_pages
 from eval.report import read_log
 from eval.tables import ARROWS, number
+from tokenizer.data.identity import noted
 from tokenizer.run import TokenizerRun, load_config
 from training import distributed, words
 from training.checkpoint import weights_path
@@ -267,8 +267,5 @@ def _weights_step(run: Path) -> int:
 
 
 def _train_ids(run: Path) -> str:
-    """The hash of the train images that a run was made from; empty where it is not known."""
-    try:
-        return json.loads((run / "inputs.json").read_text())["images"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    """The identity of the train images that a run was made from; empty where it is not known."""
+    return noted(run, "train") or ""

@@ -98,7 +98,7 @@ class Record:
 
     @property
     def hash(self) -> str:
-        return digest({"kind": self.kind, **self.settings})
+        return _hash(self.kind, self.settings)
 
     def save(self, folder: Path) -> None:
         """The arrays first: a JSON file without its own arrays counts as absent."""
@@ -123,7 +123,7 @@ class Record:
     def load(folder: Path, kind: str, settings: dict[str, Any]) -> Record | None:
         """The kept record if it was made with exactly these settings and is whole, else None."""
         kept = Record.read(folder, kind)
-        return kept if kept and kept.hash == digest({"kind": kind, **settings}) else None
+        return kept if kept and kept.hash == _hash(kind, settings) else None
 
     @staticmethod
     def read(folder: Path, kind: str) -> Record | None:
@@ -175,6 +175,20 @@ def write_pages(folder: Path, files: dict[str, bytes]) -> None:
         pages.note(*files)
         for name, data in files.items():
             replace_file(folder / name, data)
+
+
+def _hash(kind: str, settings: dict[str, Any]) -> str:
+    return digest({"kind": kind, **nameless(settings)})
+
+
+def nameless(settings: Any) -> Any:
+    """Settings without the names of data sets, which have an identity: a folder may be called otherwise."""
+    if isinstance(settings, list):
+        return [nameless(each) for each in settings]
+    if not isinstance(settings, dict):
+        return settings
+    left_out = {"source"} if "ids_sha256" in settings else set()
+    return {key: nameless(value) for key, value in settings.items() if key not in left_out}
 
 
 def share_interval(hits: int, n: int) -> tuple[float, float]:

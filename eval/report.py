@@ -15,7 +15,7 @@ from eval.markup import markdown
 from eval.page import html_page
 from eval.pipeline import Pipeline
 from eval.reconstruction import measure_reconstruction
-from eval.record import Measurement, Record, dump_json, write_pages
+from eval.record import Measurement, Record, dump_json, nameless, write_pages
 from eval.sections import SECTIONS, Section, curves_section
 from eval.tables import ARROWS, extractor_text, interval_text, seed_text, unique_figures, value_text
 from eval.token_records import measure_codebook
@@ -83,9 +83,10 @@ def collect_records(pipeline: Pipeline) -> list[Record]:
             records.append(measure_likelihood(pipeline, prior))
         except UserError as error:
             notes.append(f"The prior's likelihood is left out: {error}.")
+    current = nameless(subject)
     for kind in KEPT:
         record = Record.read(pipeline.report_folder, kind)
-        if record and all(record.settings.get(key, value) == value for key, value in subject.items()):
+        if record and nameless({key: record.settings.get(key, value) for key, value in subject.items()}) == current:
             records.append(record)
     generation = dataclasses.replace(generation, notes=[*generation.notes, *notes])
     return [*records, generation]

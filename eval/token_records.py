@@ -143,6 +143,7 @@ class Coder:
         if folder is None and is_prior(pipeline.folder / "prior"):
             folder = pipeline.folder / "prior"
         subject = {"tokenizer_sha256": pipeline.tokenizer_hash, "table_images": len(_table_places(pipeline))}
+        subject["table_identity"] = pipeline.train.inventory.sha256
         if folder:
             made_by = read_record(folder).tokenizer_sha256
             if made_by != pipeline.tokenizer_hash:

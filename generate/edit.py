@@ -215,8 +215,10 @@ def open_image(text: str, data: DataConfig, tokens: Path) -> tuple[Tensor, int |
     place = re.fullmatch(r"(train|held_out):(\d+)", text)
     if not place:
         return read_picture(Path(text), data), None
-    encoded = from_dict(DataConfig, TokenCache.open(tokens).manifest["data"], str(tokens / "manifest.json"))
+    cache = TokenCache.open(tokens)
+    encoded = from_dict(DataConfig, cache.manifest["data"], str(tokens / "manifest.json"))
     images, index = open_split(encoded, place[1]), int(place[2])
+    cache.check_images(images)
     if index >= len(images):
         raise UserError(f"{text}: {encoded.source} has {len(images)} {place[1]} images, numbered from 0")
     item = images.gather([(0, index)])

@@ -21,7 +21,7 @@ class PriorRecord:
     layout: CodeLayout
     class_names: list[str]
     tokens: str  # token cache folder
-    tokens_sha256: str  # of its manifest
+    tokens_sha256: str  # TokenCache.sha256
     tokenizer: str  # run folder
     tokenizer_sha256: str  # of its weights
     sampling: SampleOptions  # what to sample with where nothing else is asked for

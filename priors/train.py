@@ -20,7 +20,7 @@ from priors.dry_run import dry_run
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
 from training import distributed
-from training.checkpoint import Run, sha256, weights_hash
+from training.checkpoint import Run, weights_hash
 from training.command import config_command, run_command
 from training.config import one_of
 from training.loop import Batch, LoopConfig, Loss, Turn, train
@@ -53,7 +53,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     cache.check_tokenizer()
     if distributed.is_main():
         cache.verify()
-    inputs = {"tokens": sha256(Path(config.tokens) / "manifest.json")}
+    inputs = {"tokens": cache.sha256}
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh, inputs=inputs)
     record = _keep_record(run, cache, Path(config.tokens), config.sampling)
     torch.manual_seed(distributed.mix(config.seed))
@@ -146,7 +146,7 @@ def _keep_record(run: Run, cache: Any, tokens: Path, sampling: SampleOptions) ->
         layout=cache.layout,
         class_names=list(cache.class_names),
         tokens=os.path.relpath(tokens.resolve(), folder.resolve()),
-        tokens_sha256=sha256(tokens / "manifest.json"),
+        tokens_sha256=cache.sha256,
         tokenizer=os.path.relpath(Path(cache.tokenizer_folder).resolve(), folder.resolve()),
         tokenizer_sha256=weights_hash(cache.tokenizer_folder),
         sampling=sampling,

@@ -11,6 +11,12 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What the project keeps of data sets is kept beside the tests' own files."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("xdg-cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch
 

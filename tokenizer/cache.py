@@ -16,14 +16,20 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokenizer.data.identity import FORMAT as IDENTITY
+from tokenizer.data.identity import Inventory, of_classes
 from tokenizer.interface import CodeLayout
-from training.checkpoint import sha256, weights_hash
+from tokenizer.npy_file import NpyFile
+from training.checkpoint import digest, sha256, weights_hash
 from training.command import UserError
 from training.text import printable
+
+if TYPE_CHECKING:
+    from tokenizer.data.sources import Images
 
 FORMAT = "tessera-tokens-1"
 ARRAYS = ("codes", "labels", "ids")
@@ -43,7 +49,7 @@ def code_dtype(layout: CodeLayout) -> np.dtype:
 class Shards:
     """The arrays of a split, one after another in the shards, as one array on the first axis."""
 
-    def __init__(self, parts: list[np.ndarray]) -> None:
+    def __init__(self, parts: list[NpyFile] | list[np.ndarray]) -> None:
         self.parts = parts
         self.starts = np.cumsum([0, *map(len, parts)])
         self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
@@ -83,7 +89,7 @@ class TokenSplit:
 
 
 class TokenCache:
-    """A finished token cache, read through memory maps."""
+    """A finished token cache, of whose codes only the rows that are asked for are read."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -114,6 +120,20 @@ class TokenCache:
                         raise UserError(f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}")
         return cls(folder, manifest)
 
+    @property
+    def sha256(self) -> str:
+        """Of all that the codes, labels and ids are, wherever the images and the tokenizer lie."""
+        if "identity" not in self.manifest:  # of an earlier version, by which priors know it
+            return sha256(self.folder / "manifest.json")
+        known = {key: self.manifest[key] for key in ("layout", "views", "class_names")}
+        shards = {split: self.manifest["splits"][split]["shards"] for split in SPLITS}
+        return digest({**known, "tokenizer": self.manifest["tokenizer"]["weights_sha256"], "shards": shards})
+
+    def check_images(self, images: Images) -> None:
+        """Raise UserError unless these codes are of this very split."""
+        if words := other_images(self.manifest, images.split, images.inventory):
+            raise UserError(f"{self.folder}: {words}: run `make tokens` again")
+
     def check_tokenizer(self) -> None:
         """Raise UserError unless the tokenizer's weights are those that made these codes."""
         now, then = weights_hash(self.tokenizer_folder), self.manifest["tokenizer"]["weights_sha256"]
@@ -133,7 +153,7 @@ class TokenCache:
             whole = self.split(split)
             if len(whole.labels) and not 0 <= whole.labels.min() <= whole.labels.max() < self.num_classes:
                 raise UserError(f"{self.folder}: {split} holds labels outside its {self.num_classes} classes: {REMAKE}")
-            for codes in whole.codes.parts:
+            for codes in map(np.asarray, whole.codes.parts):
                 for span, size in self.layout.spans():
                     if codes[..., span].size and codes[..., span].max() >= size:
                         raise UserError(f"{self.folder}: {split} holds codes of {size} and more: {REMAKE}")
@@ -142,19 +162,16 @@ class TokenCache:
         """ "train" or "held_out"."""
         shards = self.manifest["splits"][name]["shards"]
 
-        def read(array: str) -> list[np.ndarray]:
-            return [self._map(shard_file(name, index, array), shard["count"]) for index, shard in enumerate(shards)]
+        def read(array: str) -> list[NpyFile]:
+            return [self._open(shard_file(name, index, array), shard["count"]) for index, shard in enumerate(shards)]
 
-        labels, ids = (np.concatenate(read(array)).astype(np.int64) for array in ("labels", "ids"))
+        labels, ids = (np.concatenate([*map(np.asarray, read(array))]).astype(np.int64) for array in ("labels", "ids"))
         return TokenSplit(Shards(read("codes")), labels, ids)
 
-    def _map(self, name: str, count: int) -> np.ndarray:
+    def _open(self, name: str, count: int) -> NpyFile:
         """A file's array, of `count` rows. Raises UserError when it holds another, or objects."""
         codes = (self.manifest["views"], self.layout.length) if ".codes." in name else ()
-        try:
-            found = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{self.folder / name}: no array of numbers ({error}): {REMAKE}") from None
+        found = NpyFile(self.folder / name, REMAKE)
         if found.shape != (count, *codes) or found.dtype.kind not in "iu":
             wanted = f"whole numbers {(count, *codes)}"
             raise UserError(f"{self.folder / name}: is {found.dtype} {found.shape}, not {wanted}: {REMAKE}")
@@ -162,6 +179,20 @@ class TokenCache:
 
 
 REMAKE = "run `make tokens` again"
+
+
+def other_images(manifest: dict[str, Any], split: str, inventory: Inventory) -> str:
+    """How a split differs from that which was encoded, in words; nothing where it does not."""
+    entry = manifest["splits"][split]
+    if manifest.get("identity") != IDENTITY:
+        return "an earlier version made it, which did not note of which images"
+    if entry["ids_sha256"] == inventory.sha256:
+        return ""
+    if words := of_classes(manifest["class_names"], inventory.class_names):
+        return f"of other images ({words})"
+    if entry["listed"] != inventory.num_items:
+        return f"of other images ({entry['listed']} {split} images are now {inventory.num_items})"
+    return f"of other images (names or contents of the {split} images have changed)"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -193,7 +224,10 @@ def _check(manifest: dict[str, Any]) -> None:
         if not isinstance(manifest["tokenizer"][key], str):
             raise ValueError(f"tokenizer.{key}")
     for split in SPLITS:
-        for index, shard in enumerate(manifest["splits"][split]["shards"]):
+        entry = manifest["splits"][split]
+        if "identity" in manifest and (type(entry["listed"]), type(entry["ids_sha256"])) != (int, str):
+            raise ValueError(f"listed or ids_sha256 of {split}")
+        for index, shard in enumerate(entry["shards"]):
             if shard["files"].keys() != {shard_file(split, index, array) for array in ARRAYS}:
                 raise ValueError(f"shard {index} of {split} has files {', '.join(shard['files'])}")
             for value in (manifest["views"], shard["count"], *(entry["bytes"] for entry in shard["files"].values())):

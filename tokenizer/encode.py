@@ -1,7 +1,7 @@
 """Encode a data set to a token cache: python -m tokenizer.encode CONFIG.yaml [key=value ...] [--fresh]
 
 The data set is the one that the tokenizer was trained on, unless `source` names another. A cache that is
-current is left alone, one that was interrupted is completed, one of another tokenizer is made anew.
+current is left alone, one that was interrupted is completed, one of another tokenizer or of other images is made anew.
 """
 
 from __future__ import annotations
@@ -12,14 +12,26 @@ import io
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tokenizer.cache import ARRAYS, FORMAT, SPLITS, TokenCache, code_dtype, read_manifest, shard_file
-from tokenizer.data.sources import Images, open_split
+from tokenizer.cache import (
+    ARRAYS,
+    FORMAT,
+    SPLITS,
+    TokenCache,
+    code_dtype,
+    other_images,
+    read_manifest,
+    shard_file,
+)
+from tokenizer.data.identity import FORMAT as IDENTITY
+from tokenizer.data.identity import Inventory
+from tokenizer.data.sources import Images, open_split, take_inventories
 from tokenizer.run import load, load_config
 from training import distributed
 from training.checkpoint import digest, replace_file, sha256, weights_hash
@@ -69,9 +81,17 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         "weights_sha256": weights_hash(run_folder),
         "config_sha256": digest(to_dict(tokenizer_config)["model"]),
     }
-    plan = {"tokenizer": maker, "views": views, "data": to_dict(data), "images_per_shard": IMAGES_PER_SHARD}
-    current = None if fresh else _current(out, digest(plan))
+    inventories = take_inventories(data)
+    plan = {
+        "tokenizer": maker,
+        "views": views,
+        "data": {**to_dict(data), "source": None},  # where the images lie does not make them others
+        "identity": {split: inventory.sha256 for split, inventory in inventories.items()},
+        "images_per_shard": IMAGES_PER_SHARD,
+    }
+    current = None if fresh else _current(out, digest(plan), inventories)
     if current is not None:
+        distributed.on_main(lambda: _note_source(current, data.source))
         if distributed.is_main():
             print(f"{out}: up to date", flush=True)
         return current
@@ -87,14 +107,20 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         augmented.announce()
         _note_shards(files, split, len(sources[0]))
         _encode_split(tokenizer, sources, split, out, views)
-        splits[split] = {"count": len(sources[0]), **sources[0].identity()}
+        inventory = sources[0].inventory
+        splits[split] = {"count": len(sources[0]), **sources[0].identity(), "listed": inventory.num_items}
         names = sources[0].class_names
+    after = {split: inventory.sha256 for split, inventory in take_inventories(data).items()}
+    if after != plan["identity"] or any(splits[split]["ids_sha256"] != after[split] for split in SPLITS):
+        distributed.on_main(lambda: files.remove([PLAN]))  # or those shards would be taken for the plan's
+        raise UserError(f"{data.source} changed while it was encoded: run the same command again, which begins anew")
     distributed.barrier()
     if distributed.is_main():
         for split in SPLITS:
             splits[split]["shards"] = _shards(out, split, splits[split]["count"])
         manifest = {
             "format": FORMAT,
+            "identity": IDENTITY,
             "tokenizer": maker,
             "layout": {"grids": tokenizer.layout.grids, "num_codes": tokenizer.layout.num_codes},
             "dtype": code_dtype(tokenizer.layout).str,
@@ -129,17 +155,30 @@ TOKENS = Kind(
 )
 
 
-def _current(out: Path, plan: str) -> TokenCache | None:
-    """The finished cache of this plan, or None when there is none or its files are damaged."""
+def _current(out: Path, plan: str, inventories: Mapping[str, Inventory]) -> TokenCache | None:
+    """The finished cache of this plan, or None when there is none, its files are damaged or its images others."""
     manifest = read_manifest(out)
-    if manifest is None or manifest["plan_sha256"] != plan:
+    if manifest is None:
         return None
-    try:
-        return TokenCache.open(out)
-    except UserError as error:
-        if distributed.is_main():
-            print(f"warning: {error}: making it again", flush=True)
-        return None
+    if manifest["plan_sha256"] == plan:
+        try:
+            return TokenCache.open(out)
+        except UserError as error:
+            reason = f"warning: {error}"
+    else:
+        found = (other_images(manifest, split, inventory) for split, inventory in inventories.items())
+        reason = next((f"{out}: {words}" for words in found if words), "")
+    if reason and distributed.is_main():
+        print(f"{reason}: making it again", flush=True)
+    return None
+
+
+def _note_source(cache: TokenCache, source: str) -> None:
+    """Say in the manifest where the images lie now, for those who ask it for them."""
+    if cache.manifest["data"]["source"] != source:
+        cache.manifest["data"]["source"] = source
+        with Folder(cache.folder, TOKENS).taken():
+            replace_file(cache.folder / "manifest.json", json.dumps(cache.manifest, indent=1).encode())
 
 
 def _prepare(files: Folder, plan: str) -> None:
@@ -148,6 +187,8 @@ def _prepare(files: Folder, plan: str) -> None:
     unfinished = files.path / PLAN
     same = unfinished.is_file() and unfinished.read_bytes() == plan.encode()
     if not same or (files.path / "manifest.json").exists():
+        if unfinished.is_file():
+            print(f"{files.path}: what is there is of other images or settings: beginning anew", flush=True)
         files.clear()
     files.note("manifest.json", PLAN)
     replace_file(unfinished, plan.encode())

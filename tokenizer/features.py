@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import shutil
@@ -28,6 +27,7 @@ from tokenizer.data.sampler import Key
 from tokenizer.data.sources import DataConfig, Images
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from tokenizer.hierarchical import VQVAE2Config
+from tokenizer.npy_file import NpyFile
 from tokenizer.objective import ObjectiveConfig
 from training import distributed
 from training.checkpoint import digest, replace_file
@@ -41,7 +41,6 @@ FEATURES = Kind("cache of features", (r"manifest\.json", r"[0-9]{5,}\.npy"), mad
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SHARD_BYTES = 64 * 2**20  # about: what a kill can cost, and what a process holds in memory
 BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
-SAMPLE = 64  # images whose pixels tell one data set from another of the same size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,8 @@ class StoredFeatures:
         self.plan = {
             "format": FORMAT,
             "encoder": _identity(encoder),
-            "images": {**images.identity(), "augment": augment, "seed": seed, "sample_sha256": _sample(images)},
+            "images": {"identity": images.inventory.sha256, "n": len(images), "image_size": images.image_size},
+            "views": {"augment": augment, "seed": seed},
             "shape": list(self.shape),
             "dtype": self.dtype.str,
             "images_per_shard": self.images_per_shard,
@@ -115,8 +115,12 @@ class StoredFeatures:
     def gather(self, keys: list[Key]) -> dict[str, Tensor]:
         """(epoch, index) keys -> images (B, 3, S, S), features (B, C, h, w) of these very images, labels and ids."""
         keys = [(epoch % self.views, index) for epoch, index in keys]
-        rows = np.stack([self._open(index // self.images_per_shard)[index % self.images_per_shard, view]
-                         for view, index in keys])  # fmt: skip
+        views, indices = np.array(keys, dtype=np.int64).reshape(-1, 2).T
+        rows, shards = np.empty((len(keys), *self.shape[1:]), self.dtype), indices // self.images_per_shard
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            places = indices[mine] % self.images_per_shard * self.views + views[mine]
+            rows[mine] = self._open(shard).merged()[places]
         return {**self.images.gather(keys), "features": torch.from_numpy(rows).movedim(-1, 1)}
 
     def make(self, encoder: FoundationEncoder) -> None:
@@ -185,12 +189,9 @@ class StoredFeatures:
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"
 
-    def _open(self, shard: int) -> np.ndarray:
-        """(n, views, h, w, C). A map per reading: there may be more shards than a process may have files open."""
-        try:
-            return np.load(self._path(shard), mmap_mode="r", allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:  # of a file that is shorter than its header says, too
-            raise UserError(f"{self._path(shard)}: missing or damaged ({error}): run the same command again") from None
+    def _open(self, shard: int) -> NpyFile:
+        """(n, views, h, w, C)."""
+        return NpyFile(self._path(shard), "run the same command again")
 
     def _is_whole(self, shard: int) -> bool:
         try:
@@ -214,10 +215,3 @@ def _identity(encoder: FoundationEncoder) -> dict[str, Any]:
         "patch": encoder.patch,
         "stride": encoder.stride,
     }
-
-
-def _sample(images: Images) -> str:
-    """SHA-256 of some images as training sees them."""
-    places = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long().tolist()
-    pixels = images.gather([(0, place) for place in places])["images"]
-    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.data.grid import image_grid
+from tokenizer.data.identity import open_run
 from tokenizer.data.sampler import feed, keys_of_step
 from tokenizer.data.sources import Images, open_split
 from tokenizer.data.transforms import to_pixels
@@ -22,7 +23,7 @@ from tokenizer.health import Health
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun, load_autoencoder_weights, load_config
 from training import distributed
-from training.checkpoint import Run, weights_hash
+from training.checkpoint import weights_hash
 from training.command import UserError, config_command, run_command
 from training.loop import Turn, train
 
@@ -36,7 +37,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     reading = (config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     batches = feed(images, *reading)
     folder = Path(config.root) / config.name
-    inputs = {"images": images.identity()["ids_sha256"]}
+    inputs = {}
     if config.start_from is not None:
         inputs["start_from"] = weights_hash(Path(config.start_from))
     torch.manual_seed(distributed.mix(config.seed))
@@ -60,7 +61,8 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         stored = StoredFeatures(images, autoencoder.encoder, config.features, augment=config.data.augment,
                                 seed=config.seed, root=Path(config.root))  # fmt: skip
         inputs["features"] = stored.hash
-    run = Run.open(folder, config, fresh=fresh, inputs=inputs)
+    remedy = f", or begin another run with its weights, start_from={folder}"
+    run = open_run(folder, config, [images, held_out], fresh=fresh, inputs=inputs, remedy=remedy)
     images.announce()
     if stored is not None and not run.finished(config.loop.steps):
         with run.marking():

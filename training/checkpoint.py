@@ -74,12 +74,21 @@ RUN = Kind(
         r"events\.out\.tfevents\.[0-9]{20}\.[0-9]+",
         rf"checkpoints/{STEP.pattern}/(state\.pt|manifest\.json)",
         rf"previews/{STEP.pattern}\.png",
+        r"inventory\.npz",
         r"weights/[\w-]+\.json",
         r"weights/[\w-]+/[\w.-]+\.json",
         r"model/[\w.-]+",
     ),
     made=_made,
 )
+
+
+class OtherInput(UserError):
+    """A run was made from something else than what is there now."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name  # of the input
 
 
 class Run:
@@ -92,25 +101,33 @@ class Run:
 
     @classmethod
     def open(
-        cls, folder: str | Path, config: Any, *, fresh: bool = False, inputs: Mapping[str, str] | None = None
+        cls,
+        folder: str | Path,
+        config: Any,
+        *,
+        fresh: bool = False,
+        inputs: Mapping[str, str] | None = None,
+        where: Mapping[str, str] = {},
     ) -> Run:
         """Take a run folder, new or to be resumed.
 
-        `inputs` are the SHA-256 of what the run is made from, by name. Raises UserError when another process
-        writes to the folder, when the run was made with other settings or from other inputs (naming the first
-        that differs), or when it holds something else. `fresh` first removes what runs wrote there, and nothing else.
+        `inputs` are the SHA-256 of what the run is made from, by name; `where` has for some of them the setting
+        that only says where they lie, and may change while they do not. Raises UserError when another process
+        writes to the folder, when the run was made with other settings or from other inputs (OtherInput, of the
+        first that differs), or when it holds something else. `fresh` first removes what runs wrote there, and
+        nothing else.
         """
         run = cls(Path(folder), config)
 
         def take() -> None:
-            run._take(fresh, inputs or {})
+            run._take(fresh, inputs or {}, where)
             replace_file(run.folder / "config.yaml", to_yaml(config).encode())
             replace_file(run.folder / "inputs.json", json.dumps(inputs or {}, indent=1).encode())
 
         distributed.on_main(take)
         return run
 
-    def _take(self, fresh: bool, inputs: Mapping[str, str]) -> None:
+    def _take(self, fresh: bool, inputs: Mapping[str, str], where: Mapping[str, str]) -> None:
         has_lock = (self.folder / ".lock").is_file()
         if self.folder.is_dir() and not has_lock and self.files.strangers():
             if not (self.folder / "config.yaml").is_file():
@@ -129,18 +146,33 @@ class Run:
                 old = undump(kept)
             except ValueError as error:
                 raise UserError(f"{kept}: damaged ({error}): start the run over with --fresh") from None
-            for key, was, now in _differences(_rooted(old), _rooted(escaped(to_dict(self.config)))):
-                raise UserError(
-                    f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
-                    "or start it over with --fresh (make: FRESH=1)"
-                )
             before = self._inputs()
-            for name, now in inputs.items():
-                if before.get(name, now) != now:
+            known = before or {}
+            movable = {key for name, key in where.items() if name in known}
+            movable -= {key for name, key in where.items() if name not in known}
+            said = []
+            for key, was, now in _differences(_rooted(old), _rooted(escaped(to_dict(self.config)))):
+                if key not in movable:
                     raise UserError(
-                        f"{self.folder} was made from {name} {before[name][:8]}…, which is now {now[:8]}…: start it "
-                        "over with --fresh (make: FRESH=1)"
+                        f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
+                        "or start it over with --fresh (make: FRESH=1)"
                     )
+                said.append(f"{self.folder}: {key} was {was} and is {now}, which is the same: it goes on")
+            for name, now in inputs.items():
+                if known.get(name, now) != now:
+                    raise OtherInput(
+                        f"{self.folder} was made from {name} {known[name][:8]}…, which is now {now[:8]}…: start it "
+                        "over with --fresh (make: FRESH=1)",
+                        name,
+                    )
+            missing = " and ".join(name for name in inputs if name not in known)
+            if missing and before is not None:
+                said.append(
+                    f"warning: {self.folder}: an earlier version began it, and did not note its {missing}: "
+                    "it goes on with what is there now"
+                )
+            for line in said:
+                print(line, flush=True)
 
     def _start_over(self) -> None:
         """Remove what runs wrote. Raises UserError, and removes nothing, where others' files would be taken for it."""
@@ -153,8 +185,8 @@ class Run:
                 )
         self.files.clear()
 
-    def _inputs(self) -> dict[str, str]:
-        """What the run was made from; what is lost or damaged is not compared, as the run itself is whole."""
+    def _inputs(self) -> dict[str, str] | None:
+        """What the run was made from; None where that is lost: it is not compared, as the run itself is whole."""
         file = self.folder / "inputs.json"
         try:
             before = json.loads(file.read_text())
@@ -163,7 +195,7 @@ class Run:
             return before
         except (OSError, ValueError) as error:
             print(f"warning: {file}: damaged ({error}): what the run was made from is not compared", flush=True)
-            return {}
+            return None
 
     @property
     def _lock(self) -> IO[bytes] | None:

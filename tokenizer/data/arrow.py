@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenizer.data.columns import NO_CHOICE, Choice, Table, binary
+from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from training.command import UserError
@@ -35,6 +36,7 @@ class ArrowListing:
         used = parts if split is None else [*split.train, *split.held_out]
         self._files = [file for part in used for file in _files(root / part)]
         self._chunks: list[Any] = []  # of encoded images
+        self._file_of: list[str] = []  # that each is in
         starts, values, held_out, tables = [0], [], [], []
         for file in self._files:
             content = _map(file)
@@ -44,6 +46,7 @@ class ArrowListing:
                 raise UserError(f"{self._files[0]} and {file} name classes differently: keep one kind of file")
             chunks = content.column(table.image).chunks
             self._chunks += map(binary, chunks)
+            self._file_of += [file.relative_to(root).as_posix()] * len(chunks)
             starts += [starts[-1] + count for count in np.cumsum([len(chunk) for chunk in chunks]).tolist()]
             values += content.column(table.label).to_pylist() if table.label else [None] * len(content)
             is_held_out = split is not None and file.relative_to(root).parts[0] in split.held_out
@@ -67,6 +70,10 @@ class ArrowListing:
         if data is None:
             raise BadImage("has no bytes")
         return data
+
+    def digests(self, items: np.ndarray) -> FileDigests:
+        chunks = np.unique(np.searchsorted(self._starts, items, "right") - 1)
+        return file_digests(self._root, list(dict.fromkeys(self._file_of[chunk] for chunk in chunks.tolist())))
 
 
 def _parts(root: Path) -> list[str]:

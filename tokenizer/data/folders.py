@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
+from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.label_files import read_label_files
 from tokenizer.data.naming import EXTENSIONS, OwnSplit, folder_split, number_classes, some, split_word
 from tokenizer.data.transforms import BadImage
@@ -88,6 +89,9 @@ class FolderListing:
             return path.read_bytes()
         except OSError as error:
             raise BadImage(error.strerror) from error
+
+    def digests(self, items: np.ndarray) -> FileDigests:
+        return file_digests(self._root, [self._paths[item] for item in items.tolist()], MAX_BYTES)
 
 
 def _layout(root: Path, images: Sequence[str], found: Walk) -> Layout:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from tokenizer.data.columns import NO_CHOICE, Choice, Table, choose_image, choose_label
+from tokenizer.data.digests import FileDigests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from tokenizer.remote import patient
@@ -69,3 +70,16 @@ class HubListing:
             return image["bytes"] or Path(image["path"]).read_bytes()  # Hub folders stay files in the cache
         except (TypeError, OSError) as error:
             raise BadImage(f"cannot be read ({error})") from error
+
+    def digests(self, items: np.ndarray) -> FileDigests:
+        """Of the images themselves: the files of the cache name its folder."""
+
+        def read() -> Iterator[bytes]:
+            for item in items.tolist():
+                try:
+                    yield self.read(item)
+                except BadImage:
+                    yield b""
+
+        files = [Path(file["filename"]) for file in self._rows.cache_files]
+        return FileDigests.of_rows(f"hub:{self.name}", files, items, read())

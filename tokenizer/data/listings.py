@@ -12,6 +12,7 @@ import numpy as np
 
 from tokenizer.data.arrow import ArrowListing, is_saved
 from tokenizer.data.columns import NO_CHOICE, Choice
+from tokenizer.data.digests import FileDigests
 from tokenizer.data.folders import FolderListing, other_files
 from tokenizer.data.hub import HubListing
 from tokenizer.data.naming import EXTENSIONS, some
@@ -36,6 +37,8 @@ class Listing(Protocol):
     def where(self, item: int) -> str: ...  # its name in messages
 
     def read(self, item: int) -> bytes: ...  # the encoded image; raises BadImage
+
+    def digests(self, items: np.ndarray) -> FileDigests: ...  # of the files that hold these items; on every rank
 
 
 def open_listing(source: str, cache_bytes: int, choice: Choice = NO_CHOICE) -> Listing:
@@ -127,6 +130,9 @@ class DigitsListing:
 
     def read(self, item: int) -> bytes:
         return b"P5 8 8 255\n" + self._images[item].tobytes()  # PGM: digits take the path of any file
+
+    def digests(self, items: np.ndarray) -> FileDigests:
+        return FileDigests.of_bytes({"": self._images[items].tobytes()})
 
 
 EMBEDDED = {"digits": DigitsListing}

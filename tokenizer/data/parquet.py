@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenizer.data.columns import NO_CHOICE, Choice, Table, binary, image_columns
+from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from training.command import UserError
@@ -40,6 +41,7 @@ class ParquetListing:
 
         choice.refuse(str(root), "hub_config", "hub_revision")
         self.name = root.resolve().stem if root.is_file() else root.resolve().name
+        self._root = root
         self._groups: list[RowGroup] = []
         self._starts = [0]  # the first item of each group, and the number of items
         self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
@@ -79,6 +81,12 @@ class ParquetListing:
         if data is None:
             raise BadImage("has no bytes")
         return data
+
+    def digests(self, items: np.ndarray) -> FileDigests:
+        groups = np.unique(np.searchsorted(self._starts, items, "right") - 1)
+        files = dict.fromkeys(self._groups[group].path for group in groups.tolist())
+        names = [path.relative_to(self._root).as_posix() for path in files]
+        return file_digests(self._root, ["" if name == "." else name for name in names])
 
     def _add(self, path: Path, table: Table) -> list[Any]:
         """List a file's row groups; its label values."""

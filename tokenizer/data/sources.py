@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenizer.data import transforms
 from tokenizer.data.columns import Choice
+from tokenizer.data.identity import Inventory
 from tokenizer.data.listings import Listing, open_listing, unseen_classes
 from tokenizer.data.transforms import BadImage
 from training import distributed
@@ -77,6 +78,12 @@ def open_split(config: DataConfig, split: str, augment: bool = False, seed: int 
     return Images(listing, split, config, config.augment if augment else "none", seed)
 
 
+def take_inventories(config: DataConfig) -> dict[str, Inventory]:
+    """What each split of the configured source is made of; nothing is decoded. Call it on every rank."""
+    listing = open_listing(config.source, 0, config.choice)
+    return {split: Inventory.take(listing, split_items(listing, split, config.held_out)) for split in SPLITS}
+
+
 class Images:
     """A map-style data set of square RGB images with class labels.
 
@@ -101,6 +108,7 @@ class Images:
                 f"{config.source} has no images for the {split} split: add images, or give it folders "
                 "or files named train and validation"
             )
+        self.inventory = Inventory.take(listing, items)  # of what is listed, readable or not
         self._listed = len(items)
         unlabelled = listing.labels[items] < 0
         bad = {item: listing.refused.get(item, "has no class, unlike others") for item in items[unlabelled].tolist()}
@@ -161,7 +169,7 @@ class Images:
             "split": self.split,
             "n": len(self),
             "image_size": self.image_size,
-            "ids_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
+            "ids_sha256": self.inventory.sha256,
         }
 
     def plain(self) -> Images:

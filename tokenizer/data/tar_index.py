@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenizer.data.kept import kept_at
+from tokenizer.data import kept
 from training.arrays import read_arrays
 from training.checkpoint import replace_file
 from training.command import UserError
@@ -68,22 +68,22 @@ def index_of(path: Path) -> TarIndex:
 
     Where nothing can be written, nothing is kept. Raises UserError for a file that is no whole, plain tar.
     """
-    state, kept = stamp(path), index_at(path)
-    index = _load(kept, state)
+    state, place = stamp(path), kept_at(path)
+    index = _load(place, state)
     if index is None:
         index = scan(path)
         content = io.BytesIO()
         np.savez(content, about=np.array(json.dumps([FORMAT, *state])), **index._asdict())
         try:
-            replace_file(kept, content.getvalue())
+            replace_file(place, content.getvalue())
         except (OSError, UserError):  # read-only or full: the index serves this process
             pass
     return index
 
 
-def index_at(path: Path) -> Path:
+def kept_at(path: Path) -> Path:
     """Where a shard's index is kept."""
-    return kept_at("tars", path).with_suffix(".npz")
+    return kept.kept_at("tars", path).with_suffix(".npz")
 
 
 class Stamp(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 
 from tokenizer.data import tar_index
 from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
+from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from training import distributed
@@ -43,7 +44,7 @@ class TarListing:
             shards = [root / name for name in sorted(split.train + split.held_out)]
         if missing := [path for path in shards if not path.exists()]:
             raise UserError(f"data.source={source}: {len(missing)} of {len(shards)} shards are missing: {missing[0]}")
-        self._shards = shards
+        self._root, self._shards = root, shards
         self._stamps = [tar_index.stamp(path) for path in shards]
         indexes = _indexes(shards)
         counts = [len(index.offsets) for index in indexes]
@@ -88,13 +89,17 @@ class TarListing:
         except OSError as error:
             raise BadImage(f"its shard cannot be read ({error.strerror})") from error
 
+    def digests(self, items: np.ndarray) -> FileDigests:
+        shards = np.unique(np.searchsorted(self._starts, items, "right") - 1)
+        return file_digests(self._root, [f"{self._names[shard]}.tar" for shard in shards.tolist()])
+
     def _shard(self, item: int) -> int:
         return int(np.searchsorted(self._starts, item, "right")) - 1
 
 
 def _indexes(shards: list[Path]) -> list[tar_index.TarIndex]:
     """Of each shard. Each process begins elsewhere, so that several find most of them made by the others."""
-    if (new := sum(not tar_index.index_at(path).exists() for path in shards)) and distributed.is_main():
+    if (new := sum(not tar_index.kept_at(path).exists() for path in shards)) and distributed.is_main():
         print(f"reading the headers of {new} shards, once", flush=True)
     first = distributed.rank() * len(shards) // distributed.world()
     with ThreadPoolExecutor(READERS) as pool:

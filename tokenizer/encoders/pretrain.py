@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from tokenizer.data.grid import image_grid
+from tokenizer.data.identity import open_run
 from tokenizer.data.sampler import feed
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import to_pixels
 from tokenizer.decoders.vit import sin_cos_positions
 from tokenizer.encoders.foundation import quiet_transformers
 from training import distributed
-from training.checkpoint import Run
 from training.command import UserError, config_command, run_command
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
@@ -120,7 +120,7 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         model = config.mae.build(config.data.image_size)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-    run = Run.open(folder, config, fresh=fresh, inputs={"images": images.identity()["ids_sha256"]})
+    run = open_run(folder, config, [images, held_out], fresh=fresh)
     images.announce()
     num_patches = model.vit.embeddings.patch_embeddings.num_patches
 
