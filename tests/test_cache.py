@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.encode import TokensRun, encode_data
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.interface import CodeLayout
+from tokenizer.npy_file import NpyFile
 from tokenizer.quantizers.vector import VectorConfig
 from tokenizer.run import TokenizerRun
 from training.checkpoint import sha256, write_weights
@@ -230,6 +233,111 @@ def test_codes_of_another_tokenizer_are_refused_and_made_anew(root):
     assert not np.array_equal(np.asarray(again.split("train").codes), old)
 
 
+# of which images
+
+
+def redraw(root, seed=1, name="0.png"):
+    """Another picture in place of one, or of all."""
+    generator = np.random.default_rng(seed)
+    for path in sorted((root / "images").rglob(name)):
+        Image.fromarray(generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(path)
+
+
+def add(root):
+    shutil.copy(root / "images" / "cats" / "3.png", root / "images" / "cats" / "99.png")
+
+
+OTHER_IMAGES = {
+    "overwritten": (redraw, r"names or contents of the (train|held_out) images have changed"),
+    "all overwritten": (lambda root: redraw(root, name="*.png"), "contents of the train images have changed"),
+    "added": (add, "images are now|names or contents"),
+    "removed": (lambda root: (root / "images" / "dogs" / "5.png").unlink(), "images are now"),
+    "class renamed": (lambda root: (root / "images" / "dogs").rename(root / "images" / "eels"), "dogs is now eels"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_IMAGES)
+def test_codes_of_other_images_are_made_anew(root, capsys, change):
+    old = encode_data(run(root))
+    identity = old.sha256
+    make, words = OTHER_IMAGES[change]
+    make(root)
+    held_out = open_split(DataConfig(source=str(root / "images"), image_size=SIDE), "held_out")
+    train = open_split(DataConfig(source=str(root / "images"), image_size=SIDE), "train")
+    with pytest.raises(UserError, match=r"tokens: of other images .*: run `make tokens` again"):
+        for images in (train, held_out):
+            old.check_images(images)
+    capsys.readouterr()
+    new = encode_data(run(root))
+    said = capsys.readouterr().out.splitlines()[0]
+    assert re.match(rf"{root}/tokens: of other images \(.*({words}).*\): making it again", said), said
+    assert files(root / "tokens") == files(encode_data(run(root, name="straight")).folder)
+    assert new.sha256 != identity and new.class_names == train.class_names
+    for images in (train, held_out):
+        new.check_images(images)
+        assert new.manifest["splits"][images.split]["ids_sha256"] == images.inventory.sha256
+
+
+def test_an_unfinished_cache_of_other_images_is_not_completed(root, monkeypatch, capsys):
+    interrupted(monkeypatch, run(root), 5)
+    redraw(root, name="*.png")
+    encode_data(run(root))
+    assert "beginning anew" in capsys.readouterr().out
+    encode_data(run(root, name="straight"))
+    assert files(root / "tokens") == files(root / "straight")
+
+
+def test_images_that_change_while_they_are_encoded_are_refused(root, monkeypatch):
+    batches, encode_batch = [], encode._encode
+
+    def once(*arguments):
+        batches.append(1)
+        if len(batches) == 2:
+            redraw(root)
+        return encode_batch(*arguments)
+
+    monkeypatch.setattr(encode, "_encode", once)
+    with pytest.raises(UserError, match="images changed while it was encoded: run the same command again"):
+        encode_data(run(root))
+    with pytest.raises(UserError, match="no finished token cache"):
+        TokenCache.open(root / "tokens")
+    encode_data(run(root))
+    encode_data(run(root, name="straight"))
+    assert files(root / "tokens") == files(root / "straight")
+
+
+def test_images_that_moved_are_the_same(root, capsys):
+    cache = encode_data(run(root))
+    before, identity = files(root / "tokens"), cache.sha256
+    there = str((root / "images").rename(root / "photos"))
+    capsys.readouterr()
+    moved = encode_data(run(root, source=there))
+    assert "up to date" in capsys.readouterr().out and moved.sha256 == identity
+    assert TokenCache.open(root / "tokens").manifest["data"]["source"] == there
+    after = files(root / "tokens")
+    assert {name for name in after if after[name] != before[name]} == {"manifest.json"}
+
+
+def test_a_cache_of_an_earlier_version_says_so(root, capsys):
+    """Which names no images: its codes still serve, to whom they are by the hash of the manifest."""
+    encode_data(run(root))
+    path = root / "tokens" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["identity"]
+    for split in manifest["splits"].values():
+        del split["listed"]
+    path.write_text(json.dumps(manifest | {"plan_sha256": "0" * 64}))
+    cache = TokenCache.open(root / "tokens")
+    cache.verify()
+    assert cache.sha256 == sha256(path)
+    images = open_split(DataConfig(source=str(root / "images"), image_size=SIDE), "train")
+    with pytest.raises(UserError, match="an earlier version made it, which did not note of which images: run `make"):
+        cache.check_images(images)
+    capsys.readouterr()
+    encode_data(run(root)).check_images(images)
+    assert "an earlier version made it, which did not note of which images: making it again" in capsys.readouterr().out
+
+
 def test_other_settings_make_it_anew(root):
     assert encode_data(run(root)).manifest["views"] == 1
     assert encode_data(run(root, views=2)).manifest["views"] == 2
@@ -366,6 +474,57 @@ def test_a_manifest_cannot_name_files_elsewhere(root):
     (root / "tokens" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"secret\.npy"):
         TokenCache.open(root / "tokens")
+
+
+def test_codes_cut_short_or_replaced_while_they_are_read_end_in_a_line(root):
+    """A map of them would end the process by SIGBUS."""
+    cache = encode_data(run(root))
+    codes = cache.split("train").codes
+    whole = np.asarray(codes)
+    assert np.array_equal(codes[[19, 0, 8, 7]], whole[[19, 0, 8, 7]])
+    path = root / "tokens" / "train-00001.codes.npy"
+    content = path.read_bytes()
+    for change in (lambda: os.truncate(path, 130), lambda: path.write_bytes(content), path.unlink):
+        change()
+        with pytest.raises(
+            UserError, match=r"train-00001\.codes\.npy: missing or damaged .*`make tokens` again"
+        ) as caught:
+            codes[[0, 9]]
+        assert "\n" not in str(caught.value)
+    assert np.array_equal(codes[[0, 19]], whole[[0, 19]])  # of other shards
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<f4"])
+@pytest.mark.parametrize("shape", [(7,), (7, 2, 3), (0, 4), (7, 0)])
+def test_rows_of_a_file(tmp_path, dtype, shape):
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    np.save(tmp_path / "a.npy", array)
+    file = NpyFile(tmp_path / "a.npy", "remedy")
+    assert (len(file), file.shape, file.dtype) == (len(array), array.shape, array.dtype)
+    np.testing.assert_array_equal(np.asarray(file), array)
+    for places in ([], [3], [0, 1, 2], [6, 5, 5, 6, 0, 1]):
+        if max(places, default=-1) < len(array):
+            np.testing.assert_array_equal(file[np.array(places, dtype=int)], array[np.array(places, dtype=int)])
+    if len(shape) > 1:
+        np.testing.assert_array_equal(np.asarray(file.merged()), array.reshape(shape[0] * shape[1], *shape[2:]))
+
+
+def test_a_flipped_bit_in_a_header_is_one_line(tmp_path):
+    array = np.arange(30, dtype="<u2").reshape(10, 3)
+    np.save(tmp_path / "a.npy", array)
+    whole = (tmp_path / "a.npy").read_bytes()
+    refused = 0
+    for bit in range(8 * (len(whole) - array.nbytes)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a.npy").write_bytes(data)
+        try:
+            found = NpyFile(tmp_path / "a.npy", "remedy")
+            assert found.shape != (10, 3) or found.dtype != array.dtype or np.array_equal(np.asarray(found), array)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 200
 
 
 # shards as one array

@@ -330,20 +330,17 @@ def test_a_long_reading_says_how_far_it_is(tmp_path, capsys, monkeypatch):
     assert "30/100" in lines[0]
 
 
-def test_a_million_names_cost_little(tmp_path, trusting, monkeypatch):
-    """Per file that is as it was: one stat, and some microseconds."""
-    names, count = [f"{number:06d}.png" for number in range(3000)], []
+def test_a_file_that_is_as_it_was_costs_one_stat(tmp_path, trusting, monkeypatch):
+    names, count = [f"{number:06d}.png" for number in range(300)], []
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     file_digests(tmp_path, names)
-    stat, open_ = os.stat, os.open
-    monkeypatch.setattr(os, "stat", lambda path, **rest: count.append(path) or stat(path, **rest))
-    monkeypatch.setattr(os, "open", lambda path, *rest, **more: pytest.fail(path))
-    started = time.process_time()
-    file_digests(tmp_path, names)
-    assert time.process_time() - started < 3000 * 100e-6
-    monkeypatch.setattr(os, "open", open_)
-    assert len([path for path in count if str(path).endswith(".png")]) == 3000
+    stat = os.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path, **rest: count.append(path) or stat(path, **rest))
+        patch.setattr(os, "open", lambda path, *rest, **more: pytest.fail(path))
+        file_digests(tmp_path, names)
+    assert len([path for path in count if str(path).endswith(".png")]) == 300
 
 
 def of_rank(rank, root, names, results):

@@ -35,8 +35,8 @@ class NpyFile:
         if fortran_order or self.dtype.hasobject or not self.shape or not all(side >= 0 for side in self.shape):
             raise self._error(f"is {self.dtype} {self.shape}, no plain array of rows")
         self._row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=object))
-        if self._stamp[0] < self._start + self.shape[0] * self._row_bytes:
-            raise self._error("ends before its array does")
+        if self._stamp[0] != self._start + self.shape[0] * self._row_bytes:
+            raise self._error(f"has {self._stamp[0]} bytes, and its array others")
 
     def __len__(self) -> int:
         return self.shape[0]

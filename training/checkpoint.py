@@ -120,9 +120,13 @@ class Run:
         run = cls(Path(folder), config)
 
         def take() -> None:
-            run._take(fresh, inputs or {}, where)
-            replace_file(run.folder / "config.yaml", to_yaml(config).encode())
-            replace_file(run.folder / "inputs.json", json.dumps(inputs or {}, indent=1).encode())
+            try:
+                run._take(fresh, inputs or {}, where)
+                replace_file(run.folder / "config.yaml", to_yaml(config).encode())
+                replace_file(run.folder / "inputs.json", json.dumps(inputs or {}, indent=1).encode())
+            except BaseException:
+                run.files.release()  # or who catches the error would hold the folder with it
+                raise
 
         distributed.on_main(take)
         return run
