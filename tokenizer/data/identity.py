@@ -16,6 +16,7 @@ import numpy as np
 
 from tokenizer.data.digests import FileDigests, short_hash
 from training import distributed
+from training.arrays import read_arrays
 from training.checkpoint import OtherInput, Run, replace_file
 from training.command import UserError
 
@@ -151,10 +152,10 @@ def _note(run: Run, now: Sequence[Inventory]) -> None:
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
     try:
-        with np.load(folder / FILE, allow_pickle=False) as stored:
-            found: dict[str, Any] = {name: stored[name] for name in ("names", "contents")}
-            return found | {"class_names": [str(name) for name in json.loads(str(stored["class_names"]))]}
-    except Exception:  # absent, or damaged in any way: only the words of a refusal depend on it
+        found: dict[str, Any] = read_arrays(folder / FILE)
+        class_names = [str(name) for name in json.loads(str(found["class_names"]))]
+        return {"names": found["names"], "contents": found["contents"], "class_names": class_names}
+    except (OSError, ValueError, KeyError, TypeError):  # only the words of a refusal depend on it
         return None
 
 
