@@ -13,7 +13,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer.interface import CodeLayout
+from training.command import UserError
 from training.distributed import Dropout
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 POSITIONS = ("rotary", "learned")
 CONDITIONINGS = ("prefix", "adaln")
+FREQUENCIES = 16  # of a time's embedding
 ROTARY_BASE = 100.0  # of grids tens of codes wide, as in Heo et al. 2024, arXiv:2403.13298
 
 
@@ -65,7 +67,15 @@ class BackboneConfig:
                 f"prior.backbone: dim={self.dim} / heads={self.heads} must be a multiple of 4 for rotary positions"
             )
 
-    def build(self, layout: CodeLayout, num_classes: int, *, causal: bool, given: CodeLayout | None = None) -> Backbone:
+    def build(
+        self,
+        layout: CodeLayout,
+        num_classes: int,
+        *,
+        causal: bool,
+        given: CodeLayout | None = None,
+        timed: bool = False,
+    ) -> Backbone:
         return Backbone(
             layout,
             num_classes,
@@ -76,6 +86,7 @@ class BackboneConfig:
             dropout=self.dropout,
             rotary=self.positions == "rotary",
             adaptive=self.conditioning == "adaln",
+            timed=timed,
             given=given,
             gradient_checkpointing=self.gradient_checkpointing,
         )
@@ -85,7 +96,8 @@ class Backbone(nn.Module):
     """Codes and a label to logits per level. The mask and the classes have none, so they are never sampled.
 
     `given` is the layout of codes that are known completely: they stand before the slots as a context. Grids of
-    different sizes share coordinates, in units of the finest.
+    different sizes share coordinates, in units of the finest. `timed`: the time of a diffusion sets shift, scale and
+    gate of every branch, alone or, where `adaptive` has the class do so, with it.
     """
 
     def __init__(
@@ -100,6 +112,7 @@ class Backbone(nn.Module):
         dropout: float = 0.0,
         rotary: bool = True,
         adaptive: bool = False,
+        timed: bool = False,
         given: CodeLayout | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -109,7 +122,7 @@ class Backbone(nn.Module):
             from x_transformers.x_transformers import RMSNorm
 
         self.layout, self.num_classes, self.given = layout, num_classes, given
-        self.causal, self.rotary, self.adaptive = causal, rotary, adaptive
+        self.causal, self.rotary, self.adaptive, self.timed = causal, rotary, adaptive, timed
         self.gradient_checkpointing = gradient_checkpointing
         whole = layout if given is None else CodeLayout(layout.grids + given.grids, layout.num_codes + given.num_codes)
         self.levels = [level for level, length in enumerate(layout.lengths) for _ in range(length)]  # of each slot
@@ -122,31 +135,42 @@ class Backbone(nn.Module):
         self.places = nn.Embedding(num_places, dim)  # of what a slot predicts
         # Rotated keys tell where the code that a causal slot holds comes from; else a slot has this in its sum.
         self.sources = nn.Embedding(num_places, dim) if causal and not rotary else None
+        # A time alone says little: a narrow condition does, as in Duo (128 for 768), at 1.5 dim^2 weights a block.
+        width = dim if adaptive else dim // 4 if timed else 0
+        self.time = TimeEmbedding(width) if timed else None
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, causal, dropout, adaptive) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, causal, dropout, width) for _ in range(depth))
         self.norm = RMSNorm(dim, unit_offset=True)
-        self.modulation = nn.Linear(dim, 2 * dim) if adaptive else None
+        self.modulation = nn.Linear(width, 2 * dim) if width else None
         self.heads = nn.ModuleList(nn.Linear(dim, size) for size in layout.num_codes)
 
         share = 1 / (2 + (not adaptive) + (self.sources is not None))  # of each term in a slot's unit variance
         for embedding, terms in ((self.tokens, 1), (self.classes, 1), (self.places, 3), (self.sources, 3)):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=(share / terms) ** 0.5)
-        for linear in (*self.heads, *([self.modulation] if adaptive else [])):
+        for linear in (*self.heads, *([self.modulation] if width else [])):
             nn.init.zeros_(linear.weight)  # every code is as likely as any other before training
             nn.init.zeros_(linear.bias)
         sizes, lengths = torch.tensor([0, *whole.num_codes]), torch.tensor(whole.lengths)
         self.register_buffer("place_ids", place_ids, persistent=False)
         self.register_buffer("token_starts", sizes.cumsum(0)[:-1].repeat_interleave(lengths), persistent=False)
         self.register_buffer("angles", _angles(whole, dim // heads) if rotary else None, persistent=False)
+        self.register_load_state_dict_pre_hook(_check_time)
 
     def forward(
-        self, codes: Tensor, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        *,
+        order: Tensor | None = None,
+        given: Tensor | None = None,
+        time: Tensor | None = None,
     ) -> list[Tensor]:
         """(B, N) int64 codes, negative where masked, and (B,) labels -> (B, n, num_codes) float32 per level.
 
         `order` (B, N) int64, of a causal backbone: the position of each slot, permuted within levels; slot i sees
         the codes of the slots before it. Logits are in the order of positions all the same. `given` (B, M) int64.
+        `time` (B,) in [0, 1], of a timed one.
         """
         assert order is None or self.causal, "only a causal backbone has an order"
         tokens = self.embed(codes if order is None else codes.gather(1, order), slice(0, self.layout.length))
@@ -159,7 +183,7 @@ class Backbone(nn.Module):
         angles = None
         if self.rotary:
             angles = [torch.cat([context_angles.expand(len(own), -1, -1), own], 1) for own in (queries, keys)]
-        condition = self.condition(labels)
+        condition = self.condition(labels, time)
         features = self.dropout(torch.cat([context, tokens + places], 1))
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
@@ -212,15 +236,39 @@ class Backbone(nn.Module):
             angles = torch.cat([angles, self.angles[None, span]], 1) if self.rotary else None
         return torch.cat(parts, 1), angles
 
-    def condition(self, labels: Tensor) -> Tensor | None:
-        """(B, 1, dim), what sets the modulations, if there are any."""
-        return F.silu(self.classes(labels))[:, None] if self.adaptive else None
+    def condition(self, labels: Tensor, time: Tensor | None = None) -> Tensor | None:
+        """(B, 1, width), what sets the modulations, if there are any: the class, the time, or their sum."""
+        assert (time is not None) == self.timed, "a time is for a backbone built for it"
+        parts = [self.classes(labels)] if self.adaptive else []
+        parts += [] if self.time is None else [self.time(time)]
+        return F.silu(sum(parts))[:, None] if parts else None
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B,) in [0, 1] to (B, width): sines and cosines of log(t / (1 - t)), the noise's odds, through two layers.
+
+    By the logarithm the last steps of sampling, where what a code is worth changes fastest, are as far apart as others.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2 * FREQUENCIES, width), nn.Linear(width, width)
+        frequencies = 2 ** torch.linspace(-5, 2, FREQUENCIES)  # radians; the slowest has a tenth of a turn in all
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, time: Tensor) -> Tensor:
+        odds = torch.logit(time.double(), eps=1e-4).to(self.frequencies.dtype)
+        angles = odds[:, None] * self.frequencies
+        return self.second(F.silu(self.first(torch.cat([angles.sin(), angles.cos()], 1))))
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network, each on normalised features and added to them."""
+    """Attention, then a feed-forward network, each on normalised features and added to them.
 
-    def __init__(self, dim: int, heads: int, causal: bool, dropout: float, adaptive: bool) -> None:
+    `width` of the condition that modulates both; 0 is none.
+    """
+
+    def __init__(self, dim: int, heads: int, causal: bool, dropout: float, width: int) -> None:
         super().__init__()
         from x_transformers.x_transformers import Attention, FeedForward, RMSNorm
 
@@ -237,13 +285,13 @@ class Block(nn.Module):
         self.feedforward_norm = RMSNorm(dim, unit_offset=True)
         self.feedforward = FeedForward(dim, mult=3, glu=True, swish=True, no_bias=True)
         self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
-        self.modulation = nn.Linear(dim, 6 * dim) if adaptive else None
-        if adaptive:
+        self.modulation = nn.Linear(width, 6 * dim) if width else None
+        if width:
             nn.init.zeros_(self.modulation.weight)  # every block is the identity before training
             nn.init.zeros_(self.modulation.bias)
 
     def forward(self, features: Tensor, condition: Tensor | None, angles: list[Tensor] | None) -> Tensor:
-        """(B, n, dim), (B, 1, dim) and the (1 or B, n, dim_head) angles of queries and of keys -> (B, n, dim)."""
+        """(B, n, dim), (B, 1, width) and the (1 or B, n, dim_head) angles of queries and of keys -> (B, n, dim)."""
         if self.modulation is None:
             features = features + self.attend(self.attention_norm(features), angles)
             return features + self.feed(self.feedforward_norm(features))
@@ -290,6 +338,17 @@ def evaluation(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(training)
+
+
+def _check_time(module: Backbone, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Raise UserError where weights were trained with time and the module has none, or the other way round."""
+    if prefix + "tokens.weight" in state:
+        stored = any(name.startswith(prefix + "time.") for name in state)
+        if stored != module.timed:
+            raise UserError(
+                f"prior.time_conditioning={str(module.timed).lower()}, but these weights were trained with "
+                f"{str(stored).lower()}: set that in their config.yaml, or train with --fresh (make: FRESH=1)"
+            )
 
 
 def _one_slot_later(values: Tensor) -> Tensor:

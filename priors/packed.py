@@ -65,7 +65,10 @@ class BlockWeights(NamedTuple):
 
 
 class PackedWeights(NamedTuple):
-    """What a backbone does between its embeddings and its logits, for labels (B,)."""
+    """What a backbone does between its embeddings and its logits, for labels (B,).
+
+    Of a timed one without modulation, until `modulate` has put in that of a time.
+    """
 
     blocks: list[BlockWeights]
     final: Modulation | None
@@ -97,13 +100,26 @@ def pack(backbone: Backbone, labels: Tensor, rows: int) -> PackedWeights:
     dtype = backbone.tokens.weight.dtype
     if torch.is_autocast_enabled(labels.device.type):
         dtype = torch.get_autocast_dtype(labels.device.type)
-    condition, gain, final = backbone.condition(labels), _gain(backbone.norm), None
-    blocks = [_pack_block(block, condition, dtype, rows) for block in backbone.blocks]
-    if condition is not None:
-        final = _modulation(gain, dtype, *backbone.modulation(condition)[:, 0].chunk(2, -1))
-        gain = torch.ones_like(gain)
+    gain = _inner_gain(backbone.norm, backbone)
+    blocks = [_pack_block(block, dtype, rows) for block in backbone.blocks]
     heads = [(Matrix.of(head.weight * gain, dtype, rows), head.bias.to(dtype)) for head in backbone.heads]
-    return PackedWeights(blocks, final, heads, backbone.classes(labels).to(dtype))
+    weights = PackedWeights(blocks, None, heads, backbone.classes(labels).to(dtype))
+    return weights if backbone.timed else modulate(weights, backbone, labels)
+
+
+def modulate(weights: PackedWeights, backbone: Backbone, labels: Tensor, time: Tensor | None = None) -> PackedWeights:
+    """The weights for labels (B,) and times (B,) of a backbone as it is now, where these set anything."""
+    condition, dtype = backbone.condition(labels, time), weights.classes.dtype
+    if condition is None:
+        return weights
+    blocks = []
+    for packed, block in zip(weights.blocks, backbone.blocks):
+        parts = block.modulation(condition)[:, 0].chunk(6, -1)
+        attention = _modulation(_gain(block.attention_norm), dtype, *parts[:3])
+        feedforward = _modulation(_gain(block.feedforward_norm), dtype, *parts[3:])
+        blocks.append(packed._replace(attention=attention, feedforward=feedforward))
+    final = _modulation(_gain(backbone.norm), dtype, *backbone.modulation(condition)[:, 0].chunk(2, -1))
+    return weights._replace(blocks=blocks, final=final)
 
 
 def turn_of(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Turn:
@@ -154,19 +170,14 @@ def _scale_and_add(start: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(start, rows, scale).flatten(0, 1)
 
 
-def _pack_block(block: Block, condition: Tensor | None, dtype: torch.dtype, rows: int) -> BlockWeights:
+def _pack_block(block: Block, dtype: torch.dtype, rows: int) -> BlockWeights:
     attention, glu, down = block.attention, block.feedforward.ff[0], block.feedforward.ff[2]
     heads, dim = attention.heads, attention.to_q.in_features
     index = torch.arange(dim // heads, device=down.weight.device)
     index = torch.cat([index[::2], index[1::2]])
     sides = [side.weight.view(heads, -1, dim)[:, index].flatten(0, 1) for side in (attention.to_q, attention.to_k)]
     gains = torch.stack([norm.gamma[:, 0, index] + 1 for norm in (attention.q_rmsnorm, attention.k_rmsnorm)])
-    first, second = _gain(block.attention_norm), _gain(block.feedforward_norm)
-    modulations: list[Modulation | None] = [None, None]
-    if condition is not None:
-        parts = block.modulation(condition)[:, 0].chunk(6, -1)
-        modulations = [_modulation(first, dtype, *parts[:3]), _modulation(second, dtype, *parts[3:])]
-        first = second = torch.ones_like(first)
+    first, second = (_inner_gain(norm, block) for norm in (block.attention_norm, block.feedforward_norm))
     return BlockWeights(
         qkv=Matrix.of(torch.cat([*sides, attention.to_v.weight]) * first, dtype, rows),
         gains=(gains * (dim // heads) ** 0.5).to(dtype),
@@ -174,14 +185,20 @@ def _pack_block(block: Block, condition: Tensor | None, dtype: torch.dtype, rows
         up=Matrix.of(glu.proj.weight * second, dtype, rows),
         up_bias=glu.proj.bias.to(dtype),
         down=Matrix.of(down.weight, dtype, rows),
-        attention=modulations[0],
-        feedforward=modulations[1],
+        attention=None,
+        feedforward=None,
     )
 
 
 def _gain(norm: nn.Module) -> Tensor:
     """(dim,), what x-transformers' RMSNorm multiplies features on the unit sphere by."""
     return (norm.g + float(norm.unit_offset)) * norm.scale
+
+
+def _inner_gain(norm: nn.Module, of: Backbone | Block) -> Tensor:
+    """The gain that is inside the matrix behind a norm: all of it, or none where a modulation has it."""
+    gain = _gain(norm)
+    return gain if of.modulation is None else torch.ones_like(gain)
 
 
 def _modulation(gain: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, *gate: Tensor) -> Modulation:

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from priors.backbone import Backbone, evaluation
-from priors.packed import finish, pack, project, turn_of
+from priors.packed import finish, modulate, pack, project, turn_of
 
 
 class Reading(Protocol):
     """Codes (B, N) int64, -1 where masked, to logits of the positions that are `asked`, (B, N) bool.
 
     Per level (copies x number of them, num_codes), row after row. Without `asked` all positions: (copies B, n,
-    num_codes). Rows of which nothing is asked take no time.
+    num_codes). Rows of which nothing is asked take no time. `time` (B,), of a timed network.
     """
 
-    def __call__(self, codes: Tensor, asked: Tensor | None = None) -> list[Tensor]: ...
+    def __call__(self, codes: Tensor, asked: Tensor | None = None, time: Tensor | None = None) -> list[Tensor]: ...
 
 
 def reading(network: nn.Module, labels: Tensor, given: Tensor | None = None, copies: int = 1) -> Reading:
@@ -37,13 +37,15 @@ def reading(network: nn.Module, labels: Tensor, given: Tensor | None = None, cop
 class BackboneReading:
     """A `Reading` of a bidirectional backbone with the weights that it has at construction, without dropout.
 
-    Numbers have the weights' precision, or autocast's where that is on at construction.
+    Numbers have the weights' precision, or autocast's where that is on at construction. What a time sets is read
+    anew in each call.
     """
 
     @torch.no_grad()
     def __init__(self, backbone: Backbone, labels: Tensor, given: Tensor | None = None, copies: int = 1) -> None:
         assert not backbone.causal, "a causal backbone predicts one slot after another: it has a decoding"
         self.layout, self.embed, self.adaptive, self.copies = backbone.layout, backbone.embed, backbone.adaptive, copies
+        self.backbone, self.labels = backbone, labels
         context, context_angles = backbone.context(labels, given)
         self.weights = pack(backbone, labels, len(labels) * (context.shape[1] + self.layout.length))
         dtype = self.weights.classes.dtype
@@ -55,8 +57,10 @@ class BackboneReading:
             self.turn = tuple(part.expand(-1, -1, -1, heads, -1).contiguous() for part in turn)  # no broadcast later
 
     @torch.no_grad()
-    def __call__(self, codes: Tensor, asked: Tensor | None = None) -> list[Tensor]:
+    def __call__(self, codes: Tensor, asked: Tensor | None = None, time: Tensor | None = None) -> list[Tensor]:
         weights, context, whole = self.weights, self.context, slice(0, self.layout.length)
+        if time is not None:
+            weights = modulate(weights, self.backbone, self.labels, time.repeat(self.copies))
         wanted = torch.ones_like(codes, dtype=torch.bool) if asked is None else asked
         rows = wanted.any(1).nonzero()[:, 0]
         if len(rows) < len(codes):
@@ -82,11 +86,18 @@ class BackboneReading:
 
 
 def _read(
-    network: nn.Module, labels: Tensor, given: Tensor | None, copies: int, codes: Tensor, asked: Tensor | None = None
+    network: nn.Module,
+    labels: Tensor,
+    given: Tensor | None,
+    copies: int,
+    codes: Tensor,
+    asked: Tensor | None = None,
+    time: Tensor | None = None,
 ) -> list[Tensor]:
     """A `Reading` of any network, which is asked everything."""
+    timed = {} if time is None else {"time": time.repeat(copies)}
     with evaluation(network):
-        logits = network(codes.repeat(copies, 1), labels, given=given)
+        logits = network(codes.repeat(copies, 1), labels, given=given, **timed)
     if asked is None:
         return logits
     parts = zip(logits, network.layout.spans())

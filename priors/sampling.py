@@ -15,6 +15,7 @@ from torch import Tensor
 from priors.interface import Prior, SampleOptions
 from training import philox
 
+COLDEST = 1e-100  # temperature of branches that are yet to be guided: infinite logits could not be weighed
 JUMP = 256  # numbers that the CPU draws in the time of a jump past them
 
 
@@ -59,6 +60,22 @@ def shape_logits(logits: Tensor, options: SampleOptions, scale: float | Tensor) 
     if options.temperature != 1:  # about the highest, so that it stays finite at any temperature
         logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     return filter_logits(logits, options.top_k, options.top_p)
+
+
+def shape_branches(logits: Tensor, options: SampleOptions, scale: float) -> Tensor:
+    """As `shape_logits`, but both branches of guidance stay: (B or 2B, ..., K) -> the same, float64.
+
+    Each is tempered, and -inf at what the filters leave out of the guided ones.
+    """
+    if options.guidance == 1:
+        return shape_logits(logits, options, scale)
+    tempered = logits.double()
+    if options.temperature != 1:
+        tempered = (tempered - tempered.amax(-1, keepdim=True)) / max(options.temperature, COLDEST)
+    if options.temperature == 0 or (not options.top_k and options.top_p == 1):
+        return tempered
+    kept = shape_logits(logits, options, scale).isfinite()
+    return tempered.masked_fill(~torch.cat([kept, kept]), -torch.inf)
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -30,13 +30,14 @@ def make(
     causal: bool,
     given: CodeLayout | None = None,
     trained: bool = True,
+    timed: bool = False,
     seed: int = 0,
     **settings,
 ) -> Backbone:
     """A small backbone in eval mode; `trained` stands for weights that say something, norms and biases too."""
     torch.manual_seed(seed)
     settings = {"dim": 32, "depth": 2, "heads": 2, **settings}
-    backbone = BackboneConfig(**settings).build(layout, NUM_CLASSES, causal=causal, given=given).eval()
+    backbone = BackboneConfig(**settings).build(layout, NUM_CLASSES, causal=causal, given=given, timed=timed).eval()
     if trained:
         for parameter in backbone.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -186,6 +187,25 @@ def test_every_weight_learns(positions, conditioning, causal):
     logits = backbone(known, torch.arange(8) % 4, given=random_codes(GIVEN, 8))
     cross_entropy(TWO_LEVELS, logits, codes).mean().backward()
     assert [name for name, weight in backbone.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
+@pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
+def test_every_weight_of_a_timed_backbone_learns_and_rows_have_their_own_time(conditioning):
+    backbone = make(TWO_LEVELS, causal=False, conditioning=conditioning, timed=True).train()
+    codes, times = random_codes(TWO_LEVELS, 8), torch.linspace(0, 1, 8)
+    known = codes.masked_fill(torch.arange(TWO_LEVELS.length) % 2 == 0, -1)
+    cross_entropy(TWO_LEVELS, backbone(known, torch.arange(8) % 4, time=times), codes).mean().backward()
+    assert [name for name, weight in backbone.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+    same, labels = known[:1].expand(8, -1), torch.ones(8, dtype=torch.int64)
+    with torch.no_grad():
+        whole = backbone.eval()(same, labels, time=times)[1].flatten(1)
+        alone = backbone(same[:1], labels[:1], time=times[3:4])[1].flatten(1)
+    assert float(torch.pdist(whole).min()) > 1e-3
+    torch.testing.assert_close(whole[3:4], alone, atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError, match="time"):
+        backbone(known, torch.arange(8) % 4)
+    width = 32 if conditioning == "adaln" else 8
+    assert backbone.blocks[0].modulation.weight.shape == (6 * 32, width)
 
 
 @pytest.mark.parametrize("grids", [((4, 4), (8, 8)), ((2, 5), (2, 5)), ((16,),), ((2, 3, 4),)])

@@ -64,10 +64,10 @@ class Plain(nn.Module):
 
     def __init__(self, backbone) -> None:
         super().__init__()
-        self.backbone, self.layout = backbone, backbone.layout
+        self.backbone, self.layout, self.timed = backbone, backbone.layout, backbone.timed
 
-    def forward(self, codes, labels, *, given=None):
-        return self.backbone(codes, labels, given=given)
+    def forward(self, codes, labels, *, given=None, **time):
+        return self.backbone(codes, labels, given=given, **time)
 
 
 PRIORS = {
@@ -75,14 +75,19 @@ PRIORS = {
     "halton": lambda network: MaskedPrior(network, NUM_CLASSES, sampler="halton"),
     "absorbing": lambda network: AbsorbingPrior(network, NUM_CLASSES, steps=8, eta=0.3),
     "uniform": lambda network: UniformPrior(network, NUM_CLASSES, steps=8),
-    "hybrid": lambda network: UniformPrior(network, NUM_CLASSES, steps=8, mask_share=0.9, parameterisation="posterior"),
+    "gidd": lambda network: UniformPrior(network, NUM_CLASSES, steps=8, mask_share=0.8),
+    "mixture": lambda network: UniformPrior(
+        network, NUM_CLASSES, steps=8, mask_share=0.9, noise="mixture", parameterisation="posterior"
+    ),
 }
+TIMED = pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
 
 
 @LAYOUTS
 @pytest.mark.parametrize("kind", PRIORS)
 def test_samples_and_bounds_are_those_of_the_backbone(kind, layout):
-    backbone = make(layout, causal=False, given=GIVEN, conditioning="adaln", dropout=0.5).train()
+    timed = kind in ("gidd", "uniform")
+    backbone = make(layout, causal=False, given=GIVEN, conditioning="adaln", dropout=0.5, timed=timed).train()
     ours, plain = PRIORS[kind](backbone), PRIORS[kind](Plain(backbone)).train()
     given, ids = random_codes(GIVEN, 5), torch.arange(5)
     for sampler in SAMPLERS if kind == "absorbing" else [""]:
@@ -95,6 +100,21 @@ def test_samples_and_bounds_are_those_of_the_backbone(kind, layout):
     bounds = [prior.nll(codes, LABELS, given).nats for prior in (ours, plain)]
     torch.testing.assert_close(*bounds, atol=1e-3, rtol=1e-5)
     assert ours.training and plain.training
+
+
+@TIMED
+@pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guided"])
+def test_logits_at_a_time_are_those_of_the_backbone(copies, conditioning):
+    backbone = make(TWO_LEVELS, causal=False, conditioning=conditioning, timed=True)
+    codes, labels = masked_codes(TWO_LEVELS), torch.cat([LABELS, NOBODY][:copies])
+    read, asked = BackboneReading(backbone, labels, None, copies), codes < 0
+    for times in ([0.5] * 5, [0.0, 1.0, 0.2, 0.9, 1e-3]):  # row 2 is all known, and is not asked
+        time = torch.tensor(times, dtype=torch.float64)
+        with torch.no_grad():
+            full = backbone(codes.repeat(copies, 1), labels, time=time.repeat(copies))
+        for (span, _), expected, some in zip(TWO_LEVELS.spans(), full, read(codes, asked, time)):
+            torch.testing.assert_close(some, expected[asked[:, span].repeat(copies, 1)], atol=1e-4, rtol=0)
+    assert not torch.allclose(read(codes, None, time)[0], read(codes, None, time.roll(1))[0], atol=1e-3)
 
 
 def test_rows_of_which_nothing_is_asked_take_no_time(monkeypatch):
