@@ -186,21 +186,34 @@ def test_initialise_changes_only_what_was_asked_for(config):
     [
         (FSQConfig, {"levels": (8, 2)}, "quantizer.levels"),
         (FSQConfig, {"levels": ()}, "quantizer.levels"),
-        (FSQConfig, {"levels": (100,) * 4}, "fewer channels"),
+        (FSQConfig, {"levels": (8, 1000)}, "quantizer.levels"),
+        (FSQConfig, {"levels": (257, 256, 256)}, "fewer channels"),
         (LookupFreeConfig, {"bits": 25}, "quantizer.bits=25"),
+        (LookupFreeConfig, {"bits": 0}, "quantizer.bits=0"),
         (LookupFreeConfig, {"temperature": 0.0}, "quantizer.temperature=0.0.*0.01 is usual"),
         (BSQConfig, {"temperature": 0.0}, "quantizer.temperature=0.0.*1.0 is usual"),
         (BSQConfig, {"bits": 0}, "quantizer.bits=0"),
         (BSQConfig, {"entropy_boost": 0.5}, "quantizer.entropy_boost=0.5"),
         (IBQConfig, {"init": "zeros"}, "normal, kmeans"),
         (IBQConfig, {"entropy_temperature": -1.0}, "quantizer.entropy_temperature=-1.0"),
+        (IBQConfig, {"temperature": 0.0}, "quantizer.temperature=0.0"),
         (GumbelConfig, {"temperature_end": 2.0}, "quantizer.temperature_end=2.0"),
+        (GumbelConfig, {"temperature_end": 0.0}, "quantizer.temperature_end=0.0"),
         (GumbelConfig, {"anneal_steps": 0}, "quantizer.anneal_steps=0"),
     ],
 )
 def test_values_out_of_range_are_refused(kind, wrong, message):
     with pytest.raises(ValueError, match=message):
         kind(**wrong)
+
+
+def test_the_outermost_values_are_taken():
+    for levels in ((3,), (999,), (256, 256, 256)):
+        assert FSQConfig(levels=levels).levels == levels
+    for kind, bits in itertools.product((LookupFreeConfig, BSQConfig), (1, 24)):
+        assert kind(bits=bits).bits == bits
+    assert GumbelConfig(temperature_end=1.0, anneal_steps=1).build().temperature == 1
+    assert IBQConfig(temperature=1e-9, entropy_temperature=1e-9).temperature == 1e-9
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,9 @@ def test_discriminator_figures():
     loss = objective.discriminator_loss(batch, 0)
     assert (loss.parts["real_logit"], loss.parts["fake_logit"], loss.parts["accuracy"]) == (2, 1, 0.5)
     assert loss.parts["non_saturating"] == loss.total
+    batch.tensors["images"][4:] = batch.extras["reconstruction"][:5] = -1.0
+    loss = objective.discriminator_loss(batch, 0)
+    assert float(loss.parts["accuracy"]) == pytest.approx((4 / 6 + 5 / 6) / 2)
 
 
 @pytest.fixture(params=DISCRIMINATORS)

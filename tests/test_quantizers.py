@@ -224,6 +224,17 @@ def test_figures():
     assert not statistics.counts.any() and not statistics.candidates
 
 
+def test_use_is_forgotten_and_codes_below_a_thousandth_of_the_mean_are_out_of_it():
+    usage = Usage(4, window=5)
+    for codes in ([0, 0, 1, -1], [1], []):
+        usage.gather(torch.tensor(codes, dtype=torch.int64))
+        usage.reduce()
+    torch.testing.assert_close(usage.usage, torch.tensor([2 * 0.8**2, 0.8**2 + 0.8, 0.0, 0.0]))
+    assert Usage(4).window == 100
+    usage.usage = torch.tensor([3997.0, 1.1, 0.9, 1.0])
+    assert usage.figures()["usage"] == 0.5
+
+
 def test_picked_rows_do_not_depend_on_the_number_of_ranks(monkeypatch):
     rows = torch.randn(24, 3)
     for count in (5, 24, 60):
