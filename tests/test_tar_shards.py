@@ -462,3 +462,75 @@ def test_a_shard_that_changes_under_a_run_is_not_misread(tmp_path):
     with pytest.raises(BadImage, match="cannot be read"):
         listing.read(0)
     assert not descriptors or len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+# What is an item
+
+
+def test_no_image_of_a_name_with_dots_vanishes(tmp_path):
+    """Names split at the first dot, so that 22.00.jpg … 22.09.jpg are one sample: of ten items."""
+    entries = [(f"{key}.{frame:02d}.png", png(10 * key + frame)) for key in (2, 3) for frame in range(10)]
+    assert everything(write_shard(tmp_path / "a.tar", entries)) == ([(shade, 0) for shade in range(20, 40)], ["all"])
+    listing = open_listing(str(tmp_path / "a.tar"), 0)
+    assert [listing.key(item) for item in (0, 9, 10)] == ["a/2.00", "a/2.09", "a/3.00"] and not listing.refused
+    assert listing.notes == ["2 samples hold several images (2, 3, …): each image is an item of its own"]
+
+
+def test_labels_of_images_that_share_a_sample(tmp_path):
+    """Its own, else its sample's, else the folder's."""
+    entries = [
+        ("x/v1.a.png", png(1)), ("x/v1.a.cls", b"7"), ("x/v1.b.png", png(2)), ("x/v1.json", b'{"label": 9}'),
+        ("x/v2.c.png", png(3)), ("x/v2.c.cls", b"5"), ("y/v3.d.png", png(4)), ("y/v3.cls", b"-1"),
+        ("y/v4.png", png(5)), ("y/v4.cls", b"5"), ("y/v4.mask.cls", b"no number"),
+    ]  # fmt: skip
+    listing = open_listing(str(write_shard(tmp_path / "a.tar", entries)), 0)
+    names = [*listing.class_names, None]
+    assert [names[label] for label in listing.labels.tolist()] == ["7", "9", "5", None, "5"] and not listing.refused
+
+
+def test_bad_members_of_a_sample_of_several_images_are_their_own(tmp_path):
+    entries = [("a.1.png", png(1)), special("a.2.png", tarfile.SYMTYPE, "x"), ("a.3.png", png(3)), ("a.3.cls", b"x")]
+    listing = open_listing(str(write_shard(tmp_path / "a.tar", entries)), 0)
+    assert [listing.key(item) for item in range(3)] == ["a/a.1", "a/a.2", "a/a.3"] and listing.read(0) == png(1)
+    assert listing.refused.keys() == {1, 2} and "link" in listing.refused[1] and ".cls" in listing.refused[2]
+
+
+def test_what_is_passed_over_is_said(tmp_path, monkeypatch):
+    entries = [
+        ("a.png", png(1)), ("a.seg.png", png(2)), ("a.jpg", png(3)), ("a.txt", b"caption"), ("b.png", png(4)),
+        ("b.npy", b"0"), ("b.txt", b"caption"), ("README", b""),
+    ]  # fmt: skip
+    path = write_shard(tmp_path / "a.tar", entries)
+    said = [
+        "passed over 2 images beside the one of their sample (a.jpg, a.seg.png, …)",
+        "passed over 4 members of other kinds (.txt 2, .npy 1, without a name or an ending 1)",
+    ]
+    assert open_listing(str(path), 0).notes == said
+    monkeypatch.setattr(tar_index, "scan", lambda path: pytest.fail("was read again"))
+    assert open_listing(str(path), 0).notes == said  # from the index that was kept
+
+
+@pytest.mark.parametrize("extension", ["gif", "bmp", "tif", "ppm", "jp2", "jfif", "JPG"])
+def test_every_kind_of_image_is_one_in_a_shard(tmp_path, extension):
+    listing = open_listing(str(write_shard(tmp_path / "a.tar", [(f"a.{extension}", png(3))])), 0)
+    assert listing.read(0) == png(3)
+
+
+def test_shards_without_labels(tmp_path):
+    path = write_shard(tmp_path / "a.tar", samples(range(4), lambda number: {"cls": b"-1"}))
+    assert everything(path) == ([(shade, 0) for shade in range(4)], ["all"])
+    path = write_shard(tmp_path / "b.tar", samples(range(4)))
+    assert everything(path, label_column="none") == ([(shade, 0) for shade in range(4)], ["all"])
+    with pytest.raises(UserError, match=r"data\.label_column=x: data\.source=.* has no use for it"):
+        everything(path, label_column="x")
+
+
+def test_folders_whose_names_are_no_utf8_stay_apart(tmp_path):
+    names = [os.fsdecode(name) for name in (b"caf\xe9/a.png", b"caf\xe8/b.png")]
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(png(1))
+            tar.addfile(member, io.BytesIO(png(1)))
+    assert sorted(open_listing(str(path), 0).class_names) == ["caf\\xe8", "caf\\xe9"]

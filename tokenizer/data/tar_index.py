@@ -13,19 +13,21 @@ import stat
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tokenizer.data import kept
+from tokenizer.data.naming import EXTENSIONS
 from training.arrays import read_arrays
 from training.checkpoint import replace_file
 from training.command import UserError
 
-FORMAT = "tessera-tar-index-1"
+FORMAT = "tessera-tar-index-2"
 BLOCK = 512
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 MAX_BYTES = {"cls": 32, "json": 2**20} | dict.fromkeys(IMAGES, 2**28)  # of a member that is read
+MOST_KINDS = 20  # of members of no interest that are counted by their ending
 MAX_NAME = 2**16  # bytes of a long name or of a pax header
 REGULAR, FOLDER, LONG_NAME, PAX, SPARSE = b"\x000" + b"7", b"5", b"L", b"x", b"S"
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -53,7 +55,9 @@ class Member(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The n samples of a shard, in its order. Neighbours of one name up to its first dot are one sample."""
+    """The n items of a shard, in its order. Neighbours of one name up to its first dot are one sample, and a sample
+    is one item, unless it holds several images of which none has the plain name: then each of them is.
+    """
 
     offsets: np.ndarray  # (n,) int64, bytes from the start of the tar to the image; below 0: -1 - a problem
     sizes: np.ndarray  # (n,) int64, bytes
@@ -61,6 +65,24 @@ class TarIndex(NamedTuple):
     classes: np.ndarray  # () str, JSON of a list of texts, each the JSON of a number, a name or [a folder's name]
     keys: np.ndarray  # uint8, the samples' names one after another
     key_ends: np.ndarray  # (n,) int64
+    seen: np.ndarray  # () str, JSON of Seen
+
+
+class Seen(NamedTuple):
+    """What a shard holds beside its items, and how it was read, for people."""
+
+    kinds: dict[str, int]  # members that are of no interest, by their ending
+    beside: list[Any]  # images beside the one of their sample: how many, and the first of them
+    several: list[Any]  # samples of several images: how many, and the first
+
+    def note(self, counter: list[Any], name: bytes) -> None:
+        counter[0] += 1
+        if len(counter) < 4:
+            counter.append(name[:200].decode("utf-8", "replace"))
+
+    def note_kind(self, extension: str) -> None:
+        kind = extension if extension in self.kinds or len(self.kinds) < MOST_KINDS else ""
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
 
 def index_of(path: Path) -> TarIndex:
@@ -109,14 +131,17 @@ def scan(path: Path) -> TarIndex:
     offsets, sizes, labels, key_ends = array("q"), array("q"), array("i"), array("q")
     keys, classes = bytearray(), dict[str, int]()
 
+    seen = Seen({}, [0], [0])
+
     def close(sample: _Sample) -> None:
-        usable = sample.problem is None and sample.image is not None
-        offsets.append(sample.image.offset if usable else -1 - (sample.problem or NO_IMAGE))
-        sizes.append(sample.image.size if usable else 0)
-        label = sample.label() if usable else None
-        labels.append(-1 if label is None else classes.setdefault(json.dumps(label), len(classes)))
-        keys.extend(sample.key)
-        key_ends.append(len(keys))
+        for item in sample.items(seen):
+            usable = item.image is not None
+            offsets.append(item.image.offset if usable else -1 - item.problem)
+            sizes.append(item.image.size if usable else 0)
+            label = item.label if usable else None
+            labels.append(-1 if label is None else classes.setdefault(json.dumps(label), len(classes)))
+            keys.extend(item.key)
+            key_ends.append(len(keys))
 
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -125,14 +150,17 @@ def scan(path: Path) -> TarIndex:
             for member in members(descriptor):
                 folder, slash, base = member.name.removeprefix(b"./").rpartition(b"/")
                 first, dot, extension = base.partition(b".")
-                if not (first and dot) or member.kind == FOLDER:
-                    continue  # by WebDataset's convention it belongs to no sample
+                if member.kind == FOLDER:
+                    continue
+                if not (first and dot):  # by WebDataset's convention it belongs to no sample
+                    seen.note_kind("")
+                    continue
                 key = folder + slash + first
                 if sample is None or key != sample.key:
                     if sample is not None:
                         close(sample)
                     sample = _Sample(key)
-                sample.add(descriptor, member, extension.decode("utf-8", "replace").lower())
+                sample.add(descriptor, member, extension.decode("utf-8", "replace").lower(), seen)
             if sample is not None:
                 close(sample)
         finally:
@@ -146,7 +174,15 @@ def scan(path: Path) -> TarIndex:
         np.array(json.dumps(list(classes))),
         np.frombuffer(keys, np.uint8),
         np.array(key_ends, np.int64),
+        np.array(json.dumps(seen)),
     )
+
+
+class _Item(NamedTuple):
+    key: bytes
+    image: Member | None
+    problem: int  # where there is no image
+    label: int | str | list[str] | None
 
 
 class _Sample:
@@ -154,43 +190,71 @@ class _Sample:
 
     def __init__(self, key: bytes) -> None:
         self.key = key
-        self.image: Member | None = None
-        self.problem: int | None = None
-        self._plain = False  # whether the image's extension is no compound, such as seg.png
-        self._cls: int | None = None
-        self._json: int | str | None = None
+        # By stem, a name up to its last dot: the image `22.01.jpg` of sample `22` may have a label `22.01.cls` alone.
+        self._images: dict[bytes, list[Member | int]] = {}  # or what is wrong with it
+        self._labels: dict[tuple[bytes, str], int | str | None] = {}  # (stem, cls or json)
+        self._problems: dict[bytes, int] = {}  # of labels
 
-    def add(self, descriptor: int, member: Member, extension: str) -> None:
+    def add(self, descriptor: int, member: Member, extension: str, seen: Seen) -> None:
         kind = extension.rpartition(".")[2]
-        if kind not in MAX_BYTES or (kind not in IMAGES and kind != extension):
-            return  # of no interest, and never read
+        if kind not in MAX_BYTES:  # of no interest, and never read
+            seen.note_kind(kind)
+            return
+        stem = member.name.removeprefix(b"./").rpartition(b".")[0]
+        problem = None
         if member.name.startswith(b"/") or b".." in member.name.split(b"/") or b"\0" in member.name:
-            self.problem = OUTSIDE
+            problem = OUTSIDE
         elif member.kind in b"12":
-            self.problem = LINK
+            problem = LINK
         elif member.kind not in REGULAR:
-            self.problem = SPECIAL
+            problem = SPECIAL
         elif member.size > MAX_BYTES[kind]:
-            self.problem = TOO_LARGE
-        elif kind in IMAGES:
-            if self.image is None or (kind == extension and not self._plain):
-                self.image, self._plain = member, kind == extension
-        else:
+            problem = TOO_LARGE
+        elif kind not in IMAGES:
             try:
                 read = {"cls": _class_number, "json": _class_of_json}[kind]
-                setattr(self, f"_{kind}", read(os.pread(descriptor, member.size, member.offset)))
+                self._labels[stem, kind] = read(os.pread(descriptor, member.size, member.offset))
             except (ValueError, RecursionError):
-                self.problem = {"cls": BAD_CLS, "json": BAD_JSON}[kind]
+                problem = {"cls": BAD_CLS, "json": BAD_JSON}[kind]
+        if kind in IMAGES:
+            self._images.setdefault(stem, []).append(member if problem is None else problem)
+        elif problem is not None:
+            self._problems[stem] = problem
 
-    def label(self) -> int | str | list[str] | None:
-        """From .cls, else .json, else [the first folder of the name]."""
+    def items(self, seen: Seen) -> Iterator[_Item]:
+        """The image of the plain name, else the only one; of several others each is an item of its own name."""
+        images = [(stem, image) for stem, found in self._images.items() for image in found]
+        plain = [(stem, image) for stem, image in images if stem == self.key]
+        if not images:
+            yield _Item(self.key, None, self._problems.get(self.key, NO_IMAGE), None)
+        elif plain or len(images) == 1:
+            stem, image = (plain or images)[0]
+            for other in images:
+                if other[1] is not image:
+                    seen.note(seen.beside, other[1].name if isinstance(other[1], Member) else other[0])
+            problems = [found for _, found in images if isinstance(found, int)]
+            yield self._item(self.key, stem, problems[0] if problems else image)
+        else:
+            seen.note(seen.several, self.key)
+            for stem, image in images:
+                yield self._item(stem, stem, image)
+
+    def _item(self, key: bytes, stem: bytes, image: Member | int) -> _Item:
+        problem = image if isinstance(image, int) else self._problems.get(stem, self._problems.get(self.key))
+        if problem is not None:
+            return _Item(key, None, problem, None)
+        return _Item(key, image, NO_IMAGE, self._label(stem))
+
+    def _label(self, stem: bytes) -> int | str | list[str] | None:
+        """From .cls, else .json, of the image's own name or its sample's, else [the first folder of the name]."""
         folder, slash, _ = self.key.partition(b"/")
-        named = [folder.decode("utf-8", "replace")] if slash else None
-        return next((label for label in (self._cls, self._json, named) if label is not None), None)
+        named = [folder.decode("utf-8", "surrogateescape")] if slash else None
+        own = [self._labels.get((name, kind)) for kind in ("cls", "json") for name in (stem, self.key)]
+        return next((label for label in (*own, named) if label is not None), None)
 
 
 def _class_number(data: bytes) -> int:
-    if not data.strip().isdigit():
+    if not data.strip().isdigit() and data.strip() != b"-1":  # which stands for no class
         raise ValueError
     return int(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 from tokenizer.data import tar_index
 from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
 from tokenizer.data.digests import FileDigests, file_digests
-from tokenizer.data.naming import number_classes, own_split
+from tokenizer.data.naming import number_classes, own_split, some
 from tokenizer.data.transforms import BadImage
 from training import distributed
 from training.command import UserError
@@ -60,7 +61,7 @@ class TarListing:
         self.labels, self.class_names = _merge_labels(str(source), indexes)
         if without_labels:
             self.labels, self.class_names = np.where(self._offsets < 0, -1, 0), ["all"]
-        self.notes = split.notes() if split else []
+        self.notes = [*(split.notes() if split else []), *_notes(indexes)]
         problems = np.flatnonzero(self._offsets < 0).tolist()
         self.refused = {item: tar_index.PROBLEMS[-1 - self._offsets[item]] for item in problems}
         in_held_out = [split is not None and f"{name}.tar" in split.held_out for name in self._names]
@@ -107,6 +108,28 @@ def _indexes(shards: list[Path]) -> list[tar_index.TarIndex]:
     return [*indexes[len(shards) - first :], *indexes[: len(shards) - first]]
 
 
+def _notes(indexes: list[tar_index.TarIndex]) -> list[str]:
+    """What shards hold beside their items, for people."""
+    kinds: collections.Counter[str] = collections.Counter()
+    counts, names = [0, 0], [[], []]
+    for index in indexes:
+        found = tar_index.Seen(*json.loads(str(index.seen)))
+        kinds.update(found.kinds)
+        for place, (count, *first) in enumerate((found.beside, found.several)):
+            counts[place] += count
+            names[place] += first[: 3 - len(names[place])]
+    notes = []
+    if counts[0]:
+        notes.append(f"passed over {counts[0]:,} images beside the one of their sample ({', '.join(names[0])}, …)")
+    if counts[1]:
+        shown = ", ".join(names[1])
+        notes.append(f"{counts[1]:,} samples hold several images ({shown}, …): each image is an item of its own")
+    if kinds:
+        shown = [f"{f'.{kind}' if kind else 'without a name or an ending'} {n:,}" for kind, n in kinds.most_common()]
+        notes.append(f"passed over {kinds.total():,} members of other kinds ({some(shown, 6)})")
+    return notes
+
+
 def _merge_labels(source: str, indexes: list[tar_index.TarIndex]) -> tuple[np.ndarray, list[str]]:
     """Shards' labels as labels of the whole source, (n,) int64, and the names of its classes.
 
@@ -124,6 +147,8 @@ def _merge_labels(source: str, indexes: list[tar_index.TarIndex]) -> tuple[np.nd
     folders = [value[0] if isinstance(value, list) else None for value in values]
     own = [None if isinstance(value, list) else value for value in values]
     numbers, class_names = number_classes(source, folders if None not in folders else own)
+    if set(own) <= {None, -1} and None in folders:  # nothing but marks that there is no class
+        return np.where(np.concatenate([index.offsets for index in indexes]) < 0, -1, 0), class_names
     return np.append(numbers, -1)[np.concatenate(parts)], class_names
 
 
