@@ -145,6 +145,17 @@ def test_what_was_made_before_there_were_lists_is_adopted_by_name(tmp_path):
     assert contents(tmp_path / "out") == MINE
 
 
+@pytest.mark.parametrize("name", [".tessera-staged", ".tessera-committed"])
+def test_a_link_in_place_of_our_own_folders_is_refused(tmp_path, name):
+    make(tmp_path / "out", OLD)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".names").write_text('{"names": [], "gone": ["1.png"], "last": null}')
+    (tmp_path / "out" / name).symlink_to("../elsewhere")
+    with pytest.raises(UserError, match="is a link, which no command makes"):
+        make(tmp_path / "out", NEW)
+    assert contents(tmp_path / "out") == OLD and (tmp_path / "elsewhere" / ".names").exists()
+
+
 # Processes that die
 
 

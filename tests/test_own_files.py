@@ -200,6 +200,11 @@ def test_an_old_checkpoint_that_is_still_open_elsewhere_is_no_end(tmp_path, monk
     assert said.count("\n") == 1 and "step-00000001 stays" in said and os.strerror(number) in said
     assert run.latest()["step"] == 2
     run._lock.close()
+    with monkeypatch.context() as patch:  # as long as it is open
+        patch.setattr(os, call, busy)
+        run = Run.open(folder, Config())
+    assert run.latest()["step"] == 2
+    run._lock.close()
     Run.open(folder, Config()).save(3, state_at(3), keep=1)
     assert os.listdir(folder / "checkpoints") == ["step-00000003"]
 

@@ -111,6 +111,7 @@ def settle(path: Path) -> None:
     committed = path / COMMITTED
     if not committed.is_dir():
         return
+    _refuse_link(committed)
     try:
         journal = json.loads((committed / JOURNAL).read_text())
         names, gone, last = journal["names"], journal["gone"], journal["last"]
@@ -165,6 +166,7 @@ def discard(left_over: Path, path: Path) -> None:
     """Remove a temporary folder that a killed process left. UserError where a process is at work in it."""
     if not left_over.is_dir():
         return
+    _refuse_link(left_over)
     held = _hold(left_over)
     if held is None:
         raise UserError(f"{path}: another process is writing to it: wait for it, or stop it")
@@ -172,6 +174,11 @@ def discard(left_over: Path, path: Path) -> None:
         shutil.rmtree(left_over)
     finally:
         os.close(held)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, which no command makes: remove it")
 
 
 def _siblings(path: Path) -> list[Path]:

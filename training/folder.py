@@ -282,7 +282,11 @@ class Folder:
                 for entry in os.listdir(self.path / folder):
                     if self._is_temporary(folder + entry):
                         path = self.path / folder / entry
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        try:
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        except OSError as error:
+                            if error.errno not in BUSY:  # else a later start removes it
+                                raise
 
     def _is_temporary(self, name: str) -> bool:
         """Whether an entry has a temporary name of a file of ours, or of a folder that holds no other files."""
@@ -292,8 +296,8 @@ class Folder:
             return False
         meant = f"{folder}/{match[1]}" if folder else match[1]
         if path.is_dir():
-            within = all(self.kind.fits(f"{meant}/{inner}") for inner in files_below(path))
-            return within and self.kind.fits(meant, folder=True)
+            inner = [name for name in files_below(path) if not OF_THE_SYSTEM.fullmatch(name)]
+            return self.kind.fits(meant, folder=True) and all(self.kind.fits(f"{meant}/{name}") for name in inner)
         return self.kind.fits(meant)
 
 
