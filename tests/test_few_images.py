@@ -76,29 +76,32 @@ def few(root, num_samples):
     np.savez(path, arr_0=images, arr_1=np.zeros(num_samples, np.int64))
 
 
-@pytest.fixture(scope="module", params=["digits", "two pictures"])
+@pytest.fixture(scope="module", params=[120, 2], ids=["pictures", "two pictures"])
 def root(request, tmp_path_factory):
+    """Pictures of two classes, a fifth of each held out, or a picture to train on and one held out."""
     folder = tmp_path_factory.mktemp("few")
+    for index in range(request.param):
+        pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        path = folder / "data" / ("" if request.param == 2 else "ab"[index % 2]) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "two pictures":
-            (folder / "pictures").mkdir()
-            for index in range(2):
-                pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
-            patch.setattr(toy_pipeline, "DATA", DataConfig(source=str(folder / "pictures"), image_size=16))
-            patch.setattr(toy_pipeline, "NUM_SAMPLES", 1)
+        patch.setattr(toy_pipeline, "DATA", DataConfig(source=str(folder / "data"), image_size=16))
+        patch.setattr(toy_pipeline, "NUM_SAMPLES", 1)
         yield toy_pipeline.make_pipeline(folder / "toy", patch), request.param
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 20])
 def test_a_report_of_few_images_gives_what_can_be_given(root, num_samples, monkeypatch, capsys):
-    (root, source), real = root, 1 if root[1] == "two pictures" else 359
+    root, num = root
+    real = json.loads((root / "tokens" / "manifest.json").read_text())["splits"]["held_out"]["count"]
+    assert real == 1 if num == 2 else real > 20
     few(root, num_samples)
     evaluate(monkeypatch, "report", root, "--batch-size", 200)
     said = capsys.readouterr().out
     content = json.loads((root / "report" / "report.json").read_text(), parse_constant=pytest.fail)
     figures = {figure["name"].partition("[")[0]: figure for figure in content["figures"]}
-    assert {"PSNR", "codebook usage", "class agreement" if source == "digits" else "perplexity"} <= set(figures)
+    assert {"PSNR", "codebook usage", "perplexity" if num == 2 else "class agreement"} <= set(figures)
     pair = {"FD": 2, "KD": 4, "precision": 6, "nearer to train than held-out images": 2}
     wanted = {name for name, least in pair.items() if min(num_samples, real) >= least}
     wanted |= {"IS"} if num_samples >= 20 or real >= 20 else set()
@@ -113,12 +116,12 @@ def test_a_report_of_few_images_gives_what_can_be_given(root, num_samples, monke
 
 
 def test_every_other_command_takes_few_images(root, monkeypatch, capsys):
-    (root, source) = root
+    root, num = root
     few(root, 2)
     for words in (["reconstruction"], ["codebook"], ["rate"], ["generation", "--protocol", "adm", "torch-fidelity"]):
         evaluate(monkeypatch, words[0], root, *words[1:])
     figures = json.loads((root / "report" / "protocols.json").read_text())["measurements"]
-    assert len(figures) == (2 if source == "digits" else 0) and all(f["name"].startswith("FD") for f in figures)
+    assert len(figures) == (0 if num == 2 else 2) and all(f["name"].startswith("FD") for f in figures)
     said = capsys.readouterr().out
     assert "N = 2 (samples) is too few for a score" in said or "N = 1 (train images) is too few for a Fréchet" in said
 

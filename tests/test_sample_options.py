@@ -18,7 +18,7 @@ from priors.uniform import UniformConfig
 from tokenizer.interface import CodeLayout
 from training.command import UserError
 
-LAYOUT, TWO = CodeLayout(((3, 4),), (7,)), CodeLayout(((1, 2), (2, 2)), (5, 7))
+LAYOUT, TWO = CodeLayout(((2, 3),), (7,)), CodeLayout(((1, 2), (2, 2)), (5, 7))
 BACKBONE = BackboneConfig(dim=16, depth=1, heads=2, dropout=0.0)
 FAMILIES = {
     "autoregressive": (AutoregressiveConfig(backbone=BACKBONE), ("raster",)),
