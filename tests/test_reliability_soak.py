@@ -317,11 +317,12 @@ def test_offline_from_a_read_only_folder(tmp_path, module):
             break
     here, temporary = tmp_path / "here", tmp_path / "temporary"  # where torch makes an empty folder at its import
     here.mkdir(), temporary.mkdir()
+    (here / "caches").write_text("a file: nothing can be kept below it, not even by root")
     here.chmod(0o555)
     words = COMMANDS.get(module, ["{root}", "--num", "4"])
     environment = {
         "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HOME": str(here), "TMPDIR": str(temporary),
-        "XDG_CACHE_HOME": str(here), "HF_HOME": str(here / "hf"), "TORCH_HOME": str(here / "torch"),
+        "XDG_CACHE_HOME": str(here / "caches"), "HF_HOME": str(here / "hf"), "TORCH_HOME": str(here / "torch"),
         "MPLCONFIGDIR": str(here / "mpl"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Run folders and checkpoints: written under a temporary name, fsynced, renamed; checksummed; no pickles.
 
 config.yaml, inputs.json     the resolved configuration, and hashes of what the run is made from
+inventory.npz                what the images were, to say what became of them
 log.jsonl, events.out.*      figures by step
 checkpoints/step-00000600/   state.pt and manifest.json (SHA-256): everything to resume
 weights/model.safetensors    averaged weights, what others load
