@@ -567,6 +567,25 @@ def test_a_bound_is_finite_and_above_the_likelihood_of_its_model(mask_share, noi
         torch.testing.assert_close(found.view(6, -1).mean(1), bound, rtol=0.03, atol=0)
 
 
+@EXACT
+def test_what_is_lost_in_reading_codes_off_is_in_the_bound(
+    mask_share, noise, parameterisation, quick_noise, monkeypatch
+):
+    """Read off at t = 0.3 it is a good part, in the likelihood and in the loss."""
+    monkeypatch.setattr("priors.uniform.LATEST", 0.7)
+    monkeypatch.setitem(globals(), "LATEST", 0.7)
+    network = Blind(mask_share, parameterisation == "leave_one_out", noise)
+    prior = uniform_prior(network, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+    _, bound = solve(prior, network)
+    codes = Pair.sequences.repeat_interleave(2_000, 0)
+    found = prior.nll(codes, codes[:, 0]).nats.view(6, -1).mean(1)
+    torch.testing.assert_close(found, bound, rtol=0.04, atol=0)
+    torch.manual_seed(0)
+    codes = Pair.sequences.repeat_interleave((Pair.joint * 60_000).long(), 0)
+    codes = codes[torch.randperm(len(codes))]
+    assert float(prior.loss(codes, codes[:, 0]).total) * 2 == pytest.approx(float((Pair.joint * bound).sum()), rel=0.03)
+
+
 def solve(prior: UniformPrior, network: Pair) -> tuple[Tensor, Tensor]:
     """-log p(x) of the model and its bound, of all x, on a grid of log(t / (1 - t)), by the rates of Campbell et al."""
     sizes, grid, count = (2, 3), network.grid if network.mask_share else Pair.sequences, 250
