@@ -137,6 +137,8 @@ DEFAULTS = {
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_defaults_are_those_of_their_sources(kind):
     assert dataclasses.asdict(QUANTIZERS[kind]()) == {"kind": kind, **DEFAULTS[kind]}
+    started = QUANTIZERS[kind](**SMALL.get(kind, {})).build().starts_from_data
+    assert started == (kind in ("vector", "residual", "product"))  # by k-means, which others would wait for in vain
 
 
 def test_what_follows_from_the_configuration_is_in_no_file(config):
