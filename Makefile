@@ -41,7 +41,7 @@ FLAGS      = $(if $(FRESH),$(if $(filter $@ demo,$(MAKECMDGOALS)),--fresh))
 # Scores that need weights which are not the project's own.
 SCORES := $${lpips:+--lpips-net squeeze --lpips-weights "$$lpips"}
 
-.PHONY: help setup demo test test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench bench-gpu config-exists
+.PHONY: help setup demo test test-gpu test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench bench-gpu config-exists
 
 help: ## what can be made, and with what
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -72,6 +72,11 @@ demo: report ## everything, from embedded images to a report with pictures
 
 test: setup ## the tests (CPU, no network)
 	@"$$py" -m pytest
+
+test-gpu: setup ## the tests that need a GPU: one that CUDA and Triton know, compute capability 8.0 or newer
+	@"$$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "error: there is no GPU here that torch can use; 'make test' needs none" >&2; exit 2; }
+	@"$$py" -m pytest -m gpu
 
 test-reliability: setup ## the heavy tests: kills, hostile files, mutated configurations, processes, leaks (up to 40 minutes)
 	@"$$py" -m pytest -m slow tests/test_reliability_*.py tests/test_ranks.py tests/test_survival.py tests/test_sharded.py tests/test_image_fuzz.py

@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, no network."""
+"""What every test runs under: one thread, no network, and no GPU unless `-m gpu` asks for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests feed tensors on the CPU to what moves to a GPU where there is one, and start more processes than GPUs."""
+    if "gpu" not in config.getoption("-m").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

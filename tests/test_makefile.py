@@ -161,3 +161,9 @@ def test_a_tiny_pipeline_on_two_processes(tmp_path):
     done = make("demo", *words, cwd=tmp_path, environment={"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "some run #1" / "report" / "report.html").is_file(), done.stdout
+
+
+def test_a_run_of_the_tests_sees_no_gpu_unless_it_asks(place: Path) -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == os.environ["HIP_VISIBLE_DEVICES"] == ""
+    *_, last = calls(place, "test-gpu")
+    assert last == ["-m", "pytest", "-m", "gpu"]

@@ -139,8 +139,8 @@ def in_torch(ids: Tensor, seed: int, stream: int, count: int, first: Tensor | No
 def block(seed: int, ids: Tensor, counter: tuple[Tensor | int, ...]) -> Tensor:
     """(..., 4) int64, Philox4x64-10 of the key (seed, ids) and the four words of the counter, which broadcast."""
     a, b, c, d = (
-        torch.as_tensor(_signed(w) if isinstance(w, int) else w, dtype=torch.int64, device=ids.device) for w in counter
-    )
+        torch.full((), _signed(word), device=ids.device) if isinstance(word, int) else word for word in counter
+    )  # filled there: nothing is copied from the host
     for turn in range(ROUNDS):
         high_a, low_a = _product(FACTORS[0], a)
         high_c, low_c = _product(FACTORS[1], c)
