@@ -107,6 +107,7 @@ def test_an_adversary_with_adaptive_weight(tmp_path, monkeypatch, backend):
     assert_same(compiled, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*QUANTIZERS, "vqvae2"])
 def test_every_tokenizer(kind, tmp_path, monkeypatch):
     """In two micro-batches; the whole forward is few graphs."""
@@ -125,6 +126,7 @@ def test_every_tokenizer(kind, tmp_path, monkeypatch):
     assert_same(compiled, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PRIORS)
 def test_every_prior(kind, tmp_path, monkeypatch):
     """Dropout and label dropout included; blocks that are alike are compiled once."""
