@@ -176,10 +176,14 @@ def test_processes_that_were_forked_end_by_the_signal():
 
 
 def test_any_command_ends_in_order_on_sigterm(capsys):
+    """And is not ended by asking again while Python ends."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught:
-        run_command(stop_me)
-    assert caught.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run_command(stop_me)
+        assert caught.value.code == 75 and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "interrupted: run the same command again to go on\n"
 
 

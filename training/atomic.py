@@ -32,22 +32,28 @@ def replace_file(path: Path, data: bytes) -> None:
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
-            file.write(data)
-            _sync(file)
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                _sync(file)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let a failed write say which file it was, which the system does only for opening."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Let a failed write say which file it was, which the system does only for opening, and not by the name that
+    it, or its folder, had meanwhile.
+    """
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        name = Path(str(error.filename2 or error.filename or path))
+        if temporary is not None and name.is_relative_to(temporary):
+            name = path / name.relative_to(temporary)
+        error.filename, error.filename2 = str(name), None
         raise
 
 
@@ -82,7 +88,8 @@ def atomic_folder(
     try:
         if held is None:
             raise UserError(f"{path}: another process is writing to it: wait for it, or stop it")
-        yield staged
+        with naming(path, staged):
+            yield staged
         names = sorted(files_below(staged))
         noting(names)
         if inside:

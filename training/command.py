@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import io
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from training.output import GONE, STDOUT, open_closed_streams, silence, surviving
 from training.signals import Interrupted, listening
 
 
@@ -35,12 +35,16 @@ def run_command(main: Callable[[], None]) -> None:
 
     Of processes that fail together one says why. Anything else is our own bug and keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that its encoding does not have is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
+    open_closed_streams()
+    with surviving(*GONE):
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
-        with listening(signal.SIGTERM, at_once=True):
+        with listening(signal.SIGTERM, at_once=True, to_the_end=True):
             main()
+            sys.stdout.flush()  # or its errors come when nobody tells them
     except UserError as error:
         _fail("" if error.told else f"error: {error}", 2)
     except Interrupted as error:
@@ -48,13 +52,16 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as error:
         _fail(str(error) or str(Interrupted()), 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         sys.exit(141)
     except OSError as error:
         deed = next((deed for deed, numbers in DEEDS.items() if error.errno in numbers), None)
         if deed is None:
             raise
-        _fail(f"error: cannot {deed} {error.filename or 'the output'}: {os.strerror(error.errno)}", 2)
+        if error.filename == STDOUT:
+            silence(sys.stdout)
+        name = error.filename2 or error.filename or "the output"  # of a copy, what is written
+        _fail(f"error: cannot {deed} {name}: {os.strerror(error.errno)}", 2)
     except (MemoryError, RuntimeError) as error:
         if not _short_of_memory(error):
             raise
@@ -80,7 +87,8 @@ def _fail(message: str, code: int) -> None:
     if message:
         start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the progress line
         line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
-        print(start + line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody is there to be told
+            print(start + line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -97,7 +98,12 @@ class Events:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.path = folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        # TensorBoard reads files by name. A clock that was set back would bring this one before those that it goes on
+        # from, and the start of theirs would hide its steps.
+        earlier = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")
+                   if path.name.split(".")[3].isdecimal()]  # fmt: skip
+        number = max([time.time_ns(), *(each + 1 for each in earlier)])
+        self.path = folder / f"events.out.tfevents.{number:020d}.{os.getpid()}"
         note(self.path.name)
         with naming(self.path):
             self.records = RecordWriter(open(self.path, "wb"))
@@ -151,7 +157,7 @@ class Progress:
         left = (now - self.started) / progressed * (self.total - done) if progressed else float("nan")
         line = f"{self.title} {done}/{self.total} | {_duration(left)} left | {note}"
         if self.terminal:
-            line = line[: os.get_terminal_size().columns - 1]
+            line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line}\x1b[K", end="", flush=True)
         else:
             print(line, flush=True)

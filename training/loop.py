@@ -22,6 +22,7 @@ from training.checkpoint import Run, weights_path
 from training.command import UserError
 from training.ema import Ema
 from training.log import CLOCKS, Log, Meter, Progress
+from training.output import outliving_the_terminal
 from training.saver import Saver, advice
 from training.signals import Interrupted, Requests, listening
 from training.turn import Batch, Loss, Mover, Turn
@@ -54,7 +55,8 @@ class LoopConfig:
         for name, known in (("precision", PRECISIONS), ("sharding", SHARDINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"loop.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep"):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep")
+        for name in (*counts, "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.ema_decay < 1:
@@ -83,13 +85,15 @@ def train(
     Of a sharded run, ranks other than 0 get the parts that they have of the averaged module.
 
     Raises Interrupted after saving on SIGINT or SIGTERM (and leaves the run's marker), and UserError on every rank
-    after `max_bad_steps` non-finite steps, or where a checkpoint cannot be written.
+    after `max_bad_steps` non-finite steps, or where a checkpoint cannot be written. What cannot be printed is no
+    reason to stop, nor is a terminal that is closed (SIGHUP).
     """
-    with listening(signal.SIGINT, signal.SIGTERM) as requests, run.marking(), Saver(run) as saver:
-        with requests.at_once():
-            loop = _Loop(config, run, turns, published, seed, begin)
-        loop.preview, loop.measure, loop.watch = preview, measure, watch
-        return loop.train(batches, requests, saver)
+    with outliving_the_terminal(), listening(signal.SIGINT, signal.SIGTERM) as requests, run.marking():
+        with Saver(run) as saver:
+            with requests.at_once():
+                loop = _Loop(config, run, turns, published, seed, begin)
+            loop.preview, loop.measure, loop.watch = preview, measure, watch
+            return loop.train(batches, requests, saver)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -53,12 +53,24 @@ class Requests:
 
 
 @contextlib.contextmanager
-def listening(*numbers: int, at_once: bool = False) -> Iterator[Requests]:
-    """Note these signals instead of ending by them; `at_once` from the beginning. Of the main thread alone."""
+def listening(*numbers: int, at_once: bool = False, to_the_end: bool = False) -> Iterator[Requests]:
+    """Note these signals instead of ending by them; `at_once` from the beginning. Of the main thread alone.
+
+    A request that ends the block is one to whoever listens around it too, and is not obeyed again there. `to_the_end`:
+    nor by the process, which ends in order, with its own exit code, however often it is asked.
+    """
     requests = Requests(at_once=at_once)
     kept = {number: signal.signal(number, requests._receive) for number in numbers}
+    ended = False
     try:
         yield requests
+    except BaseException:
+        ended = bool(requests.number)
+        raise
     finally:
         for number, handler in kept.items():
-            signal.signal(number, handler)
+            around = getattr(handler, "__self__", None)
+            if ended and isinstance(around, Requests):
+                around.number = around.number or requests.number
+            # The end of Python leaves what is passed over alone, and gives what has a handler back to the system.
+            signal.signal(number, signal.SIG_IGN if ended and to_the_end else handler)
