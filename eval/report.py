@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from eval.compare import table_of
 from eval.generation import measure_generation
@@ -23,6 +25,7 @@ from priors.record import is_prior
 from training.checkpoint import digest, weights_hash
 from training.command import UserError
 from training.log import CLOCKS
+from training.words import dump, undump
 
 KEPT = ("rate", "rate_distortion")  # records that a report takes as they are
 PAGE = 2  # what is shown, and how: pages of another number are written again
@@ -41,7 +44,21 @@ class Stage:
     def read(folder: Path) -> Stage:
         config = folder / "config.yaml"
         curves = {key: points for key, points in read_log(folder).items() if key not in BARE_LOG_KEYS}
-        return Stage(folder.name, config.read_text(errors="replace") if config.is_file() else "", curves)
+        return Stage(folder.name, _without_folders(config) if config.is_file() else "", curves)
+
+
+def _without_folders(config: Path) -> str:
+    """A run's configuration, of absolute paths only the last part: a page is shared. As it is where it is damaged."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(each) for key, each in value.items()}
+        return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value
+
+    try:
+        return dump(shown(undump(config)))
+    except ValueError:
+        return config.read_text(errors="replace")
 
 
 def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:

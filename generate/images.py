@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path
             print(f"{out}: current, {request.num} samples", flush=True)
         return
     drawing = Drawing(*load_models(folder, record), request)
-    facts = {"made_from": made_from, "class_names": record.class_names, "prior": str(folder)}
+    facts = {"made_from": made_from, "class_names": record.class_names, "prior": os.path.relpath(folder, out)}
     facts |= {"tokenizer": record.tokenizer, "batch_size": batch_size, "processes": distributed.world()}
     facts |= {"device": str(distributed.device())}
     plan = {key: value for key, value in made_from.items() if key not in ("num", "png")}

@@ -239,3 +239,23 @@ def test_a_run_takes_at_least_one_bad_step():
         LoopConfig(max_bad_steps=0)
     assert from_dict(LoopConfig, {"max_bad_steps": 1}, "here").max_bad_steps == 1
     assert toy.loop().max_bad_steps >= 1
+
+
+def test_what_is_shared_names_no_folder_of_this_machine(tmp_path):
+    from eval.report import Stage
+    from tokenizer.run import TokenizerRun
+    from tokenizer.sharing import _neutral
+    from training.config import to_yaml
+
+    raw = {
+        "root": "/home/anna/runs",
+        "data": {"source": "/home/anna/pics"},
+        "objective": {"lpips_weights": "nets/a.pth"},
+    }
+    config = from_dict(TokenizerRun, raw, "here")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    shown = Stage.read(tmp_path).config
+    assert "anna" not in shown and "root: runs" in shown and "source: pics" in shown
+    relative = dataclasses.replace(config, data=dataclasses.replace(config.data, source="anna/pics"))
+    shared = _neutral(relative)
+    assert (shared.data.source, shared.objective.lpips_weights) == ("pics", "a.pth")

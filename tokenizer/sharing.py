@@ -33,6 +33,7 @@ from training.words import dump
 
 FILES = ["config.yaml", "config.json", "manifest.json", "README.md", "weights/*.safetensors", "weights/*/*.json"]
 FORMAT = "tessera-tokenizer-1"
+HUB_KEYS = ("name", "encoder_config_path")  # what may hold a name of the Hub; elsewhere a/b is a path
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 USAGE = """```python
 from tokenizer.sharing import from_pretrained
@@ -104,7 +105,7 @@ def save_vqrae(model: VQRAE, folder: str | Path) -> Path:
     """Write a VQRAE, trained by whatever code, to a folder for `load_vqrae`; return it."""
     folder, encoder, decoder = Path(folder), model.autoencoder.encoder, model.autoencoder.decoder
     _check_target(None, folder)
-    arguments = {name: _portable(value) for name, value in model.arguments.items()}
+    arguments = _portable(dict(model.arguments))
     arguments["freeze_encoder"] = encoder.frozen  # set_stage may have changed it
     sizes = {
         "decoder_hidden_size": decoder.dim,
@@ -194,15 +195,15 @@ def _neutral(config: TokenizerRun) -> TokenizerRun:
     return from_dict(TokenizerRun, raw, "config.yaml")
 
 
-def _portable(value: Any) -> Any:
+def _portable(value: Any, key: str = "name") -> Any:
     """Of strings that are paths only the last part; names of the Hub, and all else, as they are."""
     if isinstance(value, dict):
-        return {key: _portable(entry) for key, entry in value.items()}
+        return {name: _portable(entry, name) for name, entry in value.items()}
     if isinstance(value, Path):
         value = str(value)
     if not isinstance(value, str) or value.startswith("hub:") or ("/" not in value and not value.startswith("~")):
         return value
-    is_name = HUB_NAME.fullmatch(value) and not Path(value).exists()
+    is_name = key in HUB_KEYS and HUB_NAME.fullmatch(value) and not Path(value).exists()
     return value if is_name else Path(value).name or "."
 
 
