@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -207,15 +206,3 @@ def test_counts_of_levels_and_tables():
 def test_plots_are_the_same_bytes_every_time():
     points = (["a", "b", "c"], [576.0, 576.0, 2048.0], [25.0, 25.01, 27.0])
     assert rate_plot(*points) == rate_plot(*points)
-
-
-def test_the_target_trains_every_configuration_and_compares():
-    project = Path(__file__).parents[1]
-    words = ["make", "-n", "compare-quantizers", "DATA=some images", "STEPS=7", "LPIPS=trunk.pth"]
-    plan = subprocess.run(words, cwd=project, capture_output=True, text=True, check=True).stdout
-    loop, compare = plan[plan.index("for config in ") :].split("; done\n")
-    assert "configs/cifar10/quantizers/*.yaml" in loop and "tokenizer.train" in loop
-    assert all(word in loop for word in ('root="runs/quantizers"', 'data.source="some images"', "loop.steps=7"))
-    assert 'eval.run quantizers "runs/quantizers"' in compare and '--lpips-weights "trunk.pth"' in compare
-    named = subprocess.run([*words[:3], "RUN=out"], cwd=project, capture_output=True, text=True, check=True).stdout
-    assert 'root="out"' in named and "loop.steps" not in named

@@ -100,6 +100,18 @@ def test_fresh_concerns_the_named_stage(place):
     assert all("--fresh" in call for call in calls(place, "demo", "FRESH=1") if call[1].endswith(("train", "encode")))
 
 
+def test_every_quantizer_is_trained_alike_before_they_are_compared(place):
+    *trained, compared = calls(place, "compare-quantizers", "DATA=some images", "STEPS=7", "LPIPS=trunk.pth")
+    files = sorted(file.name for file in (PROJECT / "configs/cifar10/quantizers").glob("*.yaml"))
+    assert [Path(call[2]).name for call in trained] == files and len(files) > 10
+    words = ["root=runs/quantizers", "data.source=some images", "loop.steps=7"]
+    assert all(call[:2] == ["-m", "tokenizer.train"] and call[3:] == words for call in trained)
+    scores = ["--lpips-net", "squeeze", "--lpips-weights", "trunk.pth"]
+    assert compared == ["-m", "eval.run", "quantizers", "runs/quantizers", *scores]
+    *trained, _ = calls(place, "compare-quantizers", "DATA=some images", "RUN=out")
+    assert all(call[3:] == ["root=out", "data.source=some images"] for call in trained)
+
+
 HACK = "touch hacked"
 HOSTILE = ["w/exp #2", f"`{HACK}`", f"$({HACK})", f"$(shell {HACK})", f"$$({HACK})", f"$$(shell {HACK})", "${HOME}",
            "$HOME", f'"; {HACK}; "', f"'; {HACK}; '", f"a; {HACK}", f"a | {HACK}", f"a & {HACK}", f"a\n{HACK}\n", "50%",

@@ -21,7 +21,9 @@ from test_checkpoint import Payload
 from tiny import command, save_encoder
 from toy_pipeline import make_pipeline
 
+from priors.train import PriorRun
 from training.checkpoint import sha256
+from training.config import load
 
 ROOT = Path(__file__).parents[1]
 TINY = ["loop.steps=2", "loop.batch_size=4", "loop.save_every=1", "loop.preview_every=2", "loop.workers=0"]
@@ -246,7 +248,9 @@ def test_in_a_configuration(root, refused, tag):
         refused(module, "hostile.yaml", says="hostile.yaml: ")
     (root / "wrapper.yaml").write_text("include: hostile.yaml\n")
     refused("priors.train", "wrapper.yaml", says="hostile.yaml: ")
-    refused("priors.train", "empty.yaml", f"name={tag}", says="command line: ")
+    refused("priors.train", "empty.yaml", f"seed={tag}", says="command line: ")
+    assert load(PriorRun, root / "empty.yaml", [f"name={tag}"]).name == tag  # text, and nothing else
+    assert not list(root.rglob("executed*"))
 
 
 @cases("tag", TAGS, "apply", "target")
