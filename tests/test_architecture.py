@@ -71,7 +71,7 @@ def test_a_module_runs_nothing_that_it_reads(path):
     roots = {name.split(".")[0] for name in imports(tree)}
     assert not roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     assert "yaml" not in roots or path == Path("training/words.py"), "one file knows YAML"
-    assert "omegaconf" not in roots, "no resolvers: nothing that is read may read the environment"
+    assert "omegaconf" not in roots or path == Path("training/config.py"), "one file knows omegaconf"
     for name, keywords in calls(tree):
         last = name.split(".")[-1]
         assert name != "torch.load" or is_constant(keywords, "weights_only", True), f"{name} without weights_only=True"

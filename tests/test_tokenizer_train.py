@@ -26,7 +26,7 @@ from tokenizer.quantizers.vector import VectorConfig
 from tokenizer.run import TokenizerRun, load
 from tokenizer.train import teacher_of, train_tokenizer
 from tokenizer.vqrae import VQRAEConfig
-from training.checkpoint import load_weights, sha256
+from training.checkpoint import Run, load_weights, sha256
 from training.command import Interrupted, UserError
 from training.log import CLOCKS
 from training.loop import LoopConfig
@@ -247,23 +247,23 @@ def test_the_teacher_is_the_first_encoder_and_never_moves(root, tmp_path, monkey
 # going on
 
 
-def stop_after(monkeypatch, module, step):
+def stop_after(monkeypatch, step):
     """Let the process end, as if killed, when it has saved `step`."""
-    save = module.Run.save
+    save = Run.save
 
     def stopping(self, now, state, keep):
         save(self, now, state, keep)
         if now == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Run, "save", stopping)
+    monkeypatch.setattr(Run, "save", stopping)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stopped_run_goes_on_to_the_same_bits(root, tmp_path, name, monkeypatch):
     config = dataclasses.replace(STAGES[name](root), root=str(tmp_path))
     with monkeypatch.context() as patch:
-        stop_after(patch, train_module, 4)
+        stop_after(patch, 4)
         with pytest.raises((KeyboardInterrupt, Interrupted)):
             train_tokenizer(config)
     assert not (tmp_path / name / "checkpoints" / "step-00000008").exists()
@@ -274,7 +274,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(root, tmp_path, name, monkeypatc
 def test_stopped_pretraining_goes_on_to_the_same_bits(root, tmp_path, monkeypatch):
     config = pretraining(tmp_path)
     with monkeypatch.context() as patch:
-        stop_after(patch, train_module, 4)
+        stop_after(patch, 4)
         with pytest.raises((KeyboardInterrupt, Interrupted)):
             pretrain(config)
     assert not (tmp_path / "encoder" / "model").exists()

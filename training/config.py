@@ -7,7 +7,8 @@ lower layer said about the old one.
 What a word means is the field's to say, in a file and on the command line alike: `007` is text for a `str`, 7 for an
 `int`. Nothing else reads it, so `1e3`, `yes` and `a: b` are as good a name as any.
 
-Text in a file may refer to another key of the same configuration, `${root}/tokenizer`; `$${` stands for `${` itself.
+Text in a file may refer to another key of the same configuration, `${root}/tokenizer`, which omegaconf looks up;
+`$${` stands for `${` itself.
 Nothing else in braces means anything: no environment, no functions. On the command line `${` is text.
 """
 
@@ -21,6 +22,9 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from training.command import UserError, expand_home
 from training.text import printable
@@ -173,7 +177,8 @@ def _made(schema: type[T], raw: Any, source: str, origins: Mapping[str, str]) ->
 
     fail = _failing(source, origins)
     tree = _typed(schema, raw, "", fail)
-    resolved = _resolved(tree, tree, "", fail)
+    known = OmegaConf.create(_for_omegaconf(tree))
+    resolved = _resolved(tree, known, [known], 0, "", fail)
     try:
         return make(resolved)
     except (ValueError, ArithmeticError) as error:  # a range check in some __post_init__
@@ -312,36 +317,53 @@ QUOTE = ": put text in quotes"
 # References
 
 
-def _resolved(value: Any, tree: Section, key: str, fail: Fail) -> Any:
-    """The same with what its text refers to in `tree`, and with the home folder for `~`."""
+def _resolved(value: Any, known: DictConfig, holder: Any, place: Any, key: str, fail: Fail) -> Any:
+    """The same with what its text refers to in `known`, and with the home folder for `~`.
+
+    `holder[place]` is the value within `known`, which is omegaconf's, and looks references up.
+    """
     if isinstance(value, Section):
-        inner = {name: _resolved(each, tree, f"{key}.{name}".lstrip("."), fail) for name, each in value.values.items()}
-        return Section(value.schema, inner)
+        return Section(value.schema, _resolved(value.values, known, holder, place, key, fail))
     if isinstance(value, dict):
-        return {name: _resolved(each, tree, f"{key}.{name}", fail) for name, each in value.items()}
+        return {
+            name: None
+            if each is None
+            else _resolved(each, known, holder[place], name, f"{key}.{name}".lstrip("."), fail)
+            for name, each in value.items()
+        }
     if isinstance(value, list | tuple):
-        return type(value)([_resolved(each, tree, key, fail) for each in value])
+        inner = [_resolved(each, known, holder[place], i, key, fail) for i, each in enumerate(value)]
+        return type(value)(inner)
     try:
-        return _text(value, tree) if isinstance(value, str) else value
+        return _text(value, known, holder, place) if isinstance(value, str) else value
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise fail(key, f"{reason}; $${{ stands for the characters ${{") from None
     except Misfit as error:
         raise fail(key, str(error)) from None
 
 
-def _text(text: str, tree: Section, within: tuple[str, ...] = ()) -> str:
-    def meant(found: re.Match) -> str:
-        if found[1] is None:
-            return "${"
-        value: Any = tree
-        for part in found[1].split("."):
-            value = value.values.get(part) if isinstance(value, Section) else None
-        if value is None:
-            raise Misfit(f"Interpolation key '{found[1]}' not found; $${{ stands for the characters ${{")
-        if found[1] in within or not isinstance(value, str | int | float):
-            raise Misfit(f"{found[0]} refers to itself, or to more than one value")
-        return _text(value, tree, (*within, found[1])) if isinstance(value, str) else str(value)
-
-    resolved = expand_home(REFERENCE.sub(meant, text))
+def _text(text: str, known: DictConfig, holder: Any, place: Any) -> str:
+    found = holder[place] if "${" in text else text
+    for name in REFERENCE.findall(text):
+        if name and OmegaConf.is_config(OmegaConf.select(known, name)):
+            raise Misfit(f"${{{name}}} refers to more than one value")
+    resolved = expand_home(str(found))
     # Bytes of a path that are no UTF-8 have no place in YAML.
     if resolved != resolved.encode(errors="replace").decode():
         raise Misfit(f"{printable(resolved)} is not UTF-8: rename it, or give a link to it with another name")
     return resolved
+
+
+def _for_omegaconf(value: Any) -> Any:
+    """A tree in plain containers, its text escaped as omegaconf has it. Of `${...}` it holds keys alone, which
+    `words.parse` has seen to, so that no resolver is ever called. A None is left out: nothing may refer to it."""
+    if isinstance(value, Section):
+        return _for_omegaconf(value.values)
+    if isinstance(value, dict):
+        return {name: _for_omegaconf(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [_for_omegaconf(each) for each in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)(\$?)\$\{", lambda m: 2 * m[1] + ("\\" if m[2] else "") + "${", value)
+    return value
