@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from eval.pipeline import Pipeline, load, pixels, share
 from eval.reconstruction import measure_frechet, measure_reconstruction
 from eval.record import Measurement, Origin, Record, share_interval
 from eval.reference import read_reference
+from eval.sample_facts import read_facts
 from generate.images import FILES
 from generate.npz import DAMAGES, IMAGES, LABELS, Rows, first_damage
 from generate.shards import UNFINISHED
@@ -59,21 +59,21 @@ class Samples:
     @staticmethod
     def open(folder: Path, image_size: int) -> Samples:
         """Raises UserError for a missing or damaged file and for images of another size."""
-        path, about = folder / FILES.arrays, folder / FILES.record
+        path = folder / FILES.arrays
         if folder.is_dir() and not is_settled(folder):
             raise UserError(f"{folder}: sampling was ended as it put its files in place: run the same command again")
         if not path.is_file():
             begun = (folder / UNFINISHED).is_dir()
             remedy = "unfinished: run the same command again" if begun else "no samples here: make them first"
             raise UserError(f"{path}: {remedy} (python -m generate.sample)")
+        facts = read_facts(folder)
         try:
-            facts = json.loads(about.read_text()) if about.is_file() else {}
-            made_from, found = facts["made_from"] if facts else {}, sha256(path)
+            found = sha256(path)
             images, labels = Rows(path, IMAGES), None
             with contextlib.suppress(KeyError):
-                labels = Rows(path, LABELS)[:].astype(np.int64)
+                labels = _whole_numbers(Rows(path, LABELS)[:])
             if facts.get("samples_sha256", found) != found:
-                raise ValueError(f"its SHA-256 is not that in {about.name}")
+                raise ValueError(f"its SHA-256 is not that in {FILES.record}")
             if "samples_sha256" not in facts and (damaged := first_damage(path)):
                 raise ValueError(f"the checksum of {damaged} is another")
         except (*DAMAGES, TypeError) as error:
@@ -85,7 +85,7 @@ class Samples:
             )
         if labels is not None and labels.shape != images.shape[:1]:
             raise UserError(f"{path}: {len(images)} images and {len(labels)} labels: sample again")
-        return Samples(images, labels, found, made_from)
+        return Samples(images, labels, found, facts.get("made_from", {}))
 
     def load(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.images[ids.numpy()]).permute(0, 3, 1, 2)
@@ -93,6 +93,13 @@ class Samples:
     def count(self, limit: int | None) -> int:
         """How many of them are measured."""
         return len(self.images) if limit is None else min(limit, len(self.images))
+
+
+def _whole_numbers(labels: np.ndarray) -> np.ndarray:
+    """(N,) int64. Raises ValueError for what would be cut to be one."""
+    if labels.dtype.kind not in "iu" and not (labels.dtype.kind == "f" and (labels == labels.round()).all()):
+        raise ValueError(f"{LABELS} is {labels.dtype}, and class numbers are whole")
+    return labels.astype(np.int64)
 
 
 def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str = "generation") -> Record:

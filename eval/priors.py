@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from eval.likelihood import measure_likelihood
 from eval.pictures import Picture
 from eval.pipeline import Options, Pipeline
 from eval.record import Measurement, Record, dump_json, write_pages
+from eval.sample_facts import read_cost
 from eval.tables import number
 from priors.record import is_prior, read_record
 from priors.train import PriorRun
@@ -46,7 +46,7 @@ class Row:
     def measure(pipeline: Pipeline, folder: Path) -> Row:
         likelihood = measure_likelihood(pipeline, folder, f"likelihood-{folder.name}")
         generation = measure_generation(pipeline, folder / "samples", f"generation-{folder.name}")
-        facts = json.loads((folder / "samples" / "samples.json").read_text())
+        facts = read_cost(folder / "samples")
         return Row(folder, load_config(folder), _parameters(folder), likelihood, generation, facts)
 
     @property
@@ -101,7 +101,7 @@ def compare_priors(options: Options) -> None:
 def conditions_of(folder: Path) -> dict[str, str]:
     """What priors have to share before their figures compare."""
     own, about = load_config(folder), read_record(folder)
-    made = json.loads((folder / "samples" / "samples.json").read_text())["made_from"]
+    made = read_cost(folder / "samples")["made_from"]
     return {
         "tokens": about.tokens_sha256[:8],
         "loop.steps": f"{own.loop.steps:,}",

@@ -24,7 +24,10 @@ from eval.interface import Batch
 from eval.pipeline import Options, Pipeline, share
 from eval.reconstruction import measure_frechet
 from eval.record import Measurement, Origin, share_interval
+from eval.sample_facts import REMEDY, read_cost
 from eval.tables import interval_text, number, value_text
+from generate.sample import check_counts
+from priors.interface import SampleOptions
 from training.checkpoint import digest, replace_file
 from training.command import Parser, UserError, run_command
 
@@ -92,17 +95,17 @@ def measure_sweep(folder: Path, judge: Judge, names: Sequence[str]) -> list[Comb
     found = []
     for name in names:
         samples = Samples.open(folder / name, judge.pipeline.held_out.image_size)
-        key = judge.key(samples)
+        facts, key = read_cost(folder / name), judge.key(samples)
+        options = facts["made_from"]["options"]
         if key not in lines:
-            facts = json.loads((folder / name / "samples.json").read_text())
-            made = {"key": key, "folder": name, "options": samples.made_from["options"]}
+            made = {"key": key, "folder": name, "options": options}
             made |= {each: facts[each] for each in ("seconds_per_image", "batch_size", "device")}
             lines[key] = made | {"measurements": [m.to_dict() for m in judge.measure(samples)]}
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
             replace_file(folder / LINES, text.encode())
         line = lines[key]
         figures = [Measurement.from_dict(fields) for fields in line["measurements"]]
-        found.append(Combination(line["options"], line["seconds_per_image"], figures))
+        found.append(Combination(options, line["seconds_per_image"], figures))
     return found
 
 
@@ -175,20 +178,33 @@ def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in path.read_bytes().splitlines()]
         for line in lines:  # as they are used
-            [Measurement.from_dict(fields) for fields in line["measurements"]], line["options"]["seed"]
+            [Measurement.from_dict(fields) for fields in line["measurements"]], line["measurements"][0]
             float(line["seconds_per_image"])
         return {line["key"]: line for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged: remove it, and the samples are measured again") from None
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
     path = folder / PLAN
     try:
-        plan = json.loads(path.read_text())
-        return {key: plan[key] for key in ("pipeline", "varied", "combinations")}
-    except (OSError, ValueError, KeyError, TypeError):
+        plan = json.loads(path.read_bytes())
+        _check_plan(plan)
+        return plan
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: no finished sweep is here: make one first (python -m generate.sweep)") from None
+
+
+def _check_plan(plan: Any) -> None:
+    """Raise ValueError, KeyError or TypeError unless a plan has the form that generate.sweep writes."""
+    known = {field.name for field in dataclasses.fields(SampleOptions)}
+    if not isinstance(plan["pipeline"], str) or not plan["combinations"]:
+        raise ValueError
+    for key in ("varied", "combinations"):
+        if not isinstance(plan[key], list) or not all(isinstance(each, str) for each in plan[key]):
+            raise ValueError
+    if not known.issuperset(plan["varied"]):
+        raise ValueError
 
 
 def main() -> None:
@@ -197,11 +213,14 @@ def main() -> None:
     parser.add_argument("--extractor", type=Path, metavar="RUN", help="in-domain extractor (that of the pipeline)")
     parser.add_argument("--batch-size", type=int, default=100)
     arguments = parser.parse_args()
+    check_counts(arguments, "batch_size")
     plan = _read_plan(arguments.folder)
 
     run = Path(os.path.normpath(arguments.folder.resolve() / plan["pipeline"]))
     judge = Judge(Pipeline(Options(run, extractor=arguments.extractor, batch_size=arguments.batch_size)))
     found = measure_sweep(arguments.folder, judge, plan["combinations"])
+    if any(not each.options.keys() >= set(plan["varied"]) for each in found):
+        raise UserError(f"{arguments.folder}: samples.json of some samples lacks {', '.join(plan['varied'])}: {REMEDY}")
     text = f"{table(found, plan['varied'])}\n\n{banner(judge.extractor)}"
     replace_file(arguments.folder / TABLE, f"{text}\n".encode())
     plot(found, plan["varied"], arguments.folder / PLOT)

@@ -15,6 +15,7 @@ import numpy as np
 import priors
 import tokenizer
 from generate.drawing import Drawing, Files, Request, Samples, drawn
+from generate.npz import DAMAGES, first_damage
 from priors.interface import Prior
 from priors.record import PriorRecord
 from tokenizer.data.grid import image_grid
@@ -98,12 +99,22 @@ def is_current(out: Path, files: Files, made_from: dict[str, Any]) -> bool:
             with Folder(out, files.kind).taken():
                 pass  # which completes what a killed process had begun to put in place
         try:
-            kept = json.loads((out / files.record).read_text())["made_from"]
-        except (OSError, ValueError, KeyError, TypeError):
+            facts = json.loads((out / files.record).read_bytes())
+            return facts["made_from"] == made_from and _is_whole(out / files.arrays, facts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
-        return kept == made_from and (out / files.arrays).is_file()
 
     return distributed.on_main(check)
+
+
+def _is_whole(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether a file of samples is that which its record is of: one of other bytes is to be drawn again."""
+    if "samples_sha256" in facts:
+        return sha256(path) == facts["samples_sha256"]
+    try:
+        return first_damage(path) is None
+    except DAMAGES:
+        return False
 
 
 def write_single_files(samples: Samples, class_names: list[str], folder: Path) -> None:

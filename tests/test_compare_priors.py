@@ -84,3 +84,12 @@ def test_priors_that_were_not_trained_or_sampled_alike_do_not_compare(root, capf
     shutil.rmtree(root / "bounded")
     assert command("eval.run", "priors", root) == 2
     assert "make compare-priors" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{}", '{"made_from": {"num"', "[]"])
+def test_damaged_facts_of_samples_are_one_line_before_the_work(text, root, capfd):
+    (root / "exact" / "samples" / "samples.json").write_text(text)
+    assert command("eval.run", "priors", root, "--num", 40) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "samples.json" in error and "sample again" in error
+    assert not (root / "report").exists()
