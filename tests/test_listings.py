@@ -259,6 +259,88 @@ def test_metadata_that_contradicts_itself_or_leads_outside(tmp_path: Path) -> No
         found(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+@pytest.mark.parametrize("other", ["a/0.png", "./a/0.png"])
+def test_a_file_that_says_two_things_of_an_image_is_refused(tmp_path: Path, name: str, other: str) -> None:
+    write(tmp_path, "a/0.png", "a/1.png")
+    rows = [("a/0.png", "x"), ("a/1.png", "y"), (other, "x")]
+
+    def put(rows: list[tuple[str, str]]) -> None:
+        as_csv = "".join(f"{image},{label}\n" for image, label in [("file_name", "label"), *rows])
+        as_json = "".join(json.dumps({"file_name": image, "label": label}) + "\n" for image, label in rows)
+        (tmp_path / name).write_text(as_csv if name.endswith("csv") else as_json)
+
+    put(rows)  # twice the same: no doubt
+    assert found(tmp_path) == {"a/0.png": "x", "a/1.png": "y"}
+    put([*rows, (other, "z")])
+    with pytest.raises(UserError, match=rf"{name} gives a/0\.png different classes: keep one of them"):
+        found(tmp_path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a/0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label,label\na/0.png,x,y\n")
+    with pytest.raises(UserError, match=r"metadata\.csv has two columns named label: rename one"):
+        found(tmp_path)
+
+
+def test_names_of_digits_are_names(tmp_path: Path) -> None:
+    """Zip codes and numbered classes (001.Albatross without its bird): 007 is neither 7 nor 07."""
+    write(tmp_path, *(f"{number}.png" for number in range(4)))
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,007\n1.png,7\n2.png,07\n3.png,10\n")
+    assert list(found(tmp_path).values()) == ["007", "7", "07", "10"]
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,10\n1.png,9\n2.png,-1\n3.png,0\n")
+    assert open_listing(str(tmp_path), 0).class_names == ["0", "9", "10"]
+
+
+def test_lines_of_label_files_end_where_their_formats_say(tmp_path: Path) -> None:
+    """JSON and names of files may hold U+2028 and U+0085, at which Python's splitlines divides text, too."""
+    write(tmp_path, "train/a/0.png", "train/b/0.png", "val/0.png", "val/x\u0085y\u2028.png")
+    (tmp_path / "val" / "val_annotations.txt").write_bytes("0.png\ta\r\nx\u0085y\u2028.png\tb\r\n".encode())
+    assert found(tmp_path)["|val/x\u0085y\u2028.png"] == "b"
+    rows = [{"file_name": f"{name}/0.png", "label": name, "text": "x\u2028y\u0085z"} for name in "ab"]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "train" / "metadata.jsonl").write_bytes(text.encode())
+    assert found(tmp_path)["train/b/0.png"] == "b"
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "a_annotations.txt"])
+def test_a_label_file_that_is_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "a/0.png")
+    os.mkfifo(tmp_path / "a" / name)
+    with pytest.raises(UserError, match=f"{name} cannot be read .*no regular file.*: mend or remove it"):
+        found(tmp_path)
+
+
+def test_classes_without_images_are_said(tmp_path: Path) -> None:
+    write(tmp_path, "cats/0.png", "dogs/0.png")
+    (tmp_path / "birds" / "more").mkdir(parents=True)
+    assert "1 folders hold no images, and are no classes: birds" in notes(tmp_path)
+    write(tmp_path / "birds" / "more", "0.png")
+    assert "hold no images" not in notes(tmp_path)
+    write(tmp_path / "set", *(f"{part}/{name}/0.png" for part in ("train", "val") for name in ("cats", "dogs")))
+    (tmp_path / "set" / "train" / "birds").mkdir()
+    assert "1 folders hold no images, and are no classes: train/birds" in notes(tmp_path / "set")
+
+
+def test_no_source_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.source=$UNSET` is not the working directory."""
+    monkeypatch.chdir(write(tmp_path, "a/0.png", "b/0.png"))
+    for source in ("", " "):
+        with pytest.raises(UserError, match=r"data\.source= *: nothing is named"):
+            DataConfig(source=source)
+
+
+def test_the_hub_is_not_what_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` takes a folder of that name for the data set, without a word."""
+    monkeypatch.chdir(write(tmp_path, "owner/name/a/0.png", "owner/name/b/0.png"))
+    with pytest.raises(UserError, match=r"data\.source=hub:owner/name: .*data\.source=owner/name"):
+        open_listing("hub:owner/name", 0)
+    for name in ("", "/", "a/b/c", "../x", "owner/", "a b/c"):
+        with pytest.raises(UserError, match=r"data\.source=hub:.*: .*hub:owner/name"):
+            open_listing(f"hub:{name}", 0)
+
+
 # Tables
 
 

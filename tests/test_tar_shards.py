@@ -224,6 +224,23 @@ def test_headers_are_read_once(tmp_path, cache, monkeypatch, capsys):
     assert everything(root)[0][-2:] == [(50, 0), (51, 1)] and not list(cache.glob(".*"))
 
 
+def test_other_labels_under_the_same_size_and_date_are_read(tmp_path):
+    """As cp -p, rsync --times and tar leave a shard that was written anew."""
+
+    def put(*labels):
+        members = [((f"{n}.png", png(n)), (f"{n}.cls", b"%d" % label)) for n, label in enumerate(labels)]
+        return write_shard(tmp_path / "a.tar", [member for pair in members for member in pair])
+
+    path = put(0, 0, 1, 1)
+    assert everything(path)[0] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    found = path.stat()
+    put(0, 1, 0, 1)
+    while path.stat().st_ctime_ns == found.st_ctime_ns or path.stat().st_mtime_ns != found.st_mtime_ns:
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (found.st_size, found.st_mtime_ns)
+    assert everything(path)[0] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
 def test_an_index_with_a_flipped_bit_is_made_again(tmp_path, cache):
     path = write_shard(tmp_path / "a.tar", samples(range(3)))
     first = everything(path)
@@ -302,6 +319,14 @@ def test_shards_with_their_own_split(tmp_path, names):
         write_shard(tmp_path / f"{name}.tar", samples(range(10 * place, 10 * place + 4)))
     train, held_out = (open_split(config_of(tmp_path), split) for split in ("train", "held_out"))
     assert shades(train) == [0, 1, 2, 3, 10, 11, 12, 13] and shades(held_out) == [20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("above", ["train_and_val", "test sets", "val"])
+def test_splits_below_a_folder_that_speaks_of_splits(tmp_path, above):
+    for place, name in enumerate(["train/0", "val/0"]):
+        write_shard(tmp_path / above / f"{name}.tar", samples(range(10 * place, 10 * place + 4)))
+    train, held_out = (open_split(config_of(tmp_path), split) for split in ("train", "held_out"))
+    assert shades(train) == [0, 1, 2, 3] and shades(held_out) == [10, 11, 12, 13]
 
 
 def test_archives_beside_their_images_are_no_source(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ class FolderListing:
         self.held_out = None if layout.split is None else np.array(in_held_out)
         others = [path for path in found.files if not path.lower().endswith(EXTENSIONS) and path not in files.used]
         self.notes = [*_left_out(images, layout), *files.notes, *other_files(found, others)]
-        self.notes += _repeats(root, found, layout)
+        self.notes += [*_repeats(root, found, layout), *_without_images(images, found, layout)]
 
     def key(self, item: int) -> str:
         return self._paths[item]
@@ -136,6 +137,16 @@ def _left_out(images: Sequence[str], layout: Layout) -> list[str]:
     used = f"{some(layout.split.train)} and {some(layout.split.held_out)}"
     names = [f"{name} ({count:,})" if name.endswith("/") else name for name, count in beside.items()]
     return [f"passed over {sum(beside.values()):,} images beside {used}: {some(names)}"] if beside else []
+
+
+def _without_images(images: Sequence[str], found: Walk, layout: Layout) -> list[str]:
+    """Folders that stand where classes do, among others that are classes."""
+    classes = {f"{layout.part(path)}{_first_folder(path, layout)}" for path in images if _first_folder(path, layout)}
+    passed_over = {path for path, _ in found.repeats} | found.unreadable.keys()
+    parts = {path: layout.part(f"{path}/") for path in found.folders if path not in passed_over}
+    places = [path for path, part in parts.items() if part is not None and re.fullmatch("[^/]+", path[len(part) :])]
+    empty = [path for path in places if path not in classes]
+    return [f"{len(empty):,} folders hold no images, and are no classes: {some(empty)}"] if classes and empty else []
 
 
 def other_files(found: Walk, others: Sequence[str]) -> list[str]:

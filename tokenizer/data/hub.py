@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tokenizer.data.transforms import BadImage
 from tokenizer.remote import patient
 from training.command import UserError
 
+NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # of a data set: owner/name, or one without an owner
+
 
 class HubListing:
     """A data set of the Hugging Face Hub, through `datasets` and its cache."""
@@ -24,6 +27,13 @@ class HubListing:
         import datasets
 
         source = f"hub:{name}"
+        if not re.fullmatch(NAME, name):
+            raise UserError(f"data.source={source}: a data set of the Hub is named hub:owner/name")
+        if Path(name).exists():  # which `datasets` would take
+            raise UserError(
+                f"data.source={source}: {name} is here, too: for what is here write data.source={name}, for what the "
+                "Hub has start in another folder"
+            )
         wanted = [choice.hub_config] if choice.hub_config is not None else []
         revision = {"revision": choice.hub_revision} if choice.hub_revision is not None else {}
         try:

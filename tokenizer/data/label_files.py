@@ -7,13 +7,15 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizer.data.columns import NO_LABELS, Choice, choose_label
 from tokenizer.data.naming import some
 from training.command import UserError
+from training.text import printable
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"
@@ -57,7 +59,7 @@ def read_label_files(root: Path, files: Sequence[str], images: Sequence[str], ch
             continue
         if labels is None:
             continue
-        labels = {posixpath.normpath(posixpath.join(folder, image)): label for image, label in labels.items()}
+        labels = _joined(root / file, [(posixpath.join(folder, image), label) for image, label in labels])
         if missing := [image for image in labels if image not in known]:
             found.notes.append(f"{file} names {len(missing)} images that are not there ({some(missing)})")
         for image in labels.keys() & found.labels.keys():
@@ -73,16 +75,37 @@ def read_label_files(root: Path, files: Sequence[str], images: Sequence[str], ch
     return found
 
 
-def _of_metadata(root: Path, file: str, choice: Choice, notes: list[str]) -> dict[str, Any] | None:
-    """Label by image, relative to the file's folder; None, with a note, where the file has no labels."""
+def _joined(file: Path, labels: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Label by image, below the root. Raises UserError where an image has two."""
+    found: dict[str, Any] = {}
+    for image, label in labels:
+        image = posixpath.normpath(image)
+        if found.setdefault(image, label) != label:
+            raise UserError(f"{file} gives {printable(image)} different classes: keep one of them")
+    return found
+
+
+def _read(path: Path) -> str:
+    """Its text, where bytes that are no UTF-8 stay what the names of files have for them. Raises OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may never end
+        raise OSError("is no regular file")
+    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+
+
+def _of_metadata(root: Path, file: str, choice: Choice, notes: list[str]) -> list[tuple[str, Any]] | None:
+    """Images, relative to the file's folder, and their labels; None, with a note, where the file has no labels."""
     path = root / file
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # as the names of files are read
+        text = _read(path)
         as_csv = path.suffix == ".csv"
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True) if as_csv else _rows(text))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader if as_csv else _rows(text))
+        header = list(reader.fieldnames or []) if as_csv else []
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): mend or remove it") from None
     columns = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
+    if twice := [name for name in dict.fromkeys(header) if header.count(name) > 1]:
+        raise UserError(f"{path} has two columns named {printable(twice[0])}: rename one")
     if FILE_NAME not in columns:
         notes.append(f"passed over {file}: it has no column {FILE_NAME}")
         return None
@@ -91,36 +114,36 @@ def _of_metadata(root: Path, file: str, choice: Choice, notes: list[str]) -> dic
     if column is None:
         notes.append(f"{file} holds no labels, only {some(columns)}" if columns else f"{file} holds no labels")
         return None
-    labels = {row[FILE_NAME]: row.get(column) for row in rows if isinstance(row.get(FILE_NAME), str)}
-    return _numbered(labels) if as_csv else labels
+    rows = [row for row in rows if isinstance(row.get(FILE_NAME), str)]
+    labels = [row.get(column) for row in rows]
+    return list(zip([row[FILE_NAME] for row in rows], _numbered(labels) if as_csv else labels))
 
 
 def _rows(text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON's text may hold other ends of lines
         row = json.loads(line) if line.strip() else {}
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is no object")
         yield row
 
 
-def _numbered(labels: Mapping[str, str | None]) -> dict[str, int | str | None]:
-    """CSV's text: numbers where all are, nothing where there is none."""
-    given = [label for label in labels.values() if label]
-    as_number = all(re.fullmatch(r"-?\d{1,18}", label) for label in given)
-    return {image: (int(label) if as_number else label) if label else None for image, label in labels.items()}
+def _numbered(labels: Sequence[str | None]) -> list[int | str | None]:
+    """CSV's text: numbers where all are written as numbers are (007 is a name), nothing where there is none."""
+    as_number = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", label, re.ASCII) for label in labels if label)
+    return [(int(label) if as_number else label) if label else None for label in labels]
 
 
-def _of_annotations(root: Path, file: str, images: Iterable[str]) -> dict[str, Any]:
-    """Label by image, relative to the file's folder, which may keep its images in a folder of its own."""
+def _of_annotations(root: Path, file: str, images: Iterable[str]) -> list[tuple[str, Any]]:
+    """Images, relative to the file's folder, which may keep them in a folder of its own, and their labels."""
     path, folder = root / file, posixpath.dirname(file)
     try:
-        lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines()
+        lines = _read(path).replace("\r\n", "\n").split("\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend or remove it") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): mend or remove it") from None
     rows = [line.split("\t") for line in lines if line.strip()]
     if not rows or any(len(row) < 2 for row in rows):
         raise UserError(f"{path} is no list of files and their classes, divided by tabs: mend or remove it")
-    named = {row[0]: row[1] for row in rows}
+    named = _joined(path, [(row[0], row[1]) for row in rows])
     below = {image[len(folder) + 1 :]: posixpath.basename(image) for image in images if image.startswith(f"{folder}/")}
-    absent = named.keys() - set(below.values())
-    return {image: named.get(name) for image, name in below.items()} | {name: named[name] for name in sorted(absent)}
+    there = [(image, named.get(name)) for image, name in below.items()]
+    return there + [(name, named[name]) for name in sorted(named.keys() - set(below.values()))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,9 +37,11 @@ class OwnSplit(NamedTuple):
 def own_split(names: Sequence[str]) -> OwnSplit | None:
     """What a source's files or parts say by their names; None unless both splits are among them.
 
+    What is above all of them says nothing: train_and_val/train.tar is trained on, train_and_val/val.tar is not.
     Of several that could be held out one is taken and the others, like names that say nothing, are left out.
     """
-    return _own_split(names, {name: set(re.findall("[a-z]+", name.lower())) for name in names})
+    above = len(os.path.commonpath(names)) if names and all("/" in name for name in names) else 0
+    return _own_split(names, {name: set(re.findall("[a-z]+", name[above:].lower())) for name in names})
 
 
 def folder_split(source: str, names: Sequence[str]) -> OwnSplit | None:

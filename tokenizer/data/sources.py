@@ -49,6 +49,8 @@ class DataConfig:
     hub_revision: str | None = None  # branch, tag or commit of a data set of the Hub
 
     def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise UserError(f"data.source={self.source}: nothing is named; the working folder is data.source=.")
         if self.augment not in transforms.AUGMENTATIONS:
             known = ", ".join(transforms.AUGMENTATIONS)
             raise UserError(f"data.augment={self.augment}: choose one of {known}")

@@ -82,7 +82,7 @@ class TarListing:
         try:
             descriptor = os.open(self._shards[shard], os.O_RDONLY)
             try:
-                if tar_index.stamp(descriptor) != self._stamps[shard]:
+                if not tar_index.stamp(descriptor).same_contents(self._stamps[shard]):
                     raise BadImage("its shard has changed since this run began")
                 return os.pread(descriptor, size, int(self._offsets[item]))
             finally:
