@@ -208,6 +208,19 @@ def test_a_section_may_be_one_word(tmp_path):
     assert (config.shape, config.place) == (Round(radius=2.0, color="007"), Place(3, (2.0, 3.0)))
 
 
+def test_words_about_one_section_add_up_in_any_form(tmp_path):
+    for words in (
+        ["place.x=3", "place={flag: on}"],
+        ["place={flag: on}", "place.x=3"],
+        ["place={x: 3}", "place={flag: on}"],
+        ["place.flag=on", "place={x: 4}", "place.x=3"],
+    ):
+        assert drawing(tmp_path, "title: a\nplace: {span: [1, 2]}", *words).place == Place(3, (1.0, 2.0), {}, True)
+    shape = drawing(tmp_path, "title: a", "shape.corner.color=blue", "shape={corner: {radius: 2}, side: 4}").shape
+    assert shape == Square(side=4, corner=Round(radius=2.0, color="blue"))
+    assert drawing(tmp_path, "title: a", "place.x=1", "place.x=2", "title=b", "title={c").title == "{c"
+
+
 def test_home_is_home_in_files_on_the_command_line_and_in_references(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/anna")
     for config in (drawing(tmp_path, "title: a\nroot: ~/runs"), drawing(tmp_path, "title: a", "root=~/runs")):

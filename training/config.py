@@ -111,7 +111,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             inner = _section(section.get(part), key)
             section[part] = inner if isinstance(inner, dict) else {}
             section = section[part]
-        section[name] = Word(escaped(text))
+        section[name] = _joined(section.get(name), Word(escaped(text)), key)
     return raw
 
 
@@ -143,6 +143,20 @@ def _section(value: Any, key: str) -> Any:
         return parse(value)
     except ValueError as error:
         raise UserError(f"{COMMAND_LINE}: {key}: {error}") from None
+
+
+def _joined(before: Any, word: Word, key: str) -> Any:
+    """A word after another one about the same key: of two sections what both say, else the later."""
+    if before is None or not word.lstrip().startswith("{"):
+        return word
+    before = _section(before, key)
+    return _merge(before, _section(word, key)) if isinstance(before, dict) else word
+
+
+def _merge(before: Any, after: Any) -> Any:
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return after
+    return before | {key: _merge(before.get(key), value) for key, value in after.items()}
 
 
 def _note_origins(raw: Mapping[str, Any], source: str, origins: dict[str, str], prefix: str = "") -> None:
