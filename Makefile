@@ -37,7 +37,8 @@ export py     := $(PY)
 LAUNCH    := "$$py" -m $${nproc:+torch.distributed.run --standalone --nproc-per-node "$$nproc" -m --}
 OVERRIDES := root="$$run" $${data:+data.source="$$data"}
 # FRESH=1 concerns the stage that is named; of `make demo`, all of them.
-FLAGS      = $(if $(FRESH),$(if $(filter $@ demo,$(MAKECMDGOALS)),--fresh))
+FLAGS      = $(if $(filter $@ demo,$(MAKECMDGOALS)),$(ANEW))
+ANEW       = $(if $(filter 1 yes true on,$(FRESH)),--fresh,$(if $(filter-out 0 no false off,$(FRESH)),$(error FRESH=$(FRESH): give 1 or 0)))
 # Scores that need weights which are not the project's own.
 SCORES := $${lpips:+--lpips-net squeeze --lpips-weights "$$lpips"}
 

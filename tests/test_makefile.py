@@ -112,6 +112,16 @@ def test_every_quantizer_is_trained_alike_before_they_are_compared(place):
     assert all(call[3:] == ["root=out", "data.source=some images"] for call in trained)
 
 
+@pytest.mark.parametrize("text", ["0", "no", "false", "off", ""])
+def test_not_fresh_starts_nothing_over(place, text):
+    assert not any("--fresh" in call for call in calls(place, "prior", f"FRESH={text}"))
+
+
+def test_fresh_that_says_neither_is_refused(place):
+    done = make("-o", "setup", "PY=./stub", "encoder", "CONFIG=digits", "FRESH=maybe", cwd=place)
+    assert done.returncode == 2 and "FRESH=maybe: give 1 or 0" in done.stderr
+
+
 HACK = "touch hacked"
 HOSTILE = ["w/exp #2", f"`{HACK}`", f"$({HACK})", f"$(shell {HACK})", f"$$({HACK})", f"$$(shell {HACK})", "${HOME}",
            "$HOME", f'"; {HACK}; "', f"'; {HACK}; '", f"a; {HACK}", f"a | {HACK}", f"a & {HACK}", f"a\n{HACK}\n", "50%",
