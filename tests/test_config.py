@@ -338,7 +338,9 @@ WRONG = {
     "endless": ("title: a", ["shape.kind=round", "shape.radius=inf"], "command line: shape.radius: inf is not"),
     "beyond a tensor": ("title: a", [f"place.x={2**63}"], f"command line: place.x: {2**63} is not a number"),
     "an item below zero": ("title: a\nplace: {weights: {b: -1}}", [], "drawing.yaml: place.weights.b: -1.0 is not"),
-    "a section within text": ("title: a ${place}", [], "title: ${place} refers to more than one value"),
+    "a section within text": (
+        "title: a ${place}", [], "drawing.yaml: title: ${place} refers to more than one value"
+    ),
     "no such reference": ("title: ${nothing}", [], "drawing.yaml: title: Interpolation key 'nothing' not found"),
     "a reference to itself": ("title: ${title}", [], "drawing.yaml: title: "),
     "half a reference": ("title: ${", [], "drawing.yaml: not readable as YAML"),
