@@ -33,6 +33,10 @@ export lpips  := $(LPIPS)
 export python := $(PYTHON)
 export py     := $(PY)
 
+# Given in small letters, these would be expanded by make.
+$(foreach name,config folder data run num steps fresh nproc lpips python py,\
+  $(if $(findstring command,$(origin $(name))),$(error $(name)=: write $(shell echo $(name) | tr a-z A-Z)=)))
+
 # A stage on this process, or on NPROC of them. After `--` nothing is an option of torchrun's.
 LAUNCH    := "$$py" -m $${nproc:+torch.distributed.run --standalone --nproc-per-node "$$nproc" -m --}
 OVERRIDES := root="$$run" $${data:+data.source="$$data"}
@@ -88,13 +92,16 @@ lint: setup ## ruff
 
 config-exists:
 	@test -d "$$folder" || { echo "error: CONFIG=$$config: there is no folder $$folder; there are:" $$(ls configs) >&2; exit 2; }
+	@test "$$folder" -ef "$$config" || test "$$folder" -ef "configs/$$config" || \
+	  { echo "error: CONFIG=$$config: name a folder of configs/" >&2; exit 2; }
 
 encoder: setup config-exists ## pretrain a small masked autoencoder on the images (where CONFIG has encoder.yaml)
 	@test ! -f "$$folder/encoder.yaml" || $(LAUNCH) tokenizer.encoders.pretrain "$$folder/encoder.yaml" $(OVERRIDES) $(FLAGS)
 
 # A tokenizer may take several runs, tokenizer-stage1, tokenizer-stage2, …: in the order of their names.
 tokenizer: encoder ## train the tokenizer, stage by stage
-	@set -e; for stage in "$$folder"/tokenizer*.yaml; do test ! -f "$$stage" || \
+	@set -e; for stage in "$$folder"/tokenizer*.yaml; do \
+	  test -f "$$stage" || { echo "error: CONFIG=$$config: there is no $$stage" >&2; exit 2; }; \
 	  $(LAUNCH) tokenizer.train "$$stage" $(OVERRIDES) $(FLAGS); done
 
 tokens: tokenizer ## encode the images to a token cache

@@ -491,6 +491,7 @@ def test_every_command_fails_in_one_line(tmp_path, monkeypatch, capsys, schema):
         (OSError(13, "Permission denied", "/there"), 2, "error: cannot open /there: Permission denied"),
         (MemoryError(), 2, "error: out of memory: MemoryError: take"),
         (RuntimeError("CUDA out of memory. Tried\nmore"), 2, "error: out of memory: CUDA out of memory. Tried: take"),
+        (ValueError("embedded null byte"), 2, "error: a path holds the character \\0: leave it out\n"),
         (UserError("a\x1b[2Jb\u202ec"), 2, "error: a?[2Jb?c\n"),
     ],
 )

@@ -122,6 +122,27 @@ def test_fresh_that_says_neither_is_refused(place):
     assert done.returncode == 2 and "FRESH=maybe: give 1 or 0" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["data", "run", "num", "config", "fresh"])
+def test_a_variable_in_small_letters_is_refused(place, name):
+    """It would take the place of the Makefile's own, where make expands what is given."""
+    done = make("-o", "setup", "PY=./stub", "tokenizer", "CONFIG=digits_vqvae", f"{name}=$(shell {HACK})", cwd=place)
+    assert done.returncode == 2 and f"{name}=: write {name.upper()}=" in done.stderr
+    assert sorted(os.listdir(place)) == ["Makefile", "configs", "stub"]
+
+
+@pytest.mark.parametrize("config", ["", "..", "priors", "/elsewhere/digits_vqvae", "more/digits_vqvae"])
+def test_a_configuration_without_a_tokenizer_trains_nothing(place, config):
+    done = make("-o", "setup", "PY=./stub", "tokenizer", f"CONFIG={config}", cwd=place)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: CONFIG={config}: ")
+    assert not (place / "calls").exists()
+
+
+@pytest.mark.parametrize("config", ["digits_vqvae/", "./digits_vqvae", "configs/digits_vqvae"])
+def test_a_configuration_may_be_named_by_its_path(place, config):
+    (call,) = calls(place, "tokenizer", f"CONFIG={config}")
+    assert call[2:] == ["configs/digits_vqvae/tokenizer.yaml", "root=runs/digits_vqvae"]
+
+
 HACK = "touch hacked"
 HOSTILE = ["w/exp #2", f"`{HACK}`", f"$({HACK})", f"$(shell {HACK})", f"$$({HACK})", f"$$(shell {HACK})", "${HOME}",
            "$HOME", f'"; {HACK}; "', f"'; {HACK}; '", f"a; {HACK}", f"a | {HACK}", f"a & {HACK}", f"a\n{HACK}\n", "50%",

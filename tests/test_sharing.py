@@ -177,6 +177,32 @@ def fails(folder, words, load=sharing.from_pretrained):
     assert "\n" not in str(caught.value)
 
 
+def test_a_configuration_of_others_reads_no_file_of_this_machine(conv, tmp_path):
+    """A saved one is whole: what it would include is ours, and would go into what it makes."""
+    (tmp_path / "ours.yaml").write_text("seed: 7\n")
+    saved = (conv / "config.yaml").read_text()
+    (conv / "config.yaml").write_text(f"include: {tmp_path / 'ours.yaml'}\n{saved}")
+    for make in (tokenizer.load, sharing.from_pretrained, lambda run: sharing.save_pretrained(run, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"config\.yaml: include: .*stands alone"):
+            make(conv)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"files": {"a\\u0000": {"bytes": 1, "sha256": "0"}}}',
+        '{"files": {"config.yaml": {"bytes": 1, "sha256": null}}}',
+        '{"files": {"config.yaml": {"bytes": "1", "sha256": "0"}}}',
+    ],
+)
+def test_a_manifest_that_is_none_is_one_line(conv, tmp_path, text):
+    out = sharing.save_pretrained(conv, tmp_path / "shared")
+    (out / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: damaged: download the folder again"):
+        sharing.from_pretrained(out)
+
+
 def test_only_shared_folders_are_replaced(conv, tmp_path):
     out = sharing.save_pretrained(conv, tmp_path / "shared")
     assert sharing.save_pretrained(conv, out) == out

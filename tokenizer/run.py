@@ -66,7 +66,7 @@ def load_config(run_folder: Path) -> TokenizerRun:
     path = Path(run_folder) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`")
-    return read_config(TokenizerRun, path)
+    return read_config(TokenizerRun, path, alone=True)
 
 
 def load(run_folder: str | Path) -> Autoencoder | Hierarchical:

@@ -249,7 +249,9 @@ def _verify(folder: Path) -> None:
     try:
         entries = json.loads(file.read_text())["files"].items()
         wanted = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if any("\0" in str(path) or type(size) is not int or type(told) is not str for path, size, told in wanted):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{file}: damaged: download the folder again, or save it again") from None
     for path, size, digest in wanted:
         if not path.resolve().is_file():

@@ -62,6 +62,10 @@ def _run(main: Callable[[], None]) -> None:
             silence(sys.stdout)
         name = error.filename2 or error.filename or "the output"  # of a copy, what is written
         _fail(f"error: cannot {deed} {name}: {os.strerror(error.errno)}", 2)
+    except ValueError as error:
+        if str(error) not in NULLS:
+            raise
+        _fail("error: a path holds the character \\0: leave it out", 2)
     except (MemoryError, RuntimeError) as error:
         if not _short_of_memory(error):
             raise
@@ -72,6 +76,7 @@ DEEDS = {
     "write": (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG),
     "open": (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
 }
+NULLS = ("embedded null byte", "embedded null character in path")  # Python's
 SHORTAGES = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # torch's, by device
 
 

@@ -66,13 +66,14 @@ def signed(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"signed": True})
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, alone: bool = False) -> T:
     """The config of class `schema` that a YAML file and `section.key=value` overrides describe.
 
+    With `alone` the file includes no other one: people who should read none here may have written it.
     Raises UserError, naming the file (or the command line), the key and the nearest right one.
     """
     origins: dict[str, str] = {}
-    layers = [*_layers(Path(path).expanduser(), origins), read_overrides(overrides)]
+    layers = [*_layers(Path(path).expanduser(), origins, alone=alone), read_overrides(overrides)]
     _note_origins(layers[-1], COMMAND_LINE, origins)
     raw: dict[str, Any] = {}
     for layer in layers:
@@ -118,7 +119,9 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 # From files to nested dictionaries
 
 
-def _layers(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+def _layers(
+    path: Path, origins: dict[str, str], seen: tuple[Path, ...] = (), *, alone: bool = False
+) -> list[dict[str, Any]]:
     """The layers of a file: what it includes, then itself."""
     if path.resolve() in seen:
         raise UserError(f"{path}: include: the files include each other")
@@ -130,6 +133,8 @@ def _layers(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) ->
     include = raw.pop("include", None)
     if include is not None and not isinstance(include, str):
         raise UserError(f"{path}: include: one file name is expected, not {shown(include)}")
+    if include and alone:
+        raise UserError(f"{path}: include: a saved configuration stands alone")
     layers = _layers(path.parent / expand_home(include), origins, (*seen, path.resolve())) if include else []
     _note_origins(raw, str(path), origins)
     return [*layers, raw]
