@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from training import distributed
 from training.arrays import DamagedFile, read_arrays, reason_of
 from training.checkpoint import digest, replace_file
+from training.command import UserError
 from training.folder import Folder, Kind
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity", "pillow", "constriction")
@@ -102,12 +104,15 @@ class Record:
 
     def save(self, folder: Path) -> None:
         """The arrays first: a JSON file without its own arrays counts as absent."""
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = io.BytesIO()
+        arrays, names = io.BytesIO(), (f"{self.kind}.npz", f"{self.kind}.json")
         np.savez_compressed(arrays, record_hash=np.array(self.hash), **self.arrays)
-        replace_file(folder / f"{self.kind}.npz", arrays.getvalue())
         fields = self.to_dict()
-        replace_file(folder / f"{self.kind}.json", dump_json(fields | {"sha256": digest(fields)}))
+        with Folder(folder, PAGES).taken(wait=True) as pages:
+            if _is_record(folder / names[1]):
+                pages.adopt(*names)
+            pages.note(*names)
+            replace_file(folder / names[0], arrays.getvalue())
+            replace_file(folder / names[1], dump_json(fields | {"sha256": digest(fields)}))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -127,8 +132,14 @@ class Record:
 
     @staticmethod
     def read(folder: Path, kind: str) -> Record | None:
-        """The kept record, whatever its settings; None when there is none, or it is damaged, which is said."""
+        """The kept record, whatever its settings; None when there is none, or it is damaged, which is said.
+
+        Raises UserError for files of these names that no command wrote: they would be lost when it is measured.
+        """
         file = folder / f"{kind}.json"
+        for path in (file, file.with_suffix(".npz")):
+            if os.path.lexists(path) and not (_is_record(file) or Folder(folder, PAGES).lists(path.name)):
+                raise UserError(f"{path}: no command here wrote it, and it is in the way: move it away")
         try:
             fields = json.loads(file.read_bytes())
             arrays = read_arrays(file.with_suffix(".npz"))
@@ -147,6 +158,14 @@ class Record:
             return None
 
 
+def _is_record(path: Path) -> bool:
+    """Whether a file holds a record, though it may be out of date or have a flipped bit in its figures."""
+    try:
+        return {"kind", "hash", "measurements"} <= json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
 def _has_pages(folder: Path) -> bool:
     """Whether a folder without a list of files holds pages of ours."""
     for name in ("report", "quantizers", "priors"):
@@ -158,9 +177,13 @@ def _has_pages(folder: Path) -> bool:
     return False
 
 
+RECORDS = (
+    r"(reconstruction|codebook|rate|rate_distortion|probe|protocols|likelihood|generation"
+    r"|(likelihood|generation)-.+)\.(json|npz)"
+)
 PAGES = Kind(
     "folder of pages",
-    (r"(report|quantizers|priors)\.(md|html|json)", r"images/[\w.-]+"),
+    (r"(report|quantizers|priors)\.(md|html|json)", r"images/[\w.-]+", RECORDS),
     made=_has_pages,
     shared=True,
 )

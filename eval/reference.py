@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def write_reference(
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: statistics are kept in a .npz file")
+    if os.path.lexists(out) and not _is_ours(out):
+        raise UserError(f"--out {out}: is no file of statistics that was made here: move it away, or name another")
     own = extractor.input_size if isinstance(extractor, InDomain) else None
     if own is not None and image_size not in (None, own):
         raise UserError(f"--image-size {image_size}: {extractor.name} sees images of {own} px: leave the option out")
@@ -92,6 +95,14 @@ def write_reference(
         replace_file(out, content.getvalue())
     distributed.barrier()
     return read_reference(out, extractor, batch_size)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file may be replaced by other statistics."""
+    try:
+        return {"mu", "sigma", "about"} <= set(array_names(path))
+    except (OSError, DamagedFile):
+        return False
 
 
 def choose_extractor(in_domain: Path | None, inception: Path | None) -> Extractor:

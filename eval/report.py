@@ -69,11 +69,12 @@ def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
         try:
             values = json.loads(line)
             step = int(values["step"])
-        except (ValueError, KeyError, TypeError):
+            values = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
         for key, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(key, {})[step] = float(value)
+            if math.isfinite(value):
+                curves.setdefault(key, {})[step] = value
     return {key: sorted(points.items()) for key, points in curves.items()}
 
 
@@ -86,6 +87,9 @@ def find_stages(root: Path, others: Iterable[Path] = ()) -> list[Stage]:
 
 def collect_records(pipeline: Pipeline) -> list[Record]:
     """What a report shows of a pipeline: measured where need be; what takes long, only if it was measured already."""
+    prior = pipeline.options.prior or pipeline.folder / "prior"
+    if pipeline.options.prior and not is_prior(prior):
+        raise UserError(f"--prior {prior}: holds no trained prior: name the run folder of one, or leave the option out")
     records = [measure_reconstruction(pipeline), measure_codebook(pipeline)]
     generation, notes = measure_generation(pipeline), []
     subject = {
@@ -93,7 +97,6 @@ def collect_records(pipeline: Pipeline) -> list[Record]:
         "samples_sha256": generation.settings["samples_sha256"],
         "data": records[0].settings["data"],
     }
-    prior = pipeline.options.prior or pipeline.folder / "prior"
     if is_prior(prior):
         subject["prior_sha256"] = weights_hash(prior)
         try:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eval.pipeline import Options, Pipeline
     from eval.record import Record
 
+MOST = 10**9  # images: more is a slip of the hand
 PROTOCOLS = ("adm", "llamagen", "clean-fid", "torch-fidelity")  # eval.protocols', named here for --help alone
 
 
@@ -226,8 +227,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     for name, least in (("num", 2), ("batch_size", 1), ("rate_distortion", 1)):
         value = getattr(arguments, name, None)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if value is not None and not least <= value <= MOST:
+            limit = f"at least {least}" if value < least else f"at most {MOST:,}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {limit}")
     return arguments
 
 

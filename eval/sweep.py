@@ -27,11 +27,10 @@ from eval.record import Measurement, Origin, share_interval
 from eval.sample_facts import REMEDY, read_cost
 from eval.tables import interval_text, number, value_text
 from generate.sample import check_counts
+from generate.sweep import LINES, PLAN, PLOT, TABLE, claim
 from priors.interface import SampleOptions
 from training.checkpoint import digest, replace_file
 from training.command import Parser, UserError, run_command
-
-PLAN, LINES, TABLE, PLOT = "sweep.json", "sweep.jsonl", "sweep.md", "pareto.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +215,7 @@ def main() -> None:
     check_counts(arguments, "batch_size")
     plan = _read_plan(arguments.folder)
 
+    claim(arguments.folder)
     run = Path(os.path.normpath(arguments.folder.resolve() / plan["pipeline"]))
     judge = Judge(Pipeline(Options(run, extractor=arguments.extractor, batch_size=arguments.batch_size)))
     found = measure_sweep(arguments.folder, judge, plan["combinations"])

@@ -11,8 +11,9 @@ from training.command import UserError
 
 # A name in quotes, in which a doubled quote stands for one, or what has no comma and begins with no quote.
 ITEM = re.compile(r'\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<bare>[^",\s][^,]*)?)\s*(?P<end>,|$)')
-NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
-RANGE = re.compile(r"(\d+)-(\d+)", re.ASCII)
+# Of no more digits than Python reads; what has more is no class either.
+NUMBER = re.compile(r"0|[1-9]\d{0,18}", re.ASCII)
+RANGE = re.compile(r"(\d{1,19})-(\d{1,19})", re.ASCII)
 HELP = (
     "names, numbers from 0, and ranges of them, with commas between: 0,3-5,cat. A name that has a comma stands in "
     "double quotes, '\"tench, Tinca tinca\"'; what is in quotes is no number, and @7 or @3-5 is no name"

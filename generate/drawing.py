@@ -183,6 +183,9 @@ def drawn(
             folder.note(files.arrays, files.record, *names, *map(shard_name, pieces))
             return pieces
 
+        if distributed.on_main(lambda: shards.of_others(plan)):
+            # What cannot be drawn, such as by an unknown sampler, fails before the shards of others are gone.
+            next(drawing.draw([range(1)], batch_size))
         pieces = distributed.on_main(take)
         draw_shards(drawing, shards, pieces, batch_size, str(out))
         distributed.barrier()

@@ -38,6 +38,7 @@ from training.log import Progress
 PICTURES = ("grid.png", "original.png", "masked.png")
 FILES = Files.of("edits", *PICTURES)
 HOLE = (200, 30, 120)  # how a hole is drawn
+MOST_DILATED = 10_000  # codes, more than any grid has on a side
 HINT_STREAM = 0x48494E54  # sets the choice of hints apart from the prior's draws
 
 
@@ -55,8 +56,8 @@ class Edit:
             raise UserError("the hole is empty, so there is nothing to make: give it some pixels")
         if not all(0 <= share <= 1 for share in self.keep):
             raise UserError(f"keep is {', '.join(map(str, self.keep))}: shares in [0, 1] are needed")
-        if self.dilate < 0:
-            raise UserError(f"dilate is {self.dilate}: a number of codes from 0 is needed")
+        if not 0 <= self.dilate <= MOST_DILATED:
+            raise UserError(f"dilate is {self.dilate}: a number of codes from 0 to {MOST_DILATED:,} is needed")
 
 
 def edit_image(
@@ -212,7 +213,7 @@ def write_edits(
 
 def open_image(text: str, data: DataConfig, tokens: Path) -> tuple[Tensor, int | None]:
     """A file, or train:N or held_out:N of the data in a token cache -> (3, S, S) uint8, and the class if known."""
-    place = re.fullmatch(r"(train|held_out):(\d+)", text)
+    place = re.fullmatch(r"(train|held_out):(\d{1,18})", text)
     if not place:
         return read_picture(Path(text), data), None
     cache = TokenCache.open(tokens)

@@ -37,6 +37,8 @@ def chosen_classes(arguments: argparse.Namespace, names: list[str]) -> tuple[int
     return (len(names),) if arguments.unconditional else parse_classes(arguments.classes, names)
 
 
+MOST = 10**9  # samples, or of a batch: more is a slip of the hand
+
 # The fields of SampleOptions on the command line.
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "guidance": (float, "classifier-free guidance scale, 1 is none"),
@@ -66,10 +68,13 @@ def sampling_options(arguments: argparse.Namespace, default: SampleOptions) -> S
 
 
 def check_counts(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise UserError for a count below 1."""
+    """Raise UserError for a count below 1, or above what can be numbered."""
     for name in names:
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{_flag(name)} {getattr(arguments, name)}: at least 1 is needed")
+        value = getattr(arguments, name)
+        if value < 1:
+            raise UserError(f"{_flag(name)} {value}: at least 1 is needed")
+        if value > MOST:
+            raise UserError(f"{_flag(name)} {value}: at most {MOST:,} can be")
 
 
 def _flag(name: str) -> str:

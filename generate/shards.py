@@ -38,6 +38,10 @@ class Shards:
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / UNFINISHED
 
+    def of_others(self, plan: dict[str, Any]) -> bool:
+        """Whether `begin` would remove shards."""
+        return any(self.folder.glob("*.npz")) and _read(self.folder / PLAN) != plan
+
     def begin(self, folder: Folder, plan: dict[str, Any]) -> None:
         """Keep the shards of this plan, and remove those of another. For the process that has taken the folder."""
         kept = self.folder / PLAN

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,32 @@ from typing import TYPE_CHECKING, Any
 
 from generate.sample import SAMPLING, add_class_options, add_sampling_options, check_counts, chosen_classes, find_prior
 from training.command import Parser, UserError, run_command
+from training.folder import Folder, Kind
 
 if TYPE_CHECKING:
     from generate.drawing import Request
     from priors.interface import SampleOptions
 
-PLAN = "sweep.json"
+PLAN, LINES, TABLE, PLOT = "sweep.json", "sweep.jsonl", "sweep.md", "pareto.png"
+
+
+def _has_plan(folder: Path) -> bool:
+    """Whether a folder without a list of files holds a sweep."""
+    try:
+        return {"pipeline", "varied", "combinations"} <= json.loads((folder / PLAN).read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+SWEEP = Kind(
+    "sweep", tuple(map(re.escape, (PLAN, LINES, TABLE, PLOT))), "choose another --out", made=_has_plan, shared=True
+)
+
+
+def claim(out: Path) -> None:
+    """List what a sweep writes beside its folders of samples. Raises UserError for a file that no command wrote."""
+    with Folder(out, SWEEP).taken(wait=True) as folder:
+        folder.note(PLAN, LINES, TABLE, PLOT)
 
 
 def combinations(default: SampleOptions, varied: dict[str, tuple]) -> list[SampleOptions]:
@@ -40,6 +61,7 @@ def sample_all(folder: Path, requests: list[Request], varied: list[str], out: Pa
     from training.config import to_dict
 
     record = read_record(folder)
+    distributed.on_main(lambda: claim(out))
     names = [digest(maker(folder, record) | to_dict(request))[:12] for request in requests]
     for index, (name, request) in enumerate(zip(names, requests)):
         if distributed.is_main():

@@ -93,3 +93,23 @@ def test_damaged_facts_of_samples_are_one_line_before_the_work(text, root, capfd
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "samples.json" in error and "sample again" in error
     assert not (root / "report").exists()
+
+
+def test_a_prior_that_was_named_and_is_not_there_is_one_line_before_the_work(root, capfd):
+    assert command("eval.run", "report", root, "--prior", root / "absent") == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "absent: holds no trained prior" in error
+    assert not (root / "report").exists()
+
+
+def test_a_manifest_without_its_data_is_one_line(root, capfd):
+    path = root / "tokens" / "manifest.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "data"}))
+    for words in (
+        ["eval.run", "codebook", root],
+        ["generate.inpaint", root / "bounded", "held_out:0", "--border", 1],
+        ["tokenizer.encode", CONFIGS / "tokens.yaml", f"root={root}"],
+    ):
+        assert command(*words) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and "manifest.json: damaged ('data')" in error

@@ -218,6 +218,8 @@ def _check(manifest: dict[str, Any]) -> None:
     for value, kind in ((names := manifest["class_names"], list), *((name, str) for name in names)):
         if not isinstance(value, kind):
             raise ValueError("class_names")
+    if not isinstance(manifest["data"], dict):
+        raise ValueError("data")
     if not isinstance(manifest["plan_sha256"], str):
         raise ValueError("plan_sha256")
     for key in ("folder", "weights_sha256"):

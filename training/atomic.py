@@ -29,6 +29,8 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that it is either the old one or the new one, whatever happens. A link's target is replaced."""
     if path.is_symlink():
         path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise UserError(f"{path}: a folder is in the way of a file: move it away")
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

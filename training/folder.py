@@ -146,6 +146,16 @@ class Folder:
         self._append("+", new)
         self.listed |= set(new)
 
+    def adopt(self, *names: str) -> None:
+        """List files that are known to be ours by what they hold: of before they were listed."""
+        new = [name for name in names if name not in self.listed and os.path.lexists(self.path / name)]
+        self._append("+", new)
+        self.listed |= set(new)
+
+    def lists(self, name: str) -> bool:
+        """Whether a file is listed, for who has not taken the folder."""
+        return name in (self._read() or ())
+
     def check_free(self) -> None:
         """Raise UserError for the first file that would be taken for ours, and that is not."""
         for name in self.kind.find(self.path):
