@@ -150,15 +150,17 @@ def readers():
 
 
 def test_readers_leave_nothing_behind():
-    descriptors = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
-    for _ in range(3):
+    descriptors = []
+    for _ in range(4):
         stream = feed(Keys(17), 4, 0, workers=2)(0)
         next(stream)
         assert len(readers()) == 2
         stream.close()
         assert not readers()
-    if descriptors is not None:
-        assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # what multiprocessing keeps for itself
+        if os.path.exists("/proc/self/fd"):
+            descriptors.append(len(os.listdir("/proc/self/fd")))
+    # The first readers of a process open what multiprocessing keeps for itself, how much differs.
+    assert len(set(descriptors[1:])) <= 1, descriptors
 
 
 def test_readers_leave_stopping_to_the_loop():
