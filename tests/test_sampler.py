@@ -150,17 +150,21 @@ def readers():
 
 
 def test_readers_leave_nothing_behind():
-    descriptors = []
-    for _ in range(4):
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+
+    for again in range(6):
         stream = feed(Keys(17), 4, 0, workers=2)(0)
         next(stream)
         assert len(readers()) == 2
         stream.close()
         assert not readers()
-        if os.path.exists("/proc/self/fd"):
-            descriptors.append(len(os.listdir("/proc/self/fd")))
-    # The first readers of a process open what multiprocessing keeps for itself, how much differs.
-    assert len(set(descriptors[1:])) <= 1, descriptors
+        if not again:
+            first = descriptors()  # with what multiprocessing opens once for itself
+    deadline = time.monotonic() + 20  # its threads close their pipes a little later
+    while descriptors() > first + 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert descriptors() <= first + 4  # two pipes that it still has; five rounds of leaks were ten
 
 
 def test_readers_leave_stopping_to_the_loop():
