@@ -414,14 +414,16 @@ def test_manifests_that_lie_are_refused(root, refused, change):
 
 
 def test_symbolic_links_in_a_token_cache(root, refused):
-    """To a file outside: what is read is checked by its hash, and what is written replaces the link."""
+    """To a file outside: it is neither read as codes, nor written to, nor replaced; a linked folder is written to."""
     (root / "secret.npy").write_bytes(b"secret")
     path = root / "tokens" / "train-00000.codes.npy"
     path.unlink()
     path.symlink_to(root / "secret.npy")
     refused("priors.train", "empty.yaml", *PRIOR, *TINY, says="train-00000.codes.npy")
+    refused("tokenizer.encode", "empty.yaml", says="train-00000.codes.npy: no command here wrote it")
+    assert (root / "secret.npy").read_bytes() == b"secret" and path.is_symlink()
+    path.unlink()
     assert command("tokenizer.encode", "empty.yaml") == 0
-    assert (root / "secret.npy").read_bytes() == b"secret" and not path.is_symlink()
     shutil.move(root / "tokens", root / "moved")
     (root / "tokens").symlink_to(root / "moved")
     assert command("tokenizer.encode", "empty.yaml", "--fresh") == 0

@@ -263,7 +263,7 @@ class Folder:
             # Where someone put a link, it is not what was written: it is neither followed nor replaced.
             self.listed = {name for name in listed if not os.path.islink(self.path / name)}
         else:
-            self.lock.write(self._header())
+            self._write(self._header())
             adopted = self.kind.find(self.path) if self.kind.made(self.path) else ()
             found = [name for name in adopted if stat.S_ISREG(os.lstat(self.path / name).st_mode)]
             self._append("+", found)
@@ -276,9 +276,14 @@ class Folder:
     def _append(self, sign: str, names: Iterable[str]) -> None:
         lines = "".join(f"{sign}{name}\n" for name in names).encode("utf-8", "surrogateescape")
         if lines:
-            with naming(self.path / LOCK):
-                self.lock.write(lines)
-                os.fsync(self.lock.fileno())
+            self._write(lines)
+
+    def _write(self, data: bytes) -> None:
+        """Add to the list. On a disk that is nearly full the system may take a part of it at a time."""
+        with naming(self.path / LOCK):
+            while data:
+                data = data[self.lock.write(data) :]
+            os.fsync(self.lock.fileno())
 
     def _forget(self, names: list[str]) -> None:
         self._append("-", names)
