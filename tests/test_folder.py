@@ -268,6 +268,17 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path):
 # One writer
 
 
+@pytest.mark.parametrize("length", range(0, 20, 3))
+def test_a_list_that_was_only_begun_is_begun_again(tmp_path, length):
+    """By a process that was killed, or met a full disk, within the list's first line."""
+    make(tmp_path / "whole", OLD)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_bytes((tmp_path / "whole" / ".lock").read_bytes()[:length])
+    make(tmp_path / "out", OLD)
+    assert (tmp_path / "out" / ".lock").read_bytes() == (tmp_path / "whole" / ".lock").read_bytes()
+    assert contents(tmp_path / "out") == OLD
+
+
 def test_a_folder_has_one_writer(tmp_path):
     with Folder(tmp_path / "out", PICTURES).taken():
         with pytest.raises(UserError, match="another process is writing to this set of pictures"):

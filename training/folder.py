@@ -239,8 +239,8 @@ class Folder:
             return None
         except IsADirectoryError:
             data = b"?"
-        if not data:  # of before there were lists, or of a process that was killed as it began
-            return None
+        if data != self._header() and self._header().startswith(data):
+            return None  # of a process that was killed, or met a full disk, as it began
         first, *lines = data.split(b"\n")[:-1] or [data]  # what follows the last line's end was cut short
         if first + b"\n" != self._header():
             what = first.decode(errors="replace").partition(" ")
@@ -263,6 +263,7 @@ class Folder:
             # Where someone put a link, it is not what was written: it is neither followed nor replaced.
             self.listed = {name for name in listed if not os.path.islink(self.path / name)}
         else:
+            self.lock.truncate(0)
             self._write(self._header())
             adopted = self.kind.find(self.path) if self.kind.made(self.path) else ()
             found = [name for name in adopted if stat.S_ISREG(os.lstat(self.path / name).st_mode)]
