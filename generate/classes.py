@@ -12,8 +12,8 @@ from training.command import UserError
 # A name in quotes, in which a doubled quote stands for one, or what has no comma and begins with no quote.
 ITEM = re.compile(r'\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<bare>[^",\s][^,]*)?)\s*(?P<end>,|$)')
 # Of no more digits than Python reads; what has more is no class either.
-NUMBER = re.compile(r"0|[1-9]\d{0,18}", re.ASCII)
-RANGE = re.compile(r"(\d{1,19})-(\d{1,19})", re.ASCII)
+NUMBER = re.compile(r"0|[1-9]\d{0,3999}", re.ASCII)
+RANGE = re.compile(r"(\d{1,4000})-(\d{1,4000})", re.ASCII)
 HELP = (
     "names, numbers from 0, and ranges of them, with commas between: 0,3-5,cat. A name that has a comma stands in "
     "double quotes, '\"tench, Tinca tinca\"'; what is in quotes is no number, and @7 or @3-5 is no name"

@@ -69,6 +69,7 @@ def make_root(root):
         "layout": dataclasses.asdict(LAYOUT),
         "views": 2,
         "class_names": NAMES,
+        "data": {},
         "splits": splits,
     }
     (tokens / "manifest.json").write_text(json.dumps(manifest))

@@ -34,7 +34,9 @@ def words(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None 
     `first` (N,) int64 from 0 says from which place on a row's numbers are wanted; 0 without it. Seed and stream lie
     from 0 to 2^63 - 1.
     """
-    make = torch.ops.tessera.philox if torch.compiler.is_compiling() else _words
+    # As an operator where it may be traced, by torch.compile or with fake tensors, which no kernel can be given.
+    traced = torch.compiler.is_compiling() or ids.device.type == "cuda"
+    make = torch.ops.tessera.philox if traced else _words
     return make(ids, seed, stream, count, first)
 
 
