@@ -45,6 +45,7 @@ class Backend(backend_registration._DummyBackendModule):
 
     _initialized = True
     device = contextlib.nullcontext
+    pretended = False  # torch's fake tensors go another way where any accelerator is there
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -53,7 +54,7 @@ class Backend(backend_registration._DummyBackendModule):
         return True
 
     def is_available(self) -> bool:
-        return True
+        return Backend.pretended
 
     def device_count(self) -> int:
         return 1
@@ -299,6 +300,7 @@ def pretended_gpu() -> Iterator[collections.Counter]:
     WAITS.clear()
     with contextlib.ExitStack() as stack:
         device = torch.device("gpu", 0)
+        stack.enter_context(mock.patch.object(Backend, "pretended", True))
         stack.enter_context(mock.patch.object(distributed, "device", lambda: device))
         stack.enter_context(mock.patch.object(torch, "Generator", _Made))
         for mode in (torch.autograd.set_multithreading_enabled(False), Factories(), Functions()):

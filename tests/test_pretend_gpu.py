@@ -18,6 +18,7 @@ from test_torch_compile import (
     trained,
 )
 from tiny import QUANTIZER_SIZES
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from priors.interface import SampleOptions
 from tokenizer.decoders.conv import ConvDecoderConfig
@@ -49,6 +50,8 @@ def test_a_planted_fault_is_found():
         values = (here.requires_grad_() * 2).sum()
         values.backward()
         assert here.grad.cpu().tolist() == [2, 2, 2] and here.grad.device.type == "gpu"
+    with FakeTensorMode(), torch.device("cuda"):  # of torch, which would go to a driver if a GPU stayed here
+        assert torch.tensor(1.0).device.type == "cuda"
 
 
 def test_random_numbers_are_those_of_the_cpu():
