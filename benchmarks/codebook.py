@@ -110,7 +110,7 @@ def searches() -> None:
         rivals = {precision: product_of(rows, codebook, precision) for precision in precisions}
         kinds = [[search.InFloat32]]
         if DEVICE == "cpu":
-            chosen = search.choose_products(num_rows, search._Book.of(codebook, None))
+            chosen = search.choose_products(num_rows, search.Book.of(codebook, None))
             kinds = [*kinds, chosen] if len(chosen) > 1 else kinds
         automatic = search.choose_products
         for kind in kinds:

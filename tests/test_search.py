@@ -194,7 +194,7 @@ def test_what_a_coarse_product_reports_bounds_its_error():
     """And the bound of fp32, on unkind rows: outliers in a channel, codes of very unequal lengths."""
     rows = torch.randn(200, 300) * torch.logspace(0, 2, 300)
     codebook = torch.randn(250, 300) * torch.logspace(-2, 2, 250)[:, None]
-    book = search._Book.of(codebook, None)
+    book = search.Book.of(codebook, None)
     z = book.centre(rows)
     lengths = z.norm(dim=1)
     true = (rows.double()[:, None] - codebook.double()).square().sum(2) / 2
@@ -229,7 +229,7 @@ def test_rows_that_a_product_leaves_open_are_decided_by_the_next_or_in_float64(m
 
 
 def test_a_processor_without_fast_low_precision_searches_in_fp32(monkeypatch):
-    book = search._Book.of(torch.randn(16384, 768), None)
+    book = search.Book.of(torch.randn(16384, 768), None)
     chosen = search.choose_products(8192, book)
     assert chosen[-1] is search.InFloat32 and search.choose_products(1, book) == [search.InFloat32]
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
@@ -252,7 +252,7 @@ def test_equal_codes_go_to_the_lowest_index_in_float64(num_codes, dim):
         book = torch.randn(num_codes, dim)
         book[-60:] = book[torch.randperm(num_codes - 60)[:60]]
         rows = book[-60:].repeat(2, 1)[:num_rows] + 0.01 * torch.randn(num_rows, dim)
-        assert (search._in_float64(rows, book, None) < num_codes - 60).all()
+        assert (search.in_float64(rows, book, None) < num_codes - 60).all()
 
 
 @pytest.mark.parametrize("book", [torch.ones(4096, 16), torch.randn(4096, 16) * 1e-9], ids=["equal", "near zero"])
@@ -260,25 +260,8 @@ def test_a_collapsed_codebook_takes_no_more_memory(monkeypatch, book):
     """Pairs that are scored again, of 512 rows and 4096 codes."""
     book = book.clone()
     book[0] = 1.0
-    counts, scored = [], search._Book.exact_score
-    monkeypatch.setattr(search._Book, "exact_score", lambda *a: counts.append(len(a[2])) or scored(*a))
+    counts, scored = [], search.Book.exact_score
+    monkeypatch.setattr(search.Book, "exact_score", lambda *a: counts.append(len(a[2])) or scored(*a))
     rows = 1e-9 * torch.randn(512, 16)
     assert torch.equal(search.nearest(rows, book), oracle(rows, book)[0])
     assert sum(counts) <= 512 * search.CANDIDATES
-
-
-def test_without_the_host_it_finds_the_same():
-    """The path of other devices, here without their fused kernel."""
-    near = torch.randn(60, 40)
-    near = torch.cat([near, torch.nextafter(near, torch.full_like(near, INF))])[torch.randperm(120)]
-    given = 0.1 * torch.randn(300, 40) + near[torch.randint(120, (300,))]
-    assert torch.equal(search._without_host(given, near, None), search.nearest(given, near))
-    assert search._without_host(given[:0], near, None).shape == (0,)
-    rows, book = torch.randn(301, 33), torch.randn(130, 33)
-    rows[7, 0], book[5, 1] = NAN, INF
-    assert torch.equal(search._without_host(rows, book, None), search.nearest(rows, book))
-    offsets = torch.randn(130)
-    assert torch.equal(search._without_host(rows, book, offsets), search.nearest(rows, book, offsets=offsets))
-    twice = torch.randn(40, 33).repeat(6, 1)
-    assert torch.equal(search._without_host(rows, twice, None), search.nearest(rows, twice))
-    assert (search.nearest(rows, twice) < 40).all()

@@ -70,7 +70,7 @@ class LowRank:
     @torch.no_grad()
     def nearest(self, codebook: Tensor) -> Tensor:
         """argmin_k |W z - (e_k - b)|^2 / 2 = argmin_k |e_k - b|^2 / 2 - <z, W^T (e_k - b)>, (N,) int64."""
-        with torch.autocast(codebook.device.type, enabled=False), _full_precision():
+        with torch.autocast(codebook.device.type, enabled=False), full_precision():
             apart = codebook.float() - self.bias.float()
             return nearest(self.rows, apart @ self.weight.float(), offsets=half_norms(apart))
 
@@ -78,23 +78,7 @@ class LowRank:
 @torch.library.custom_op("tessera::nearest", mutates_args=())
 def _nearest(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
     """One search in fp32; opaque to torch.compile."""
-    if features.device.type != "cpu":
-        return _without_host(features, codebook, offsets)
-    codes = features.new_full((len(features),), OPEN, dtype=torch.int64)
-    book = _Book.of(codebook, offsets)
-    todo, rows = torch.arange(len(features)), features
-    for place, kind in enumerate(choose_products(len(features), book) if book else ()):
-        if len(todo) > (FEW if place else 0):
-            with _full_precision():
-                product = kind(book)
-                found = [_search(part, book, product) for part in rows.split(book.rows_at_once())]
-                del product
-            codes[todo] = torch.cat(found)
-            todo = (codes == OPEN).nonzero()[:, 0]
-            rows = features[todo]
-    if len(todo):
-        codes[todo] = _in_float64(rows, codebook, offsets)
-    return codes
+    return (on_cpu if features.device.type == "cpu" else on_device)(features, codebook, offsets)
 
 
 @_nearest.register_fake
@@ -102,8 +86,37 @@ def _(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
     return features.new_empty(len(features), dtype=torch.int64)
 
 
+def on_device(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
+    """One search in fp32, (N, D), (K, D), (K,) -> (N,): by the fused kernel, which never waits for the host, if it runs
+    there."""
+    from tokenizer.quantizers import fused, shortlist
+
+    if fused.available(features.device):  # codes in few channels lie closer than halves can tell apart
+        return fused.nearest_fused(features, codebook, offsets, coarse="fp16" if codebook.shape[1] > 4 else "ieee")
+    return shortlist.nearest_listed(features, codebook, offsets)
+
+
+def on_cpu(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
+    """One search in fp32, (N, D), (K, D), (K,) -> (N,)."""
+    codes = features.new_full((len(features),), OPEN, dtype=torch.int64)
+    book = Book.of(codebook, offsets)
+    todo, rows = torch.arange(len(features)), features
+    for place, kind in enumerate(choose_products(len(features), book) if book.fits() else ()):
+        if len(todo) > (FEW if place else 0):
+            with full_precision():
+                product = kind(book)
+                found = [_search(part, book, product) for part in rows.split(book.rows_at_once())]
+                del product
+            codes[todo] = torch.cat(found)
+            todo = (codes == OPEN).nonzero()[:, 0]
+            rows = features[todo]
+    if len(todo):
+        codes[todo] = in_float64(rows, codebook, offsets)
+    return codes
+
+
 @dataclasses.dataclass(frozen=True)
-class _Book:
+class Book:
     """A codebook less its mean, because bounds grow with lengths, and filled up to whole tiles.
 
     Filled, because a matrix product may round its last columns in another way: equal codes have to score equally.
@@ -113,22 +126,22 @@ class _Book:
     given: Tensor | None  # its offsets (K,), as they were given
     shift: Tensor  # (D,), the mean code
     offsets: Tensor  # (K',), of the codes less their mean; infinite from K on
-    radius: float  # of the longest code
-    largest: float  # of the given offsets, in absolute value
+    radius: Tensor  # (), of the longest code
+    largest: Tensor  # (), of the given offsets, in absolute value
 
     @classmethod
-    def of(cls, codebook: Tensor, offsets: Tensor | None) -> _Book | None:
-        """None where something is not finite, or where squares overflow or vanish."""
+    def of(cls, codebook: Tensor, offsets: Tensor | None) -> Book:
         shift = codebook.mean(0)
         lengths = torch.cat([torch.linalg.vector_norm(part - shift, dim=1) for part in codebook.split(TILE * 16)])
         own = lengths.square() / 2 if offsets is None else offsets
-        radius, largest = float(lengths.max()), float(own.abs().max())
-        if not float(lengths.max().square()) + largest < torch.inf:
-            return None
-        if radius < LEAST and bool((codebook != shift).any()):
-            return None
+        largest = own.abs().max() if offsets is not None else own.new_zeros(())
         own = F.pad(own, (0, -len(codebook) % TILE), value=torch.inf)
-        return cls(codebook, offsets, shift, own, radius, 0.0 if offsets is None else largest)
+        return cls(codebook, offsets, shift, own, lengths.max(), largest)
+
+    def fits(self) -> bool:
+        """Whether all bounds hold: what is given is finite, and squares neither overflow nor vanish."""
+        finite = 2 * self.radius.square() + self.largest < torch.inf
+        return bool(finite & ((self.radius >= LEAST) | (self.codebook == self.shift).all()))
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The centred codes in pieces, and the places of each among all (K,)."""
@@ -149,7 +162,8 @@ class _Book:
         """How far a score computed in fp32 may be from the true one, for rows of these lengths, (n,) -> (n,)."""
         dim = len(self.shift)
         lengthy = self.radius * (lengths + self.radius) * ((dim + 8) * UNIT)  # infinite where a score may be
-        return lengthy + (4 * UNIT * self.largest + dim * TINY)
+        # Some devices take numbers below TINY for 0, of factors and of their products.
+        return lengthy + (4 * UNIT * self.largest + dim * TINY * (1 + self.radius + lengths))
 
     def score(self, z: Tensor, row: Tensor, code: Tensor) -> Tensor:
         """Scores in fp32 of pairs of a centred row and a code, (P,) each, rows ascending and codes in a row -> (P,).
@@ -186,7 +200,7 @@ class _Product(Protocol):
 
     exact: bool  # as fp32 is
 
-    def __init__(self, book: _Book) -> None: ...
+    def __init__(self, book: Book) -> None: ...
 
     def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]: ...
 
@@ -198,7 +212,7 @@ class InFloat32:
 
     exact = True
 
-    def __init__(self, book: _Book) -> None:
+    def __init__(self, book: Book) -> None:
         self.codes = torch.zeros(len(book.offsets), len(book.shift) + 1)
         for places, part in book.parts():
             self.codes[places, :-1] = part
@@ -219,7 +233,7 @@ class InBFloat16:
 
     exact = False
 
-    def __init__(self, book: _Book) -> None:
+    def __init__(self, book: Book) -> None:
         self.offsets, self.radius = book.offsets, book.radius
         self.codes = torch.zeros(len(book.offsets), len(book.shift), dtype=torch.bfloat16)
         self.lost = 0.0
@@ -240,7 +254,7 @@ class InInt8:
 
     exact = False
 
-    def __init__(self, book: _Book) -> None:
+    def __init__(self, book: Book) -> None:
         self.offsets, self.lost, self.reach = book.offsets, 0.0, 0.0
         codes = torch.zeros(len(book.offsets), len(book.shift), dtype=torch.int8)
         self.scales = torch.ones(len(codes))
@@ -265,7 +279,7 @@ class InInt8:
         return torch.addcmul(self.offsets, product.mul_(self.scales), scale, value=-1, out=product), slack
 
 
-def choose_products(num_rows: int, book: _Book) -> list[type[_Product]]:
+def choose_products(num_rows: int, book: Book) -> list[type[_Product]]:
     """What is fastest for this size on this processor, and then what decides the rows that it left open."""
     num_codes, dim = book.codebook.shape
     if dim >= COARSE_DIM and num_rows * num_codes * dim >= COARSE_WORK:
@@ -276,7 +290,7 @@ def choose_products(num_rows: int, book: _Book) -> list[type[_Product]]:
     return [InFloat32]
 
 
-def _search(rows: Tensor, book: _Book, product: _Product) -> Tensor:
+def _search(rows: Tensor, book: Book, product: _Product) -> Tensor:
     """(n, D) -> (n,), by short lists of the codes that can be nearest; OPEN where a list would be long."""
     z = book.centre(rows)
     lengths = torch.linalg.vector_norm(z, dim=1)
@@ -326,7 +340,7 @@ def _keep_lowest(row: Tensor, code: Tensor, scores: Tensor, margin: Tensor) -> t
     return row[kept], code[kept]
 
 
-def _in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
+def in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
     """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,). Waits for no device.
 
     A product may round equal codes in different ways: the lowest index within the error of the best is taken.
@@ -354,17 +368,8 @@ def _in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tenso
     return codes.where(rows.isfinite().all(1), -1)
 
 
-def _without_host(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
-    """The search on a device, nothing of which waits for the host: the fused kernel, or float64 without it."""
-    from tokenizer.quantizers import fused
-
-    if fused.available(features.device):  # codes in few channels lie closer than halves can tell apart
-        return fused.nearest_fused(features, codebook, offsets, coarse="fp16" if codebook.shape[1] > 4 else "ieee")
-    return _in_float64(features, codebook, offsets)
-
-
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No tf32 or bf16 in products of fp32 numbers, whatever the process has allowed elsewhere."""
     settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
