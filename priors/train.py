@@ -53,11 +53,14 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     cache.check_tokenizer()
     if distributed.is_main():
         cache.verify()
+    torch.manual_seed(distributed.mix(config.seed))
+    # Before the folder is taken: what cannot be built must not cost the run that --fresh is to replace.
+    prior = config.prior.build(cache.layout, cache.num_classes)
+    sequences = TokenSequences(cache.split("train"), config.seed)
+    batches = feed(sequences, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     inputs = {"tokens": cache.sha256}
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh, inputs=inputs)
     record = _keep_record(run, cache, Path(config.tokens), config.sampling)
-    torch.manual_seed(distributed.mix(config.seed))
-    prior = config.prior.build(cache.layout, record.num_classes)
 
     def loss(batch: Batch, step: int) -> Loss:
         shape = (cache.layout.length + 2,)
@@ -65,12 +68,11 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
         uniform = antithetic(uniform, batch.positions, config.loop.batch_size)
         return prior.loss(batch["codes"], batch["labels"], uniform)
 
-    sequences = TokenSequences(cache.split("train"), config.seed)
     return train(
         config.loop,
         run,
         [Turn("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))],
-        feed(sequences, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers),
+        batches,
         seed=config.seed,
         published=prior,
         preview=Preview(record, run.folder),

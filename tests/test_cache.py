@@ -145,6 +145,29 @@ def test_views_need_an_augmentation(root):
         encode_data(run(root, views=2))
 
 
+@pytest.mark.parametrize("views", [10**6, 10**12, 10**25])
+def test_views_that_nothing_holds_leave_the_cache_that_is_there(root, monkeypatch, views):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**8))
+    encode_data(run(root))
+    before = files(root / "tokens")
+    with pytest.raises(UserError, match=rf"tokens: views={views} .* bytes of codes, .* free: lower views"):
+        encode_data(run(root, views=views))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**40, 0, 10**39))
+    if views > 10**6:
+        with pytest.raises(UserError, match=rf"tokens: views={views} .* bytes of memory"):
+            encode_data(run(root, views=views))
+    assert files(root / "tokens") == before
+
+
+def test_weights_that_cannot_be_loaded_leave_the_cache_that_is_there(root):
+    encode_data(run(root))
+    before = files(root / "tokens")
+    (root / "tokenizer" / "weights" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        encode_data(run(root), fresh=True)
+    assert files(root / "tokens") == before
+
+
 @pytest.mark.parametrize(("num_codes", "dtype"), [((16,), "<u2"), ((1 << 16,), "<u2"), ((4, (1 << 16) + 1), "<u4")])
 def test_the_smallest_type_that_holds_every_code(num_codes, dtype):
     assert code_dtype(CodeLayout(((1,),) * len(num_codes), num_codes)) == np.dtype(dtype)

@@ -408,6 +408,20 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
     assert str(tmp_path / "run") in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [Config(), Config(seed=1)])
+def test_a_run_that_lost_its_configuration_does_not_go_on_with_any_other(tmp_path, config):
+    folder = tmp_path / "run"
+    run = saved(folder, [1])
+    del run
+    text = (folder / "config.yaml").read_bytes()
+    (folder / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config.yaml is not there, .*step-00000001 .*put it back, .*--fresh"):
+        Run.open(folder, config)
+    assert not (folder / "config.yaml").exists()
+    (folder / "config.yaml").write_bytes(text)
+    assert Run.open(folder, Config()).latest()["step"] == 1
+
+
 def test_left_overs_of_a_crash_are_removed(tmp_path):
     run = saved(tmp_path / "run", [1])
     del run

@@ -99,6 +99,14 @@ def request(num=20, classes=(0, 1, 2), **options):
     return Request(num, classes, SampleOptions(**options))
 
 
+def test_settings_that_cannot_be_trained_with_do_not_cost_the_prior_that_fresh_would_replace(root):
+    before = {path: path.read_bytes() for path in (root / "prior").rglob("*") if path.is_file()}
+    other = settings(root)
+    with pytest.raises(UserError, match="cannot be shared evenly"):
+        train_prior(dataclasses.replace(other, loop=dataclasses.replace(other.loop, accumulate=7)), fresh=True)
+    assert {path: path.read_bytes() for path in (root / "prior").rglob("*") if path.is_file()} == before
+
+
 def test_training_writes_what_generation_needs(root):
     run = root / "prior"
     record = read_record(run)

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tokenizer.cache import (
 from tokenizer.data.identity import FORMAT as IDENTITY
 from tokenizer.data.identity import Inventory
 from tokenizer.data.sources import Images, open_split, take_inventories
+from tokenizer.interface import CodeLayout
 from tokenizer.run import load, load_config
 from training import distributed
 from training.checkpoint import digest, replace_file, sha256, weights_hash
@@ -95,14 +97,17 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         if distributed.is_main():
             print(f"{out}: up to date", flush=True)
         return current
+    # All that may refuse the work comes before the first file of an earlier cache goes.
+    tokenizer = load(run_folder)
+    opened = {split: open_split(data, split, augment=True) for split in SPLITS}
+    counts = {split: len(images) for split, images in opened.items()}
+    distributed.on_main(lambda: _check_room(out, counts, views, tokenizer.layout))
     files = Folder(out, TOKENS)
     held.callback(files.release)
     distributed.on_main(lambda: _prepare(files, digest(plan)))
 
-    tokenizer = load(run_folder)
     splits: dict[str, Any] = {}
-    for split in SPLITS:
-        augmented = open_split(data, split, augment=True)
+    for split, augmented in opened.items():
         sources = [augmented.plain(), augmented]
         augmented.announce()
         _note_shards(files, split, len(sources[0]))
@@ -181,6 +186,24 @@ def _note_source(cache: TokenCache, source: str) -> None:
             replace_file(cache.folder / "manifest.json", json.dumps(cache.manifest, indent=1).encode())
 
 
+def _check_room(out: Path, counts: Mapping[str, int], views: int, layout: CodeLayout) -> None:
+    """Raise UserError where the codes do not fit the disk, or those of one shard the memory."""
+    each = views * layout.length * code_dtype(layout).itemsize  # bytes of an image
+    needed = each * sum(counts.values())
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    ours = sum(path.stat().st_size for path in out.glob("*.npy")) if out.is_dir() else 0  # which go, or count
+    free = shutil.disk_usage(existing).free + ours
+    if needed > free:
+        raise UserError(
+            f"{out}: views={views} makes {needed:,} bytes of codes, and {free:,} are free: lower views, or make room"
+        )
+    held = 2 * each * min(IMAGES_PER_SHARD, max(counts.values()))  # as an array, and as the file that it becomes
+    try:
+        np.empty(held, np.uint8)
+    except (MemoryError, ValueError):  # ValueError: beyond what can be addressed
+        raise UserError(f"{out}: views={views} takes {held:,} bytes of memory: lower views") from None
+
+
 def _prepare(files: Folder, plan: str) -> None:
     """Take the folder, where an unfinished cache of the same plan stays and all else that was written here goes."""
     files.take()
@@ -231,7 +254,7 @@ def _encode_split(tokenizer: Any, sources: list[Images], split: str, out: Path, 
         for array, path in files.items():
             buffer = io.BytesIO()
             np.save(buffer, {"codes": codes, "labels": labels, "ids": ids}[array])
-            replace_file(path, buffer.getvalue())
+            replace_file(path, buffer.getbuffer())
     if distributed.is_main():
         progress.finish(f"{count} images, {views} view{'s' * (views > 1)}")
 

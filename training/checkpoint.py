@@ -146,7 +146,12 @@ class Run:
             self._start_over()
         self.files.note(*ALWAYS)
         kept = self.folder / "config.yaml"
-        if kept.is_file() and self._steps():  # before the first, nothing would be lost
+        if self._steps():  # before the first, nothing would be lost
+            if not kept.is_file():
+                raise UserError(
+                    f"{kept} is not there, and with what settings {self.newest()} was made, nothing else says: put it "
+                    "back, or start the run over with --fresh (make: FRESH=1)"
+                )
             try:
                 old = undump(kept)
             except ValueError as error:

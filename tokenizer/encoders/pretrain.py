@@ -120,6 +120,7 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         model = config.mae.build(config.data.image_size)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
+    batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     run = open_run(folder, config, [images, held_out], fresh=fresh)
     images.announce()
     num_patches = model.vit.embeddings.patch_embeddings.num_patches
@@ -141,7 +142,6 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         rows = [images, images * (1 - hidden), images * (1 - hidden) + filled * hidden]
         image_grid(to_pixels(torch.stack(rows, 1).flatten(0, 1)), columns=12).save(path)
 
-    batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     turns = [Turn("mae", model, loss, config.optimizer)]
     averaged = train(config.loop, run, turns, batches, seed=config.seed, published=model, preview=preview)
     if distributed.is_main() and not (run.folder / "model" / "config.json").is_file():
