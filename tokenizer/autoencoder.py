@@ -31,6 +31,7 @@ class VQVAEConfig:
     quantizer: Any = one_of(QUANTIZERS, "vector")
     decoder: Any = one_of(DECODERS, "conv")
     normalise: bool = False  # latents, by statistics measured before training
+    projections: bool = False  # before and after the quantizer even where widths agree
 
     def __post_init__(self) -> None:
         check_decoder_weights(self)
@@ -41,7 +42,7 @@ class VQVAEConfig:
         Raises ValueError when the image does not divide into whole patches.
         """
         parts = build_parts(self, image_size, saved, weights)
-        return Autoencoder(*parts, normalise=self.normalise)
+        return Autoencoder(*parts, normalise=self.normalise, projections=self.projections)
 
 
 def check_decoder_weights(model: Any) -> None:
@@ -104,9 +105,11 @@ class Autoencoder(nn.Module):
         normalise: bool,
         denormalise: bool = False,
         noise_tau: float = 0.0,
+        projections: bool = False,
     ) -> None:
         """`normalise` features before the quantizer and, with `denormalise`, undo it before the decoder.
 
+        `projections` stand on both sides of the quantizer even where widths agree.
         `noise_tau`: largest standard deviation of the noise that training adds to features.
         """
         assert normalise or not denormalise
@@ -115,7 +118,7 @@ class Autoencoder(nn.Module):
         self.grid, self.noise_tau = grid, noise_tau
         self.denormalise = denormalise
         self.normaliser = LatentNormaliser(encoder.channels, grid) if normalise else nn.Identity()
-        same = encoder.channels == quantizer.dim
+        same = encoder.channels == quantizer.dim and not projections
         self.project_in = nn.Identity() if same else Projection(encoder.channels, quantizer.dim)
         self.project_out = nn.Identity() if same else Projection(quantizer.dim, encoder.channels)
         self.layout = self._layout_of(grid)
@@ -132,7 +135,7 @@ class Autoencoder(nn.Module):
         """
         features = self.encoder(images) if features is None else features.float()
         latents, quantized = self.quantize(features if noise is None else features + noise)
-        pictures = self._from_vectors(quantized.vectors)
+        pictures = self.from_vectors(quantized.vectors)
         codes = quantized.codes.flatten(1)
         return Reconstruction(pictures, features, latents, quantized.vectors, codes, quantized.loss, quantized.parts)
 
@@ -149,7 +152,7 @@ class Autoencoder(nn.Module):
         """
         layout = layout or self.layout
         layout.check(codes)
-        return self._from_vectors(self.quantizer.lookup(torch.stack(layout.split(codes), 1)))
+        return self.from_vectors(self.quantizer.lookup(torch.stack(layout.split(codes), 1)))
 
     def layout_of(self, height: int, width: int) -> CodeLayout:
         """What the codes of images (3, height, width) mean."""
@@ -211,7 +214,8 @@ class Autoencoder(nn.Module):
         """Features as the quantizer leaves them, (B, C, h, w) and normalised where `normalise` is set -> images."""
         return self.decoder(self.normaliser.inverse(features) if self.denormalise else features)
 
-    def _from_vectors(self, vectors: Tensor) -> Tensor:
+    def from_vectors(self, vectors: Tensor) -> Tensor:
+        """Vectors as the quantizer gives them, (B, D, h, w) -> images."""
         return self.to_images(self.project_out(vectors))
 
     def _layout_of(self, grid: tuple[int, int]) -> CodeLayout:

@@ -11,7 +11,14 @@ import dataclasses
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.encoders.resnet import check_resnet, group_norm, middle, residual_blocks, resnet_stride
+from tokenizer.encoders.resnet import (
+    attention_levels,
+    check_resnet,
+    group_norm,
+    middle,
+    residual_blocks,
+    resnet_stride,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +27,13 @@ class ResNetDecoderConfig:
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of the channels, one per resolution, finest first
     blocks: int = 2  # of the encoder, per resolution; the decoder has one more
-    attention: bool = True  # at the coarsest resolution and in the middle
+    attention: bool = True  # in the middle and, where attention_levels says nothing, at the coarsest resolution
+    attention_levels: tuple[int, ...] | None = None  # resolutions with attention, 0 the finest
+    groups: int = 0  # of each group norm; 0 for 32, or as many as leave four channels to each
     patch: int = 1  # pixels per side that the last layer predicts at once
 
     def __post_init__(self) -> None:
-        check_resnet("decoder", self.channels, self.multipliers, self.blocks, self.patch)
+        check_resnet("decoder", self)
 
     def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> ResNetDecoder:
         """Raises ValueError when the encoder's pixels per code are not this decoder's."""
@@ -34,31 +43,28 @@ class ResNetDecoderConfig:
                 f"decoder.multipliers={list(self.multipliers)} with decoder.patch={self.patch} make {own} pixels per "
                 f"code, where the encoder has {stride}: give both the same"
             )
-        return ResNetDecoder(
-            in_channels, self.channels, tuple(self.multipliers), self.blocks, self.attention, self.patch
-        )
+        return ResNetDecoder(in_channels, self)
 
 
 class ResNetDecoder(nn.Module):
     """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w)."""
 
-    def __init__(
-        self, in_channels: int, channels: int, multipliers: tuple[int, ...], blocks: int, attention: bool, patch: int
-    ) -> None:
+    def __init__(self, in_channels: int, config: ResNetDecoderConfig) -> None:
         super().__init__()
-        width = channels * multipliers[-1]
+        groups, attended = config.groups, attention_levels(config)
+        width = config.channels * config.multipliers[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.middle = middle(width, attention)
+        self.middle = middle(width, config.attention, groups)
         self.up = nn.Sequential()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            coarsest = level == len(multipliers) - 1
-            self.up.extend(residual_blocks(width, channels * multiplier, blocks + 1, attention and coarsest))
-            width = channels * multiplier
+        for level, multiplier in reversed(list(enumerate(config.multipliers))):
+            channels = config.channels * multiplier
+            self.up.extend(residual_blocks(width, channels, config.blocks + 1, level in attended, groups))
+            width = channels
             if level:
                 self.up.append(Upsample(width))
-        self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, 3 * patch * patch, 3, padding=1)
-        self.to_pixels = nn.PixelShuffle(patch)
+        self.norm_out = group_norm(width, groups)
+        self.conv_out = nn.Conv2d(width, 3 * config.patch * config.patch, 3, padding=1)
+        self.to_pixels = nn.PixelShuffle(config.patch)
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -1,0 +1,231 @@
+"""Published tokenizers as ours: found, recognised, built and filled; and written again under either names.
+
+Every tensor of a file has a place, or is named: nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.data.sources import DataConfig
+from tokenizer.published.files import (
+    Hyperparameters,
+    Weights,
+    find_config,
+    find_weights,
+    open_weights,
+    read_config,
+)
+from tokenizer.published.peer import Architecture, Peer, Place
+from tokenizer.published.table import peer_of, published_files
+from tokenizer.run import TokenizerRun
+from training import distributed
+from training.command import UserError
+
+PREFIX = "published:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a loaded tokenizer comes from."""
+
+    peer: Peer
+    path: Path
+    architecture: Architecture
+    places: dict[str, Place]  # ours -> the name in the file
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    file: str | None = None,
+    revision: str | None = None,
+    as_: str | None = None,
+    config: str | Path | dict[str, Any] | None = None,
+    *,
+    averaged: bool = True,
+) -> nn.Module:
+    """A published tokenizer in evaluation mode, as `tokenizer.load` gives one of ours; `.published` is its Source.
+
+    name_or_path  published:NAME or NAME of docs/published.md, a file, a folder, or a repository of the Hub
+    file          of a folder or a repository, where it has several
+    as_           the kind, where it is not to be recognised
+    config        the authors' configuration (JSON, YAML, or what such a file holds), where it is not beside the file
+    averaged      False: where a file has weights twice, not their averages
+
+    Raises UserError for what is not there, damaged, of no known kind, or not whole.
+    """
+    path, told, kind = locate(name_or_path, file, revision)
+    weights = open_weights(path, averaged=averaged)
+    hyper = hyperparameters(path, config, told)
+    peer = peer_of(weights, hyper, as_ or kind)
+    return load_weights(peer, weights, hyper)
+
+
+def hyperparameters(
+    weights: Path, config: str | Path | dict[str, Any] | None = None, told: dict[str, Any] | None = None
+) -> Hyperparameters:
+    """What is given, else what lies beside a file of weights, else what is known of it."""
+    if isinstance(config, dict):
+        return Hyperparameters(config)
+    path = Path(config) if config is not None else find_config(weights)
+    return Hyperparameters(read_config(path), path) if path else Hyperparameters(told)
+
+
+def load_weights(peer: Peer, weights: Weights, hyper: Hyperparameters) -> nn.Module:
+    """A file of a known kind as one of our autoencoders. Raises UserError, naming tensors, where it is not one."""
+    try:
+        architecture = peer.architecture(weights.shapes, hyper)
+    except KeyError as error:
+        raise UserError(f"{weights.path}: it has no {error.args[0]}, which every {peer.kind} has") from None
+    except UserError:
+        raise
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{weights.path}: its shapes are of no {peer.kind}: {error}") from None
+    run = TokenizerRun(name=peer.kind, model=architecture.model, data=DataConfig(image_size=architecture.image_size))
+    try:
+        with torch.device("meta"):
+            described = architecture.model.build(architecture.image_size, weights=False)
+        places = dict(architecture.places(described))
+        state = read_state(peer, weights, places, {n: tuple(t.shape) for n, t in described.state_dict().items()})
+        model = architecture.model.build(architecture.image_size, weights=False)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{weights.path}: it is no {peer.kind} that can be built: {error}") from None
+    model.load_state_dict(state, strict=False)
+    model.config = run
+    model.published = Source(
+        peer,
+        weights.path,
+        architecture,
+        {n: dataclasses.replace(p, name=weights.origins[p.name]) for n, p in places.items()},
+    )
+    return model.to(distributed.device()).eval().requires_grad_(False)
+
+
+def read_state(
+    peer: Peer, weights: Weights, places: dict[str, Place], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Our tensors from a file's, in float32. Raises UserError for any that is missing, mis-shaped or left over."""
+    wanted = {place.name for place in places.values()}
+    missing = wanted - weights.tensors.keys()
+    if missing:
+        raise UserError(f"{weights.path}: as {peer.kind} it lacks {_listed(missing)}: is it whole, and of this kind?")
+    unexpected = [name for name in weights.tensors.keys() - wanted if not peer.ignores(name)]
+    if unexpected:
+        raise UserError(
+            f"{weights.path}: as {peer.kind} it has no place for {_listed(unexpected)}: is it of this kind, and is the "
+            "configuration its own?"
+        )
+    state = {}
+    for ours, place in places.items():
+        stored = weights.tensors[place.name]
+        if not stored.dtype.is_floating_point:
+            raise UserError(f"{weights.path}: {place.name} is {stored.dtype}, where numbers with a point are expected")
+        try:
+            state[ours] = place.to_ours(weights.read(place.name), shapes[ours]).float().contiguous()
+        except UserError:
+            raise
+        except (ValueError, RuntimeError):
+            expected = tuple(reversed(shapes[ours])) if place.transposed else shapes[ours]
+            raise UserError(
+                f"{weights.path}: {place.name} is {tuple(stored.shape)}, and {expected} is expected of this {peer.kind}"
+            ) from None
+    return state
+
+
+def published_state(model: nn.Module) -> dict[str, Tensor]:
+    """A loaded model's tensors under the names, and in the shapes and types, of the file that it came from."""
+    source: Source = model.published
+    weights = open_weights(source.path, averaged=True)
+    raw = open_weights(source.path, averaged=False)
+    stored = {w.origins[name]: tensor for w in (raw, weights) for name, tensor in w.tensors.items()}
+    ours, found = (
+        model.state_dict(),
+        {name: tensor.read() for name, tensor in (weights.rest | raw.rest | stored).items()},
+    )
+    for name, place in source.places.items():
+        like = stored[place.name]
+        found[place.name] = place.to_theirs(ours[name].cpu(), tuple(like.shape)).to(like.dtype).contiguous()
+    return found
+
+
+def save_published(model: nn.Module, out: str | Path) -> Path:
+    """Write a loaded model, trained on or not, as a safetensors file under its authors' names; return its path.
+
+    What the file that it came from holds beside the model is written, too, as it is.
+    """
+    from safetensors.torch import save_file
+
+    out = Path(out)
+    save_file(published_state(model), out)
+    return out
+
+
+def locate(
+    name_or_path: str | Path, file: str | None = None, revision: str | None = None
+) -> tuple[Path, dict[str, Any] | None, str | None]:
+    """The local file of weights; with it, of a known name, hyperparameters that no file says and its kind.
+
+    Raises UserError when there is none, which says where to put it.
+    """
+    text = str(name_or_path)
+    name, known = text.removeprefix(PREFIX), published_files()
+    path = Path(name).expanduser()
+    if name in known and not path.exists():
+        peer, entry = known[name]
+        return fetch(entry.where, entry.file, revision, name, entry.config), dict(entry.hyperparameters), peer.kind
+    if path.is_dir():
+        return find_weights(path, file), None, None
+    if path.is_file():
+        return path, None, None
+    if name.count("/") == 1 and file is not None and not name.startswith((".", "/", "~")):
+        entry = next((e for _, e in known.values() if (e.where, e.file) == (name, file)), None)
+        peer = next((p for p, e in known.values() if e is entry), None)
+        found = fetch(name, file, revision, name.replace("/", "--"), entry.config if entry else "config.json")
+        return found, dict(entry.hyperparameters) if entry else None, peer.kind if peer else None
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        files = [e.file for _, e in known.values() if e.where == name]
+        hint = f", such as file={files[0]!r}" if files else ""
+        raise UserError(f"{name}: there is no such folder here; of a repository of the Hub name the file{hint}")
+    raise UserError(f"{name}: there is no such file or folder, and no published file of that name in docs/published.md")
+
+
+def home() -> Path:
+    """Where files that were fetched by hand are looked for: a folder for each name."""
+    given = os.environ.get("TESSERA_PUBLISHED")
+    return Path(given).expanduser() if given else Path("~/.cache/tessera/published").expanduser()
+
+
+def fetch(where: str, file: str, revision: str | None, name: str, config: str = "") -> Path:
+    """A published file: from the folder of files fetched by hand, else from the Hub or its cache."""
+    by_hand = home() / name / Path(file).name
+    if by_hand.is_file():
+        return by_hand
+    if "://" in where:
+        raise UserError(f"{name}: {where} is not asked from here: put its {file} at {by_hand}")
+    from huggingface_hub import hf_hub_download
+
+    from tokenizer.remote import patient
+
+    try:
+        with patient(where):
+            if config:
+                hf_hub_download(where, config, revision=revision)
+            return Path(hf_hub_download(where, file, revision=revision))
+    except Exception as error:  # the errors of its network libraries share no base
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise UserError(f"{where}: the Hub gave no {file} ({reason}): put that file at {by_hand}") from None
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

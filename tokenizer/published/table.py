@@ -1,0 +1,36 @@
+"""All published tokenizers that are known here."""
+
+from __future__ import annotations
+
+import difflib
+
+from tokenizer.published.files import Hyperparameters, Weights
+from tokenizer.published.peer import Evidence, Peer, PublishedFile
+from tokenizer.published.taming import GUMBEL, TAMING
+from training.command import UserError
+
+PEERS: dict[str, Peer] = {peer.kind: peer for peer in (TAMING, GUMBEL)}
+TARGETS = ("target", "class_path", "_class_name", "_target_")  # keys of a class in the configurations of others
+
+
+def peer_of(weights: Weights, hyper: Hyperparameters, kind: str | None = None) -> Peer:
+    """Of which kind a file is. Raises UserError where it is of none, or of several."""
+    if kind is not None:
+        if kind not in PEERS:
+            near = difflib.get_close_matches(kind, PEERS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(PEERS)}"
+            raise UserError(f"{kind} is no published kind that is known here: {hint}")
+        return PEERS[kind]
+    target = next((str(found) for key in TARGETS if (found := hyper.find(key)) is not None), "")
+    evidence = Evidence(weights.shapes, target, weights.shadowed)
+    found = [peer for peer in PEERS.values() if peer.recognises(evidence)]
+    if len(found) == 1:
+        return found[0]
+    kinds = ", ".join(peer.kind for peer in found or PEERS.values())
+    which = "it may be of several kinds" if found else "its tensors are of no kind that is known here"
+    raise UserError(f"{weights.path}: {which}: say which with as_= (on the command line --as), one of {kinds}")
+
+
+def published_files() -> dict[str, tuple[Peer, PublishedFile]]:
+    """All files that are known by name."""
+    return {file.name: (peer, file) for peer in PEERS.values() for file in peer.files}
