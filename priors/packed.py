@@ -8,7 +8,8 @@ oneDNN's own layout of them, which it reads two to three times as fast.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,10 @@ class PackedWeights(NamedTuple):
         ]
         return self._replace(blocks=blocks, final=_rows(self.final, index), classes=self.classes[index])
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, in an order that depends on the backbone alone."""
+        return _tensors(self)
+
     def logits(self, features: Tensor, level: int, items: Tensor | None = None) -> Tensor:
         """Features (R, dim) after the blocks -> (R, num_codes) float32 of a level.
 
@@ -102,7 +107,7 @@ def pack(backbone: Backbone, labels: Tensor, rows: int) -> PackedWeights:
         dtype = torch.get_autocast_dtype(labels.device.type)
     gain = _inner_gain(backbone.norm, backbone)
     blocks = [_pack_block(block, dtype, rows) for block in backbone.blocks]
-    heads = [(Matrix.of(head.weight * gain, dtype, rows), head.bias.to(dtype)) for head in backbone.heads]
+    heads = [(Matrix.of(head.weight * gain, dtype, rows), head.bias.to(dtype, copy=True)) for head in backbone.heads]
     weights = PackedWeights(blocks, None, heads, backbone.classes(labels).to(dtype))
     return weights if backbone.timed else modulate(weights, backbone, labels)
 
@@ -150,6 +155,14 @@ def finish(block: BlockWeights, features: Tensor, attended: Tensor) -> Tensor:
     return _add(features, F.silu(gate) * up, block.down, block.feedforward)
 
 
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, tuple | list):
+        for each in part:
+            yield from _tensors(each)
+
+
 def _normalise(features: Tensor, modulation: Modulation | None) -> Tensor:
     """Features on the unit sphere; the radius sqrt(dim) is in the modulation, or in the next matrix."""
     features = features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
@@ -183,7 +196,7 @@ def _pack_block(block: Block, dtype: torch.dtype, rows: int) -> BlockWeights:
         gains=(gains * (dim // heads) ** 0.5).to(dtype),
         out=Matrix.of(attention.to_out.weight, dtype, rows),
         up=Matrix.of(glu.proj.weight * second, dtype, rows),
-        up_bias=glu.proj.bias.to(dtype),
+        up_bias=glu.proj.bias.to(dtype, copy=True),
         down=Matrix.of(down.weight, dtype, rows),
         attention=None,
         feedforward=None,

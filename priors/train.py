@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from priors import PRIORS
+from priors import PRIORS, engine
 from priors.diffusion import antithetic
 from priors.dry_run import dry_run
 from priors.interface import Prior, SampleOptions
@@ -137,6 +137,7 @@ class Preview:
             self.tokenizer = tokenizer.load(self.tokenizer_folder)
         ids = torch.arange(self.rows * PREVIEW_COLUMNS, device=distributed.device())
         codes = prior.sample(ids // PREVIEW_COLUMNS, self.sampling, ids)
+        engine.forget(prior)  # training has the memory
         images = to_pixels(self.tokenizer.decode(codes))
         image_grid(images, PREVIEW_COLUMNS).save(path)
 
