@@ -12,16 +12,19 @@ from torch.testing import assert_close
 
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.conv import ConvDecoder, ConvDecoderConfig
+from tokenizer.decoders.magvit import MagvitDecoderConfig
 from tokenizer.decoders.resnet import ResNetDecoderConfig
 from tokenizer.decoders.vit import PRESETS, ViTDecoderConfig, sin_cos_positions
 from tokenizer.encoders.conv import ConvEncoder, ConvEncoderConfig
-from tokenizer.encoders.resnet import ResNetEncoderConfig, group_norm
+from tokenizer.encoders.magvit import MagvitEncoderConfig
+from tokenizer.encoders.resnet import Attention, ResNetEncoderConfig, group_norm
 from tokenizer.hierarchical import VQVAE2Config
 from training.config import from_dict, to_dict
 
 SMALL = {
     "conv": {"channels": 8, "residual_blocks": 1, "residual_channels": 4},
     "resnet": {"channels": 8, "multipliers": (1, 2, 2), "blocks": 1},
+    "magvit": {"channels": 8, "multipliers": (1, 2, 2), "blocks": 1},
     "vit": {"dim": 16, "depth": 2, "heads": 2},
 }
 RESNETS = [((1, 2, 2), 1, 4), ((1, 2), 2, 4), ((2,), 4, 4), ((1,), 1, 1), ((1, 1, 2, 2, 4), 1, 16)]
@@ -66,6 +69,61 @@ def test_a_code_moves_what_is_around_its_own_place(kind, place):
     for side, share in ((0, moved.sum(1)), (1, moved.sum(0))):
         pixels = torch.arange(len(share)) + 0.5
         assert abs((share @ pixels / share.sum()) / 4 - 0.5 - place[side]) < 1, "codes from the place, on average"
+
+
+# MaskGIT and MAGVIT-v2
+
+
+@pytest.mark.parametrize("downsampling", ["average", "conv", "centred"])
+@pytest.mark.parametrize(
+    ("shortcut", "upsampling", "adaptive"), [("input", "nearest", False), ("output", "channels", True)]
+)
+def test_magvit_networks_halve_and_double(downsampling, shortcut, upsampling, adaptive):
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "multipliers": (1, 2, 2), "blocks": 2, "shortcut": shortcut}
+    encoder = MagvitEncoderConfig(**sizes, downsampling=downsampling, out_channels=6).build(16)
+    decoder = MagvitDecoderConfig(**sizes, upsampling=upsampling, adaptive=adaptive).build(6, 4, (4, 4), encoder)
+    features = encoder(torch.randn(2, 3, 24, 16))
+    assert features.shape == (2, 6, 6, 4) and decoder(features).shape == (2, 3, 24, 16)
+    decoder(features).square().sum().backward()
+    for network in (encoder, decoder):
+        assert all(parameter.grad.abs().sum() > 0 for parameter in network.parameters())
+
+
+def test_magvit_networks_of_the_unit_range_are_those_of_other_images():
+    sizes = {"channels": 8, "multipliers": (1, 1), "blocks": 1}
+    plain, unit = (MagvitEncoderConfig(**sizes, unit_range=is_unit).build(8) for is_unit in (False, True))
+    unit.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 8, 8)
+    assert_close(unit(images * 2 - 1), plain(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"blocks": 0}, "blocks=0 must be at least 1"),
+        ({"multipliers": ()}, "must name a multiplier"),
+        ({"shortcut": "none"}, "shortcut='none' is not one of input, output"),
+        ({"groups": 5}, "groups=5 must divide all widths"),
+    ],
+)
+def test_magvit_networks_that_cannot_be_are_refused(settings, line):
+    for config in (MagvitEncoderConfig, MagvitDecoderConfig):
+        with pytest.raises(ValueError, match=line):
+            config(**settings)
+
+
+def test_attention_may_stand_at_any_resolution():
+    sizes = {"channels": 8, "multipliers": (1, 2, 2), "blocks": 1, "groups": 2}
+    for attention, levels, expected in ((True, None, 2), (False, None, 0), (True, (), 1), (False, (0, 2), 2)):
+        config = ResNetEncoderConfig(**sizes, attention=attention, attention_levels=levels)
+        encoder = config.build(16)
+        assert sum(isinstance(module, Attention) for module in encoder.modules()) == expected
+        assert {module.num_groups for module in encoder.modules() if isinstance(module, nn.GroupNorm)} == {2}
+    with pytest.raises(ValueError, match=r"attention_levels=\[3\] must be of the 3"):
+        ResNetEncoderConfig(**sizes, attention_levels=(3,))
+    with pytest.raises(ValueError, match="groups=3 must divide all widths, and 8"):
+        ResNetEncoderConfig(**{**sizes, "groups": 3})
 
 
 # VQ-VAE

@@ -178,7 +178,7 @@ def test_hyperparameters_are_found_wherever_they_stand():
     hyper = Hyperparameters({"data": {"size": "7"}, "model": {"params": {"size": 5, "on": "True"}}, "n": 3})
     assert hyper.number("n") == 3 and hyper.number("size") == 7 and hyper.number("params", "size") == 5
     assert hyper.flag("on") is True and hyper.find("none") is None
-    with pytest.raises(UserError, match="there is no heads, which"):
+    with pytest.raises(UserError, match="no configuration says heads, which"):
         hyper.needed("heads", why="which shapes do not tell")
 
 

@@ -26,6 +26,7 @@ from training.loop import Batch
 DECODER_SIZES = {
     "conv": {"channels": 8, "residual_blocks": 1, "residual_channels": 4},
     "resnet": {"channels": 8, "multipliers": (1, 1, 1), "blocks": 1},
+    "magvit": {"channels": 8, "multipliers": (1, 1, 1), "blocks": 1},
     "vit": {"dim": 16, "depth": 2, "heads": 2},
 }
 CASES = list(itertools.product(AUTOENCODERS, QUANTIZERS))

@@ -2,6 +2,12 @@
 
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.encoders.foundation import FoundationConfig
+from tokenizer.encoders.magvit import MagvitEncoderConfig
 from tokenizer.encoders.resnet import ResNetEncoderConfig
 
-ENCODERS = {"conv": ConvEncoderConfig, "resnet": ResNetEncoderConfig, "foundation": FoundationConfig}
+ENCODERS = {
+    "conv": ConvEncoderConfig,
+    "resnet": ResNetEncoderConfig,
+    "magvit": MagvitEncoderConfig,
+    "foundation": FoundationConfig,
+}

@@ -133,7 +133,8 @@ def read_config(path: Path) -> dict[str, Any]:
 class Hyperparameters:
     """What a published configuration says, by the names that it has there, wherever in it they stand."""
 
-    def __init__(self, values: Mapping[str, Any] | None = None, path: Path | None = None) -> None:
+    def __init__(self, values: Mapping[str, Any] | None = None, path: Path | str = "") -> None:
+        """`path`: of the configuration, or of the weights that have none."""
         self.values, self.path = dict(values or {}), path
 
     def find(self, *names: str) -> Any:
@@ -167,8 +168,8 @@ class Hyperparameters:
         """A number that nothing else tells. Raises UserError, in one line, where it is not there."""
         value = self.number(*names)
         if value is None:
-            where = f"{self.path} has" if self.path else "there is"
-            raise UserError(f"{where} no {'.'.join(names)}, {why}: give a configuration that says it (config=FILE)")
+            told = f"{self.path}: no configuration says {'.'.join(names)}, {why}"
+            raise UserError(f"{told}: give one that does, config=FILE (or a folder with its config.json)")
         return value
 
 

@@ -73,9 +73,9 @@ def hyperparameters(
 ) -> Hyperparameters:
     """What is given, else what lies beside a file of weights, else what is known of it."""
     if isinstance(config, dict):
-        return Hyperparameters(config)
+        return Hyperparameters(config, weights)
     path = Path(config) if config is not None else find_config(weights)
-    return Hyperparameters(read_config(path), path) if path else Hyperparameters(told)
+    return Hyperparameters(read_config(path), path) if path else Hyperparameters(told, weights)
 
 
 def load_weights(peer: Peer, weights: Weights, hyper: Hyperparameters) -> nn.Module:

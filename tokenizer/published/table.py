@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 
+from tokenizer.published.diffusers import DIFFUSERS
 from tokenizer.published.files import Hyperparameters, Weights
+from tokenizer.published.ibq import IBQ
+from tokenizer.published.llamagen import LLAMAGEN
+from tokenizer.published.maskgit import MASKBIT, MASKGIT
 from tokenizer.published.peer import Evidence, Peer, PublishedFile
+from tokenizer.published.seed_voken import MAGVIT2, SIMVQ
 from tokenizer.published.taming import GUMBEL, TAMING
 from training.command import UserError
 
-PEERS: dict[str, Peer] = {peer.kind: peer for peer in (TAMING, GUMBEL)}
+PEERS: dict[str, Peer] = {
+    peer.kind: peer for peer in (TAMING, GUMBEL, LLAMAGEN, IBQ, DIFFUSERS, MASKGIT, MASKBIT, MAGVIT2, SIMVQ)
+}
 TARGETS = ("target", "class_path", "_class_name", "_target_")  # keys of a class in the configurations of others
 
 

@@ -20,6 +20,7 @@ class LookupFreeConfig:
     kind: str = "lookup_free"
     bits: int = 10  # 2**bits codes
     spherical: bool = False  # features and codes on the unit sphere; BSQ's other settings come with kind: bsq
+    lowest_first: bool = False  # the first channel is the lowest bit of a code, not the highest (Open-MAGVIT2, MaskBit)
     commitment: float = 0.25
     entropy: float = 0.1  # weight of both entropies
     diversity: float = 1.0  # gamma, of the batch's entropy among them
@@ -29,7 +30,10 @@ class LookupFreeConfig:
         _check(self)
 
     def build(self) -> LookupFree:
-        return LookupFree(self.bits, self.spherical, self.commitment, self.entropy, self.diversity, self.temperature)
+        return LookupFree(
+            self.bits, self.spherical, self.commitment, self.entropy, self.diversity, self.temperature,
+            lowest_first=self.lowest_first,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +70,10 @@ def _check(config: LookupFreeConfig | BSQConfig) -> None:
 
 
 class LookupFree(nn.Module):
-    """Codes are the signs of the channels, the first the highest bit; vectors are +-1, or +-1/sqrt(bits) on the sphere.
+    """Codes are the signs of the channels, the first the highest bit or the lowest.
 
-    Gradients pass the signs by and are scaled as the vectors are: by 1/sqrt(bits) on the sphere.
+    Vectors are +-1, or +-1/sqrt(bits) on the sphere. Gradients pass the signs by and are scaled as
+    the vectors are: by 1/sqrt(bits) on the sphere.
 
     In training the loss wants confident positions and batches that use all codes: E H[q(c|z)] - diversity *
     H[E q(c|z)], in nats, for the soft assignment q(c|z) ~ exp(-|z - c|^2 / temperature). Given z its bits are
@@ -89,6 +94,7 @@ class LookupFree(nn.Module):
         *,
         entropy_boost: float = 1.0,
         entropy_boost_steps: int = 0,
+        lowest_first: bool = False,
     ) -> None:
         super().__init__()
         self.dim, self.num_codes, self.spherical = bits, (2**bits,), spherical
@@ -96,7 +102,8 @@ class LookupFree(nn.Module):
         self.entropy_boost, self.entropy_boost_steps = entropy_boost, entropy_boost_steps
         self.scale = bits**-0.5 if spherical else 1.0
         self.sharpness = 4 * self.scale / temperature  # |z + s|^2 - |z - s|^2 = 4 s z
-        self.register_buffer("places", torch.arange(bits - 1, -1, -1), persistent=False)
+        places = torch.arange(bits)
+        self.register_buffer("places", places if lowest_first else places.flip(0), persistent=False)
         boosted = entropy_boost != 1 and entropy_boost_steps > 0
         self.register_buffer("boost", torch.tensor(entropy_boost if boosted else 1.0), persistent=boosted)
         self.statistics = Usage(2**bits)
