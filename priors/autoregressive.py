@@ -76,7 +76,7 @@ class AutoregressivePrior(nn.Module):
 
     def update(self, step: int, taken: bool) -> None:
         """After each optimizer step: orders anneal."""
-        if self.order == "annealed":
+        if taken and self.order == "annealed":
             self.next_step.fill_(step + 1)
 
     def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None) -> Loss:

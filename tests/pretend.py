@@ -1,13 +1,15 @@
 """A GPU that is not there: tensors that report the device "gpu:0", hold true values on the CPU, run backward.
 
 What CUDA refuses is refused: tensors of two devices, CPU generators, `.numpy()`. What makes the host
-wait for a GPU is counted, with its place in the code.
+wait for a GPU is counted, with its place in the code. Copies to the host that are not waited for hold nonsense until an
+event behind them was.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT = str(Path(__file__).resolve().parents[1])
 WAITS: collections.Counter[tuple[str, str]] = collections.Counter()  # (what, where) the host waits
@@ -36,6 +37,38 @@ INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor}
 PUT = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
 
+COMING: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host on their way, and what they will hold
+
+
+class Event:
+    """torch.cuda.Event, of a GPU that is a little behind: the first time it is asked for, an event has not happened."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.asked = 0
+
+    def record(self) -> None:
+        self.time, self.before = time.monotonic(), list(COMING)
+
+    def query(self) -> bool:
+        self.asked += 1
+        if self.asked > 1:
+            self._happen()
+        return self.asked > 1
+
+    def synchronize(self) -> None:
+        if self.asked < 2:
+            note("event")
+        self.asked = 2
+        self._happen()
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1000 * (other.time - self.time)
+
+    def _happen(self) -> None:
+        for there, values in self.before:
+            there.copy_(values)
+
+
 class DeviceMismatch(RuntimeError):
     """What CUDA would refuse."""
 
@@ -45,6 +78,7 @@ class Backend(backend_registration._DummyBackendModule):
 
     _initialized = True
     device = contextlib.nullcontext
+    Event = Event
     pretended = False  # torch's fake tensors go another way where any accelerator is there
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
@@ -147,9 +181,26 @@ def unwrap(value: Any) -> Any:
     return value.held if isinstance(value, Pretended) else value
 
 
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Of what an operation is given; torch's own way takes most of a step's time."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def mapped(function: Any, value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)([mapped(function, part) for part in value])
+    return function(value)
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation of which a tensor, or the result, is on the GPU."""
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+    tensors = list(tensors_in((args, kwargs)))
     on_gpu = [t for t in tensors if isinstance(t, Pretended)]
     if func is aten._local_scalar_dense.default:
         note("scalar")
@@ -172,21 +223,24 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return search.in_float64(*args)
     to_gpu = _target(func, args, kwargs, tensors, on_gpu)
     _check_generator(func, kwargs.get("generator"), to_gpu)
-    plain = {name: tree_map(unwrap, value) for name, value in kwargs.items() if name != "pin_memory"}
+    plain = {name: mapped(unwrap, value) for name, value in kwargs.items() if name != "pin_memory"}
     if plain.get("device") is not None:
         plain["device"] = torch.device("cpu")
-    made = func(*tree_map(unwrap, args), **plain)
+    made = func(*mapped(unwrap, args), **plain)
     if not to_gpu:
         return made
-    return return_and_correct_aliasing(func, args, kwargs, tree_map(wrap, made))
+    return return_and_correct_aliasing(func, args, kwargs, mapped(wrap, made))
 
 
 def _copied(tensor: torch.Tensor, kwargs: dict[str, Any], on_gpu: bool) -> torch.Tensor:
     to_gpu = is_gpu(kwargs["device"]) if kwargs.get("device") is not None else on_gpu
-    if to_gpu != on_gpu and not (to_gpu and kwargs.get("non_blocking")):
+    if to_gpu != on_gpu and not kwargs.get("non_blocking"):
         note("copy between devices")
     rest = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
     made = aten._to_copy.default(unwrap(tensor), **rest)
+    if on_gpu and not to_gpu and kwargs.get("non_blocking"):
+        COMING.append((made, made.clone()))
+        made.view(torch.uint8).fill_(0x7F)
     return Pretended(made) if to_gpu else made
 
 
@@ -298,6 +352,7 @@ def pretended_gpu() -> Iterator[collections.Counter]:
     from training import distributed
 
     WAITS.clear()
+    COMING.clear()
     with contextlib.ExitStack() as stack:
         device = torch.device("gpu", 0)
         stack.enter_context(mock.patch.object(Backend, "pretended", True))

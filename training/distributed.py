@@ -96,9 +96,14 @@ def largest(number: int) -> int:
     """The largest number of any rank; all ranks get the same answer."""
     if not dist.is_initialized():
         return number
-    numbers = torch.tensor([number], device=device())
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers.item())
+    return int(largest_(torch.tensor([number], device=device())).item())
+
+
+def largest_(numbers: Tensor) -> Tensor:
+    """The largest of any rank, element by element, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(_here(numbers), dist.ReduceOp.MAX)
+    return numbers
 
 
 def on_main(function: Callable[[], T]) -> T:

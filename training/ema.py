@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from training import distributed, sharding
+from training.outcome import Taken, undone_unless
 
 
 class Ema:
@@ -37,18 +38,22 @@ class Ema:
         self.module.to(device)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the source after optimizer step `step`, counted from 0."""
+    def update(self, step: int, taken: Taken = True) -> None:
+        """Move towards the source after optimizer step `step`, counted from 0, if it was taken."""
+        if taken is False:
+            return
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         ours = self.module.state_dict()
         theirs = {name: sharding.local(tensor) for name, tensor in self.source.state_dict().items()}
-        torch._foreach_lerp_([ours[n] for n in self.averaged], [theirs[n] for n in self.averaged], weight)
-        for name in self.buffers:
-            if not theirs[name].is_floating_point():  # flags and counters
+        _lerp_([ours[n] for n in self.averaged], [theirs[n] for n in self.averaged], weight, taken)
+        counters = [name for name in self.buffers if not theirs[name].is_floating_point()]  # and flags
+        parts = [pair for pair in zip(self.module.modules(), self.source.modules()) if hasattr(pair[0], "follow")]
+        followers = [tensor for part, _ in parts for tensor in part.state_dict().values()]
+        with undone_unless(taken, [*(ours[name] for name in counters), *followers]):
+            for name in counters:
                 ours[name].copy_(theirs[name])
-        for ours, theirs in zip(self.module.modules(), self.source.modules()):
-            if hasattr(theirs, "follow"):
-                ours.follow(theirs)
+            for part, source in parts:
+                part.follow(source)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole average: on rank 0 alone where the source is sharded. Collective."""
@@ -76,3 +81,13 @@ class Ema:
             yield self._unshared.to(device)
         finally:
             self._unshared.to("cpu")
+
+
+def _lerp_(ours: list[Tensor], theirs: list[Tensor], weight: float, taken: Taken) -> None:
+    """ours += weight * (theirs - ours), if `taken`."""
+    if isinstance(taken, bool):
+        torch._foreach_lerp_(ours, theirs, weight)
+        return
+    differences = torch._foreach_sub(theirs, ours)
+    torch._foreach_mul_(differences, torch.where(taken, weight, 0.0))
+    torch._foreach_add_(ours, differences)

@@ -28,9 +28,10 @@ class Meter:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, float] = {}  # the weights' sums
+        self.counts: dict[str, float | Tensor] = {}  # the weights' sums
 
-    def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
+    def add(self, values: dict[str, Tensor], weight: float | Tensor = 1.0) -> None:
+        """A weight that is a tensor may be 0: then it is as if nothing had been added."""
         for name, value in values.items():
             value = value.detach().double() * weight
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -40,14 +41,16 @@ class Meter:
         """Means over what was added and over ranks; starts anew. Call it on every rank."""
         names = list(self.sums)  # the same on every rank: turns insert them in order
         totals = distributed.mean_(torch.stack([self.sums[name] for name in names])).tolist() if names else []
-        means = {name: total / self.counts[name] for name, total in zip(names, totals)}
+        means = {name: total / count for name, total in zip(names, totals) if (count := float(self.counts[name]))}
         self.sums, self.counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, dict]:
         """Each sum of every rank, (world,). Call it on every rank."""
-        sums = distributed.gather_rows(torch.stack([*self.sums.values()])[None]).cpu() if self.sums else None
-        return {"sums": {n: sums[:, i].clone() for i, n in enumerate(self.sums)}, "counts": dict(self.counts)}
+        counts = {name: count for name, weight in self.counts.items() if (count := float(weight))}
+        own = [self.sums[name] for name in counts]
+        sums = distributed.gather_rows(torch.stack(own)[None]).cpu() if own else None
+        return {"sums": {name: sums[:, i].clone() for i, name in enumerate(counts)}, "counts": counts}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """A rank goes on from its own sums, or from the mean of all where there were more or fewer of them."""

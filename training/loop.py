@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +25,7 @@ from training.checkpoint import Run, weights_path
 from training.command import UserError
 from training.ema import Ema
 from training.log import CLOCKS, Log, Meter, Progress
+from training.outcome import Outcomes, Taken, event, is_known_at_once
 from training.output import outliving_the_terminal
 from training.saver import Saver, advice
 from training.signals import Interrupted, Requests, listening
@@ -170,33 +174,40 @@ class _Loop:
             number = self._show(requests)
             if self.step == config.steps and not self.pending:
                 self._save(saver, config.keep)
-        stream, bad_steps, latest, window = batches(self.step), 0, {}, _Window(self.step, config.batch_size)
+        stream, latest, window = batches(self.step), {}, _Window(self.step, config.batch_size)
+        outcomes = Outcomes(self.device, config.max_bad_steps)
         warming = config.compile
         while self.step < config.steps and not number:
-            with window.timing("data_wait"):
+            with window.waiting():
                 micro_batches = next(stream)
             with requests.at_once() if warming else contextlib.nullcontext():  # minutes; nothing is lost yet
-                bad_steps = 0 if self._move([batch.to(self.device) for batch in micro_batches]) else bad_steps + 1
+                taken = self._move([batch.to(self.device) for batch in micro_batches])
+            outcomes.add(taken, self.step)
             warming = False
-            if bad_steps >= config.max_bad_steps:
-                distributed.on_main(lambda: self._give_up(saver))
             last = self.step == config.steps
-            logged = self.step % config.log_every == 0 or last
+            logged, saved = (self.step % every == 0 or last for every in (config.log_every, config.save_every))
+            shown = (self.step % config.preview_every == 0 or last) and bool(self.preview or self.measure)
+            settled = logged or saved or shown  # nowhere else is a GPU waited for
+            if settled:
+                outcomes.settle()
+            if outcomes.end:
+                distributed.on_main(lambda: self._give_up(saver, outcomes.end))
             if logged:
                 latest = self.meter.read() | window.read(self.step)
             if self.main:
                 if logged:
                     self._report(latest)
                 self.progress.show(self.step, _note(latest))
-            number = distributed.largest(FAILED if saver.failed else requests.number)
+            number = outcomes.agree(FAILED if saver.failed else requests.number, now=settled)
             if number == FAILED:
                 distributed.on_main(saver.wait)
-            self.pending = (self.step % config.preview_every == 0 or last) and bool(self.preview or self.measure)
+            self.pending = shown
             if self.pending and not number:
                 number = self._show(requests)
-            if self.step % config.save_every == 0 or last or number:
+            if saved or number:
+                outcomes.settle()
                 with window.timing("save_seconds"):  # also after bad steps, which moved nothing; but see _give_up
-                    self._save(saver, None if bad_steps else config.keep)
+                    self._save(saver, None if outcomes.in_a_row else config.keep)
         distributed.on_main(saver.wait)
         if number and (self.step < config.steps or self.pending):
             what = f"{self.title}: stopped at step {self.step} and saved: run the same command again to go on"
@@ -206,13 +217,13 @@ class _Loop:
             self.progress.finish(f"{config.steps} steps done, {_note(latest)}")
         return self._averaged()
 
-    def _move(self, micro_batches: list[Batch]) -> bool:
+    def _move(self, micro_batches: list[Batch]) -> Taken:
         """One step of every turn; whether all of them were taken."""
         torch.manual_seed(distributed.mix(self.seed, self.step, distributed.rank()))
         moves = [mover for mover in self.movers if self.step >= mover.turn.start_step]
-        taken = all([mover.move(micro_batches, self.step, self.meter, self.seed) for mover in moves])
-        if taken:
-            self.ema.update(self.step)
+        every = [mover.move(micro_batches, self.step, self.meter, self.seed) for mover in moves]
+        taken = functools.reduce(operator.and_, every)
+        self.ema.update(self.step, taken)
         self.step += 1
         return taken
 
@@ -260,12 +271,12 @@ class _Loop:
             self.log.warn(self.step, warning)
             self.progress.warn(f"{self.title} at step {self.step}: {warning}")
 
-    def _give_up(self, saver: Saver) -> None:
+    def _give_up(self, saver: Saver, step: int) -> None:
         """Checkpoints from before the bad steps are still there: during them none was removed."""
         saver.wait()
         raise UserError(
             f"{self.title}: {self.config.max_bad_steps} steps in a row with non-finite gradients, the last at step "
-            f"{self.step}: {advice(self.run)}"
+            f"{step}: {advice(self.run)}"
         )
 
     def _finished(self) -> nn.Module:
@@ -287,6 +298,7 @@ class _Window:
     def __init__(self, step: int, batch_size: int) -> None:
         self.step, self.batch_size = step, batch_size
         self.started, self.spent = time.monotonic(), {"data_wait": 0.0}
+        self.gaps: list[tuple[Any, Any]] = []  # marks between which a GPU had nothing to do
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -295,8 +307,23 @@ class _Window:
         yield
         self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - started
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Add the time that a step waits for its data. A GPU may still be busy with steps before: it counts its own."""
+        device = distributed.device()
+        if is_known_at_once(device):
+            with self.timing("data_wait"):
+                yield
+            return
+        begin = event(device, enable_timing=True)
+        yield
+        self.gaps.append((begin, event(device, enable_timing=True)))
+
     def read(self, step: int) -> dict[str, float]:
         """The log's CLOCKS; starts anew. data_wait is a share of the time, all ranks' mean. Call it on every rank."""
+        for begin, end in self.gaps:
+            end.synchronize()
+            self.spent["data_wait"] += begin.elapsed_time(end) / 1000
         seconds, steps = time.monotonic() - self.started, step - self.step
         waited = torch.tensor([self.spent.pop("data_wait") / seconds], device=distributed.device())
         figures = {

@@ -28,9 +28,10 @@ class OptimizerConfig:
             if not isinstance(rate, int | float):  # what `optimizer.rates.a.b=1e-4` on the command line makes
                 raise ValueError(f"optimizer.rates.{prefix}={rate!r} is no number: write dotted prefixes in the file")
 
-    def build(self, module: nn.Module) -> torch.optim.AdamW:
+    def build(self, module: nn.Module, *, fused: bool = False) -> torch.optim.AdamW:
         """An optimizer over the module's trainable parameters; decay spares vectors and scalars.
 
+        `fused`: one kernel for many parameters, which heeds the optimizer's `found_inf`. Its roundings are its own.
         Raises UserError for a prefix in `rates` that names no trainable parameter.
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -50,6 +51,7 @@ class OptimizerConfig:
                 for (rate, decay), group in groups.items()
             ],
             betas=self.betas,
+            fused=fused or None,
         )
 
     def factor(self, step: int, steps: int) -> float:

@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from training import distributed, sharding
 from training.log import Meter
 from training.optim import OptimizerConfig
+from training.outcome import Taken, is_known_at_once, undone_unless
+
+KERNELS = ("fused", "foreach", "capturable")  # of AdamW's settings
 
 
 @dataclasses.dataclass
@@ -50,7 +53,9 @@ class Turn:
     loss: Callable[[Batch, int], Loss]  # (micro-batch, step), averaged over its samples
     optimizer: OptimizerConfig
     start_step: int = 0
-    after_step: Callable[[int, bool], None] | None = None  # told the step and whether it was taken
+    # Told the step and whether it was taken. Where only the GPU knows it is told that it was; if it was not, what a
+    # checkpoint holds of the module's buffers, and of the parameters of parts that have `follow`, is put back.
+    after_step: Callable[[int, bool], None] | None = None
 
 
 class Mover:
@@ -61,7 +66,7 @@ class Mover:
     ) -> None:
         """`low`: in bf16 autocast; `sharded`: the module's blocks over all processes."""
         self.turn, self.device, self.steps, self.clip, self.low = turn, device, steps, clip, low
-        self.sharded = sharded
+        self.sharded, self.at_once = sharded, is_known_at_once(device)
         distributed.number_streams(turn.module)
         self.engine: nn.Module = _Step(turn)
         if sharded:
@@ -75,13 +80,14 @@ class Mover:
             torch._functorch.config.donated_buffer = False
             for module in units_of(turn.module):
                 module.compile()
-        self.optimizer = turn.optimizer.build(turn.module)
+        self.optimizer = turn.optimizer.build(turn.module, fused=not self.at_once)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # AdamW goes element by element, so it moves parts as it would move the whole.
         self.parts = [sharding.local(parameter) for parameter in self.parameters]
         parts = iter(self.parts)
         for group in self.optimizer.param_groups:
             group["params"] = [next(parts) for _ in group["params"]]
+        self.updated = _updated(turn.module)
         if distributed.world() > 1 and not sharded:
             # Buffers are equal by construction: statistics are reduced where they are updated.
             ids = [device.index] if device.type == "cuda" else None
@@ -89,7 +95,7 @@ class Mover:
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames what 2.11 does not know yet
                 self.engine = DistributedDataParallel(self.engine, device_ids=ids, broadcast_buffers=False)
 
-    def move(self, micro_batches: list[Batch], step: int, meter: Meter, seed: int) -> bool:
+    def move(self, micro_batches: list[Batch], step: int, meter: Meter, seed: int) -> Taken:
         """One optimizer step; False on every process, and nothing moved, where a loss or gradient is not finite."""
         self.turn.module.train()
         for parameter in self.parameters:
@@ -109,20 +115,27 @@ class Mover:
             named = {f"{self.turn.name}.{name}": value for name, value in loss.parts.items()}
             meter.add(named, 1 / len(micro_batches))
         norm = self._clip()
-        finite = bool(torch.isfinite(norm))  # gradients are averaged, so every rank sees the same
-        meter.add({f"{self.turn.name}.skipped": torch.tensor(float(not finite), device=self.device)})
-        if finite:
+        finite = torch.isfinite(norm)  # gradients are averaged, so every rank sees the same
+        meter.add({f"{self.turn.name}.skipped": (~finite).float()})
+        taken: Taken = bool(finite) if self.at_once else finite
+        if taken is not False:
             factor = self.turn.optimizer.factor(step - self.turn.start_step, self.steps - self.turn.start_step)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
+            if not self.at_once:  # the fused AdamW then moves nothing, and does not count the step
+                self.optimizer.found_inf = (~finite).float()
             self.optimizer.step()
-            meter.add({f"{self.turn.name}.gradient_norm": norm})
+            taken_steps = 1.0 if self.at_once else finite.double()
+            meter.add({f"{self.turn.name}.gradient_norm": norm.where(finite, 0.0)}, taken_steps)
         for parameter, part in zip(self.parameters, self.parts):
             parameter.grad = part.grad = None
         self.rest()
-        if self.turn.after_step:
-            self.turn.after_step(step, finite)
-        return finite
+        if self.turn.after_step and self.at_once:
+            self.turn.after_step(step, bool(taken))
+        elif self.turn.after_step:
+            with undone_unless(taken, self.updated):
+                self.turn.after_step(step, True)
+        return taken
 
     def _loss(self, batch: Batch, step: int, whole: distributed.WholeBatch) -> Loss:
         with whole.part(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
@@ -156,7 +169,10 @@ class Mover:
         self.turn.module.load_state_dict(
             {name: sharding.shared(t, own[name]) if name in own else t for name, t in module_state.items()}
         )
-        self.optimizer.load_state_dict(self._map_state(optimizer_state, sharding.part))
+        state = self._map_state(optimizer_state, sharding.part)
+        pairs = zip(state["param_groups"], self.optimizer.param_groups)  # which kernels move them is this device's
+        groups = [saved | {name: own[name] for name in KERNELS} for saved, own in pairs]
+        self.optimizer.load_state_dict(state | {"param_groups": groups})
 
     def _map_state(self, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         """AdamW's moments, by `change(moment, parameter)`; step counts, which have no axes, stay."""
@@ -189,6 +205,14 @@ class _Step(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Loss:
         return self.loss(batch, step)
+
+
+def _updated(module: nn.Module) -> list[Tensor]:
+    """What `after_step` may change of the state that a checkpoint holds."""
+    kept = module.state_dict()
+    buffers = [buffer for name, buffer in module.named_buffers() if name in kept]
+    codebooks = [p for part in module.modules() if hasattr(part, "follow") for p in part.parameters()]
+    return buffers + codebooks
 
 
 def units_of(module: nn.Module) -> list[nn.Module]:
