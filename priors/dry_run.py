@@ -25,8 +25,10 @@ from training.estimate import (
     made_by,
     num_bytes,
     num_trainable,
+    planned_precision,
     with_activations_again,
 )
+from training.sharding import shareable_blocks
 from training.tracing import Cost, WeightsOnMeta, cost
 
 if TYPE_CHECKING:
@@ -64,10 +66,12 @@ def plan(config: PriorRun) -> Plan:
     """Reads small files at most and writes none. Raises UserError for what could not be trained either."""
     distributed.samples_each(config.loop.batch_size, config.loop.accumulate)
     codes = codes_of(config)
-    precision = "fp32" if config.loop.precision == "fp32" else "bf16"
+    precision = planned_precision(config.loop.precision)
     repeated = with_activations_again(config.prior)
     with WeightsOnMeta():
         prior, other = (each.build(codes.layout, codes.num_classes).to("meta") for each in (config.prior, repeated))
+    if config.loop.sharding == "full":
+        shareable_blocks(prior)
     config.optimizer.build(prior)  # finds prefixes of `rates` that name nothing
 
     def cost_of(module: torch.nn.Module) -> Cost:

@@ -33,9 +33,20 @@ from training.checkpoint import weights_path
 from training.command import UserError
 from training.config import load, to_dict
 from training.ema import Ema
-from training.estimate import CONFIGS, GIB, Accelerator, Estimate, Move, Network, made_by, with_activations_again
-from training.loop import Batch, LoopConfig
+from training.estimate import (
+    CONFIGS,
+    GIB,
+    Accelerator,
+    Estimate,
+    Move,
+    Network,
+    made_by,
+    planned_precision,
+    with_activations_again,
+)
+from training.loop import Batch, LoopConfig, Turn
 from training.tracing import Cost, Count, cost, trace
+from training.turn import Mover
 
 
 def meta(build):
@@ -317,6 +328,48 @@ def test_the_preset_of_300_million_has_them():
     again = with_activations_again(config.prior)
     assert again.backbone.gradient_checkpointing and not config.prior.backbone.gradient_checkpointing
     assert network.bytes < GIB and distributed.world() == 1
+
+
+def convolutional(tmp_path, **loop):
+    """A run without an adversary, which is soon traced."""
+    config = tokenizer_run(tmp_path, objective=ObjectiveConfig())
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, **loop))
+
+
+def test_a_dry_run_refuses_the_sharding_that_training_refuses(tmp_path):
+    config = convolutional(tmp_path, sharding="full")
+    turn = Turn("autoencoder", config.model.build(16), lambda batch, step: None, config.optimizer)
+    with pytest.raises(UserError, match="no transformer blocks") as refused:
+        Mover(turn, torch.device("cpu"), steps=1, clip=1.0, low=False, compiled=False, sharded=True)
+    with pytest.raises(UserError) as planned:
+        tokenizer_dry_run.dry_run(config)
+    assert str(planned.value) == str(refused.value)
+
+
+def test_what_would_be_refused_is_not_offered():
+    few = Network(100, 440, 40, 160, 80, shareable=False)
+    assert "8 shared" not in "\n".join(toy(networks={"prior": few}).describe(None))
+    assert "8 shared" in "\n".join(toy().describe(None))
+    assert not Network.of(meta(lambda: nn.Sequential(nn.Linear(9, 9)))).shareable
+
+
+def test_precisions_are_planned_as_training_decides_them(tmp_path, monkeypatch):
+    """The tables are of GPUs that have bf16; where this machine's only emulates it, of what it would train in."""
+    words = ["tokens=/nowhere", "prior.backbone.depth=1", "prior.backbone.dim=16"]
+
+    def planned() -> str:
+        prior = priors_dry_run.plan(load(PriorRun, CONFIGS / "digits" / "prior.yaml", words)).estimate
+        tokens = tokenizer_dry_run.plan(convolutional(tmp_path, precision="auto"))
+        assert prior.precision == tokens.networks.precision == planned_precision("auto")
+        assert (prior.moves[0].cost.of_each.forward["bf16"] > 0) == (prior.precision == "bf16")
+        return next(line for line in prior.describe(None) if line.startswith("precision: "))[11:]
+
+    assert planned().startswith("bf16, as loop.precision=auto takes on GPUs that have it")
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert planned() == "fp32, for this machine's GPU only emulates bf16 (loop.precision=bf16 asks for it)"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert [planned_precision(asked) for asked in ("auto", "bf16", "fp32")] == ["bf16", "bf16", "fp32"]
 
 
 @pytest.mark.slow

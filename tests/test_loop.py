@@ -24,8 +24,9 @@ from training.checkpoint import Run, load_weights
 from training.command import Interrupted, UserError
 from training.ema import Ema
 from training.log import Log, Meter
-from training.loop import Batch, LoopConfig, Loss, Turn, has_bf16, train
+from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.optim import OptimizerConfig
+from training.precision import has_bf16
 
 CONSTANT = OptimizerConfig(lr=0.1, warmup_steps=0, schedule="constant")
 

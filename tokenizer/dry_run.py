@@ -44,9 +44,11 @@ from training.estimate import (
     made_by,
     num_bytes,
     num_trainable,
+    planned_precision,
     with_activations_again,
 )
 from training.loop import Batch
+from training.sharding import shareable_blocks
 from training.tracing import Cost, cost, trace
 
 ORDER = ("encoder", "normaliser", "top_encoder", "project_top", "top_quantizer", "top_decoder", "project_in",
@@ -91,6 +93,8 @@ def plan(config: TokenizerRun) -> Plan:
     distributed.samples_each(config.loop.batch_size, config.loop.accumulate)
     with _encoders_at_hand(config) as (usable, saved):
         networks = _Networks(usable, saved)
+    if config.loop.sharding == "full":
+        shareable_blocks(networks.model)
     needs, (num_images, _) = _needs(config), num_training_images(config.data)
     model = networks.model
     children = dict(model.named_children())
@@ -149,7 +153,7 @@ class _Networks:
     def __init__(self, config: TokenizerRun, saved: Path | None) -> None:
         """Raises UserError for what does not fit together."""
         self.config, self.size = config, config.data.image_size
-        self.precision = "fp32" if config.loop.precision == "fp32" else "bf16"
+        self.precision = planned_precision(config.loop.precision)
         objective = config.objective
         try:
             with torch.device("meta"):

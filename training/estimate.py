@@ -29,7 +29,8 @@ from training import distributed
 from training.command import UserError
 from training.config import load, to_yaml
 from training.loop import LoopConfig
-from training.sharding import blocks_of
+from training.precision import decide
+from training.sharding import blocks_of, share_of
 from training.tracing import Cost
 
 T = TypeVar("T")
@@ -97,10 +98,12 @@ class Network:
     shared_trainable: int
     shared_bytes: int
     largest_block: int  # bytes
+    shareable: bool = True  # whether loop.sharding=full is taken
 
     @classmethod
     def of(cls, module: nn.Module) -> Network:
         """On any device. What the module hides from its parameters is not in it."""
+        shareable = share_of(blocks_of(module), module) >= 0.5
         blocks = [list(block.parameters()) for block in blocks_of(module)]
         shared = [parameter for block in blocks for parameter in block]
         return cls(
@@ -109,6 +112,7 @@ class Network:
             num_trainable(shared),
             num_bytes(shared),
             max(map(num_bytes, blocks), default=0),
+            shareable,
         )
 
 
@@ -201,10 +205,12 @@ class Estimate:
         images = self.loop.steps * self.loop.batch_size
         epochs = f", {images / num_images:.1f} epochs of {num_images:,}" if num_images else ""
         yield f"images: {self.loop.batch_size} per step, {self.loop.steps} steps, {images:,} in all{epochs}"
+        yield f"precision: {self.precision}{_reason(self.loop.precision, self.precision)}"
         yield ""
         worlds = sorted({*WORLDS, distributed.world()})
         able = [world for world in worlds if self.samples(world)]
-        shared = [world for world in able if world > 1 and any(net.shared_bytes for net in self.networks.values())]
+        published = next(iter(self.networks.values()))
+        shared = [world for world in able if world > 1 and published.shared_bytes and published.shareable]
         columns = [(world, False) for world in able] + [(world, True) for world in shared]
         memories = [self.memory(world, sharded=sharded) for world, sharded in columns]
         heads = [f"{world} GPU{'s' * (world > 1)}" for world in able] + [f"{world} shared" for world in shared]
@@ -254,6 +260,22 @@ class Estimate:
             f"a step: {tokens:,} tokens, {total:.3g} FLOPs ({shares}), {total / loop.batch_size:.3g} per image; "
             f"the run: {loop.steps * tokens:,} tokens"
         )
+
+
+def planned_precision(asked: str) -> str:
+    """ "fp32" or "bf16", as loop.precision=`asked` trains: "auto" on this machine's GPU, or, where it has none, on
+    ACCELERATORS, of which the tables are.
+    """
+    device = distributed.device()
+    return "bf16" if asked == "auto" and device.type == "cpu" else decide(asked, device)
+
+
+def _reason(asked: str, precision: str) -> str:
+    if asked != "auto":
+        return ""
+    if precision == "bf16":
+        return ", as loop.precision=auto takes on GPUs that have it (from the A100 on); others, and CPUs, train in fp32"
+    return ", for this machine's GPU only emulates bf16 (loop.precision=bf16 asks for it)"
 
 
 def this_cpu() -> Accelerator:

@@ -27,13 +27,14 @@ from training.ema import Ema
 from training.log import CLOCKS, Log, Meter, Progress
 from training.outcome import Outcomes, Taken, event, is_known_at_once
 from training.output import outliving_the_terminal
+from training.precision import autocast, decide
 from training.saver import Saver, advice
 from training.signals import Interrupted, Requests, listening
 from training.turn import Batch, Loss, Mover, Turn
 
 __all__ = ["Batch", "LoopConfig", "Loss", "Turn", "train"]
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")  # of training.precision
 SHARDINGS = ("none", "full")
 FAILED = 1 << 16  # what a process says, in place of a signal's number, when it could not save
 
@@ -100,11 +101,6 @@ def train(
             return loop.train(batches, requests, saver)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether a GPU has bf16 of its own: those before Ampere only emulate it, slower than fp32."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 class _Loop:
     """What `train` holds while it runs: the state of a checkpoint, and the log."""
 
@@ -137,13 +133,11 @@ class _Loop:
         sharded = config.sharding == "full" and distributed.world() > 1
         if sharded:
             published.cpu()  # nothing but parts will come back
-        low = config.precision == "bf16" or (config.precision == "auto" and has_bf16(self.device))
-        if self.main and config.precision == "auto" and not low and self.device.type != "cpu":
-            print(f"{self.title}: fp32, as this GPU only emulates bf16 (loop.precision=bf16 asks for it)", flush=True)
+        self.precision = decide(config.precision, self.device, "loop.precision", self.title)
         self.ema = Ema(published, config.ema_decay)
         self.movers = [
-            Mover(turn, self.device, steps=config.steps, clip=config.clip, low=low, compiled=config.compile,
-                  sharded=sharded and turn.module is published)
+            Mover(turn, self.device, steps=config.steps, clip=config.clip, low=self.precision == "bf16",
+                  compiled=config.compile, sharded=sharded and turn.module is published)
             for turn in turns
         ]  # fmt: skip
         if sharded:
@@ -235,7 +229,7 @@ class _Loop:
             nonlocal drawn
             figures: dict[str, float] = {}
             with contextlib.suppress(Interrupted):
-                with requests.at_once(), torch.no_grad():
+                with requests.at_once(), torch.no_grad(), autocast(self.precision, self.device):
                     if self.preview:
                         picture = self.run.previews / f"step-{self.step:08d}.png"
                         self.run.files.note(f"previews/{picture.name}")

@@ -39,20 +39,26 @@ def share_of(blocks: Sequence[nn.Module], module: nn.Module) -> float:
     return sum(parameter.numel() for block in blocks for parameter in block.parameters()) / max(1, whole)
 
 
-def shard_(engine: nn.Module, device: torch.device) -> None:
-    """Share the blocks within `engine`, whose forward is a whole step, among all processes; all else is moved whole.
-
-    Raises UserError where blocks are less than half of it: then little would be saved.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    blocks = blocks_of(engine)
-    if share_of(blocks, engine) < 0.5:
+def shareable_blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a module, for loop.sharding=full. Raises UserError where they are less than half of it."""
+    blocks = blocks_of(module)
+    if share_of(blocks, module) < 0.5:
         raise UserError(
             "loop.sharding=full: there are no transformer blocks that hold half of this model's parameters, and "
             "nothing else is shared out: set loop.sharding=none"
         )
+    return blocks
+
+
+def shard_(engine: nn.Module, device: torch.device) -> None:
+    """Share the blocks within `engine`, whose forward is a whole step, among all processes; all else is moved whole.
+
+    Raises UserError as `shareable_blocks` does: little would be saved.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = shareable_blocks(engine)
     mesh = init_device_mesh(device.type, (distributed.world(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
