@@ -15,6 +15,7 @@ from training import distributed
 from training.checkpoint import weights_hash
 from training.command import UserError
 from training.log import Progress
+from training.precision import autocast
 
 NATS_PER_BIT = float(np.log(2))
 
@@ -38,6 +39,7 @@ def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood
         "data": pipeline.held_out.identity(),
         "n": len(places),
         "batch_size": options.batch_size,
+        **pipeline.how,
     }
     kept = Record.load(pipeline.report_folder, kind, settings)
     if kept and not options.fresh:
@@ -48,7 +50,8 @@ def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood
     for index, own in enumerate(parts[distributed.rank() :: distributed.world()]):
         codes = torch.from_numpy(np.asarray(split.codes[own.tolist(), 0]).astype(np.int64)).to(device)
         labels = torch.as_tensor(split.labels)[own].to(device)
-        found = prior.nll(codes, labels)
+        with autocast(pipeline.precision, device):  # of the network; its logits become probabilities in float64
+            found = prior.nll(codes, labels)
         nats.append(torch.stack([own.double(), found.nats.cpu()], 1))
         label = found.kind
         if distributed.is_main():
@@ -56,7 +59,8 @@ def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood
     rows = distributed.gather_parts(nats)
     values = rows[rows[:, 0].argsort(), 1]
     subject = {"prior_sha256": settings["prior_sha256"], "tokenizer_sha256": pipeline.tokenizer_hash}
-    origin = Origin("held-out", {"data": pipeline.held_out.identity(), "kind": label}, subject)
+    how = {"data": pipeline.held_out.identity(), "kind": label, **pipeline.how}
+    origin = Origin("held-out", how, subject)
     record = Record(kind, settings, figures(values, origin, label, prior.layout.length, pipeline), {})
     return pipeline.keep(record)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from eval.interface import Batch
 from eval.paired import LPIPS
 from eval.record import Record
 from tokenizer.cache import TokenCache
+from tokenizer.data.sampler import read
 from tokenizer.data.sources import DataConfig, Images, open_split
 from tokenizer.data.transforms import to_uint8
-from tokenizer.interface import Tokenizer
+from tokenizer.interface import CodeLayout, Tokenizer
 from tokenizer.run import load as load_tokenizer
 from tokenizer.run import load_config
 from training import distributed
 from training.checkpoint import weights_hash
 from training.config import from_dict
 from training.log import Progress
+from training.precision import autocast, decide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,28 @@ class Options:
     fresh: bool = False
     encoder: str | None = None  # of probes: the pretrained encoder that the tokenizer began with
     allow_differences: tuple[str, ...] = ()  # of comparisons: settings that may differ between runs
+    precision: str = "auto"  # of tokenizers and priors; extractors and LPIPS are fp32, as published figures are
+    workers: int | None = None  # processes that read images; as many as the tokenizer was trained with
+
+
+@dataclasses.dataclass(frozen=True)
+class LowPrecision:
+    """A tokenizer whose products have a precision."""
+
+    tokenizer: Tokenizer
+    precision: str
+
+    @property
+    def layout(self) -> CodeLayout:
+        return self.tokenizer.layout
+
+    def encode(self, images: Tensor) -> Tensor:
+        with autocast(self.precision, images.device):
+            return self.tokenizer.encode(images)
+
+    def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor:
+        with autocast(self.precision, codes.device):
+            return self.tokenizer.decode(codes) if layout is None else self.tokenizer.decode(codes, layout)
 
 
 class Pipeline:
@@ -79,8 +104,32 @@ class Pipeline:
         return tokens
 
     @functools.cached_property
+    def precision(self) -> str:
+        """ "fp32", "bf16" or "fp16". Ask for it on every rank."""
+        asked, device, title = self.options.precision, distributed.device(), str(self.folder)
+        return distributed.on_main(lambda: decide(asked, device, "--precision", title))
+
+    @property
+    def how(self) -> dict[str, str]:
+        """The precision among a record's settings; fp32 is not told: earlier versions knew no other."""
+        return {} if self.precision == "fp32" else {"precision": self.precision}
+
+    @property
+    def how_encoded(self) -> dict[str, str]:
+        """As `how`, of codes: a token cache's were computed before."""
+        if self.alone:
+            return self.how
+        return {} if self.tokens.precision == "fp32" else {"precision": self.tokens.precision}
+
+    @functools.cached_property
+    def workers(self) -> int:
+        """Processes that read images."""
+        given = self.options.workers
+        return load_config(self.tokenizer_folder).loop.workers if given is None else given
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer_folder)
+        return LowPrecision(load_tokenizer(self.tokenizer_folder), self.precision)
 
     @functools.cached_property
     def tokenizer_hash(self) -> str:
@@ -155,7 +204,11 @@ class Pipeline:
 
     def batches(self, images: Images, title: str) -> Iterator[Batch]:
         """This rank's share of a split."""
-        return share(self.places(images), self.options.batch_size, lambda places: load(images, places), title)
+        return self.read(images, self.places(images), title)
+
+    def read(self, images: Images, places: Tensor, title: str) -> Iterator[Batch]:
+        """This rank's share of the items of a split at places (n,), which are the ids."""
+        return share_images(images, places, self.options.batch_size, title, self.workers)
 
 
 @functools.lru_cache(maxsize=2)
@@ -166,14 +219,39 @@ def _open_split(data: DataConfig, split: str) -> Images:
 
 def share(places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str) -> Iterator[Batch]:
     """Batches of the places (n,), dealt to ranks in turn. `load_batch(places)` gives (B, 3, H, W) uint8."""
-    progress, done = Progress(title, len(places)), 0
+    return _deal(places, batch_size, lambda parts: (load_batch(part) for part in parts), title)
+
+
+def share_images(
+    images: Images, places: Tensor, batch_size: int, title: str, workers: int, ids: Tensor | None = None
+) -> Iterator[Batch]:
+    """As `share`, of the items of a split at these places, read by `workers` processes.
+
+    `ids` (n,) int64, rising: what the items are called, the places themselves without them.
+    """
+
+    def load_all(parts: Sequence[Tensor]) -> Generator[Tensor]:
+        keys = ([(0, place) for place in (part if ids is None else places[part]).tolist()] for part in parts)
+        with contextlib.closing(read(images, keys, images.readers(workers), "--workers")) as batches:
+            for batch in batches:
+                yield to_uint8(batch["images"])
+
+    return _deal(places if ids is None else ids, batch_size, load_all, title)
+
+
+def _deal(
+    ids: Tensor, batch_size: int, load_all: Callable[[Sequence[Tensor]], Generator[Tensor]], title: str
+) -> Iterator[Batch]:
+    """This rank's batches of ids (n,): `load_all` gives (B, 3, H, W) uint8 for each part of them."""
+    progress, done = Progress(title, len(ids)), 0
     device = distributed.device()
-    parts = places.split(batch_size)[distributed.rank() :: distributed.world()]
-    for part in parts:
-        yield Batch(load_batch(part).to(device), part)
-        done += len(part) * distributed.world()
-        if distributed.is_main():
-            progress.show(min(done, len(places)), "")
+    parts = ids.split(batch_size)[distributed.rank() :: distributed.world()]
+    with contextlib.closing(load_all(parts)) as loaded:
+        for part, images in zip(parts, loaded, strict=True):
+            yield Batch(images.to(device), part)
+            done += len(part) * distributed.world()
+            if distributed.is_main():
+                progress.show(min(done, len(ids)), "")
 
 
 def load(images: Images, places: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from tokenizer.run import load as load_tokenizer
 from training import distributed
 from training.command import UserError
 from training.log import Progress
+from training.precision import autocast
 
 if TYPE_CHECKING:
     import sklearn.pipeline
@@ -69,6 +70,7 @@ def measure_probe(pipeline: Pipeline) -> Record:
         "classifier": "multinomial logistic regression, L2, on standardised rows",
         "chosen_from": {"C": list(STRENGTHS), "share_of_train": FIFTH, "seed": SEED},
         "iterations": ITERATIONS,
+        **pipeline.how,
     }
     subject = {"tokenizer_sha256": pipeline.tokenizer_hash} | views.subject
     settings = {**protocol, **subject, "n": len(labels), "pixels": PIXELS}
@@ -159,7 +161,9 @@ def read_rows(views: Views, pipeline: Pipeline, images: Images) -> dict[str, Row
     """One pass over a split: every view's rows, in order of place and over ranks."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ("ids", *views.names)}  # a rank may have no batch
     for batch in pipeline.batches(images, f"features, {images.split}"):
-        for name, rows in ({"ids": batch.ids} | views(to_float(batch.images))).items():
+        with autocast(pipeline.precision, batch.images.device):
+            found = views(to_float(batch.images))
+        for name, rows in ({"ids": batch.ids} | found).items():
             parts[name].append(rows.cpu())
     gathered = {name: distributed.gather_parts(rows) for name, rows in parts.items()}
     order = gathered.pop("ids").argsort()

@@ -63,7 +63,7 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
     held_out, options = pipeline.held_out, pipeline.options
     places = pipeline.places(held_out)
     n = len(places)
-    protocol = {"data": held_out.identity(), "batch_size": options.batch_size}
+    protocol = {"data": held_out.identity(), "batch_size": options.batch_size, **pipeline.how}
     subject = {"tokenizer_sha256": pipeline.tokenizer_hash}
     settings = {
         **protocol,

@@ -25,7 +25,7 @@ from eval.frechet import Gaussian
 from eval.in_domain import InDomain, check_extractor
 from eval.interface import Batch
 from eval.moments import Moments
-from eval.pipeline import load, share
+from eval.pipeline import share, share_images
 from generate.npz import DAMAGES, IMAGES, Rows, first_damage
 from tokenizer.data.sources import DataConfig, open_split
 from training import distributed
@@ -47,12 +47,12 @@ class Reference:
 
 def write_reference(
     data: str, out: Path, extractor: Extractor, *, split: str = "train", image_size: int | None = None,
-    num: int | None = None, batch_size: int = 100,
+    num: int | None = None, batch_size: int = 100, workers: int = 0,
 ) -> Reference:  # fmt: skip
     """Measure images and keep their statistics in `out`, a .npz file; what `read_reference` gives for it.
 
     `data`: a source as of DataConfig, at `image_size` (an in-domain extractor knows its own), at most `num` images
-    that lie evenly in its `split`; or a .npz file of images, which are of that size already.
+    that lie evenly in its `split`, read by `workers` processes; or a .npz file of images, of that size already.
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: statistics are kept in a .npz file")
@@ -76,7 +76,7 @@ def write_reference(
         images = open_split(DataConfig(source=data, image_size=size), split)
         n = len(images) if num is None else min(num, len(images))
         places = torch.linspace(0, len(images) - 1, n, dtype=torch.float64).round().long()
-        batches = share(torch.arange(n), batch_size, lambda chosen: load(images, places[chosen]), images.name)
+        batches = share_images(images, places, batch_size, images.name, workers, ids=torch.arange(n))
         identity = images.identity() | {"measured": n}
     if n < LEAST["a Fréchet distance"]:
         raise UserError(f"{data}: N = {n} is too few for statistics: at least {LEAST['a Fréchet distance']} are needed")

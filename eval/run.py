@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.command import Parser, UserError, run_command
+from training.precision import HELP as PRECISION_HELP
+from training.precision import PRECISIONS
 from training.text import printable
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ def reference_stats(arguments: argparse.Namespace) -> None:
     extractor = choose_extractor(arguments.extractor, arguments.inception_weights)
     made = write_reference(
         arguments.data, arguments.out, extractor, split=arguments.split, image_size=arguments.image_size,
-        num=arguments.num, batch_size=arguments.batch_size,
+        num=arguments.num, batch_size=arguments.batch_size, workers=arguments.workers or 0,
     )  # fmt: skip
     if distributed.is_main():
         about = f"{made.settings['reference_n']:,} images by {extractor.name}@{extractor.sha256[:8]}"
@@ -199,8 +201,11 @@ def parse() -> argparse.Namespace:
             metavar, explained = FOLDERS.get(name, PIPELINE)
             add("run", type=Path, metavar=metavar, help=explained)
             add("--fresh", action="store_true", help="measure again; extractors stay")
+            add("--precision", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP}; extractors are fp32")
         add("--num", type=int, help="measure at most so many images of each set")
         add("--batch-size", type=int, default=100)
+        owners = "none" if name == REFERENCE else "as many as the tokenizer was trained with"
+        add("--workers", type=int, metavar="N", help=f"processes that read images ({owners})")
         if name in LPIPS:
             add("--lpips-weights", type=Path, metavar="PATH", help="trunk of LPIPS, torchvision's file")
             add("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
@@ -225,7 +230,7 @@ def parse() -> argparse.Namespace:
         if name in ("quantizers", "priors"):
             add("--allow-differences", nargs="+", default=(), metavar="FIELD", help="settings that may differ")
     arguments = parser.parse_args()
-    for name, least in (("num", 2), ("batch_size", 1), ("rate_distortion", 1)):
+    for name, least in (("num", 2), ("batch_size", 1), ("rate_distortion", 1), ("workers", 0)):
         value = getattr(arguments, name, None)
         if value is not None and not least <= value <= MOST:
             limit = f"at least {least}" if value < least else f"at most {MOST:,}"

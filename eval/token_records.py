@@ -15,7 +15,7 @@ from torch import Tensor
 import priors
 from eval.codebook import code_statistics, measure_codes
 from eval.codec import TableModel
-from eval.pipeline import Pipeline, load, share
+from eval.pipeline import Pipeline
 from eval.rate import Rates, find_rates
 from eval.rate_distortion import Point, RateDistortion, compare, measure_point
 from eval.reconstruction import reconstruct
@@ -35,7 +35,7 @@ SINGLE_FILES = 16  # images that become files of their own
 def measure_codebook(pipeline: Pipeline) -> Record:
     """The record of the held-out codes: the kept one if current, else measured and kept."""
     held_out, places = pipeline.held_out, pipeline.places(pipeline.held_out)
-    protocol = {"data": held_out.identity(), "batch_size": pipeline.options.batch_size}
+    protocol = {"data": held_out.identity(), "batch_size": pipeline.options.batch_size, **pipeline.how_encoded}
     subject = {"tokenizer_sha256": pipeline.tokenizer_hash}
     settings = {**protocol, **subject, "n": len(places)}
     kept = Record.load(pipeline.report_folder, "codebook", settings)
@@ -57,7 +57,7 @@ def measure_rate(pipeline: Pipeline) -> Record:
     """
     held_out, places = pipeline.held_out, pipeline.places(pipeline.held_out)
     coder = Coder.open(pipeline)
-    protocol = {"data": held_out.identity(), "batch_size": pipeline.options.batch_size}
+    protocol = {"data": held_out.identity(), "batch_size": pipeline.options.batch_size, **pipeline.how_encoded}
     settings = {**protocol, **coder.subject, "n": len(places), "single_files": SINGLE_FILES}
     kept = Record.load(pipeline.report_folder, "rate", settings)
     if kept and not pipeline.options.fresh:
@@ -78,11 +78,11 @@ def measure_rate_distortion(pipeline: Pipeline) -> Record:
     places, coder = pipeline.places(held_out, options.rate_distortion), Coder.open(pipeline)
     lpips = pipeline.lpips
     named = {"lpips": lpips and [lpips.name, lpips.sha256]}
-    settings = {"data": held_out.identity(), "n": len(places), **coder.subject, **named}
+    settings = {"data": held_out.identity(), "n": len(places), **coder.subject, **named, **pipeline.how}
     kept = Record.load(pipeline.report_folder, "rate_distortion", settings)
     if kept and not options.fresh:
         return kept
-    batches = share(places, options.batch_size, lambda some: load(held_out, some), "rate-distortion: tokens")
+    batches = pipeline.read(held_out, places, "rate-distortion: tokens")
     parts = [reconstruct(pipeline.tokenizer, batch) for batch in batches]
     order = distributed.gather_parts([part.ids for part in parts]).argsort()
     codes, images, originals = (
@@ -187,7 +187,7 @@ def codes_of(pipeline: Pipeline, images: Images, places: Tensor) -> Tensor:
     if not pipeline.alone:
         return torch.from_numpy(pipeline.tokens.split(images.split).codes[places.tolist(), 0].astype(np.int64))
     ids, parts = [], []
-    for batch in share(places, pipeline.options.batch_size, lambda some: load(images, some), f"codes, {images.split}"):
+    for batch in pipeline.read(images, places, f"codes, {images.split}"):
         ids.append(batch.ids)
         parts.append(pipeline.tokenizer.encode(to_float(batch.images)).cpu())
     order = distributed.gather_parts(ids).argsort()

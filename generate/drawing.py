@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,10 @@ from tokenizer.data.transforms import to_uint8
 from tokenizer.interface import Tokenizer
 from training import distributed
 from training.atomic import LOCK
+from training.config import to_dict
 from training.folder import Folder, Kind
 from training.log import Progress
+from training.precision import autocast, decide
 
 SINGLE = r"\d{6,}-.+\.png"  # a file of one sample
 
@@ -37,6 +40,17 @@ class Request:
     classes: tuple[int, ...]  # the number of classes stands for none
     options: SampleOptions
     png: bool = False  # also write single files
+    precision: str = "auto"  # of the networks' products; probabilities and draws are float64 in all
+
+    def decided(self, title: str) -> Request:
+        """With the precision that "auto" is here, of which rank 0 says what there is to say. Call it on every rank."""
+        device, setting = distributed.device(), "--precision"
+        precision = distributed.on_main(lambda: decide(self.precision, device, setting, title))
+        return dataclasses.replace(self, precision=precision)
+
+    def facts(self) -> dict[str, Any]:
+        """For records. fp32 is not told: earlier versions knew no other."""
+        return {name: value for name, value in to_dict(self).items() if (name, value) != ("precision", "fp32")}
 
     def labels(self) -> np.ndarray:
         """(num,) int64."""
@@ -70,13 +84,14 @@ class Drawing:
         same shape, and so the same rounding.
         """
         device = distributed.device()
+        precision = decide(self.request.precision, device)
         classes = torch.tensor(self.request.classes, device=device)
         for start, stop in ((first, each.stop) for each in numbers for first in each[::batch_size]):
             began = time.monotonic()
             ids = torch.arange(start, start + batch_size, device=device)
             known = self.known(ids) if self.known else None
-            codes = self.prior.sample(classes[ids % len(classes)], self.request.options, ids, known)
-            with torch.no_grad():
+            with torch.no_grad(), autocast(precision, device):
+                codes = self.prior.sample(classes[ids % len(classes)], self.request.options, ids, known)
                 images = to_uint8(self.decoder.decode(codes)).permute(0, 2, 3, 1).cpu()
             wanted, images = min(batch_size, stop - start), images.contiguous().numpy()
             if self.finish:
@@ -122,22 +137,27 @@ def seconds_each(times: np.ndarray) -> float:
 
 def draw_samples(
     prior: Prior, decoder: Tokenizer, request: Request, batch_size: int, progress: Progress | None = None, **more: Any
-) -> Samples:
-    """The request's samples in memory, on every rank: of as many as fit. `more` as of `Drawing`."""
-    drawing, rank, world = Drawing(prior, decoder, request, **more), distributed.rank(), distributed.world()
+) -> Samples | None:
+    """The request's samples in the memory of rank 0, of as many as fit; None on others. `more` as of `Drawing`.
+
+    Each process draws its shards, which go to rank 0 one after another, by way of the hosts.
+    """
+    drawing, world, num = Drawing(prior, decoder, request, **more), distributed.world(), request.num
+    pieces = cut([range(num)], shard_size(num, batch_size, world))
     clock, parts = Clock(batch_size), []
-    for batch in drawing.draw(cut([range(request.num)], batch_size)[rank::world], batch_size):
-        clock.add(batch.seconds)
-        parts.append(batch)
+    for start in range(0, len(pieces), world):
+        own = pieces[start : start + world][distributed.rank() :][:1]
+        batches = list(drawing.draw(own, batch_size))
+        for batch in batches:
+            clock.add(batch.seconds)
+        parts += itertools.chain(*distributed.gather_on_main(batches))
         if progress and distributed.is_main():
-            progress.show(min(request.num, batch.first + world * batch_size), "samples")
-    ids = [torch.arange(part.first, part.first + len(part.images)) for part in parts]
-    order = distributed.gather_parts(ids).argsort()
-    images, codes = (
-        distributed.gather_parts([torch.from_numpy(getattr(part, name)) for part in parts])[order].numpy()
-        for name in ("images", "codes")
-    )
-    return Samples(images, request.labels(), codes, seconds_each(clock.read()))
+            progress.show(min(num, pieces[start].stop + (world - 1) * len(pieces[start])), "samples")
+    times = sum(distributed.gather_on_main(clock.read()))
+    if not distributed.is_main():
+        return None
+    images, codes = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "codes"))
+    return Samples(images, request.labels(), codes, seconds_each(times))
 
 
 @dataclasses.dataclass(frozen=True)

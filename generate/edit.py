@@ -31,9 +31,10 @@ from tokenizer.interface import CodeLayout, Tokenizer
 from training import distributed
 from training.atomic import replace_file
 from training.command import UserError
-from training.config import from_dict, to_dict
+from training.config import from_dict
 from training.distributed import mix
 from training.log import Progress
+from training.precision import autocast, decide
 
 PICTURES = ("grid.png", "original.png", "masked.png")
 FILES = Files.of("edits", *PICTURES)
@@ -68,8 +69,8 @@ def edit_image(
     request: Request,
     batch_size: int = 50,
     progress: Progress | None = None,
-) -> Samples:
-    """The request's versions of an image (3, H, W) uint8, on every rank.
+) -> Samples | None:
+    """The request's versions of an image (3, H, W) uint8, on rank 0; None on others.
 
     Outside the hole they are the image's own pixels, unless `composite` is off. Where nothing is kept of the hole,
     what was in it has no part in them. Raises UserError when the prior's family cannot fill such a hole.
@@ -82,7 +83,8 @@ def changing(tokenizer: Tokenizer, image: Tensor, edit: Edit, request: Request) 
     device, layout = distributed.device(), tokenizer.layout
     unknown = unknown_codes(edit.hole, layout, edit.dilate).to(device)
     seen = image if any(edit.keep) else blank(image, edit.hole)
-    codes = tokenizer.encode(to_float(seen)[None].to(device))
+    with autocast(decide(request.precision, device), device):
+        codes = tokenizer.encode(to_float(seen)[None].to(device))
     outside = (~edit.hole).numpy()
 
     def known(sample_ids: Tensor) -> Tensor:
@@ -185,10 +187,11 @@ def write_edits(
     """
     from PIL import Image
 
-    made_from = maker(folder, record) | to_dict(request)
+    asked, request = request.precision, request.decided(str(out))
+    made_from = maker(folder, record) | request.facts()
     made_from |= {"image_sha256": _sha256(image), "hole_sha256": _sha256(edit.hole)}
     made_from |= {"keep": list(edit.keep), "dilate": edit.dilate, "composite": edit.composite}
-    if is_current(out, FILES, made_from):
+    if is_current(out, FILES, made_from, any_precision=asked == "auto"):
         if distributed.is_main():
             print(f"{out}: current, {request.num} edits", flush=True)
         return

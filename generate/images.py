@@ -23,7 +23,6 @@ from tokenizer.interface import Tokenizer
 from training import distributed
 from training.atomic import is_settled, replace_file
 from training.checkpoint import sha256, weights_hash
-from training.config import to_dict
 from training.folder import Folder
 
 GRID_ROWS, GRID_COLUMNS = 32, 10
@@ -40,15 +39,16 @@ def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path
     samples of other settings anew. Raises UserError when `out` holds something else, or the tokenizer is not the one
     that the prior's tokens came from.
     """
-    made_from = maker(folder, record) | to_dict(request)
-    if is_current(out, FILES, made_from):
+    asked, request = request.precision, request.decided(str(out))
+    made_from = maker(folder, record) | request.facts()
+    if is_current(out, FILES, made_from, any_precision=asked == "auto"):
         if distributed.is_main():
             print(f"{out}: current, {request.num} samples", flush=True)
         return
     drawing = Drawing(*load_models(folder, record), request)
     facts = {"made_from": made_from, "class_names": record.class_names, "prior": os.path.relpath(folder, out)}
     facts |= {"tokenizer": record.tokenizer, "batch_size": batch_size, "processes": distributed.world()}
-    facts |= {"device": str(distributed.device())}
+    facts |= {"device": str(distributed.device()), "precision": request.precision}
     plan = {key: value for key, value in made_from.items() if key not in ("num", "png")}
     names = [GRID, *(single_files(request.labels(), record.class_names) if request.png else ())]
     with drawn(drawing, out, FILES, plan, batch_size, names) as (staged, samples):
@@ -89,9 +89,10 @@ def class_grid(samples: Samples, num_classes: int, before: Sequence[np.ndarray] 
     return image_grid(np.stack(cells), columns + len(before))
 
 
-def is_current(out: Path, files: Files, made_from: dict[str, Any]) -> bool:
-    """Whether `out` holds what `made_from` gives, on every rank. Raises UserError where another process writes to it,
-    or what one had begun to put in place there is damaged.
+def is_current(out: Path, files: Files, made_from: dict[str, Any], any_precision: bool = False) -> bool:
+    """Whether `out` holds what `made_from` gives, on every rank, in its precision or in any: samples are not drawn
+    again because of another machine. Raises UserError where another process writes to it, or what one had begun to
+    put in place there is damaged.
     """
 
     def check() -> bool:
@@ -100,7 +101,10 @@ def is_current(out: Path, files: Files, made_from: dict[str, Any]) -> bool:
                 pass  # which completes what a killed process had begun to put in place
         try:
             facts = json.loads((out / files.record).read_bytes())
-            return facts["made_from"] == made_from and _is_whole(out / files.arrays, facts)
+            there, wanted = dict(facts["made_from"]), dict(made_from)
+            for each in (there, wanted) if any_precision else ():
+                each.pop("precision", None)
+            return there == wanted and _is_whole(out / files.arrays, facts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
 

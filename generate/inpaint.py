@@ -98,7 +98,7 @@ def main() -> None:
     else:
         classes = (label,)
     options = sampling_options(arguments, record.sampling)
-    request = Request(arguments.num * len(classes), classes, options)
+    request = Request(arguments.num * len(classes), classes, options, precision=arguments.precision)
     wanted = edit.Edit(hole, arguments.keep, arguments.dilate, not arguments.no_composite)
     distributed.start()
     out = arguments.out or folder.parent / "edits"

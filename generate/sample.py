@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from generate.classes import HELP, parse_classes
 from training.command import Parser, UserError, run_command
+from training.precision import HELP as PRECISION_HELP
+from training.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from priors.interface import SampleOptions
@@ -54,11 +56,12 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """A flag per field of SampleOptions, with `several` of comma-separated values; and --batch-size."""
+    """A flag per field of SampleOptions, with `several` of comma-separated values; --batch-size and --precision."""
     for name, (kind, explained) in SAMPLING.items():
         help_text = f"{explained} (the prior's own)"
         parser.add_argument(_flag(name), type=_several(kind) if several else kind, help=help_text)
     parser.add_argument("--batch-size", type=int, default=50, help="changes speed and memory only (50)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
 
 
 def sampling_options(arguments: argparse.Namespace, default: SampleOptions) -> SampleOptions:
@@ -113,7 +116,7 @@ def main() -> None:
     record = read_record(folder)
     options = sampling_options(arguments, record.sampling)
     classes = chosen_classes(arguments, record.class_names)
-    request = Request(arguments.num, classes, options, arguments.png)
+    request = Request(arguments.num, classes, options, arguments.png, arguments.precision)
     distributed.start()
     write_samples(folder, record, request, arguments.out or folder.parent / "samples", arguments.batch_size)
     distributed.finish()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -58,11 +59,11 @@ def sample_all(folder: Path, requests: list[Request], varied: list[str], out: Pa
     from priors.record import read_record
     from training import distributed
     from training.checkpoint import digest, replace_file
-    from training.config import to_dict
 
     record = read_record(folder)
     distributed.on_main(lambda: claim(out))
-    names = [digest(maker(folder, record) | to_dict(request))[:12] for request in requests]
+    named = [dataclasses.replace(each, precision="fp32") if each.precision == "auto" else each for each in requests]
+    names = [digest(maker(folder, record) | each.facts())[:12] for each in named]  # the same on every machine
     for index, (name, request) in enumerate(zip(names, requests)):
         if distributed.is_main():
             values = ", ".join(f"{key} {getattr(request.options, key)}" for key in varied)
@@ -108,7 +109,8 @@ def main() -> None:
     record = read_record(folder)
     given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
     classes = chosen_classes(arguments, record.class_names)
-    requests = [Request(arguments.num, classes, options) for options in combinations(record.sampling, given)]
+    make = functools.partial(Request, arguments.num, classes, precision=arguments.precision)
+    requests = [make(options) for options in combinations(record.sampling, given)]
     distributed.start()
     varied = [name for name, values in given.items() if len(values) > 1]
     out = arguments.out or folder.parent / "sweep"

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+from training.tracing import FULL, LOW
+
 ROOT = str(Path(__file__).resolve().parents[1])
 WAITS: collections.Counter[tuple[str, str]] = collections.Counter()  # (what, where) the host waits
 aten = torch.ops.aten
@@ -303,6 +305,10 @@ class Functions(TorchFunctionMode):
             note("new_tensor")
             return Pretended(args[0].held.new_tensor(*args[1:], **kwargs))
         attention = nn.functional.scaled_dot_product_attention
+        if LOWS[-1] is not None and func in {*LOW, *FULL, attention}:
+            args, kwargs = tree_map(
+                lambda value: _cast(value, torch.float32 if func in FULL else LOWS[-1]), (args, kwargs)
+            )
         if func is attention and isinstance(args[0], Pretended):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -323,6 +329,41 @@ def _attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(-1) @ values
+
+
+LOWS: list[torch.dtype | None] = [None]  # what autocast casts to on the GPU, by nesting
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """As CUDA's autocast does; float64 stays."""
+    plain = isinstance(value, Pretended) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return value.to(dtype) if plain else value
+
+
+@contextlib.contextmanager
+def _autocasting() -> Iterator[None]:
+    """torch.autocast knows the GPU, for which torch itself has no casts to offer."""
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def begin(context: torch.autocast) -> Any:
+        if context.device != "gpu":
+            return enter(context)
+        LOWS.append(context.fast_dtype if context._enabled else None)
+        return context
+
+    def end(context: torch.autocast, *error: Any) -> Any:
+        return leave(context, *error) if context.device != "gpu" else LOWS.pop() and None
+
+    with (
+        mock.patch.object(torch.autocast, "__enter__", begin),
+        mock.patch.object(torch.autocast, "__exit__", end),
+        mock.patch.object(
+            torch, "is_autocast_enabled", lambda *of: LOWS[-1] is not None if of == ("gpu",) else enabled(*of)
+        ),
+        mock.patch.object(torch, "get_autocast_dtype", lambda of: LOWS[-1] if of == "gpu" else dtype(of)),
+    ):
+        yield
 
 
 GENERATORS: dict[int, torch.Generator] = {}  # of the GPU, by identity
@@ -358,6 +399,7 @@ def pretended_gpu() -> Iterator[collections.Counter]:
         stack.enter_context(mock.patch.object(Backend, "pretended", True))
         stack.enter_context(mock.patch.object(distributed, "device", lambda: device))
         stack.enter_context(mock.patch.object(torch, "Generator", _Made))
+        stack.enter_context(_autocasting())
         for mode in (torch.autograd.set_multithreading_enabled(False), Factories(), Functions()):
             stack.enter_context(mode)
         yield WAITS

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +19,9 @@ from PIL import Image
 import tokenizer
 from tokenizer import encode
 from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.batch_encoder import BatchEncoder
 from tokenizer.cache import FORMAT, Shards, TokenCache, code_dtype, shard_file
+from tokenizer.data import sampler, sources
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.encode import TokensRun, encode_data
@@ -32,14 +37,14 @@ from training.config import to_yaml
 SIDE, SHARD = 8, 7
 
 
-def save_tokenizer(folder, source, seed=0, num_codes=16):
+def save_tokenizer(folder, source, seed=0, num_codes=16, **data):
     """The run folder of a tiny tokenizer as training leaves it, without the training."""
     model = VQVAEConfig(
         encoder=ConvEncoderConfig(channels=8, residual_blocks=1, residual_channels=4),
         quantizer=VectorConfig(num_codes=num_codes, code_dim=2, init="normal"),
         decoder=ConvDecoderConfig(channels=8, residual_blocks=1, residual_channels=4),
     )
-    config = TokenizerRun(data=DataConfig(source=str(source), image_size=SIDE, augment="shift"), model=model)
+    config = TokenizerRun(data=DataConfig(str(source), SIDE, augment="shift", **data), model=model)
     torch.manual_seed(seed)
     autoencoder = model.build(SIDE)
     with torch.no_grad():  # codes where features are
@@ -311,7 +316,7 @@ def test_an_unfinished_cache_of_other_images_is_not_completed(root, monkeypatch,
 
 
 def test_images_that_change_while_they_are_encoded_are_refused(root, monkeypatch):
-    batches, encode_batch = [], encode._encode
+    batches, encode_batch = [], BatchEncoder.__call__
 
     def once(*arguments):
         batches.append(1)
@@ -319,7 +324,7 @@ def test_images_that_change_while_they_are_encoded_are_refused(root, monkeypatch
             redraw(root)
         return encode_batch(*arguments)
 
-    monkeypatch.setattr(encode, "_encode", once)
+    monkeypatch.setattr(BatchEncoder, "__call__", once)
     with pytest.raises(UserError, match="images changed while it was encoded: run the same command again"):
         encode_data(run(root))
     with pytest.raises(UserError, match="no finished token cache"):
@@ -577,3 +582,117 @@ def test_shards_have_a_length_a_shape_and_ends():
     for outside in (10, -11, [0, 10], ([0, -11], 1)):
         with pytest.raises(IndexError, match="of 10"):
             shards[outside]
+
+
+# in low precision
+
+
+def share_of_others(one, other, split):
+    """Of the codes of plain images in two caches."""
+    codes = [np.asarray(cache.split(split).codes[:, 0]) for cache in (one, other)]
+    return float((codes[0] != codes[1]).mean())
+
+
+def test_codes_in_low_precision_say_how_many_fp32_would_make_others(root, capsys):
+    save_tokenizer(root / "tokenizer", root / "images", num_codes=400)
+    full = encode_data(run(root, name="full", views=2))
+    assert full.precision == "fp32" and "codes_unlike_fp32" not in full.manifest
+    capsys.readouterr()
+    low = encode_data(run(root, views=2, precision="bf16"))
+    said, told = capsys.readouterr().out, low.manifest["codes_unlike_fp32"]
+    shares = {split: share_of_others(full, low, split) for split in ("train", "held_out")}
+    assert 0 < shares["train"] < 0.5 and low.precision == "bf16" and low.sha256 != full.sha256
+    assert told == {
+        split: {"share": shares[split], "images": count} for split, count in (("train", 20), ("held_out", 4))
+    }
+    assert f"in bf16 {shares['train']:.2%} of the codes of 20 train images differ from those of fp32" in said
+    for asked in ("auto", "bf16"):  # whatever the machine, "auto" is content with what is there
+        encode_data(run(root, views=2, precision=asked))
+        assert "up to date" in capsys.readouterr().out
+    again = encode_data(run(root, views=2, precision="fp32"))
+    assert "its codes were made in bf16, not in fp32: making it again" in capsys.readouterr().out
+    assert again.sha256 == full.sha256
+    path = root / "tokens" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != "precision"}))
+    encode_data(run(root, views=2, precision="fp32"))  # of an earlier version, which knew no other
+    assert "up to date" in capsys.readouterr().out
+    path.write_text(json.dumps(manifest | {"precision": "fp8"}))
+    with pytest.raises(UserError, match="damaged"):
+        TokenCache.open(root / "tokens")
+
+
+def test_an_unfinished_cache_is_not_completed_in_another_precision(root, monkeypatch, capsys):
+    interrupted(monkeypatch, run(root, precision="bf16"), 5)
+    encode_data(run(root))
+    assert "beginning anew" in capsys.readouterr().out
+    encode_data(run(root, name="straight"))
+    assert files(root / "tokens") == files(root / "straight")
+
+
+def test_numbers_that_a_precision_cannot_hold_are_refused_before_the_work(root, monkeypatch):
+    def overflowing(encode, images):
+        return np.full((len(images), 4), -1 if encode.precision == "fp16" else 1)
+
+    monkeypatch.setattr(BatchEncoder, "__call__", overflowing)
+    with pytest.raises(UserError, match="precision=fp16: the encoder's numbers overflow it: set precision=fp32"):
+        encode_data(run(root, precision="fp16"))
+    assert not list((root / "tokens").glob("*.npy"))
+
+
+# read by other processes
+
+
+@pytest.fixture
+def unreadable(root):
+    """The images, three of which cannot be read, for a tokenizer that decodes them as they are read."""
+    for name in ("cats/3", "cats/5", "dogs/7"):
+        (root / "images" / f"{name}.png").write_bytes(b"damaged")
+    save_tokenizer(root / "tokenizer", root / "images", memory_mib=0, max_bad=0.5)
+    return root
+
+
+def test_processes_that_read_change_nothing(unreadable):
+    caches, said = [], []
+    for workers in (0, 2):
+        with pytest.warns(UserWarning, match="skipped") as warned:
+            caches.append(encode_data(run(unreadable, name=f"by-{workers}", views=2, workers=workers)))
+        said.append([str(line.message) for line in warned])
+    assert files(caches[0].folder) == files(caches[1].folder)
+    assert [sorted(line.split()[2] for line in lines) for lines in said] == [["1", "2"]] * 2  # of 3, at 1, 2, 4, ...
+    assert not multiprocessing.active_children()
+
+
+def test_bad_images_that_others_meet_are_too_many_together(unreadable, monkeypatch):
+    save_tokenizer(unreadable / "tokenizer", unreadable / "images", memory_mib=0, max_bad=0.1)
+    monkeypatch.setattr(sources, "FEWEST_READS", 1)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"too many of its \d+ train images"):
+        encode_data(run(unreadable, workers=2))
+    assert not multiprocessing.active_children()
+
+
+def test_what_is_in_memory_needs_no_process(root, monkeypatch):
+    monkeypatch.setattr(sampler, "_read_ahead", None)
+    encode_data(run(root, workers=2))
+
+
+@pytest.mark.parametrize("event", ["interrupted", "a reader is killed"])
+def test_no_process_outlives_the_encoding(unreadable, monkeypatch, event):
+    encode_batch = BatchEncoder.__call__
+
+    def stopping(encoder, images):
+        readers = multiprocessing.active_children()
+        assert len(readers) == 2
+        if event == "interrupted":
+            raise KeyboardInterrupt
+        os.kill(readers[0].pid, signal.SIGKILL)
+        time.sleep(0.2)
+        return encode_batch(encoder, images)
+
+    monkeypatch.setattr(BatchEncoder, "__call__", stopping)
+    with pytest.warns(UserWarning), pytest.raises((KeyboardInterrupt, UserError)) as ended:
+        encode_data(run(unreadable, views=40, workers=2))
+    assert not multiprocessing.active_children()
+    if event != "interrupted":
+        assert "process that reads images ahead is gone" in str(ended.value) and "lower workers" in str(ended.value)
+    monkeypatch.undo()

@@ -54,6 +54,9 @@ def test_two_ranks_train_as_one_does(two_ranks, tmp_path, dtype, tolerance):
 
 def test_ranks_agree(two_ranks):
     first, second = (json.loads((two_ranks / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    codes = [10 * i + i % 3 for i in range(301)]  # rank 0 alone has them, in order
+    assert first.pop("drawn") == {"codes": codes, "shape": [301, 2, 2, 3], "timed": True}
+    assert second.pop("drawn") is None
     assert first == second
     assert first["world"] == 2
     assert first["gathered"] == [0.0, 1.0, 1.0]  # in rank order, of different lengths

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_eval_reference import Means
 from tiny import command
 from toy_pipeline import BlockTokenizer, evaluate, make_pipeline
 
 from eval import run
 from eval.in_domain import InDomain
 from eval.neighbours import find_copying, nearest
+from eval.pipeline import share_images
 from eval.protocols import PROTOCOLS
 from eval.record import Record
+from eval.reference import write_reference
 from eval.token_records import read_rate_distortion
 from tokenizer.cache import TokenCache
+from tokenizer.data.sources import DataConfig, Images, open_split
 from training.command import UserError
 
 
@@ -189,3 +195,55 @@ def test_copies_and_strangers_and_honest_draws_are_told_apart():
     assert itself.nearer == pytest.approx(50), "ties count half"
     wins = (honest.distances[:, :1] < nearest(held_out, train, 1)[0].T).double().mean()
     assert honest.nearer == pytest.approx(100 * float(wins))
+
+
+def test_figures_say_in_which_precision_the_tokenizer_computed(root, tmp_path, monkeypatch, capsys):
+    def figures(*words):
+        evaluate(monkeypatch, "reconstruction", root, "--num", "20", *words)
+        return figures_of(root, "reconstruction")
+
+    full, low = figures(), figures("--precision", "bf16")
+    assert low["PSNR"]["settings"].pop("precision") == "bf16"
+    assert low["PSNR"]["settings"] == full["PSNR"]["settings"]
+    assert low["PSNR"]["settings_hash"] != full["PSNR"]["settings_hash"]
+    assert command("eval.run", "reconstruction", root, "--precision", "fp8") == 2
+    assert command("eval.run", "reconstruction", root, "--workers", "-1") == 2
+    assert "--workers -1: must be at least 0" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    """A folder of 30 pictures, two of which cannot be read."""
+    for index in range(30):
+        path = tmp_path / "images" / "train" / "ab"[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 8 * index, np.uint8)).save(path)
+    path.write_bytes(b"damaged")
+    (tmp_path / "images" / "train" / "a" / "04.png").write_bytes(b"")
+    return tmp_path / "images"
+
+
+def test_processes_read_for_evaluation_what_it_reads_itself(unreadable):
+    places, batches, lines = torch.arange(30).flip(0), [], []
+    for workers in (0, 2):
+        images = open_split(DataConfig(str(unreadable), 8, memory_mib=0, max_bad=0.5), "train")
+        with pytest.warns(UserWarning, match="skipped"):
+            batches.append(list(share_images(images, places[: len(images)] % len(images), 4, "", workers)))
+            assert sum(len(batch.ids) for batch in batches[-1]) == len(images)
+        lines.append(sorted(images.bad))
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.ids, other.ids)
+    assert lines[0] == lines[1] and not multiprocessing.active_children()
+
+
+def test_statistics_of_a_folder_may_be_read_by_processes(unreadable, tmp_path, monkeypatch):
+    found = []
+    for path in unreadable.rglob("*.png"):
+        if path.stat().st_size < 10:
+            path.unlink()
+    monkeypatch.setattr(Images, "readers", lambda self, asked: asked)  # though the pixels are in memory
+    for workers in (0, 2):
+        write_reference(str(unreadable), tmp_path / f"{workers}.npz", Means(), image_size=8, num=11, workers=workers)
+        with np.load(tmp_path / f"{workers}.npz") as stored:
+            found.append({name: stored[name].tobytes() for name in stored})
+    assert found[0] == found[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import signal
 
 import numpy as np
@@ -125,6 +126,19 @@ def test_features_belong_to_the_images_beside_them(root, tmp_path, dtype):
         for name, value in store.images.gather([(epoch % VIEWS, index) for epoch, index in asked]).items():
             assert torch.equal(batch[name], value), name
     assert not torch.equal(store.gather(keys(0))["features"], store.gather(keys(1))["features"])
+
+
+def test_processes_that_read_images_change_nothing(root, tmp_path):
+    alone, encoder = stored(root, tmp_path / "alone")
+    alone.make(encoder)
+    for source, readers in ((data(root), 0), (data(root, memory_mib=0), 2)):  # pixels in memory need none
+        store, encoder = stored(root, tmp_path / f"{readers}", source=source)
+        met = []
+        hook = encoder.register_forward_pre_hook(lambda *_, met=met: met.append(len(multiprocessing.active_children())))
+        store.make(encoder, workers=2)
+        hook.remove()
+        assert max(met) == readers and not multiprocessing.active_children()
+        assert files(store) == files(alone)
 
 
 def test_numpy_reads_the_files(root, tmp_path):

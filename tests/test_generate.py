@@ -18,6 +18,7 @@ from generate.drawing import Request, draw_samples
 from generate.images import class_grid, write_samples
 from generate.sample import SAMPLING, add_sampling_options, find_prior, sampling_options
 from generate.sample import main as sample_command
+from generate.sweep import sample_all
 from priors import load
 from priors.interface import SampleOptions
 from priors.record import read_record
@@ -315,3 +316,39 @@ def test_wrong_flags_are_one_line(words, hint, monkeypatch, capsys):
         run_command(sample_command)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and hint in error
+
+
+def test_samples_of_another_precision_are_others(root, tmp_path, monkeypatch, capsys):
+    run, out, low = root / "prior", tmp_path / "samples", []
+
+    def decode(self, codes):
+        low.append(torch.is_autocast_enabled("cpu"))
+        return (codes.view(-1, 1, 2, 2).expand(-1, 3, -1, -1) / 1.5 - 1).float()
+
+    monkeypatch.setattr(Painter, "decode", decode)
+
+    def drawn(precision):
+        low.clear()
+        capsys.readouterr()
+        write_samples(run, read_record(run), dataclasses.replace(request(), precision=precision), out, 20)
+        facts = json.loads((out / "samples.json").read_text())
+        said = "current" if "current" in capsys.readouterr().out else {*low}
+        return said, facts["precision"], facts["made_from"].get("precision")
+
+    assert drawn("bf16") == ({True}, "bf16", "bf16")
+    for asked in ("bf16", "auto"):  # which would be fp32 here, and is content with what is there
+        assert drawn(asked) == ("current", "bf16", "bf16")
+    assert drawn("fp32") == ({False}, "fp32", None)  # known by what samples of earlier versions are known by
+    assert drawn("auto") == ("current", "fp32", None)
+    assert drawn("bf16") == ({True}, "bf16", "bf16")
+    assert command("generate.sample", root, "--precision", "fp8") == 2 and "fp8" in capsys.readouterr().err
+
+
+def test_a_sweep_finds_its_samples_on_any_machine(root, tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr("generate.images.write_samples", lambda *arguments: names.append(arguments[3].name))
+    for index, precision in enumerate(("auto", "fp32", "bf16")):
+        wanted = dataclasses.replace(request(), precision=precision)
+        sample_all(root / "prior", [wanted], [], tmp_path / f"{index}", 8)
+    auto, full, low = names
+    assert auto == full != low

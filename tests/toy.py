@@ -226,9 +226,27 @@ def train_on_all_ranks(folder: Path) -> None:
         "buffers": [b.sum().item() for b in toy.generator.buffers()],
         "broadcast": distributed.broadcast_(torch.tensor([rank + 5.0])).item(),
         "kept": kept_when_others_go_on(folder),
+        "drawn": drawn_samples(),
     }
     (folder / f"rank-{rank}.json").write_text(json.dumps(facts))
     distributed.finish()
+
+
+def drawn_samples() -> dict[str, Any] | None:
+    """Samples of stand-ins, which say of what sample they are, as this rank gets them."""
+    from generate.drawing import Request, draw_samples
+    from priors.interface import SampleOptions
+
+    prior = SimpleNamespace(sample=lambda labels, options, ids, known: ids[:, None] * 10 + labels[:, None])
+    decoder = SimpleNamespace(decode=lambda codes: (codes[:, :, None, None] / 255 - 1).expand(-1, 3, 2, 2).double())
+    samples = draw_samples(prior, decoder, Request(301, (0, 1, 2), SampleOptions()), batch_size=7)
+    if samples is None:
+        return None
+    return {
+        "codes": samples.codes[:, 0].tolist(),
+        "shape": list(samples.images.shape),
+        "timed": samples.seconds_per_image > 0,
+    }
 
 
 def kept_when_others_go_on(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from tokenizer.interface import CodeLayout
 from tokenizer.npy_file import NpyFile
 from training.checkpoint import digest, sha256, weights_hash
 from training.command import UserError
+from training.precision import LOW
 from training.text import printable
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ class TokenCache:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def precision(self) -> str:
+        """What the encoder's products were computed in: "fp32", "bf16" or "fp16"."""
+        return precision_of(self.manifest)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -181,6 +187,11 @@ class TokenCache:
 REMAKE = "run `make tokens` again"
 
 
+def precision_of(manifest: dict[str, Any]) -> str:
+    """What the encoder's products were computed in; earlier versions computed in fp32 and did not say so."""
+    return manifest.get("precision", "fp32")
+
+
 def other_images(manifest: dict[str, Any], split: str, inventory: Inventory) -> str:
     """How a split differs from that which was encoded, in words; nothing where it does not."""
     entry = manifest["splits"][split]
@@ -222,6 +233,8 @@ def _check(manifest: dict[str, Any]) -> None:
         raise ValueError("data")
     if not isinstance(manifest["plan_sha256"], str):
         raise ValueError("plan_sha256")
+    if precision_of(manifest) not in ("fp32", *LOW):
+        raise ValueError("precision")
     for key in ("folder", "weights_sha256"):
         if not isinstance(manifest["tokenizer"][key], str):
             raise ValueError(f"tokenizer.{key}")

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
+from tokenizer.batch_encoder import BATCH, BatchEncoder, compare_with_fp32
 from tokenizer.cache import (
     ARRAYS,
     FORMAT,
@@ -27,11 +29,13 @@ from tokenizer.cache import (
     TokenCache,
     code_dtype,
     other_images,
+    precision_of,
     read_manifest,
     shard_file,
 )
 from tokenizer.data.identity import FORMAT as IDENTITY
 from tokenizer.data.identity import Inventory
+from tokenizer.data.sampler import Key, read
 from tokenizer.data.sources import Images, open_split, take_inventories
 from tokenizer.interface import CodeLayout
 from tokenizer.run import load, load_config
@@ -41,9 +45,9 @@ from training.command import UserError, config_command, run_command
 from training.config import to_dict
 from training.folder import Folder, Kind
 from training.log import Progress
+from training.precision import PRECISIONS, decide
 
 IMAGES_PER_SHARD = 4096
-BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +59,16 @@ class TokensRun:
     tokenizer: str = "${root}/tokenizer"  # its run folder
     views: int = 1  # versions of each image, all but the first augmented as data.augment says
     source: str | None = None  # another data set than the tokenizer's own
+    precision: str = "auto"  # of the encoder: bf16 on a GPU that has it, else fp32; or "fp32", "bf16", "fp16"
+    workers: int | None = None  # processes that read images; as many as the tokenizer was trained with
 
     def __post_init__(self) -> None:
         if self.views < 1:
             raise ValueError(f"views={self.views}: at least 1 is needed")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers={self.workers}: at least 0 is needed")
 
 
 def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
@@ -91,7 +101,10 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         "identity": {split: inventory.sha256 for split, inventory in inventories.items()},
         "images_per_shard": IMAGES_PER_SHARD,
     }
-    current = None if fresh else _current(out, digest(plan), inventories)
+    precision = distributed.on_main(
+        lambda: decide(config.precision, distributed.device(), setting="precision", title=str(out))
+    )
+    current = None if fresh else _current(out, plan, inventories, config.precision)
     if current is not None:
         distributed.on_main(lambda: _note_source(current, data.source))
         if distributed.is_main():
@@ -99,19 +112,26 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         return current
     # All that may refuse the work comes before the first file of an earlier cache goes.
     tokenizer = load(run_folder)
+    encoder = BatchEncoder(tokenizer, precision)
     opened = {split: open_split(data, split, augment=True) for split in SPLITS}
     counts = {split: len(images) for split, images in opened.items()}
     distributed.on_main(lambda: _check_room(out, counts, views, tokenizer.layout))
+    checked: dict[str, Any] = {}  # of each split, how many codes fp32 would make others
+    for split, images in opened.items() if precision != "fp32" else ():
+        compare = functools.partial(compare_with_fp32, encoder, images.plain(), str(out))
+        checked[split] = distributed.on_main(compare)
+    plan_sha256 = digest(_in_precision(plan, precision))
     files = Folder(out, TOKENS)
     held.callback(files.release)
-    distributed.on_main(lambda: _prepare(files, digest(plan)))
+    distributed.on_main(lambda: _prepare(files, plan_sha256))
 
+    workers = tokenizer_config.loop.workers if config.workers is None else config.workers
     splits: dict[str, Any] = {}
     for split, augmented in opened.items():
         sources = [augmented.plain(), augmented]
         augmented.announce()
         _note_shards(files, split, len(sources[0]))
-        _encode_split(tokenizer, sources, split, out, views)
+        _encode_split(encoder, Views(*sources), split, out, views, workers)
         inventory = sources[0].inventory
         splits[split] = {"count": len(sources[0]), **sources[0].identity(), "listed": inventory.num_items}
         names = sources[0].class_names
@@ -132,9 +152,12 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
             "views": views,
             "class_names": names,
             "data": to_dict(data),
-            "plan_sha256": digest(plan),
+            "plan_sha256": plan_sha256,
+            "precision": precision,
             "splits": splits,
         }
+        if checked:
+            manifest["codes_unlike_fp32"] = checked
         replace_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
         files.remove([PLAN])
     distributed.barrier()
@@ -160,12 +183,24 @@ TOKENS = Kind(
 )
 
 
-def _current(out: Path, plan: str, inventories: Mapping[str, Inventory]) -> TokenCache | None:
-    """The finished cache of this plan, or None when there is none, its files are damaged or its images others."""
+def _in_precision(plan: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The plan of codes in that precision. fp32 is not told: earlier versions knew no other."""
+    return plan if precision == "fp32" else {**plan, "precision": precision}
+
+
+def _current(out: Path, plan: dict[str, Any], inventories: Mapping[str, Inventory], asked: str) -> TokenCache | None:
+    """The finished cache of this plan, or None when there is none, its files are damaged or its images others.
+
+    With the precision `asked` for; "auto" is content with any, so that codes are not made again because of another
+    machine.
+    """
     manifest = read_manifest(out)
     if manifest is None:
         return None
-    if manifest["plan_sha256"] == plan:
+    made = precision_of(manifest)
+    if asked not in ("auto", made):
+        reason = f"{out}: its codes were made in {made}, not in {asked}"
+    elif manifest["plan_sha256"] == digest(_in_precision(plan, made)):
         try:
             return TokenCache.open(out)
         except UserError as error:
@@ -223,46 +258,67 @@ def _note_shards(files: Folder, split: str, count: int) -> None:
     distributed.on_main(lambda: files.note(*(shard_file(split, shard, array) for shard in shards for array in ARRAYS)))
 
 
-def _encode_split(tokenizer: Any, sources: list[Images], split: str, out: Path, views: int) -> None:
+class Views:
+    """A split as data to read: view 0 is the plain image, the others are augmented."""
+
+    def __init__(self, plain: Images, augmented: Images) -> None:
+        self.plain, self.augmented, self.skipped = plain, augmented, plain.skipped
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def gather(self, keys: list[Key]) -> dict[str, Tensor]:
+        """(view, index) keys, all of one view, to what Images give."""
+        return (self.augmented if keys[0][0] else self.plain).gather(keys)
+
+
+def _encode_split(encode: BatchEncoder, images: Views, split: str, out: Path, views: int, workers: int) -> None:
     """Shards are dealt to ranks in turn; finished ones are kept."""
-    count, dtype = len(sources[0]), code_dtype(tokenizer.layout)
-    num_shards = -(-count // IMAGES_PER_SHARD)
+    count, layout = len(images), encode.tokenizer.layout
     progress = Progress(f"{out} {split}", count)
-    for shard in range(distributed.rank(), num_shards, distributed.world()):
+
+    def files_of(shard: int) -> dict[str, Path]:
+        return {array: out / shard_file(split, shard, array) for array in ARRAYS}
+
+    def batches_of(shard: int) -> Iterator[range]:
         first, last = shard * IMAGES_PER_SHARD, min(count, (shard + 1) * IMAGES_PER_SHARD)
-        files = {array: out / shard_file(split, shard, array) for array in ARRAYS}
-        if all(path.exists() for path in files.values()):
-            continue
-        codes = np.empty((last - first, views, tokenizer.layout.length), dtype)
-        labels, ids = np.empty(last - first, "<i4"), np.empty(last - first, "<i8")
-        for start in range(first, last, BATCH):
-            rows = slice(start - first, min(start + BATCH, last) - first)
-            for view in range(views):
-                keys = [(view, index) for index in range(start, min(start + BATCH, last))]
-                batch = sources[min(view, 1)].gather(keys)
-                found = _encode(tokenizer, batch["images"])
-                if found.min() < 0:  # an unsigned type would hold it as a large code
-                    raise UserError(
-                        f"{out}: image number {batch['ids'][(found < 0).any(1).argmax()]} of {split} has features that "
-                        "are not finite: look at it and at the tokenizer's log, mend what is wrong and encode again"
-                    )
-                codes[rows, view] = found
-                if view == 0:
-                    labels[rows], ids[rows] = batch["labels"], batch["ids"]
-            if distributed.is_main():
-                progress.show(min(start + BATCH, last), f"{tokenizer.layout.length} codes each")
-        for array, path in files.items():
-            buffer = io.BytesIO()
-            np.save(buffer, {"codes": codes, "labels": labels, "ids": ids}[array])
-            replace_file(path, buffer.getbuffer())
+        return (range(start, min(start + BATCH, last)) for start in range(first, last, BATCH))
+
+    own = range(distributed.rank(), -(-count // IMAGES_PER_SHARD), distributed.world())
+    missing = [shard for shard in own if not all(path.exists() for path in files_of(shard).values())]
+    keys = (
+        [(view, index) for index in places]
+        for shard in missing
+        for places in batches_of(shard)
+        for view in range(views)
+    )
+    with contextlib.closing(read(images, keys, images.plain.readers(workers))) as batches:
+        for shard in missing:
+            size = min(count, (shard + 1) * IMAGES_PER_SHARD) - shard * IMAGES_PER_SHARD
+            codes = np.empty((size, views, layout.length), code_dtype(layout))
+            labels, ids = np.empty(size, "<i4"), np.empty(size, "<i8")
+            for places in batches_of(shard):
+                rows = slice(places.start - shard * IMAGES_PER_SHARD, places.stop - shard * IMAGES_PER_SHARD)
+                for view in range(views):
+                    batch = next(batches)
+                    found = encode(batch["images"])
+                    if found.min() < 0:  # an unsigned type would hold it as a large code
+                        raise UserError(
+                            f"{out}: image number {batch['ids'][(found < 0).any(1).argmax()]} of {split} has features "
+                            "that are not finite: look at it and at the tokenizer's log, mend what is wrong and "
+                            "encode again"
+                        )
+                    codes[rows, view] = found
+                    if view == 0:
+                        labels[rows], ids[rows] = batch["labels"], batch["ids"]
+                if distributed.is_main():
+                    progress.show(places.stop, f"{layout.length} codes each")
+            for array, path in files_of(shard).items():
+                buffer = io.BytesIO()
+                np.save(buffer, {"codes": codes, "labels": labels, "ids": ids}[array])
+                replace_file(path, buffer.getbuffer())
     if distributed.is_main():
         progress.finish(f"{count} images, {views} view{'s' * (views > 1)}")
-
-
-def _encode(tokenizer: Any, images: torch.Tensor) -> np.ndarray:
-    """Codes of up to BATCH images; a short batch is padded, so that every batch has one shape."""
-    padded = torch.cat([images, images[-1:].expand(BATCH - len(images), -1, -1, -1)])
-    return tokenizer.encode(padded.to(distributed.device()))[: len(images)].cpu().numpy()
 
 
 def _shards(out: Path, split: str, count: int) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import dataclasses
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer.data.sampler import Key
+from tokenizer.data.sampler import Key, read
 from tokenizer.data.sources import DataConfig, Images
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from tokenizer.hierarchical import VQVAE2Config
@@ -92,7 +93,8 @@ class StoredFeatures:
         root: Path,
     ) -> None:
         """Only names them: `make` computes. `augment` and `seed` are what `images` were opened with."""
-        self.images, self.views, self.dtype = images, config.views, DTYPES[config.dtype]
+        self.images, self.skipped = images, images.skipped
+        self.views, self.dtype = config.views, DTYPES[config.dtype]
         side = images.image_size // encoder.stride
         self.shape = (config.views, side, side, encoder.channels)
         self.bytes_per_image = config.bytes_per_image(encoder.channels, (side, side))
@@ -123,8 +125,8 @@ class StoredFeatures:
             rows[mine] = self._open(shard).merged()[places]
         return {**self.images.gather(keys), "features": torch.from_numpy(rows).movedim(-1, 1)}
 
-    def make(self, encoder: FoundationEncoder) -> None:
-        """Compute the shards that are not there yet, dealt to ranks in turn.
+    def make(self, encoder: FoundationEncoder, workers: int = 0) -> None:
+        """Compute the shards that are not there yet, dealt to ranks in turn; `workers` processes read the images.
 
         Raises UserError when they do not fit the disk, or the folder holds something else.
         """
@@ -132,20 +134,31 @@ class StoredFeatures:
             distributed.on_main(lambda: self._prepare(held))
             encoder.to(distributed.device())
             progress = Progress(str(self.folder), len(self))
-            for shard in range(distributed.rank(), self._num_shards, distributed.world()):
-                if not self._is_whole(shard):
-                    self._make(shard, encoder, progress)
+            own = range(distributed.rank(), self._num_shards, distributed.world())
+            missing = [shard for shard in own if not self._is_whole(shard)]
+            keys = (
+                [(view, index) for index in part]
+                for shard in missing
+                for part in self._batches(shard)
+                for view in range(self.views)
+            )
+            with contextlib.closing(read(self.images, keys, self.images.readers(workers), "loop.workers")) as batches:
+                for shard in missing:
+                    self._make(shard, batches, encoder, progress)
             distributed.barrier()
         if distributed.is_main():
             progress.finish(f"{len(self)} images, {self.views} views, {len(self) * self.bytes_per_image:,} bytes")
 
-    def _make(self, shard: int, encoder: FoundationEncoder, progress: Progress) -> None:
+    def _make(
+        self, shard: int, batches: Iterator[dict[str, Tensor]], encoder: FoundationEncoder, progress: Progress
+    ) -> None:
+        """`batches`: of each part of the shard all views."""
         places = self._places(shard)
         rows = np.empty((len(places), *self.shape), self.dtype)
-        for start in range(0, len(places), BATCH):
-            part = places[start : start + BATCH]
+        for part in self._batches(shard):
+            start = part.start - places.start
             for view in range(self.views):
-                images = self.images.gather([(view, index) for index in part])["images"]
+                images = next(batches)["images"]
                 with torch.no_grad():
                     features = encoder(images.to(distributed.device())).movedim(1, -1).cpu().numpy()
                 if np.abs(features).max() > np.finfo(self.dtype).max:
@@ -185,6 +198,10 @@ class StoredFeatures:
 
     def _places(self, shard: int) -> range:
         return range(len(self))[shard * self.images_per_shard : (shard + 1) * self.images_per_shard]
+
+    def _batches(self, shard: int) -> Iterator[range]:
+        places = self._places(shard)
+        return (places[start : start + BATCH] for start in range(0, len(places), BATCH))
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"

@@ -66,7 +66,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     images.announce()
     if stored is not None and not run.finished(config.loop.steps):
         with run.marking():
-            stored.make(autoencoder.encoder)
+            stored.make(autoencoder.encoder, config.loop.workers)
         batches = feed(stored, *reading)
     if isinstance(autoencoder.encoder, FoundationEncoder) and distributed.is_main():
         run.files.note("weights/encoder/config.json", "weights/encoder/preprocessor_config.json")

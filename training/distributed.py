@@ -7,6 +7,7 @@ numbers that belong to samples (`draw`, `samples`, `Stream`, `Dropout`), and mea
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -143,8 +144,23 @@ def gather_parts(parts: Sequence[Tensor]) -> Tensor:
     if not dist.is_initialized():
         return own
     every: list[Tensor | None] = [None] * world()
-    dist.all_gather_object(every, own)
+    dist.all_gather_object(every, own, group=_hosts())
     return torch.cat([rows for rows in every if rows is not None])
+
+
+def gather_on_main(own: T) -> list[T]:
+    """What each rank gives, in rank order, on rank 0; an empty list on others. By way of the hosts, not the GPUs."""
+    if not dist.is_initialized():
+        return [own]
+    every: list[Any] = [None] * world() if is_main() else []
+    dist.gather_object(own, every if is_main() else None, group=_hosts())
+    return every
+
+
+@functools.lru_cache(maxsize=1)
+def _hosts() -> Any:
+    """A group of all processes that joins their hosts' memories; made once, when every rank first asks for it."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def samples_each(batch_size: int, accumulate: int) -> int:

@@ -7,17 +7,19 @@ gives any place of the order without memory or a start, and still each item once
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokenizer.data.skipped import Findings, Skipped
 from training import distributed
 from training.command import UserError
 from training.loop import Batch
@@ -30,7 +32,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Keyed(Protocol):
-    """A map-style data set that gives whole batches."""
+    """A map-style data set that gives whole batches. One of files has `skipped`, a `tokenizer.data.skipped.Skipped`."""
 
     def __len__(self) -> int: ...
 
@@ -106,16 +108,33 @@ def feed(
             yield from (keys[share[0] : share[-1] + 1] for share in shares)
 
     def batches(start_step: int) -> Iterator[list[Batch]]:
-        keys = keys_from(start_step)
-        parts = _read_ahead(dataset, keys, workers) if workers else map(dataset.gather, keys)
-        try:
+        with contextlib.closing(read(dataset, keys_from(start_step), workers, "loop.workers")) as parts:
             while True:
-                yield [Batch(_checked(_next(parts, workers)), share) for share in shares]
-        finally:
-            if workers:  # now: an error's traceback would keep them
-                parts._shutdown_workers()
+                yield [Batch(next(parts), share) for share in shares]
 
     return batches
+
+
+def read(
+    dataset: Keyed, keys: Iterator[list[Key]], workers: int, setting: str = "workers"
+) -> Generator[dict[str, Tensor]]:
+    """What `dataset.gather` gives for each of the lists of keys, in order and to the bit, read ahead by `workers`
+    processes, which end with this iterator; 0 reads in this one, when it is asked.
+
+    Raises UserError where `gather` does, where one of the processes is gone (`setting` is what to lower then), and
+    where all of them together meet too many items that cannot be read.
+    """
+    parts = _read_ahead(dataset, keys, workers) if workers else map(dataset.gather, keys)
+    try:
+        while True:
+            try:
+                found = _next(parts, workers, setting)
+            except StopIteration:
+                return
+            yield _checked(dataset, found) if workers else found
+    finally:
+        if workers:  # now: an error's traceback would keep them
+            parts._shutdown_workers()
 
 
 def _read_ahead(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> Iterator[Any]:
@@ -153,14 +172,18 @@ class _Gathered(torch.utils.data.Dataset):
     def __init__(self, dataset: Keyed):
         self.dataset = dataset
 
-    def __getitems__(self, keys: list[Key]) -> Any:
+    def __getitems__(self, keys: list[Key]) -> tuple[Any, Findings | None]:
+        skipped: Skipped | None = getattr(self.dataset, "skipped", None)
+        if skipped is not None:
+            skipped.tell_another()
         try:
-            return self.dataset.gather(keys)
+            gathered: Any = self.dataset.gather(keys)
         except UserError as error:  # travels as a value: DataLoader would bury the line in a traceback
-            return error
+            gathered = error
+        return gathered, None if skipped is None else skipped.drain()
 
 
-def _next(parts: Iterator[Any], workers: int) -> Any:
+def _next(parts: Iterator[Any], workers: int, setting: str) -> Any:
     """What comes next; of a process that died, the UserError to raise where no traceback keeps the others."""
     try:
         return next(parts)
@@ -170,11 +193,16 @@ def _next(parts: Iterator[Any], workers: int) -> Any:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return UserError(
             f"a process that reads images ahead is gone ({reason}): it may have lacked memory, also in /dev/shm; "
-            "lower loop.workers, and run the same command again to go on"
+            f"lower {setting}, and run the same command again to go on"
         )
 
 
-def _checked(gathered: Any) -> dict[str, Tensor]:
+def _checked(dataset: Keyed, found: Any) -> dict[str, Tensor]:
+    if isinstance(found, UserError):
+        raise found
+    gathered, findings = found
+    if findings is not None:
+        dataset.skipped.merge(findings)
     if isinstance(gathered, UserError):
         raise gathered
     return gathered

@@ -20,6 +20,7 @@ from tokenizer.data import transforms
 from tokenizer.data.columns import Choice
 from tokenizer.data.identity import Inventory
 from tokenizer.data.listings import Listing, open_listing, unseen_classes
+from tokenizer.data.skipped import Skipped, first_of
 from tokenizer.data.transforms import BadImage
 from training import distributed
 from training.command import UserError
@@ -99,7 +100,6 @@ class Images:
         self.name = printable(listing.name)
         self.split = split
         self.class_names = listing.class_names
-        self.bad: list[str] = []  # "item: reason"
         self.notes = [*listing.notes, *unseen_classes(listing)]  # on the whole source, for people
         self._config = config
         self._augmentation = augmentation
@@ -111,7 +111,7 @@ class Images:
                 "or files named train and validation"
             )
         self.inventory = Inventory.take(listing, items)  # of what is listed, readable or not
-        self._listed = len(items)
+        self.skipped = Skipped(config.source, split, len(items), config.max_bad, FEWEST_READS)
         unlabelled = listing.labels[items] < 0
         bad = {item: listing.refused.get(item, "has no class, unlike others") for item in items[unlabelled].tolist()}
         items = items[~unlabelled]
@@ -121,12 +121,10 @@ class Images:
             bad |= unreadable
             readable = ~np.isin(items, list(unreadable))
             items, pixels = items[readable], pixels if readable.all() else pixels[torch.from_numpy(readable)]
-        self.bad += [f"{listing.where(item)}: {reason}" for item, reason in sorted(bad.items())]
-        self._judge(len(bad), self._listed)
-        self._reads = 0  # of items, where they are decoded as they are read
+        self.skipped.lines += [f"{listing.where(item)}: {reason}" for item, reason in sorted(bad.items())]
+        self.skipped.judge(len(bad), self.skipped.listed)
         self._pixels = pixels  # (n, 3, S, S) uint8, or None
         self._listing = listing if pixels is None else None
-        self._unreadable: set[int] = set()
         self.ids = torch.from_numpy(items)  # (n,) int64, places in the whole source: the same in every split
         self.labels = torch.from_numpy(listing.labels[items])  # (n,) int64
 
@@ -140,6 +138,15 @@ class Images:
     @property
     def image_size(self) -> int:
         return self._config.image_size
+
+    @property
+    def bad(self) -> list[str]:
+        """What cannot be read, as far as it is known: "item: reason"."""
+        return self.skipped.lines
+
+    def readers(self, workers: int) -> int:
+        """How many of so many processes are worth starting to read: none where the pixels are in memory already."""
+        return workers if self._pixels is None else 0
 
     def gather(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         """(epoch, index) keys -> images (B, 3, S, S) float32 in [-1, 1], labels (B,) and ids (B,) int64.
@@ -191,51 +198,32 @@ class Images:
 
     def summary(self) -> str:
         """One line for people: what this is and what was skipped."""
-        skipped = f"; skipped {_first(self.bad)}" if self.bad else ""
+        skipped = f"; skipped {first_of(self.bad)}" if self.bad else ""
         what = f"{len(self)} images, {self.num_classes} classes, {self.image_size} px"
         return f"{self.name} ({self.split}): {what}{skipped}"
 
     def _load(self, place: int) -> tuple[Tensor, int]:
         """Pixels (3, S, S) uint8 of an item, or of the next readable one of its class, and which it was."""
         for candidate in self._candidates(place):
-            self._reads += 1
+            self.skipped.reads += 1
             try:
                 data = self._listing.read(int(self.ids[candidate]))
                 with _without_warnings():
                     pixels = transforms.decode(data, self.image_size, self._config.max_pixels)
                 return torch.from_numpy(pixels.copy()), candidate
             except BadImage as error:
-                self._unreadable.add(candidate)
-                self.bad.append(f"{self._listing.where(int(self.ids[candidate]))}: {error}")
-                count = len(self._unreadable)
-                if count.bit_count() == 1:  # 1, 2, 4, ...: a line each, not one per image
-                    warnings.warn(f"{self._config.source}: skipped {_first(self.bad)}", stacklevel=2)
-                # A process that reads ahead sees its part only: it judges by that.
-                self._judge(count, min(self._listed, max(self._reads, FEWEST_READS)))
+                self.skipped.add(candidate, f"{self._listing.where(int(self.ids[candidate]))}: {error}")
         name = self.class_names[self.labels[place]]
         raise UserError(f"{self._config.source}: class {name} has no readable {self.split} image")
 
     def _candidates(self, place: int) -> Iterator[int]:
         """The item, then those of its class that follow it, around the end; without the known unreadable."""
-        if place not in self._unreadable:
+        if place not in self.skipped:
             yield place
         same = torch.nonzero(self.labels == self.labels[place]).flatten()
         for candidate in torch.cat([same[same > place], same[same < place]]).tolist():
-            if candidate not in self._unreadable:
+            if candidate not in self.skipped:
                 yield candidate
-
-    def _judge(self, count: int, among: int) -> None:
-        """Refuse when `count` unusable items are too many of `among`, or all are unusable."""
-        if count > self._config.max_bad * among or len(self.bad) == self._listed:
-            raise UserError(
-                f"{self._config.source}: too many of its {among} {self.split} images cannot be used: "
-                f"{_first(self.bad)}; mend or remove them, or raise data.max_bad={self._config.max_bad}"
-            )
-
-
-def _first(lines: list[str], count: int = 3) -> str:
-    more = f" and {len(lines) - count} more" if len(lines) > count else ""
-    return f"{len(lines)} ({'; '.join(lines[:count])}{more})"
 
 
 def decode_all(
