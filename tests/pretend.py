@@ -306,9 +306,9 @@ class Functions(TorchFunctionMode):
             return Pretended(args[0].held.new_tensor(*args[1:], **kwargs))
         attention = nn.functional.scaled_dot_product_attention
         if LOWS[-1] is not None and func in {*LOW, *FULL, attention}:
-            args, kwargs = tree_map(
-                lambda value: _cast(value, torch.float32 if func in FULL else LOWS[-1]), (args, kwargs)
-            )
+            wanted = torch.float32 if func in FULL else LOWS[-1]
+            args = [_cast(value, wanted) for value in args]
+            kwargs = {name: _cast(value, wanted) for name, value in kwargs.items()}
         if func is attention and isinstance(args[0], Pretended):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
