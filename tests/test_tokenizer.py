@@ -27,6 +27,8 @@ DECODER_SIZES = {
     "conv": {"channels": 8, "residual_blocks": 1, "residual_channels": 4},
     "resnet": {"channels": 8, "multipliers": (1, 1, 1), "blocks": 1},
     "magvit": {"channels": 8, "multipliers": (1, 1, 1), "blocks": 1},
+    "patch_vit": {"channels": 16, "depth": 2, "heads": 2, "hidden": 24},
+    "dvae": {"channels": 8, "groups": 3, "blocks": 1},
     "vit": {"dim": 16, "depth": 2, "heads": 2},
 }
 CASES = list(itertools.product(AUTOENCODERS, QUANTIZERS))

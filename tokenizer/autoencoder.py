@@ -64,11 +64,26 @@ def build_parts(
 ) -> tuple[nn.Module, nn.Module, nn.Module, tuple[int, int]]:
     """(encoder, quantizer, decoder, grid) that a config describes."""
     encoder = config.encoder.build(image_size, saved, weights)
-    grid = grid_of(image_size, encoder.stride)
-    decoder = config.decoder.build(encoder.channels, encoder.stride, grid, encoder)
+    grid = grid_for(encoder, image_size)
+    in_channels = _decoder_channels(config, encoder.channels)
+    decoder = config.decoder.build(in_channels, encoder.stride, grid, encoder)
     if weights and saved is None and getattr(config.decoder, "weights", None):
         load_decoder(decoder, config.decoder.weights, encoder.mean.flatten(), encoder.std.flatten())
     return encoder, config.quantizer.build(), decoder, grid
+
+
+def _decoder_channels(config: Any, channels: int) -> int:
+    """What the decoder is given: features' channels, or where no projection follows, those of codes' vectors."""
+    quantizer = config.quantizer
+    projects = getattr(config, "projections", False) or getattr(quantizer, "code_dim", channels) != channels
+    return channels if projects else getattr(quantizer, "vector_dim", None) or channels
+
+
+def grid_for(encoder: nn.Module, image_size: int) -> tuple[int, int]:
+    """Codes per side of square images; an encoder whose codes have no grid says so itself (`grid_of`)."""
+    if hasattr(encoder, "grid_of"):
+        return encoder.grid_of(image_size, image_size)
+    return grid_of(image_size, encoder.stride)
 
 
 def grid_of(image_size: int, stride: int) -> tuple[int, int]:
@@ -120,7 +135,8 @@ class Autoencoder(nn.Module):
         self.normaliser = LatentNormaliser(encoder.channels, grid) if normalise else nn.Identity()
         same = encoder.channels == quantizer.dim and not projections
         self.project_in = nn.Identity() if same else Projection(encoder.channels, quantizer.dim)
-        self.project_out = nn.Identity() if same else Projection(quantizer.dim, encoder.channels)
+        vector_dim = getattr(quantizer, "vector_dim", quantizer.dim)
+        self.project_out = nn.Identity() if same else Projection(vector_dim, encoder.channels)
         self.layout = self._layout_of(grid)
 
     @property
@@ -156,6 +172,8 @@ class Autoencoder(nn.Module):
 
     def layout_of(self, height: int, width: int) -> CodeLayout:
         """What the codes of images (3, height, width) mean."""
+        if hasattr(self.encoder, "grid_of"):
+            return self._layout_of(self.encoder.grid_of(height, width))
         return self._layout_of((height // self.encoder.stride, width // self.encoder.stride))
 
     def update(self, step: int, taken: bool) -> None:

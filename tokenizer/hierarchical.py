@@ -33,6 +33,7 @@ class VQVAE2Config:
     residual_blocks: int = 2
     residual_channels: int = 32
     activation: str = "relu"  # the papers'; or "gelu", "silu"
+    narrow: bool = False  # between the grids half the channels on the way up, and code_dim on the way down
 
     def __post_init__(self) -> None:
         check_activation("model", self.activation)
@@ -50,10 +51,21 @@ class VQVAE2Config:
         return Hierarchical(
             encoder,
             ConvEncoder(
-                self.channels, self.top_stride, *sizes[1:], in_channels=encoder.channels, activation=self.activation
+                self.channels,
+                self.top_stride,
+                *sizes[1:],
+                in_channels=encoder.channels,
+                activation=self.activation,
+                narrow=self.narrow,
             ),
             top,
-            ConvDecoder(top.dim, self.top_stride, *sizes, out_channels=self.channels, activation=self.activation),
+            ConvDecoder(
+                top.dim,
+                self.top_stride,
+                *sizes,
+                out_channels=top.dim if self.narrow else self.channels,
+                activation=self.activation,
+            ),
             bottom,
             nn.ConvTranspose2d(top.dim, top.dim, self.top_stride * 2, self.top_stride, self.top_stride // 2),
             self.decoder.build(top.dim + bottom.dim, encoder.stride, grid, encoder),

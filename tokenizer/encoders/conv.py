@@ -56,13 +56,16 @@ class ConvEncoder(nn.Module):
         residual_channels: int,
         in_channels: int = 3,
         activation: str = "relu",
+        narrow: bool = False,
     ) -> None:
+        """`narrow`: the width is half of `channels` up to the last convolution before the residual blocks."""
         super().__init__()
         self.channels, self.stride, self.activation = channels, stride, ACTIVATIONS[activation]()
         halvings = int(math.log2(stride))
-        widths = [in_channels, *[channels // 2] * (halvings - 1), channels]
+        last = channels // 2 if narrow else channels
+        widths = [in_channels, *[channels // 2] * (halvings - 1), last]
         self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
-        self.body = nn.Conv2d(channels, channels, 3, padding=1)
+        self.body = nn.Conv2d(last, channels, 3, padding=1)
         self.stack = ResidualStack(channels, residual_blocks, residual_channels, activation)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ USUAL = ("weights.pt", "weights.safetensors", "model.safetensors", "diffusion_py
 AVERAGED = ("ema", "ema_state_dict", "model_ema", "ema_model")
 ENVELOPES = ("state_dict", "model", "module", "model_state_dict", "weights")
 PREFIXES = ("module.", "_orig_mod.")  # of distributed and of compiled modules
+HALVES = ("encoder.pkl", "decoder.pkl")  # of one model, in one folder
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # wherever in a name
 SHADOW = "model_ema."  # of averages within a state dict, under names without dots
 SHADOW_OWN = (f"{SHADOW}decay", f"{SHADOW}num_updates")
@@ -87,6 +88,8 @@ def open_weights(path: str | Path, *, averaged: bool = True) -> Weights:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file: give the path of published weights")
+    if path.name == HALVES[0] and path.with_name(HALVES[1]).is_file():
+        return _joined(path, averaged)
     if path.suffix == ".safetensors":
         return _plain(path, _open_safetensors(path), averaged)
     try:
@@ -105,6 +108,8 @@ def find_weights(folder: Path, file: str | None = None) -> Path:
     files = sorted(each for each in folder.iterdir() if each.suffix in SUFFIXES and each.is_file())
     usual = [each for name in USUAL for each in files if each.name == name]
     files = usual[:1] or files
+    if sorted(each.name for each in files) == sorted(HALVES):
+        files = [folder / HALVES[0]]
     if len(files) != 1:
         names = ", ".join(each.name for each in files) or f"none ({', '.join(SUFFIXES)})"
         raise UserError(f"{folder}: one file of weights is expected there, and it has {names}: name it with file=")
@@ -171,6 +176,19 @@ class Hyperparameters:
             told = f"{self.path}: no configuration says {'.'.join(names)}, {why}"
             raise UserError(f"{told}: give one that does, config=FILE (or a folder with its config.json)")
         return value
+
+
+def _joined(path: Path, averaged: bool) -> Weights:
+    """A model in two files, the names of each under its own."""
+    tensors: dict[str, Stored] = {}
+    for name in HALVES:
+        half = path.with_name(name)
+        try:
+            found = _state_dict(half, read_torch(half), averaged)
+        except Damaged as error:
+            raise _damaged(half, error) from None
+        tensors |= {f"{half.stem}.{inner}": tensor for inner, tensor in found.items()}
+    return Weights(path, tensors, {name: name for name in tensors})
 
 
 def _open_safetensors(path: Path) -> dict[str, Stored]:

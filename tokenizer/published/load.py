@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenizer.data.sources import DataConfig
@@ -23,7 +22,7 @@ from tokenizer.published.files import (
     open_weights,
     read_config,
 )
-from tokenizer.published.peer import Architecture, Peer, Place
+from tokenizer.published.peer import Peer, Place, Shapes
 from tokenizer.published.table import peer_of, published_files
 from tokenizer.run import TokenizerRun
 from training import distributed
@@ -38,7 +37,6 @@ class Source:
 
     peer: Peer
     path: Path
-    architecture: Architecture
     places: dict[str, Place]  # ours -> the name in the file
 
 
@@ -49,6 +47,7 @@ def from_pretrained(
     as_: str | None = None,
     config: str | Path | dict[str, Any] | None = None,
     *,
+    image_size: int | None = None,
     averaged: bool = True,
 ) -> nn.Module:
     """A published tokenizer in evaluation mode, as `tokenizer.load` gives one of ours; `.published` is its Source.
@@ -57,6 +56,8 @@ def from_pretrained(
     file          of a folder or a repository, where it has several
     as_           the kind, where it is not to be recognised
     config        the authors' configuration (JSON, YAML, or what such a file holds), where it is not beside the file
+    image_size    pixels per side that `layout` is to be of, where not those that it was trained on; of convolutional
+                  networks any that divides into whole codes
     averaged      False: where a file has weights twice, not their averages
 
     Raises UserError for what is not there, damaged, of no known kind, or not whole.
@@ -65,7 +66,7 @@ def from_pretrained(
     weights = open_weights(path, averaged=averaged)
     hyper = hyperparameters(path, config, told)
     peer = peer_of(weights, hyper, as_ or kind)
-    return load_weights(peer, weights, hyper)
+    return load_weights(peer, weights, hyper, image_size)
 
 
 def hyperparameters(
@@ -78,36 +79,34 @@ def hyperparameters(
     return Hyperparameters(read_config(path), path) if path else Hyperparameters(told, weights)
 
 
-def load_weights(peer: Peer, weights: Weights, hyper: Hyperparameters) -> nn.Module:
-    """A file of a known kind as one of our autoencoders. Raises UserError, naming tensors, where it is not one."""
+def load_weights(peer: Peer, weights: Weights, hyper: Hyperparameters, image_size: int | None = None) -> nn.Module:
+    """A file of a known kind as one of our modules. Raises UserError, naming tensors, where it is not one."""
     try:
-        architecture = peer.architecture(weights.shapes, hyper)
+        model, places, run = _built(peer, weights.shapes, hyper, image_size)
     except KeyError as error:
         raise UserError(f"{weights.path}: it has no {error.args[0]}, which every {peer.kind} has") from None
     except UserError:
         raise
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{weights.path}: its shapes are of no {peer.kind}: {error}") from None
-    run = TokenizerRun(name=peer.kind, model=architecture.model, data=DataConfig(image_size=architecture.image_size))
-    try:
-        with torch.device("meta"):
-            described = architecture.model.build(architecture.image_size, weights=False)
-        places = dict(architecture.places(described))
-        state = read_state(peer, weights, places, {n: tuple(t.shape) for n, t in described.state_dict().items()})
-        model = architecture.model.build(architecture.image_size, weights=False)
-    except UserError:
-        raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(f"{weights.path}: it is no {peer.kind} that can be built: {error}") from None
-    model.load_state_dict(state, strict=False)
-    model.config = run
-    model.published = Source(
-        peer,
-        weights.path,
-        architecture,
-        {n: dataclasses.replace(p, name=weights.origins[p.name]) for n, p in places.items()},
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(read_state(peer, weights, places, shapes), strict=False)
+    found = {ours: dataclasses.replace(place, name=weights.origins[place.name]) for ours, place in places.items()}
+    model.config, model.published = run, Source(peer, weights.path, found)
     return model.to(distributed.device()).eval().requires_grad_(False)
+
+
+def _built(
+    peer: Peer, shapes: Shapes, hyper: Hyperparameters, image_size: int | None
+) -> tuple[nn.Module, dict[str, Place], TokenizerRun | None]:
+    """A module with random weights, where the file keeps each of its tensors, and the configuration of its run."""
+    if peer.build is not None:
+        model, names = peer.build(shapes, hyper)
+        return model, {ours: Place(theirs) for ours, theirs in names.items()}, None
+    architecture = peer.architecture(shapes, hyper)
+    data = DataConfig(image_size=image_size or architecture.image_size)
+    model = architecture.model.build(data.image_size, weights=False)
+    return model, dict(architecture.places(model)), TokenizerRun(name=peer.kind, model=architecture.model, data=data)
 
 
 def read_state(

@@ -18,28 +18,37 @@ GROUPS = 32  # of every group norm
 
 def magvit_names(encoder: MagvitEncoderConfig, decoder: MagvitDecoderConfig, name: Naming) -> dict[str, str]:
     """Our modules -> theirs."""
-    names: dict[str, str] = {}
-
-    def add(ours: str, theirs: str) -> None:
-        names.update({f"{ours}.{part}": f"{theirs}.{their}" for part, their in BLOCK.items()})
-
-    for side, config in (("encoder", encoder), ("decoder", decoder)):
-        names |= {f"{side}.{part}": name(side, part, 0, 0) for part in ENDS}
-        for number in range(config.blocks):
-            add(f"{side}.middle.{number}", name(side, "middle", 0, number))
-    place, inner = 0, ".conv" if encoder.downsampling == "conv" else ""
+    names, place = _ends("encoder", encoder.blocks, name), 0
+    inner = ".conv" if encoder.downsampling == "conv" else ""
     for level in range(len(encoder.multipliers)):
         for number in range(encoder.blocks):
-            add(f"encoder.down.{place + number}", name("encoder", "block", level, number))
+            names |= _block(f"encoder.down.{place + number}", name("encoder", "block", level, number))
         place += encoder.blocks + 1
         names[f"encoder.down.{place - 1}{inner}"] = name("encoder", "sample", level, 0)
+    return names | magvit_decoder_names(decoder, name)
+
+
+def magvit_decoder_names(decoder: MagvitDecoderConfig, name: Naming) -> dict[str, str]:
+    """Our modules of a decoder -> theirs."""
+    names = _ends("decoder", decoder.blocks, name)
     for place, level in enumerate(reversed(range(len(decoder.multipliers)))):
         for number in range(decoder.blocks):
-            add(f"decoder.up.{place}.{number}", name("decoder", "block", level, number))
+            names |= _block(f"decoder.up.{place}.{number}", name("decoder", "block", level, number))
         names[f"decoder.up.{place}.{decoder.blocks}.conv"] = name("decoder", "sample", level, 0)
         names[f"decoder.norms.{place}.scale"] = name("decoder", "norm", level, 0) + ".gamma"
         names[f"decoder.norms.{place}.shift"] = name("decoder", "norm", level, 0) + ".beta"
     return names
+
+
+def _ends(side: str, blocks: int, name: Naming) -> dict[str, str]:
+    names = {f"{side}.{part}": name(side, part, 0, 0) for part in ENDS}
+    for number in range(blocks):
+        names |= _block(f"{side}.middle.{number}", name(side, "middle", 0, number))
+    return names
+
+
+def _block(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}.{part}": f"{theirs}.{their}" for part, their in BLOCK.items()}
 
 
 def sizes(shapes: Shapes, side: str, levels: int, name: Naming) -> dict:

@@ -38,13 +38,18 @@ class Place:
 
     def to_ours(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The tensor in our shape, to the bit. Raises ValueError when it is not the same numbers."""
-        tensor = tensor.T if self.transposed else tensor
+        tensor = _turned(tensor) if self.transposed else tensor
         if _without_ones(tensor.shape) != _without_ones(shape):
             raise ValueError
         return tensor.reshape(shape)
 
     def to_theirs(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return (tensor.T if self.transposed else tensor).reshape(shape)
+        return (_turned(tensor) if self.transposed else tensor).reshape(shape)
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """A matrix, or a 1x1 convolution, with rows for columns."""
+    return tensor.reshape(tensor.shape[:2]).T
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -101,6 +106,8 @@ class Peer:
     licence: str
     recognises: Callable[[Evidence], bool]
     architecture: Callable[[Shapes, Hyperparameters], Architecture]
+    # Of what is no autoencoder with a quantizer: the module, and its names in the file.
+    build: Callable[[Shapes, Hyperparameters], tuple[nn.Module, Mapping[str, str]]] | None = None
     ignored: tuple[str, ...] = ()  # patterns of tensors that are no part of the model
     unit_range: bool = False  # its images are in [0, 1], not in [-1, 1]
     clamped: bool = False  # whether its `reconstruction` is clamped to that range

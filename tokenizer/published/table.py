@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import difflib
 
+from tokenizer.published.bsq_vit import BSQ_VIT
+from tokenizer.published.dalle import DALLE
 from tokenizer.published.diffusers import DIFFUSERS
 from tokenizer.published.files import Hyperparameters, Weights
 from tokenizer.published.ibq import IBQ
 from tokenizer.published.llamagen import LLAMAGEN
 from tokenizer.published.maskgit import MASKBIT, MASKGIT
 from tokenizer.published.peer import Evidence, Peer, PublishedFile
+from tokenizer.published.rae import RAE_PEER
+from tokenizer.published.rosinality import ROSINALITY
 from tokenizer.published.seed_voken import MAGVIT2, SIMVQ
 from tokenizer.published.taming import GUMBEL, TAMING
+from tokenizer.published.titok import TITOK
 from training.command import UserError
 
 PEERS: dict[str, Peer] = {
-    peer.kind: peer for peer in (TAMING, GUMBEL, LLAMAGEN, IBQ, DIFFUSERS, MASKGIT, MASKBIT, MAGVIT2, SIMVQ)
-}
+    peer.kind: peer
+    for peer in (
+        TAMING, GUMBEL, LLAMAGEN, IBQ, MAGVIT2, SIMVQ, MASKGIT, MASKBIT, TITOK, BSQ_VIT, DIFFUSERS, ROSINALITY,
+        DALLE, RAE_PEER,
+    )
+}  # fmt: skip
 TARGETS = ("target", "class_path", "_class_name", "_target_")  # keys of a class in the configurations of others
 
 

@@ -19,7 +19,8 @@ from training.distributed import Stream, uniform
 class GumbelConfig:
     kind: str = "gumbel"
     num_codes: int = 8192
-    code_dim: int = 256
+    code_dim: int = 256  # of features
+    vector_dim: int | None = None  # of what the codes stand for, where not code_dim
     temperature_start: float = 1.0
     temperature_end: float = 0.0625
     anneal_steps: int = 10000  # from start to end, exponentially
@@ -27,6 +28,8 @@ class GumbelConfig:
     kl: float = 5e-4  # weight of KL(q(k|z), uniform)
 
     def __post_init__(self) -> None:
+        if self.vector_dim is not None and self.vector_dim < 1:
+            raise ValueError(f"quantizer.vector_dim={self.vector_dim} must be at least 1")
         if not 0 < self.temperature_end <= self.temperature_start:
             raise ValueError(
                 f"quantizer.temperature_end={self.temperature_end} must be above 0 and at most "
@@ -38,12 +41,12 @@ class GumbelConfig:
     def build(self) -> Gumbel:
         return Gumbel(
             self.num_codes, self.code_dim, self.temperature_start, self.temperature_end, self.anneal_steps, self.hard,
-            self.kl,
+            self.kl, self.vector_dim,
         )  # fmt: skip
 
 
 class Gumbel(nn.Module):
-    """Features (D channels) give the logits of a distribution q(k|z) over the rows of a codebook (K, D).
+    """Features (D channels) give the logits of a distribution q(k|z) over the rows of a codebook (K, vector_dim).
 
     In training a sample of it is relaxed: softmax((logits + Gumbel noise) / temperature) mixes the rows, and codes
     are the largest of the noisy logits, so that `lookup(codes)` gives the vectors only with `hard`, where the mixture
@@ -61,13 +64,15 @@ class Gumbel(nn.Module):
         anneal_steps: int = 10000,
         hard: bool = False,
         kl: float = 5e-4,
+        vector_dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.vector_dim = dim if vector_dim is None else vector_dim
         self.dim, self.num_codes, self.hard, self.kl = dim, (num_codes,), hard, kl
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
         self.anneal_steps = anneal_steps
         self.logits = nn.Linear(dim, num_codes)
-        self.codebook = nn.Parameter(torch.randn(num_codes, dim) * dim**-0.5)
+        self.codebook = nn.Parameter(torch.randn(num_codes, self.vector_dim) * self.vector_dim**-0.5)
         self.register_buffer("temperature", torch.tensor(temperature_start))
         self.statistics = Usage(num_codes)
         self.stream = Stream()
