@@ -207,8 +207,9 @@ def check_extractor(named: Path, trained_in: Sequence[Path]) -> None:
     raise UserError(f"--extractor {named}: holds no extractor (there is no config.yaml): {remedy}")
 
 
-def open_extractor(folder: Path, data: DataConfig, images: Images) -> InDomain:
-    """The in-domain extractor kept in `folder`; where there is none, it is trained on `images`, the train split, first.
+def open_extractor(folder: Path, data: DataConfig, images: Images, workers: int = 0) -> InDomain:
+    """The in-domain extractor kept in `folder`; where there is none, it is trained on `images`, the train split, first,
+    which `workers` processes read.
 
     Where its weights are damaged, they are written again. Raises UserError when it was trained on other data.
     """
@@ -222,7 +223,11 @@ def open_extractor(folder: Path, data: DataConfig, images: Images) -> InDomain:
     if made_from not in (None, images.inventory.sha256):
         what = changes(folder, [images.inventory])
         raise UserError(f"{folder}: this extractor was trained on other images: {what}; {remedy}")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data.source))  # they may move
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, source=data.source),  # they may move
+        loop=dataclasses.replace(config.loop, workers=images.readers(workers)),
+    )
     finished, reason = Run(folder, config).finished(config.loop.steps), ""
     if finished:
         try:

@@ -159,7 +159,7 @@ class Pipeline:
 
     @functools.cached_property
     def in_domain(self) -> InDomain:
-        return open_extractor(self.extractor_folder, self.data, self.train)
+        return open_extractor(self.extractor_folder, self.data, self.train, self.workers)
 
     @functools.cached_property
     def extractors(self) -> list[Extractor]:

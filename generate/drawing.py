@@ -24,6 +24,7 @@ from tokenizer.data.transforms import to_uint8
 from tokenizer.interface import Tokenizer
 from training import distributed
 from training.atomic import LOCK
+from training.command import UserError
 from training.config import to_dict
 from training.folder import Folder, Kind
 from training.log import Progress
@@ -90,14 +91,24 @@ class Drawing:
             began = time.monotonic()
             ids = torch.arange(start, start + batch_size, device=device)
             known = self.known(ids) if self.known else None
+            labels = classes[ids % len(classes)]
             with torch.no_grad(), autocast(precision, device):
-                codes = self.prior.sample(classes[ids % len(classes)], self.request.options, ids, known)
-                images = to_uint8(self.decoder.decode(codes)).permute(0, 2, 3, 1).cpu()
+                codes = self.prior.sample(labels, self.request.options, ids, known)
+                decoded = self.decoder.decode(codes)
+                if precision == "fp16":
+                    self._check_range(codes, labels, decoded)
+            images = to_uint8(decoded).permute(0, 2, 3, 1).cpu()
             wanted, images = min(batch_size, stop - start), images.contiguous().numpy()
             if self.finish:
                 self.finish(images)
             codes = codes[:wanted].cpu().numpy()
             yield Drawn(start, images[:wanted], codes, time.monotonic() - began)
+
+    def _check_range(self, codes: Tensor, labels: Tensor, images: Tensor) -> None:
+        """Raise UserError where numbers are beyond fp16's 65,504, after which codes are drawn from nothing."""
+        for what, values in (("tokenizer", images), ("prior", self.prior.nll(codes[:1], labels[:1]).nats)):
+            if not values.isfinite().all():
+                raise UserError(f"--precision fp16: numbers of the {what} overflow it: take bf16 or fp32")
 
 
 @dataclasses.dataclass(frozen=True)

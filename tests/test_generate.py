@@ -344,6 +344,20 @@ def test_samples_of_another_precision_are_others(root, tmp_path, monkeypatch, ca
     assert command("generate.sample", root, "--precision", "fp8") == 2 and "fp8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("which", ["prior", "tokenizer"])
+def test_numbers_that_fp16_cannot_hold_draw_nothing(root, tmp_path, which):
+    prior, painter = load(root / "prior"), Painter()
+    wanted = dataclasses.replace(request(), precision="fp16")
+    assert len(draw_samples(prior, painter, wanted, 20).images) == 20
+    with torch.no_grad():
+        if which == "prior":
+            prior.backbone.heads[0].weight *= 1e6
+        else:
+            painter.decode = lambda codes: torch.full((len(codes), 3, 2, 2), torch.inf)
+    with pytest.raises(UserError, match=f"--precision fp16: numbers of the {which} overflow it: take bf16 or fp32"):
+        draw_samples(prior, painter, wanted, 20)
+
+
 def test_a_sweep_finds_its_samples_on_any_machine(root, tmp_path, monkeypatch):
     names = []
     monkeypatch.setattr("generate.images.write_samples", lambda *arguments: names.append(arguments[3].name))

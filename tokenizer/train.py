@@ -5,6 +5,7 @@ Running the same command again resumes. Under torchrun the same command uses eve
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenizer.data.grid import image_grid
 from tokenizer.data.identity import open_run
-from tokenizer.data.sampler import feed, keys_of_step
+from tokenizer.data.sampler import feed, keys_of_step, read
 from tokenizer.data.sources import Images, open_split
 from tokenizer.data.transforms import to_pixels
 from tokenizer.dry_run import dry_run
@@ -130,7 +131,10 @@ def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:
     count = min(config.calibration_images, len(images))
     keys = keys_of_step(len(images), count, config.seed, 0)
     size = max(1, min(256, PIXELS_AT_ONCE // config.data.image_size**2))
-    return [images.gather(keys[start : start + size])["images"] for start in range(0, count, size)]
+    parts = (keys[start : start + size] for start in range(0, count, size))
+    workers = images.readers(min(config.loop.workers, -(-count // size)))
+    with contextlib.closing(read(images, parts, workers, "loop.workers")) as batches:
+        return [batch["images"] for batch in batches]
 
 
 def main() -> None:
