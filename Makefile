@@ -12,6 +12,7 @@ STEPS  ?=
 FRESH  ?=
 NPROC  ?=
 LPIPS  ?=
+OUT    ?= runs/gpu-day
 PYTHON ?= python3
 
 VENV := .venv
@@ -19,7 +20,7 @@ PY   := $(VENV)/bin/python
 
 # What was given is text. make would expand `$(...)` in it, and the shell would read it again where it stands in a
 # recipe: so make takes its characters alone, and recipes find it in the environment, quoted, as "$$run".
-$(foreach name,CONFIG DATA RUN NUM STEPS FRESH NPROC LPIPS PYTHON PY,$(eval override $(name) := $$(value $(name))))
+$(foreach name,CONFIG DATA RUN NUM STEPS FRESH NPROC LPIPS OUT PYTHON PY,$(eval override $(name) := $$(value $(name))))
 override NAME := $(notdir $(CONFIG:/=))
 override RUN  := $(or $(RUN),runs/$(if $(filter compare-quantizers,$(MAKECMDGOALS)),quantizers,$(NAME)$(if $(DATA),-$(notdir $(DATA:/=)))))
 export config := $(CONFIG)
@@ -30,11 +31,12 @@ export num    := $(NUM)
 export steps  := $(STEPS)
 export nproc  := $(NPROC)
 export lpips  := $(LPIPS)
+export out    := $(OUT)
 export python := $(PYTHON)
 export py     := $(PY)
 
 # Given in small letters, these would be expanded by make.
-$(foreach name,config folder data run num steps fresh nproc lpips python py,\
+$(foreach name,config folder data run num steps fresh nproc lpips out python py,\
   $(if $(findstring command,$(origin $(name))),$(error $(name)=: write $(shell echo $(name) | tr a-z A-Z)=)))
 
 # A stage on this process, or on NPROC of them. After `--` nothing is an option of torchrun's.
@@ -46,7 +48,7 @@ ANEW       = $(if $(filter 1 yes true on,$(FRESH)),--fresh,$(if $(filter-out 0 n
 # Scores that need weights which are not the project's own.
 SCORES := $${lpips:+--lpips-net squeeze --lpips-weights "$$lpips"}
 
-.PHONY: help setup demo test test-gpu test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench bench-gpu config-exists
+.PHONY: help setup demo test test-gpu test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench gpu-day config-exists
 
 help: ## what can be made, and with what
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -60,6 +62,7 @@ help: ## what can be made, and with what
 	  STEPS  "training steps of compare-quantizers and compare-priors (what their configurations say)" \
 	  FRESH  "1 starts the named stage over" \
 	  NPROC  "processes per machine, through torchrun (one, without it)" \
+	  OUT    "folder for what gpu-day finds ($$out)" \
 	  LPIPS  "file of SqueezeNet 1.1's features, for LPIPS in the report" \
 	  PYTHON "Python 3.11 or newer for the virtual environment ($$python)"
 
@@ -127,9 +130,8 @@ compare-priors: tokens ## train every configs/priors/*.yaml alike on CONFIG's to
 	  $(LAUNCH) generate.sample "$$run/$$name" --num "$$num" --out "$$run/$$name/samples"; done
 	@$(LAUNCH) eval.run priors "$$run"
 
-bench: setup ## speed and memory beside peers and physical limits, into benchmarks/RESULTS.md
+bench: setup ## speed and memory beside peers and physical limits (on a GPU where there is one), into benchmarks/RESULTS.md
 	@set -e; for name in codebook sampling evaluation estimate training; do "$$py" -W ignore -m benchmarks.$$name; done
 
-bench-gpu: setup ## the same on a GPU
-	@"$$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: there is no GPU here" >&2; exit 2; }
-	@$(MAKE) --no-print-directory bench
+gpu-day: setup ## what a GPU has to show, in 12 minutes at most, into OUT; the same command goes on
+	@"$$py" -W ignore -m benchmarks.gpu_day -- "$$out"

@@ -1,8 +1,8 @@
-"""Training speed: waiting for data, stored features beside images, saving, and a GPU's model-FLOPs utilisation.
+"""Training speed: waiting for data, stored features beside images, and saving.
 
-    python -m benchmarks.training [wait|features|saving|utilisation ...] [encoder=FOLDER] [data=FOLDER]
+    python -m benchmarks.training [wait|features|saving ...] [encoder=FOLDER] [data=FOLDER]
 
-All four, on the GPU where there is one, which the last part needs. Stages 1 and 2 are those of configs/imagenette at
+All three, on the GPU where there is one. Stages 1 and 2 are those of configs/imagenette at
 224 px, with the pretrained ViT-Tiny and the images given; without them a random ViT of that shape, and digits. Every
 figure is of the training loop itself (average, log and all), without the k-means that starts a run. Results go to
 RESULTS.md beside this file.
@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import statistics
 import sys
@@ -26,28 +25,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import keep, median, ratio, synchronise, table
-from priors.train import PriorRun
 from tokenizer.data.sampler import Keyed, feed
 from tokenizer.data.sources import Images, open_split
 from tokenizer.features import FeaturesConfig, StoredFeatures
-from tokenizer.interface import CodeLayout
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun
 from tokenizer.train import teacher_of, turns_of
-from training import distributed
 from training.checkpoint import Run
 from training.config import load
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.loop import Batch, LoopConfig, Turn, train
 
 STAGES = {stage: f"configs/imagenette/tokenizer-stage{stage}.yaml" for stage in (1, 2)}
 NEVER = 10**9
 SAVE_EVERY = LoopConfig().save_every
 FEW = 16  # images with stored features: making them is not what is measured
-# Dense bf16 TFLOP/s by the makers' data sheets.
-PEAKS = {"A100": 312, "H100": 989, "H200": 989}
 
 Batches = Callable[[int], Iterator[list[Batch]]]  # what the loop reads
 
@@ -247,86 +240,7 @@ def saving(given: Given) -> None:
     keep("Training: saving", given.command("saving"), table(head, lines))
 
 
-def utilisation(given: Given) -> None:
-    """Model FLOPs, counted as the products and attentions of one uncompiled step, over seconds and the bf16 peak."""
-    if not torch.cuda.is_available():
-        print("utilisation: skipped, it needs a GPU\n")
-        return
-    lines = []
-    for name, batch_size, make in (
-        ("stage 1: DINOv2-B, decoder XL, 256 px", 64, stage_of_imagenet),
-        ("prior of {:.0f} M, 256 codes of 16384", 64, prior_of_300m),
-    ):
-        seconds_of = {}
-        for precision, compiled in (("fp32", False), ("bf16", False), ("bf16", True)):
-            turns, published, batches = make(batch_size)
-            if not seconds_of:
-                size = sum(p.numel() for p in published.parameters()) / 1e6
-                flops = flops_of_step(turns[0], next(batches(0))[0])
-            loop = LoopConfig(steps=14, batch_size=batch_size, precision=precision, compile=compiled)
-            seen = watch(turns, published, batches, loop)
-            seconds_of[precision, compiled] = median(seen.steps(warm_up=4))  # the first compiles
-            del turns, published, batches
-            torch.cuda.empty_cache()
-        for (precision, compiled), taken in seconds_of.items():
-            rate, peak = flops / taken / 1e12, peak_of_device()
-            lines.append([
-                f"{name.format(size)}, {precision}{', compiled' * compiled}", f"{batch_size / taken:.1f}",
-                f"{rate:.1f}", f"{100 * rate / peak:.1f}" if peak else "unknown",
-                f"{seconds_of['fp32', False] / taken:.2f}",
-            ])  # fmt: skip
-    head = ["one GPU, batch 64", "images/s", "model TFLOP/s", "of the bf16 peak, %", "times plain fp32"]
-    keep("Training: utilisation", "python -m benchmarks.training utilisation", table(head, lines))
-
-
-def peak_of_device() -> int | None:
-    return next((peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
-
-
-def flops_of_step(turn: Turn, batch: Batch) -> int:
-    """Of one forward and backward pass, as torch counts them; kernels of our own are not counted."""
-    batch = batch.to(distributed.device())
-    turn.module.to(distributed.device())
-    with FlopCounterMode(display=False) as counter:
-        turn.loss(batch, 0).total.backward()
-    turn.module.zero_grad()
-    return counter.get_total_flops()
-
-
-Task = tuple[list[Turn], nn.Module, Batches]
-
-
-def stage_of_imagenet(batch_size: int) -> Task:
-    """Stage 1 with its pixel losses; LPIPS and discriminator have weights of their own. Images are noise."""
-    overrides = ["objective.perceptual=0", "objective.adversarial=0"]
-    config = load(TokenizerRun, "configs/imagenet/VQRAE-DINOv2-B_decXL.yaml", overrides)
-    torch.manual_seed(0)
-    autoencoder = config.model.build(config.data.image_size, weights=False)
-    images = torch.rand(batch_size, 3, config.data.image_size, config.data.image_size) * 2 - 1
-    return turns_of(config, Objective(config.objective, autoencoder, None)), autoencoder, again({"images": images})
-
-
-def prior_of_300m(batch_size: int) -> Task:
-    layout = CodeLayout(((16, 16),), (16384,))
-    config = load(PriorRun, "configs/imagenet/prior-300M.yaml")
-    torch.manual_seed(0)
-    prior = config.prior.build(layout, 1000)
-    codes, labels = torch.randint(16384, (batch_size, layout.length)), torch.randint(1000, (batch_size,))
-
-    def loss(batch: Batch, step: int) -> Loss:
-        shape = (layout.length + 2,)
-        return prior.loss(batch["codes"], batch["labels"], distributed.draw((0, step), batch.positions, shape))
-
-    return [Turn("prior", prior, loss, config.optimizer)], prior, again({"codes": codes, "labels": labels})
-
-
-def again(tensors: dict[str, torch.Tensor]) -> Batches:
-    """One batch, over and over."""
-    positions = torch.arange(len(next(iter(tensors.values()))))
-    return lambda step: itertools.repeat([Batch(tensors, positions)])
-
-
-PARTS = {"wait": wait, "features": features, "saving": saving, "utilisation": utilisation}
+PARTS = {"wait": wait, "features": features, "saving": saving}
 
 
 def main() -> None:

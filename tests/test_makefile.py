@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[1]
-ALL = ["CONFIG", "DATA", "RUN", "NUM", "STEPS", "FRESH", "NPROC", "LPIPS", "PYTHON", "PY"]
+ALL = ["CONFIG", "DATA", "RUN", "NUM", "STEPS", "FRESH", "NPROC", "LPIPS", "OUT", "PYTHON", "PY"]
 
 
 def make(
@@ -210,3 +210,6 @@ def test_a_run_of_the_tests_sees_no_gpu_unless_it_asks(place: Path) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == os.environ["HIP_VISIBLE_DEVICES"] == ""
     *_, last = calls(place, "test-gpu")
     assert last == ["-m", "pytest", "-m", "gpu"]
+    assert calls(place, "gpu-day", "OUT=-a day/of $(shell x)") == [
+        ["-W", "ignore", "-m", "benchmarks.gpu_day", "--", "-a day/of $(shell x)"]
+    ]
