@@ -2,7 +2,7 @@
 
 What CUDA refuses is refused: tensors of two devices, CPU generators, `.numpy()`. What makes the host
 wait for a GPU is counted, with its place in the code. Copies to the host that are not waited for hold nonsense until an
-event behind them was.
+event behind them was. A process group that is joined within takes no tensor of the CPU, as NCCL takes none.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 
 from training.tracing import FULL, LOW
 
@@ -35,6 +36,7 @@ READS = {  # results whose size depends on values
     aten.bincount.default,
     aten.unique_consecutive.default,
 }
+NO_TENSORS = {torch.ops.c10d.barrier.default}  # what it takes is its own
 INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor}
 PUT = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
@@ -216,6 +218,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             note("copy between devices")
         unwrap(args[0]).copy_(unwrap(args[1]))
         return args[0]
+    if func.namespace == "c10d" and func not in NO_TENSORS:
+        return _collective(func, args, kwargs, tensors)
     if func._schema.name.startswith("tessera::"):
         if len({isinstance(t, Pretended) for t in tensors}) > 1:
             raise DeviceMismatch(f"{func}: tensors on two devices: {place(6)}")
@@ -232,6 +236,23 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not to_gpu:
         return made
     return return_and_correct_aliasing(func, args, kwargs, mapped(wrap, made))
+
+
+def _collective(func: Any, args: Any, kwargs: dict[str, Any], tensors: list) -> Any:
+    """By gloo, on the values that the tensors hold, in place."""
+    if not all(isinstance(t, Pretended) for t in tensors):
+        raise DeviceMismatch(f"{func}: no backend for a tensor on the CPU: {place(6)}")
+    made = func(*mapped(unwrap, args), **{name: mapped(unwrap, value) for name, value in kwargs.items()})
+    return mapped(wrap, made)
+
+
+_all_gather_object = dist.all_gather_object
+
+
+def _gather_objects(*args: Any, **kwargs: Any) -> None:
+    """It resizes tensors, which pretended ones do not do; of the GPU's none can be among what is pickled."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        _all_gather_object(*args, **kwargs)
 
 
 def _copied(tensor: torch.Tensor, kwargs: dict[str, Any], on_gpu: bool) -> torch.Tensor:
@@ -284,7 +305,8 @@ class Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_gpu(kwargs.get("device")) or any(issubclass(t, Pretended) for t in types):
+        collective = getattr(func, "namespace", "") == "c10d"
+        if collective or is_gpu(kwargs.get("device")) or any(issubclass(t, Pretended) for t in types):
             return run(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -398,6 +420,7 @@ def pretended_gpu() -> Iterator[collections.Counter]:
         device = torch.device("gpu", 0)
         stack.enter_context(mock.patch.object(Backend, "pretended", True))
         stack.enter_context(mock.patch.object(distributed, "device", lambda: device))
+        stack.enter_context(mock.patch.object(dist, "all_gather_object", _gather_objects))
         stack.enter_context(mock.patch.object(torch, "Generator", _Made))
         stack.enter_context(_autocasting())
         for mode in (torch.autograd.set_multithreading_enabled(False), Factories(), Functions()):

@@ -7,11 +7,12 @@ minutes.
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 
 import pytest
 import torch
-from tiny import QUANTIZER_SIZES
+from tiny import QUANTIZER_SIZES, save_encoder
 from torch import nn
 
 from priors.absorbing import AbsorbingConfig
@@ -22,13 +23,19 @@ from priors.pixelcnn import PixelCNNConfig
 from priors.uniform import UniformConfig
 from tokenizer.autoencoder import VQVAEConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
+from tokenizer.decoders.resnet import ResNetDecoderConfig
+from tokenizer.decoders.vit import ViTDecoderConfig
+from tokenizer.discriminators.dino import DinoConfig
 from tokenizer.discriminators.patch import PatchConfig
 from tokenizer.encoders.conv import ConvEncoderConfig
+from tokenizer.encoders.foundation import FoundationConfig
+from tokenizer.encoders.resnet import ResNetEncoderConfig
 from tokenizer.hierarchical import VQVAE2Config
 from tokenizer.interface import CodeLayout
 from tokenizer.objective import Objective, ObjectiveConfig
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.train import turns_of
+from tokenizer.vqrae import VQRAEConfig
 from training import distributed
 from training.checkpoint import Run
 from training.loop import Batch, LoopConfig, Turn, train
@@ -44,7 +51,7 @@ PRIORS = {
     "masked": MaskedConfig(backbone=BACKBONE),
     "absorbing": AbsorbingConfig(backbone=BACKBONE),
     "uniform": UniformConfig(backbone=BACKBONE),
-    "pixelcnn": PixelCNNConfig(channels=8, depth=2),
+    "pixelcnn": PixelCNNConfig(channels=8, depth=1),
 }
 ADVERSARY = {"adversarial": 0.5, "adversarial_start_step": 1, "adversarial_ramp_steps": 1, "augment": 0.7, "lecam": 0.1,
              "discriminator": PatchConfig(channels=8, layers=1)}  # fmt: skip
@@ -53,6 +60,7 @@ ADVERSARY = {"adversarial": 0.5, "adversarial_start_step": 1, "adversarial_ramp_
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -60,7 +68,8 @@ def fresh():
 def tokenizer_turns(model, **objective):
     torch.manual_seed(0)
     autoencoder = model.build(16)
-    losses = Objective(ObjectiveConfig(**objective), autoencoder, None, seed=3)
+    teacher = copy.deepcopy(autoencoder.encoder) if objective.get("distillation") else None
+    losses = Objective(ObjectiveConfig(**objective), autoencoder, teacher, seed=3)
     config = collections.namedtuple("Config", "optimizer discriminator_optimizer objective")
     return autoencoder, turns_of(config(OPTIMIZER, OPTIMIZER, losses.config), losses)
 
@@ -71,12 +80,15 @@ def images(step, accumulate):
     return [Batch({"images": part}, positions) for part, positions in parts]
 
 
-def trained(folder, module, turns, batches, *, compile_, accumulate=1):
-    loop = LoopConfig(steps=3, batch_size=4, accumulate=accumulate, compile=compile_, log_every=1)
+def trained(folder, module, turns, batches, *, compile_, accumulate=1, **options):
+    """The state of every turn's module and of the average."""
+    options = {"steps": 3, "log_every": 1, **options}
+    loop = LoopConfig(batch_size=4, accumulate=accumulate, compile=compile_, **options)
     run = Run.open(folder, loop)
     stream = lambda step: (batches(at, accumulate) for at in range(step, 100))  # noqa: E731
-    train(loop, run, turns, stream, seed=3, published=module)
-    return {f"{turn.name}.{name}": value for turn in turns for name, value in turn.module.state_dict().items()}
+    average = train(loop, run, turns, stream, seed=3, published=module)
+    modules = {turn.name: turn.module for turn in turns} | {"average": average}
+    return {f"{kind}.{name}": value for kind, each in modules.items() for name, value in each.state_dict().items()}
 
 
 def compile_with(monkeypatch, backend):
@@ -96,6 +108,7 @@ def conv(**quantizer):
     return VQVAEConfig(encoder=ConvEncoderConfig(**SIZES), quantizer=made, decoder=ConvDecoderConfig(**SIZES))
 
 
+@pytest.mark.timeout(1800)  # of the second
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_an_adversary_with_adaptive_weight(tmp_path, monkeypatch, backend):
     """Gradients of two losses at the last layer, through a compiled decoder, before the step's own."""
@@ -104,30 +117,51 @@ def test_an_adversary_with_adaptive_weight(tmp_path, monkeypatch, backend):
     plain, compiled = (
         trained(tmp_path / str(on), *tokenizer_turns(model, **ADVERSARY), images, compile_=on) for on in (False, True)
     )
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
     assert_same(compiled, plain)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*QUANTIZERS, "vqvae2"])
-def test_every_tokenizer(kind, tmp_path, monkeypatch):
-    """In two micro-batches; the whole forward is few graphs."""
-    compile_with(monkeypatch, "aot_eager")
+def autoencoder_of(kind, folder):
+    """By the kind of its quantizer, or of the autoencoder."""
+    level = QUANTIZERS["vector"](num_codes=20, code_dim=8)
     if kind == "vqvae2":
-        level = QUANTIZERS["vector"](num_codes=20, code_dim=8)
-        model = VQVAE2Config(encoder=ConvEncoderConfig(**SIZES), top=level, bottom=level,
-                             decoder=ConvDecoderConfig(**SIZES), channels=8, residual_blocks=1)  # fmt: skip
-    else:
-        model = conv(kind=kind, **QUANTIZER_SIZES[kind])
-    plain = trained(tmp_path / "plain", *tokenizer_turns(model), images, compile_=False, accumulate=2)
-    torch._dynamo.utils.counters.clear()
-    compiled = trained(tmp_path / "compiled", *tokenizer_turns(model), images, compile_=True, accumulate=2)
+        return VQVAE2Config(encoder=ConvEncoderConfig(**SIZES), top=level, bottom=level,
+                            decoder=ConvDecoderConfig(**SIZES), channels=8, residual_blocks=1)  # fmt: skip
+    if kind == "vqrae":
+        folder.mkdir()
+        encoder = FoundationConfig(name=save_encoder(folder, "dinov2"), frozen=False)
+        decoder = ViTDecoderConfig(dim=16, depth=2, heads=2, mlp=32)
+        return VQRAEConfig(encoder=encoder, quantizer=level, decoder=decoder, normalise=False, noise_tau=0.5)
+    if kind == "resnet":
+        sizes = {"channels": 8, "multipliers": (1, 2, 2), "blocks": 1}
+        encoder = ResNetEncoderConfig(**sizes, out_channels=8)
+        return VQVAEConfig(encoder=encoder, quantizer=level, decoder=ResNetDecoderConfig(**sizes))
+    return conv(kind=kind, **QUANTIZER_SIZES[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", [*QUANTIZERS, "vqvae2", "vqrae", "resnet"])
+def test_every_tokenizer(kind, tmp_path, monkeypatch):
+    """With its discriminator, in two micro-batches; the whole forward is few graphs."""
+    compile_with(monkeypatch, "aot_eager")
+    model, objective = autoencoder_of(kind, tmp_path / "encoder"), ADVERSARY
+    if kind == "vqrae":
+        judge = DinoConfig(name=model.encoder.name, layers=(0, 1), kernel=3)
+        objective = ADVERSARY | {"discriminator": judge, "distillation": 0.1}
+    plain, compiled = (
+        trained(tmp_path / str(on), *tokenizer_turns(model, **objective), images, compile_=on, accumulate=2)
+        for on in (False, True)
+    )
     breaks = torch._dynamo.utils.counters["graph_break"]
     assert sum(breaks.values()) == 0, breaks
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert_same(compiled, plain)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", PRIORS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "masked" else pytest.param(kind, marks=pytest.mark.slow) for kind in PRIORS]
+)
 def test_every_prior(kind, tmp_path, monkeypatch):
     """Dropout and label dropout included; blocks that are alike are compiled once."""
     compile_with(monkeypatch, "aot_eager")

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from training.command import UserError
 from training.config import signed
+from training.sharding import blocks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,13 @@ class DinoDiscriminator(nn.Module):
         super().__init__()
         self.blocks, self.size = blocks, size
         self._unregistered = (trunk.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
+        # Hooks of our own that stay, as a compiler traces through these and not through those of transformers.
+        self._met: list[Tensor] = []  # what the blocks in `asked` gave, in their order
+        layers = blocks_of(trunk.model)
+        assert len(layers) == trunk.model.config.num_hidden_layers
+        self.asked = sorted({*blocks, len(layers) - 1})
+        for block in self.asked:
+            layers[block].register_forward_hook(self._keep)
         self.heads = nn.ModuleList(Head(trunk.channels, kernel) for _ in range(len(blocks) + 1))
         self.train()
 
@@ -134,17 +142,14 @@ class DinoDiscriminator(nn.Module):
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
         """(B, prefix + h * w, C) after each of `blocks`, and once more after the last, before the trunk's norm."""
-        outputs = []
-        model = self.trunk.model
-        ask = model.register_forward_pre_hook(_ask_for_hidden_states, with_kwargs=True)
-        keep = model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
-        try:
-            self.trunk(images)
-        finally:
-            ask.remove()
-            keep.remove()
-        (output,) = outputs
-        return [*(output.hidden_states[block + 1] for block in self.blocks), output.hidden_states[-1]]
+        self._met.clear()
+        self.trunk(images)
+        met = dict(zip(self.asked, self._met))
+        self._met.clear()
+        return [*(met[block] for block in self.blocks), met[self.asked[-1]]]
+
+    def _keep(self, layer: nn.Module, arguments: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        self._met.append(output if isinstance(output, Tensor) else output[0])
 
 
 class Head(nn.Module):
@@ -167,7 +172,3 @@ def _block(channels: int, kernel: int) -> nn.Sequential:
     # RAE's convolution has a bias, which the normalisation takes away again.
     convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False)
     return nn.Sequential(spectral_norm(convolution), nn.GroupNorm(channels, channels, eps=1e-6), nn.LeakyReLU(0.2))
-
-
-def _ask_for_hidden_states(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
-    return arguments, {**keywords, "output_hidden_states": True}
