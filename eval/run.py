@@ -175,7 +175,7 @@ COMMANDS = {
 }
 REFERENCE = "reference-stats"
 PIPELINE = ("RUN", "the pipeline's folder, which holds tokens/")
-EITHER = ("RUN", "a tokenizer's run folder, or a pipeline's, which holds tokens/")
+EITHER = ("RUN", "a tokenizer's run folder, a pipeline's, which holds tokens/, or published:NAME, with --data")
 FOLDERS = dict.fromkeys(("reconstruction", "codebook", "rate", "probe"), EITHER)
 FOLDERS["quantizers"] = ("FOLDER", "folder of tokenizers' run folders")
 # Groups of flags, by the commands that have them.
@@ -202,6 +202,8 @@ def parse() -> argparse.Namespace:
             add("run", type=Path, metavar=metavar, help=explained)
             add("--fresh", action="store_true", help="measure again; extractors stay")
             add("--precision", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP}; extractors are fp32")
+        if name in ("reconstruction", "codebook", "rate"):
+            add("--data", metavar="DATA", help="the images that a published tokenizer is measured on")
         add("--num", type=int, help="measure at most so many images of each set")
         add("--batch-size", type=int, default=100)
         owners = "none" if name == REFERENCE else "as many as the tokenizer was trained with"
@@ -241,7 +243,14 @@ def parse() -> argparse.Namespace:
 def options(arguments: argparse.Namespace) -> Options:
     from eval.pipeline import Options
 
-    given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "data")}
+    data = getattr(arguments, "data", None)
+    if str(arguments.run).startswith("published:"):
+        from tokenizer.published.imports import folder_of
+
+        given["run"] = folder_of(str(arguments.run), data)
+    elif data is not None:
+        raise UserError(f"--data {data}: {arguments.run} says itself which images it is of")
     return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 

@@ -2,6 +2,9 @@
 
 The data set is the one that the tokenizer was trained on, unless `source` names another. A cache that is
 current is left alone, one that was interrupted is completed, one of another tokenizer or of other images is made anew.
+
+A tokenizer that others published is imported to ROOT/tokenizer and used from there:
+python -m tokenizer.encode published:NAME data.source=IMAGES [root=ROOT] [key=value ...]
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +45,8 @@ from tokenizer.interface import CodeLayout
 from tokenizer.run import load, load_config
 from training import distributed
 from training.checkpoint import digest, replace_file, sha256, weights_hash
-from training.command import UserError, config_command, run_command
-from training.config import to_dict
+from training.command import Parser, UserError, config_command, run_command
+from training.config import COMMAND_LINE, from_dict, read_overrides, to_dict
 from training.folder import Folder, Kind
 from training.log import Progress
 from training.precision import PRECISIONS, decide
@@ -330,8 +334,33 @@ def _shards(out: Path, split: str, count: int) -> list[dict[str, Any]]:
     return shards
 
 
+def encode_published(reference: str, overrides: list[str], kind: str | None = None, *, fresh: bool = False) -> None:
+    """Import a published tokenizer to its place in the root, and encode with it."""
+    from tokenizer.published.imports import import_tokenizer
+
+    raw = read_overrides(overrides)
+    data = raw.pop("data", {})
+    config = from_dict(TokensRun, raw, COMMAND_LINE)
+    if config.source is not None:
+        raise UserError(f"{COMMAND_LINE}: source={config.source}: say data.source={config.source}, it has no other")
+    if not isinstance(data, dict) or "source" not in data:
+        raise UserError(f"{COMMAND_LINE}: data.source: which images are to be encoded with {reference}?")
+    import_tokenizer(reference, config.tokenizer, data, as_=kind)
+    encode_data(config, fresh=fresh)
+
+
 def main() -> None:
-    config_command("tokenizer.encode", "Encode a data set to tokens.", TokensRun, encode_data)
+    if not any(word.startswith("published:") for word in sys.argv[1:2]):
+        return config_command("tokenizer.encode", "Encode a data set to tokens.", TokensRun, encode_data)
+    parser = Parser(prog="python -m tokenizer.encode", description="Encode a data set with a published tokenizer.")
+    parser.add_argument("reference", help="published:NAME, or published:PATH of a file or a folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--as", dest="kind", metavar="KIND", help="of which kind the weights are")
+    parser.add_argument("--fresh", action="store_true", help="remove what the cache holds and start over")
+    given = parser.parse_intermixed_args()
+    distributed.start()
+    encode_published(given.reference, given.overrides, given.kind, fresh=given.fresh)
+    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -80,12 +80,50 @@ def save_pretrained(run_folder: str | Path, out: str | Path, report: str | Path 
     return out
 
 
-def from_pretrained(name_or_folder: str | Path, revision: str | None = None) -> nn.Module:
+def from_pretrained(
+    name_or_folder: str | Path,
+    revision: str | None = None,
+    *,
+    file: str | None = None,
+    as_: str | None = None,
+    **options: Any,
+) -> nn.Module:
     """A tokenizer as `tokenizer.load` gives it, from a shared folder, a run's, or a Hub name (owner/name).
+
+    One that others published by its name (published:NAME), its file, or a repository of the Hub and a `file` in it;
+    `as_` and `options` are published.from_pretrained's.
 
     Raises UserError when there is none, it cannot be reached, or a file is missing or not what its manifest says.
     """
+    if file is not None or as_ is not None or options or _is_published(name_or_folder):
+        from tokenizer.published.load import from_pretrained as from_published
+
+        return from_published(name_or_folder, file, revision, as_, **options)
     return load(_fetch(name_or_folder, revision))
+
+
+def _is_published(name: str | Path) -> bool:
+    """Whether it is a file of weights, a folder of one that is not of this project, or published:NAME."""
+    path = Path(name).expanduser()
+    if str(name).startswith("published:") or path.is_file():
+        return True
+    ours = ("config.yaml", "manifest.json", "weights")
+    return path.is_dir() and any(path.glob("*.safetensors")) and not any((path / part).exists() for part in ours)
+
+
+def save_autoencoder(model: nn.Module, config: TokenizerRun, out: str | Path, about: list[str]) -> Path:
+    """Write the folder `out` that `from_pretrained` reads, of a tokenizer at hand and its run; return it.
+
+    `about` are lines of its card. Raises UserError when `out` holds something else.
+    """
+    out = Path(out)
+    _check_target(None, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(out) as temporary:
+        (temporary / "config.yaml").write_text(to_yaml(config))
+        write_weights(weights_path(temporary), model.state_dict(), {})
+        _seal(temporary, _front_matter([config.model.kind], None, None) + _lines(out.name, [*about, "", USAGE]))
+    return out
 
 
 def push_to_hub(run_folder: str | Path, repo_id: str, *, private: bool = True, report: str | Path | None = None) -> str:

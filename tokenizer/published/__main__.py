@@ -16,6 +16,22 @@ def main() -> None:
     check.add_argument("--as", dest="kind", metavar="KIND", help="of which kind the weights are")
     check.add_argument("--out", type=Path, metavar="FILE", help="write what was computed, under the case's names")
     commands.add_parser("list", help="names for published:NAME")
+    take = commands.add_parser("import", help="write one as a folder that every command takes")
+    take.add_argument("reference", metavar="NAME", help="of the list, or a file or folder")
+    take.add_argument("out", type=Path, metavar="OUT")
+    take.add_argument("--file", metavar="FILE", help="of a folder, or a repository of the Hub")
+    take.add_argument("--revision", metavar="REVISION", help="of a repository of the Hub")
+    take.add_argument("--data", metavar="DATA", help="the images that it is for")
+    take.add_argument("--image-size", type=int, metavar="PIXELS", help="per side, where not its own")
+    give = commands.add_parser("export", help="write a run's weights under the names of the file that it began with")
+    give.add_argument("run", type=Path, metavar="RUN")
+    give.add_argument("like", metavar="LIKE", help="the published file, or its name")
+    give.add_argument("out", type=Path, metavar="OUT", help=".safetensors file to write")
+    for command in (take, give):
+        command.add_argument("--as", dest="kind", metavar="KIND", help="of which kind the weights are")
+        command.add_argument("--config", type=Path, metavar="FILE", help="the authors' configuration")
+    page = commands.add_parser("page", help="write docs/published.md from what is known here")
+    page.add_argument("out", type=Path, metavar="FILE")
     given = parser.parse_args()
     COMMANDS[given.command](given)
 
@@ -40,7 +56,38 @@ def list_names(given) -> None:
         print(f"{name:<32} {peer.kind:<16} {file.where} {file.file}")
 
 
-COMMANDS = {"check": check_case, "list": list_names}
+def import_one(given) -> None:
+    from tokenizer.published.imports import import_tokenizer
+
+    asked = {"source": given.data, "image_size": given.image_size}
+    data = {name: value for name, value in asked.items() if value is not None}
+    print(
+        import_tokenizer(
+            given.reference, given.out, data, file=given.file, revision=given.revision, as_=given.kind,
+            config=given.config,
+        )
+    )  # fmt: skip
+
+
+def export_one(given) -> None:
+    from tokenizer.published.imports import export_tokenizer
+
+    print(export_tokenizer(given.run, given.like, given.out, as_=given.kind, config=given.config))
+
+
+def write_page(given) -> None:
+    from tokenizer.published.page import page
+
+    given.out.write_text(page())
+
+
+COMMANDS = {
+    "check": check_case,
+    "list": list_names,
+    "import": import_one,
+    "export": export_one,
+    "page": write_page,
+}
 
 if __name__ == "__main__":
     run_command(main)

@@ -85,8 +85,8 @@ DALLE = Peer(
     ),
     files=(
         PublishedFile(
-            "dalle-dvae", "https://cdn.openai.com/dall-e/", "encoder.pkl (and decoder.pkl)",
-            "f8, 8192 codes, n_hid 256, n_init 128, 2 blocks a group",
+            "dalle-dvae", "https://cdn.openai.com/dall-e/", "encoder.pkl",
+            "with decoder.pkl beside it: f8, 8192 codes, n_hid 256, n_init 128, 2 blocks a group",
             "rFID 33.88 (train) / 32.01 (val), taming's README",
         ),
     ),

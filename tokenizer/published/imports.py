@@ -1,0 +1,73 @@
+"""Published tokenizers as folders of this project, which every command takes, and back under their authors' names."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tokenizer.data.sources import DataConfig
+from tokenizer.published.load import PREFIX, from_pretrained, save_published
+from tokenizer.published.peer import Peer
+from tokenizer.run import TokenizerRun, load_autoencoder_weights
+from tokenizer.sharing import save_autoencoder
+from training import distributed
+from training.command import UserError
+from training.config import from_dict, to_dict
+
+
+def import_tokenizer(
+    reference: str | Path, out: str | Path, data: dict[str, Any] | None = None, **options: Any
+) -> Path:
+    """Write a published tokenizer as a folder that `tokenizer.load` and every command take; return it.
+
+    `data` are settings of the images that it is for (DataConfig), its size its own without `image_size`; `options`
+    are from_pretrained's. Raises UserError for what cannot be loaded, or where `out` holds something else.
+    """
+    data = dict(data or {})
+    size = data.pop("image_size", None)
+    out = Path(out)
+
+    def write() -> None:
+        model = from_pretrained(reference, image_size=None if size is None else int(size), **options)
+        save_autoencoder(model, run_of(model, data), out, about(model.published.peer, model.published.path))
+
+    distributed.on_main(write)
+    return out
+
+
+def run_of(model: nn.Module, data: dict[str, Any]) -> TokenizerRun:
+    """The configuration of a loaded tokenizer, for these images."""
+    if model.config is None:
+        raise UserError(f"{model.published.path}: {model.published.peer.kind} has no codes, so it is no tokenizer")
+    size = model.config.data.image_size
+    images = from_dict(DataConfig, {**to_dict(DataConfig(image_size=size)), **data}, "data")
+    return dataclasses.replace(model.config, data=images)
+
+
+def export_tokenizer(folder: str | Path, like: str | Path, out: str | Path, **options: Any) -> Path:
+    """Write a tokenizer of ours, trained on from a published file `like`, under that file's names; return its path.
+
+    Raises UserError where the two are not of one architecture.
+    """
+    model = from_pretrained(like, **options)
+    load_autoencoder_weights(model, Path(folder))
+    return save_published(model, out)
+
+
+def folder_of(reference: str, data: str | None, root: str | Path = "runs") -> Path:
+    """A published tokenizer's folder under `root`, imported for these images."""
+    if data is None:
+        raise UserError(f"{reference}: of which images? name them with --data (a folder, parquet, hub:owner/name, ...)")
+    name = reference.removeprefix(PREFIX).rstrip("/")
+    known = "/" not in name and not Path(name).exists()
+    return import_tokenizer(reference, Path(root) / (name if known else Path(name).stem), {"source": data})
+
+
+def about(peer: Peer, path: Path) -> list[str]:
+    """What a card says of an imported tokenizer."""
+    lines = [f"{peer.title}, from {path.name}: its weights and architecture, as its authors published them.", ""]
+    lines += [f"- {quirk}" for quirk in peer.quirks]
+    return [*lines, "", "## Licence", "", f"Of its authors: {peer.licence}."]

@@ -1,0 +1,80 @@
+"""docs/published.md, made from the peers: python -m tokenizer.published page docs/published.md"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizer.published.peer import Peer, PublishedFile
+from tokenizer.published.table import PEERS
+
+HEAD = """# Published models
+
+Made by `python -m tokenizer.published page docs/published.md`; a test keeps it current.
+
+Tokenizers that others trained load by name, and are tokenizers like any other from there on:
+
+```python
+from tokenizer import from_pretrained
+
+tokenizer = from_pretrained("published:llamagen-vq-ds16")  # or "FoundationVision/LlamaGen", file="vq_ds16_c2i.pt"
+codes = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1] -> (B, N) int64
+```
+
+```
+python -m tokenizer.published list                                         # all names
+python -m tokenizer.published import llamagen-vq-ds16 runs/llamagen        # a folder that every command takes
+python -m tokenizer.encode published:llamagen-vq-ds16 data.source=DATA root=RUN        # its tokens, for any prior
+python -m eval.run reconstruction published:llamagen-vq-ds16 --data DATA   # what it reaches, measured here
+python -m tokenizer.train CONFIG.yaml start_from=runs/llamagen             # train on, with that folder's `model`
+python -m tokenizer.published export runs/mine llamagen-vq-ds16 OUT.safetensors        # under its authors' names
+```
+
+In the place of a name stands a file (`.safetensors`, `.pt`, `.ckpt`, `.bin`), or a folder of one. Its
+kind is recognised from the names and shapes of its tensors, or said with `as_=` (`--as`). Sizes come
+from the shapes; what shapes do not tell comes from the authors' configuration, which is found beside
+the file as config.json, config.yaml or model.yaml, or given with `config=`. Weights load in float32,
+whatever the file has. A tensor that is missing, of another shape or left over is named.
+
+No file is unpickled: tensors, containers, text and numbers are read, and everything else in a checkpoint is passed by.
+So whole Lightning checkpoints load, and hostile ones do nothing.
+
+Where a file has weights twice, as they were trained and averaged, the averages load; `averaged=False` takes the others.
+
+Files that no Hub has, or that are to be used without a network, lie in `~/.cache/tessera/published/NAME/`, or in
+`NAME/` under the folder that TESSERA_PUBLISHED names. Weights have their authors' licences.
+
+**Figures are their authors' own** unless said otherwise, of their protocols and reference sets: they compare only where
+those agree. `eval.run` measures all of them alike.
+
+## A check
+
+```
+python -m tokenizer.published check FOLDER [--as KIND] [--out FILE]
+```
+
+compares what is computed here with what the authors' code gave: FOLDER holds the weights under their published names,
+config.json, and `case.safetensors` with inputs and outputs. It prints the greatest difference of each and ends with 1
+beyond the tolerance (codes equal, all else within 1e-4).
+"""
+
+
+def page() -> str:
+    """The whole page, in Markdown."""
+    return "\n".join([HEAD, "## Tokenizers", "", *sections(PEERS.values())])
+
+
+def sections(peers: Iterable[Peer]) -> list[str]:
+    """Lines on each peer: how its files differ from what one would expect, and which were published."""
+    lines = []
+    for peer in peers:
+        lines += [f"### {peer.title}", "", f"Kind `{peer.kind}`. Licence: {peer.licence}.", ""]
+        lines += [*(f"- {quirk}" for quirk in peer.quirks), ""]
+        if peer.files:
+            lines += ["| name | file | sizes | its authors' figures |", "|---|---|---|---|"]
+            lines += [*map(row, peer.files), ""]
+    return lines
+
+
+def row(file: PublishedFile) -> str:
+    where = f"{file.where} `{file.file}`"
+    return f"| `{file.name}` | {where} | {file.about} | {file.figures or 'none stated'} |"
