@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from pretend import pretended_gpu
+from test_cache import save_images, save_tokenizer
 from test_pretend_gpu import SAMPLERS, tokenizer_of
 from test_torch_compile import LAYOUT, PRIORS
 from tiny import shake
@@ -15,8 +18,12 @@ from torch.utils._pytree import tree_leaves
 from toy import Rows, Toy, ToyRun, loop
 
 from eval.pipeline import LowPrecision
+from generate.drawing import Request, draw_samples
 from priors.interface import SampleOptions
 from tokenizer.data.sampler import feed
+from tokenizer.encode import TokensRun, encode_data
+from tokenizer.interface import CodeLayout
+from tokenizer.run import load
 from training import distributed, precision
 from training.checkpoint import Run
 from training.command import UserError
@@ -130,6 +137,27 @@ def test_auto_on_a_gpu_that_has_bf16(monkeypatch):
         here = torch.nn.Linear(4, 4).to(distributed.device())
         with autocast(decide("auto", distributed.device()), distributed.device()):
             assert here(torch.ones(1, 4, device=distributed.device())).dtype == torch.bfloat16
+
+
+def test_encoding_and_sampling_on_a_gpu_that_has_bf16(tmp_path, monkeypatch):
+    """Nobody asks for anything: codes say so, and samples, drawn and decoded there, are those of the CPU's bf16."""
+    monkeypatch.setattr(precision, "has_bf16", lambda device: device.type == "gpu")
+    save_images(tmp_path / "images")
+    save_tokenizer(tmp_path / "tokenizer", tmp_path / "images")
+    torch.manual_seed(0)
+    prior, painter = PRIORS["masked"].build(CodeLayout(((2, 2),), (16,)), 2), load(tmp_path / "tokenizer")
+    shake(prior)
+    wanted = Request(12, (0, 1), SampleOptions(steps=4), precision="bf16")
+    expected = draw_samples(prior.eval(), painter, wanted, 5)
+    with pretended_gpu():
+        cache = encode_data(TokensRun(root=str(tmp_path), tokenizer=str(tmp_path / "tokenizer")))
+        here = [network.to(distributed.device()) for network in (prior, painter)]
+        wanted = dataclasses.replace(wanted, precision="auto").decided("samples")
+        made = draw_samples(*here, wanted, 5)
+    assert cache.precision == "bf16" and cache.manifest["codes_unlike_fp32"]["train"]["images"] == 20
+    assert wanted.facts()["precision"] == "bf16" and (made.codes == expected.codes).mean() > 0.9
+    same = (made.codes == expected.codes).all(1)
+    assert np.abs(made.images[same].astype(int) - expected.images[same]).max() <= 2  # of 255
 
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16"])
