@@ -29,6 +29,7 @@ export data   := $(DATA)
 export run    := $(RUN)
 export num    := $(NUM)
 export steps  := $(STEPS)
+export fresh  := $(FRESH)
 export nproc  := $(NPROC)
 export lpips  := $(LPIPS)
 export out    := $(OUT)
@@ -44,11 +45,11 @@ LAUNCH    := "$$py" -m $${nproc:+torch.distributed.run --standalone --nproc-per-
 OVERRIDES := root="$$run" $${data:+data.source="$$data"}
 # FRESH=1 concerns the stage that is named; of `make demo`, all of them.
 FLAGS      = $(if $(filter $@ demo,$(MAKECMDGOALS)),$(ANEW))
-ANEW       = $(if $(filter 1 yes true on,$(FRESH)),--fresh,$(if $(filter-out 0 no false off,$(FRESH)),$(error FRESH=$(FRESH): give 1 or 0)))
+ANEW      := $(if $(filter 1 yes true on,$(FRESH)),--fresh)
 # Scores that need weights which are not the project's own.
 SCORES := $${lpips:+--lpips-net squeeze --lpips-weights "$$lpips"}
 
-.PHONY: help setup demo test test-gpu test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench gpu-day config-exists
+.PHONY: help setup demo test test-gpu test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench gpu-day checked config-exists
 
 help: ## what can be made, and with what
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -93,12 +94,23 @@ lint: setup ## ruff
 	@"$$py" -m ruff check .
 	@"$$py" -m ruff format --check .
 
+# Every variable, before the first stage: what is wrong with the last one's must not be told after days of training.
+checked:
+	@refuse() { printf 'error: %s=%q: %s\n' "$$@" >&2; exit 2; }; \
+	whole() { [[ $$2 =~ ^[1-9][0-9]{0,8}$$ ]] || refuse "$$1" "$$2" "give a whole number from 1"; }; \
+	path() { [[ $$2 != -* ]] || refuse "$$1" "$$2" "commands would take it for an option: write ./$$2"; }; \
+	whole NUM "$$num"; test -z "$$steps" || whole STEPS "$$steps"; test -z "$$nproc" || whole NPROC "$$nproc"; \
+	[[ $$fresh =~ ^(|1|yes|true|on|0|no|false|off)$$ ]] || refuse FRESH "$$fresh" "give 1 or 0"; \
+	path RUN "$$run"; path LPIPS "$$lpips"; \
+	file=$$lpips; [[ $$file != "~/"* ]] || file=$$HOME/$${file#"~/"}; \
+	[[ -z $$file || ( -f $$file && -r $$file ) ]] || refuse LPIPS "$$lpips" "there is no such file that can be read"
+
 config-exists:
 	@test -d "$$folder" || { echo "error: CONFIG=$$config: there is no folder $$folder; there are:" $$(ls configs) >&2; exit 2; }
 	@test "$$folder" -ef "$$config" || test "$$folder" -ef "configs/$$config" || \
 	  { echo "error: CONFIG=$$config: name a folder of configs/" >&2; exit 2; }
 
-encoder: setup config-exists ## pretrain a small masked autoencoder on the images (where CONFIG has encoder.yaml)
+encoder: checked config-exists setup ## pretrain a small masked autoencoder on the images (where CONFIG has encoder.yaml)
 	@test ! -f "$$folder/encoder.yaml" || $(LAUNCH) tokenizer.encoders.pretrain "$$folder/encoder.yaml" $(OVERRIDES) $(FLAGS)
 
 # A tokenizer may take several runs, tokenizer-stage1, tokenizer-stage2, …: in the order of their names.
@@ -119,7 +131,7 @@ samples: prior ## draw samples from the prior
 report: samples ## evaluate, and write report.html
 	@$(LAUNCH) eval.run report "$$run" $(SCORES)
 
-compare-quantizers: setup ## train every configs/cifar10/quantizers/*.yaml alike, and write one table with pictures
+compare-quantizers: checked setup ## train every configs/cifar10/quantizers/*.yaml alike, and write one table with pictures
 	@set -e; for file in configs/cifar10/quantizers/*.yaml; do \
 	  $(LAUNCH) tokenizer.train "$$file" $(OVERRIDES) $${steps:+loop.steps="$$steps"} $(FLAGS); done
 	@$(LAUNCH) eval.run quantizers "$$run" $(SCORES)

@@ -49,13 +49,14 @@ def calls(place: Path, *words: str, environment: dict[str, str] | None = None) -
 
 def test_help_has_a_line_for_every_target_and_variable():
     text = (PROJECT / "Makefile").read_text()
-    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()) - {"config-exists"}
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()) - {"checked", "config-exists"}
     variables = set(re.findall(r"^([A-Z]+) *\?=", text, re.M))
     shown = {line.split()[0] for line in make("help").stdout.splitlines() if line.startswith("  ")}
     assert shown == targets | variables
 
 
 def test_demo_runs_every_stage_in_order(place):
+    (place / "net.pth").touch()
     made = calls(place, "demo", "DATA=some folder/of images", "RUN=out", "NPROC=2", "LPIPS=net.pth", "NUM=7")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     assert all(call[: len(launch)] == launch for call in made)
@@ -83,6 +84,7 @@ def test_the_launcher_takes_no_option_of_a_stage_for_its_own(place):
     """By torchrun's own parser: `--num` is the beginning of two of its options."""
     from torch.distributed.run import get_args_parser
 
+    (place / "x").touch()
     for call in calls(place, "demo", "compare-priors", "NPROC=2", "STEPS=3", "LPIPS=x"):
         read = get_args_parser().parse_args(call[2:])
         assert read.module and read.nproc_per_node == "2"
@@ -101,6 +103,7 @@ def test_fresh_concerns_the_named_stage(place):
 
 
 def test_every_quantizer_is_trained_alike_before_they_are_compared(place):
+    (place / "trunk.pth").touch()
     *trained, compared = calls(place, "compare-quantizers", "DATA=some images", "STEPS=7", "LPIPS=trunk.pth")
     files = sorted(file.name for file in (PROJECT / "configs/cifar10/quantizers").glob("*.yaml"))
     assert [Path(call[2]).name for call in trained] == files and len(files) > 10
@@ -152,29 +155,47 @@ HOSTILE = ["w/exp #2", f"`{HACK}`", f"$({HACK})", f"$(shell {HACK})", f"$$({HACK
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_is_given_arrives_as_it_is_and_runs_nothing(place, text):
-    given = [f"{name}={text}" for name in ("DATA", "RUN", "NUM", "STEPS", "FRESH", "NPROC", "LPIPS", "PYTHON")]
-    made = calls(place, "report", "CONFIG=digits_vqvae", *given)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", text, "-m", "--"]
-    assert [call[: len(launch)] for call in made] == [launch] * 5
+    (place / text).parent.mkdir(parents=True, exist_ok=True)
+    (place / text).touch()
+    before = sorted([*os.listdir(place), "calls"])
+    given = [f"{name}={text}" for name in ("DATA", "RUN", "LPIPS", "PYTHON")]
+    # Where text begins with the home folder, that is a folder of this name.
+    made = calls(place, "report", "CONFIG=digits_vqvae", *given, environment={"HOME": str(place / "~")})
     where, data = f"root={text}", f"data.source={text}"
-    assert [call[len(launch) + 1 :] for call in made] == [
-        ["configs/digits_vqvae/tokenizer.yaml", where, data],
-        ["configs/digits_vqvae/tokens.yaml", where],
-        ["configs/digits_vqvae/prior.yaml", where],
-        [text, "--num", text],
-        ["report", text, "--lpips-net", "squeeze", "--lpips-weights", text],
+    assert [call[1:] for call in made] == [
+        ["tokenizer.train", "configs/digits_vqvae/tokenizer.yaml", where, data],
+        ["tokenizer.encode", "configs/digits_vqvae/tokens.yaml", where],
+        ["priors.train", "configs/digits_vqvae/prior.yaml", where],
+        ["generate.sample", text, "--num", "500"],
+        ["eval.run", "report", text, "--lpips-net", "squeeze", "--lpips-weights", text],
     ]
     make("-o", "setup", "config-exists", "help", f"CONFIG={text}", *given, cwd=place)
-    assert sorted(os.listdir(place)) == ["Makefile", "calls", "configs", "stub"]
+    assert sorted(os.listdir(place)) == before
+
+
+NO_NUMBERS = ["abc", "0", "-1", "1.5", "1e3", "12x", "7 8", "", "9999999999", "--png", *HOSTILE]
+WRONG = [(name, text) for name in ("NUM", "STEPS", "NPROC") for text in NO_NUMBERS if text or name == "NUM"]
+WRONG += [("FRESH", text) for text in ("maybe", "1 0", *HOSTILE)]
+WRONG += [("LPIPS", text) for text in ("nowhere.pth", "configs", "-stub", *HOSTILE)]
+WRONG += [("RUN", "-x"), ("RUN", "--out=x")]
+
+
+@pytest.mark.parametrize(("name", "text"), WRONG)
+def test_what_no_stage_could_use_is_told_before_the_first_one(place, name, text):
+    before = sorted(os.listdir(place))
+    for goal in ("report", "compare-quantizers"):
+        done = make("PY=./stub", goal, "CONFIG=digits_vqvae", f"{name}={text}", cwd=place)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {name}="), done.stderr
+        assert done.stderr.count("error: ") == 1 and sorted(os.listdir(place)) == before
 
 
 @pytest.mark.parametrize("text", ["w/exp #2", f"$(shell {HACK})", f"`{HACK}`"])
 def test_the_same_holds_for_the_environment_and_for_every_comparison(place, text):
     made = calls(place, "samples", environment={"RUN": text, "DATA": text})
     assert made[-1] == ["-m", "generate.sample", text, "--num", "500"] and f"data.source={text}" in made[0]
-    made = calls(place, "compare-quantizers", "compare-priors", f"STEPS={text}", f"RUN={text}")
+    made = calls(place, "compare-quantizers", "compare-priors", "STEPS=7", f"RUN={text}")
     trained = [call for call in made if call[1].endswith("train")]
-    assert sum(f"loop.steps={text}" in call for call in trained) > 10
+    assert sum("loop.steps=7" in call for call in trained) > 10
     assert all(f"root={text}" in call for call in trained)
     assert sorted(os.listdir(place)) == ["Makefile", "calls", "configs", "stub"]
 
