@@ -19,6 +19,7 @@ from tokenizer.data.sampler import feed
 from tokenizer.quantizers.codebook import pick_rows
 from training import distributed
 from training.checkpoint import Run
+from training.command import UserError
 from training.loop import Batch, Loss, Turn, train
 
 
@@ -253,3 +254,25 @@ def test_no_rehearsal_where_nothing_is_asked(tmp_path):
     toy.turns[0].loss = lambda batch, step: seen.append(step) or losses(batch, step)
     toy.train(tmp_path / "run")
     assert seen == [step for step in range(3) for _ in range(4)]
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, None) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")),
+        *((name, text) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") for text in ("abc", "-1", "")),
+        ("WORLD_SIZE", "0"),
+        ("RANK", "2"),
+        ("MASTER_PORT", "65536"),
+        ("MASTER_ADDR", ""),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_is_one_line(monkeypatch, name, value):
+    """Schedulers and images set WORLD_SIZE, too."""
+    for key, text in {**TORCHRUN, name: value}.items():
+        monkeypatch.delenv(key, raising=False) if text is None else monkeypatch.setenv(key, text)
+    with pytest.raises(UserError, match=rf"WORLD_SIZE=.* {name} is .*: start them with torchrun, or unset WORLD_SIZE"):
+        distributed.start()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from training.atomic import atomic_folder, is_settled, replace_file, settle
+from training.checkpoint import RUN
 from training.command import UserError
 from training.folder import Folder, Kind
 
@@ -369,3 +370,11 @@ def test_a_request_to_stop_at_any_point_leaves_the_old_or_the_new_at_once(tmp_pa
         else:
             break
     assert seen == {"old", "new"}
+
+
+@pytest.mark.parametrize("folder", ["/proc/runs", "/proc/self/fd/deep/runs", "/dev/null/runs"])
+def test_where_the_system_makes_no_folder_is_one_line(folder):
+    if not Path(folder).parents[-2].is_dir():
+        pytest.skip("of Linux")
+    with pytest.raises(UserError, match=f"{folder}: .*: name another"):
+        Folder(folder, RUN).take()

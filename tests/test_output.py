@@ -259,3 +259,11 @@ def test_what_is_shared_names_no_folder_of_this_machine(tmp_path):
     relative = dataclasses.replace(config, data=dataclasses.replace(config.data, source="anna/pics"))
     shared = _neutral(relative)
     assert (shared.data.source, shared.objective.lpips_weights) == ("pics", "a.pth")
+
+
+def test_a_backend_of_matplotlib_that_it_does_not_know_stops_no_command():
+    """It is there for windows; all that is drawn here becomes a file."""
+    code = "from training.command import run_command; run_command(lambda: __import__('matplotlib.figure'))"
+    environment = os.environ | {"MPLBACKEND": "nonsense", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from training.command import UserError
+from training.command import DEEDS, UserError
 
 LOCK, STAGED, COMMITTED = ".lock", ".tessera-staged", ".tessera-committed"
 JOURNAL = ".names"  # within COMMITTED: what is to be put in place, and what is to go
@@ -159,6 +159,10 @@ def make_folder(path: Path) -> None:
     except FileExistsError:
         what = "is a link to nothing" if path.is_symlink() else "is a file"
         raise UserError(f"{path}: {what}, where a folder is needed: move it away") from None
+    except OSError as error:
+        if any(error.errno in numbers for numbers in DEEDS.values()):  # which every command tells in one line
+            raise
+        raise UserError(f"{path}: no folder can be made here ({error.strerror}): name another one") from None
 
 
 def _commit(path: Path, staged: Path, names: list[str], gone: list[str], last: str | None) -> None:

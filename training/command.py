@@ -36,6 +36,7 @@ def run_command(main: Callable[[], None]) -> None:
     Of processes that fail together one says why. Anything else is our own bug and keeps its traceback.
     """
     open_closed_streams()
+    os.environ["MPLBACKEND"] = "agg"  # pictures become files here, and matplotlib would stop at a name it does not know
     with surviving(*GONE):
         _run(main)
 

@@ -27,10 +27,17 @@ ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 
 
 
 def start() -> None:
-    """Join the process group that torchrun describes in the environment; does nothing without torchrun."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized() or int(os.environ["WORLD_SIZE"]) == 1:
+    """Join the process group that torchrun describes in the environment; does nothing without torchrun.
+
+    Raises UserError for an environment that describes none, as where a scheduler sets WORLD_SIZE and nothing else.
+    """
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized() or _told("WORLD_SIZE", 1) == 1:
         return
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    _told("RANK", 0, _told("WORLD_SIZE", 1) - 1)
+    if not os.environ.get("MASTER_ADDR"):
+        raise _not_launched("MASTER_ADDR", "is not set")
+    _told("MASTER_PORT", 1, 65535)
+    local = _told("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise UserError(
@@ -40,9 +47,22 @@ def start() -> None:
         torch.cuda.set_device(local)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps the addresses of before a restart
-        store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend, bound = ("nccl", device()) if torch.cuda.is_available() else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
+
+
+def _told(name: str, least: int, most: int = 2**31) -> int:
+    """A number that torchrun sets."""
+    text = os.environ.get(name)
+    if text is None or not text.isdecimal() or not least <= int(text) <= most:
+        raise _not_launched(name, "is not set" if text is None else f"is {text!r}")
+    return int(text)
+
+
+def _not_launched(name: str, what: str) -> UserError:
+    several = f"WORLD_SIZE={os.environ['WORLD_SIZE']} asks for several processes"
+    return UserError(f"{several}, and {name} {what}: start them with torchrun, or unset WORLD_SIZE")
 
 
 def finish() -> None:
