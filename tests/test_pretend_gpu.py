@@ -135,8 +135,7 @@ def tokenized(folder, model, steps=1, **objective):
     return {name: value.cpu() for name, value in made.items()}
 
 
-# Each autoencoder and each quantizer once; vqrae below.
-CHEAP = [*((kind, "vector") for kind in ("vqvae2", "resnet")), *(("vqvae", quantizer) for quantizer in QUANTIZERS)]
+CHEAP = [("vqvae2", "vector"), *(("vqvae", quantizer) for quantizer in QUANTIZERS)]
 DEAR = [(kind, quantizer) for kind in AUTOENCODERS for quantizer in QUANTIZERS if (kind, quantizer) not in CHEAP]
 
 
@@ -149,8 +148,8 @@ def test_every_tokenizer(kind, quantizer, tmp_path, encoders):
         there = tokenized(tmp_path / "gpu", model)
     here = tokenized(tmp_path / "cpu", model)
     assert torch.equal(there["codes"], here["codes"])
-    # Of a gradient that is rounding alone, as before a norm, AdamW makes a step of its full length.
-    assert_same(there, here, 2.1 * OPTIMIZER.lr if kind == "resnet" else 1e-4)
+    # Of a gradient that is rounding alone, as before a norm or of the bias of keys, AdamW makes a step of full length.
+    assert_same(there, here, 2.1 * OPTIMIZER.lr if kind in ("resnet", "vqrae") else 1e-4)
 
 
 def test_stage_two_with_a_projected_discriminator(tmp_path, encoders):
@@ -294,12 +293,12 @@ def test_a_pipeline_from_images_to_the_report(tmp_path):
     data = DataConfig(source=str(tmp_path / "images"), image_size=8, augment="shift")
     extractor = tiny_extractor()
     loop = dataclasses.replace(extractor.loop, steps=2, batch_size=8)
-    few = ["loop.steps=2", "loop.batch_size=4", "loop.preview_every=2"]
+    few = ["loop.steps=1", "loop.batch_size=4", "loop.preview_every=1"]
     prior = ["prior.kind=masked", "prior.steps=2", "prior.backbone.dim=16", "prior.backbone.depth=1",
              "prior.backbone.heads=2", *few]  # fmt: skip
     train_extractor(dataclasses.replace(extractor, data=data, loop=loop), root / "extractor")
     with pretended_gpu():
-        assert command("tokenizer.train", root / "tokenizer.yaml", *few) == 0
+        assert command("tokenizer.train", root / "tokenizer.yaml", "objective.adversarial=0", *few) == 0
         assert command("tokenizer.encode", root / "tokens.yaml") == 0
         assert command("priors.train", root / "prior.yaml", *prior) == 0
         assert command("generate.sample", root, "--num", 4, "--batch-size", 2) == 0
