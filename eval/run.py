@@ -21,11 +21,8 @@ PROTOCOLS = ("adm", "llamagen", "clean-fid", "torch-fidelity")  # eval.protocols
 
 def main() -> None:
     arguments = parse()
-    import torch
-
     from training import distributed
 
-    torch.backends.cudnn.allow_tf32 = False  # a GPU's default, worth a percent of a distance
     distributed.start()
     if arguments.command == REFERENCE:
         reference_stats(arguments)

@@ -227,6 +227,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
         with Factories(), Functions():  # as the fused kernel, which waits for nothing and answers the same
             return search.in_float64(*args)
+    if func is aten._fused_adamw_.default and any(map(_lie_otherwise, *args[:4])):
+        raise DeviceMismatch(f"{func}: a parameter, its gradient and its moments lie in memory in different ways")
     to_gpu = _target(func, args, kwargs, tensors, on_gpu)
     _check_generator(func, kwargs.get("generator"), to_gpu)
     plain = {name: mapped(unwrap, value) for name, value in kwargs.items() if name != "pin_memory"}
@@ -253,6 +255,13 @@ def _gather_objects(*args: Any, **kwargs: Any) -> None:
     """It resizes tensors, which pretended ones do not do; of the GPU's none can be among what is pickled."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         _all_gather_object(*args, **kwargs)
+
+
+def _lie_otherwise(*tensors: torch.Tensor) -> bool:
+    """Whether strides differ of axes that matter; or are not what the wrapper says."""
+    sizes = tensors[0].shape
+    strides = [each.stride() for t in tensors for each in (t, unwrap(t))]
+    return len({tuple(s for s, n in zip(each, sizes) if n > 1) for each in strides}) > 1
 
 
 def _copied(tensor: torch.Tensor, kwargs: dict[str, Any], on_gpu: bool) -> torch.Tensor:
@@ -326,6 +335,8 @@ class Functions(TorchFunctionMode):
         if func is torch.Tensor.new_tensor and isinstance(args[0], Pretended):
             note("new_tensor")
             return Pretended(args[0].held.new_tensor(*args[1:], **kwargs))
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], Pretended):
+            args[0].held = args[1].held
         attention = nn.functional.scaled_dot_product_attention
         if LOWS[-1] is not None and func in {*LOW, *FULL, attention}:
             wanted = torch.float32 if func in FULL else LOWS[-1]

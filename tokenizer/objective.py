@@ -15,6 +15,7 @@ from tokenizer.discriminators import DISCRIMINATORS
 from tokenizer.discriminators.augment import NUM_DRAWS, diff_augment
 from tokenizer.perceptual import Perceptual
 from training import distributed
+from training.algorithms import lay_out
 from training.config import one_of
 from training.loop import Batch, Loss
 
@@ -84,7 +85,7 @@ class Objective:
             self.discriminator = Adversary(config.discriminator.build(image_size), lecam)
         self.perceptual = None
         if config.perceptual > 0:
-            self.perceptual = Perceptual(config.lpips_net, Path(config.lpips_weights)).to(device)
+            self.perceptual = lay_out(Perceptual(config.lpips_net, Path(config.lpips_weights)).to(device), device)
             self.perceptual.check(image_size)
         self.teacher = None
         if config.distillation > 0 and config.distillation_target == "teacher":

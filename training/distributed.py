@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training import philox
+from training import algorithms, philox
 from training.command import UserError
 
 T = TypeVar("T")
@@ -27,10 +27,11 @@ ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 
 
 
 def start() -> None:
-    """Join the process group that torchrun describes in the environment; does nothing without torchrun.
+    """Join the process group that torchrun describes in the environment; without torchrun there is none.
 
     Raises UserError for an environment that describes none, as where a scheduler sets WORLD_SIZE and nothing else.
     """
+    algorithms.compute_exactly()
     if "WORLD_SIZE" not in os.environ or dist.is_initialized() or _told("WORLD_SIZE", 1) == 1:
         return
     _told("RANK", 0, _told("WORLD_SIZE", 1) - 1)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from training import distributed
+from training.algorithms import lay_out, training_on
 from training.checkpoint import Run, weights_path
 from training.command import UserError
 from training.ema import Ema
@@ -47,6 +48,7 @@ class LoopConfig:
     clip: float = 1.0  # largest gradient norm
     precision: str = "auto"  # bf16 autocast on a GPU that has it, else fp32; or "fp32", "bf16"
     sharding: str = "none"  # "full": each process keeps a part of every transformer block (FSDP2)
+    deterministic: bool = False  # on a GPU: the same bits from the same steps, as a CPU gives them; slower
     compile: bool = False  # torch.compile, of each transformer block or of what has none
     ema_decay: float = 0.999
     log_every: int = 20
@@ -94,7 +96,7 @@ def train(
     reason to stop, nor is a terminal that is closed (SIGHUP).
     """
     with outliving_the_terminal(), listening(signal.SIGINT, signal.SIGTERM) as requests, run.marking():
-        with Saver(run) as saver:
+        with training_on(distributed.device(), deterministic=config.deterministic), Saver(run) as saver:
             with requests.at_once():
                 loop = _Loop(config, run, turns, published, seed, begin)
             loop.preview, loop.measure, loop.watch = preview, measure, watch
@@ -131,9 +133,15 @@ class _Loop:
         for turn in turns:
             distributed.equalise(turn.module.to(self.device))
         sharded = config.sharding == "full" and distributed.world() > 1
+        if not sharded:  # what is shared out has to be contiguous
+            for turn in turns:
+                lay_out(turn.module, self.device)
         if sharded:
             published.cpu()  # nothing but parts will come back
         self.precision = decide(config.precision, self.device, "loop.precision", self.title)
+        if self.main and config.deterministic and self.device.type != "cpu":
+            slow = "convolutions, attention, resizing and sums by index are slower for it"
+            print(f"{self.title}: loop.deterministic: the same steps give the same bits; {slow}", flush=True)
         self.ema = Ema(published, config.ema_decay)
         self.movers = [
             Mover(turn, self.device, steps=config.steps, clip=config.clip, low=self.precision == "bf16",

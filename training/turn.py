@@ -40,8 +40,13 @@ class Batch:
         return self.tensors[name]
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
-        return Batch(moved, self.positions.to(device, non_blocking=True), self.extras)
+        moved = {name: _sent(tensor, device) for name, tensor in self.tensors.items()}
+        return Batch(moved, _sent(self.positions, device), self.extras)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: a copy from pageable memory would."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 @dataclasses.dataclass
@@ -169,7 +174,7 @@ class Mover:
         self.turn.module.load_state_dict(
             {name: sharding.shared(t, own[name]) if name in own else t for name, t in module_state.items()}
         )
-        state = self._map_state(optimizer_state, sharding.part)
+        state = self._map_state(optimizer_state, lambda moment, like: _laid_out(sharding.part(moment, like), like))
         pairs = zip(state["param_groups"], self.optimizer.param_groups)  # which kernels move them is this device's
         groups = [saved | {name: own[name] for name in KERNELS} for saved, own in pairs]
         self.optimizer.load_state_dict(state | {"param_groups": groups})
@@ -205,6 +210,12 @@ class _Step(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Loss:
         return self.loss(batch, step)
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """In memory as `like` is on this device: a checkpoint of another may have its axes there in another order."""
+    like = sharding.local(like)
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
 def _updated(module: nn.Module) -> list[Tensor]:
