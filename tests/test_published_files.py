@@ -60,6 +60,7 @@ ENVELOPES = [
     lambda t: {"state_dict": {f"_orig_mod.{name}": nn.Parameter(tensor) for name, tensor in t.items()}},
     lambda t: {"ema_state_dict": {f"module.module.{n}": v for n, v in t.items()}, "state_dict": {"a": torch.ones(1)}},
     lambda t: {"state_dict": {"model": t}},
+    lambda t: {"state_dict": {f"first_stage_model.{n}": v for n, v in t.items()} | {"model.x": torch.ones(1)}},
     lambda t: {name.replace("a.", "a._orig_mod."): tensor for name, tensor in t.items()},
 ]
 
@@ -95,6 +96,17 @@ def test_a_whole_module_gives_its_tensors(tmp_path):
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
     torch.save(module, tmp_path / "x.pkl")
     assert_same(open_weights(tmp_path / "x.pkl"), module.state_dict())
+
+
+def test_two_halves_of_a_model_are_one(tmp_path):
+    halves = {"encoder": nn.Conv2d(3, 4, 1), "decoder": nn.Conv2d(4, 3, 1)}
+    expected = {f"{side}.{name}": v for side, half in halves.items() for name, v in half.state_dict().items()}
+    torch.save({side: half.state_dict() for side, half in halves.items()}, tmp_path / "x.pt")
+    assert_same(open_weights(tmp_path / "x.pt"), expected)
+    for side, half in halves.items():
+        torch.save(half, tmp_path / f"{side}.pkl")
+    (tmp_path / "x.pt").unlink()
+    assert_same(open_weights(find_weights(tmp_path)), expected)
 
 
 def test_averages_without_dots_stand_for_what_they_are_averages_of(tmp_path):

@@ -155,6 +155,32 @@ def test_simvq_is_open_magvit2s_network_with_a_moved_codebook(tmp_path):
     assert torch.equal(quantized.codes.flatten(), torch.cdist(rows, moved).argmin(1))
 
 
+def test_configurations_tell_variants(tmp_path):
+    """SEED-Voken's VQModel has IBQ's names and module; with l2_normalize codes are searched by direction alone."""
+    tensors = tiny_taming()
+    save_file(tensors, tmp_path / "model.safetensors")
+    book, images = tensors["quantize.embedding.weight"].double(), torch.rand(2, 3, 8, 8)
+    found = {}
+    for target in ("src.IBQ.models.ibqgan.VQModel", "src.IBQ.models.ibqgan.IBQ"):
+        for unit in (False, True):
+            config = {"class_path": target, "init_args": {"n_embed": 16, "l2_normalize": unit}}
+            model = from_pretrained(tmp_path, config=config)
+            latents, quantized = model.quantize(model.encoder(images))
+            rows = latents.movedim(1, -1).flatten(0, 2).double()
+            vectors = quantized.vectors.movedim(1, -1).flatten(0, 2).double()
+            unit_book = book / book.norm(dim=1, keepdim=True)
+            by_target = torch.cdist(rows, book).argmin(1) if target.endswith("VQModel") else (rows @ book.T).argmax(1)
+            expected = (rows @ unit_book.T).argmax(1) if unit else by_target
+            assert torch.equal(quantized.codes.flatten(), expected)
+            kept = unit_book if unit and target.endswith("IBQ") else book
+            assert (vectors - kept[expected]).abs().max() < 1e-6
+            assert torch.equal(model.quantizer.lookup(quantized.codes), quantized.vectors)
+            found[target, unit] = model.published.peer.kind
+    assert list(found.values()) == ["taming", "taming", "ibq", "ibq"]
+    with pytest.raises(UserError, match="it is of 17 codes, and the weights have 16: give their own"):
+        from_pretrained(tmp_path, config={"n_embed": 17})
+
+
 def test_tokens_of_a_published_tokenizer(tmp_path):
     for label in ("a", "b"):
         for number in range(5):

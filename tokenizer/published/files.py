@@ -25,7 +25,8 @@ USUAL = ("weights.pt", "weights.safetensors", "model.safetensors", "diffusion_py
 # Of training checkpoints. Averaged weights stand before others, as published figures are of them.
 AVERAGED = ("ema", "ema_state_dict", "model_ema", "ema_model")
 ENVELOPES = ("state_dict", "model", "module", "model_state_dict", "weights")
-PREFIXES = ("module.", "_orig_mod.")  # of distributed and of compiled modules
+FIRST_STAGE = "first_stage_model."  # of a tokenizer within a latent diffusion model's checkpoint
+PREFIXES = ("module.", "_orig_mod.", FIRST_STAGE)  # of distributed and of compiled modules
 HALVES = ("encoder.pkl", "decoder.pkl")  # of one model, in one folder
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # wherever in a name
 SHADOW = "model_ema."  # of averages within a state dict, under names without dots
@@ -232,6 +233,9 @@ def _direct(saved: Any) -> dict[str, Stored]:
     """Tensors by name: of a mapping, or of a whole module."""
     if isinstance(saved, Opaque):
         return module_tensors(saved)
+    if isinstance(saved, dict) and set(saved) == {"encoder", "decoder"}:  # a state dict for each
+        halves = {side: _direct(half) for side, half in saved.items()}
+        return {f"{side}.{name}": tensor for side, half in halves.items() for name, tensor in half.items()}
     items = saved.items() if isinstance(saved, dict) else ()
     return {name: value for name, value in items if isinstance(name, str) and isinstance(value, StoredTensor)}
 
@@ -252,12 +256,16 @@ def _described(saved: Any) -> str:
 
 def _plain(path: Path, found: dict[str, Stored], averaged: bool) -> Weights:
     """Under names without prefixes; averages in the place of what they are averages of."""
+    outside = {}
+    if any(name.startswith(FIRST_STAGE) for name in found):  # beside a diffusion model
+        outside = {name: tensor for name, tensor in found.items() if not name.startswith(FIRST_STAGE)}
+        found = {name: tensor for name, tensor in found.items() if name not in outside}
     common = "".join(_common_prefixes(found))
     origins = {COMPILED.sub(r"\1", name.removeprefix(common)): name for name in found}
     tensors = {plain: found[name] for plain, name in origins.items()}
     shadows = {name: tensor for name, tensor in tensors.items() if name.startswith(SHADOW)}
     if not shadows:
-        return Weights(path, tensors, origins)
+        return Weights(path, tensors, origins, rest=outside)
     raw = {name: tensor for name, tensor in tensors.items() if name not in shadows}
     if not averaged:
         rest = {origins[name]: tensor for name, tensor in shadows.items()}

@@ -6,15 +6,14 @@ from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Architecture, Peer, PublishedFile, Shapes
 from tokenizer.published.taming import LEFTOVERS, PLAIN, autoencoder, is_ibq
 from tokenizer.quantizers.ibq import IBQConfig
-from training.command import UserError
+from tokenizer.quantizers.vector import VectorConfig
 
 
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
-    for name in ("l2_normalize", "cosine_similarity"):
-        if hyper.flag(name):
-            raise UserError(f"{hyper.path}: {name}=true is a variant of IBQ that is not known here")
     num_codes, dim = shapes["quantize.embedding.weight"]
     quantizer = IBQConfig(num_codes=num_codes, code_dim=dim)
+    if hyper.flag("l2_normalize"):  # the largest inner product of unit vectors is the nearest of them
+        quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", metric="cosine", init="normal")
     return autoencoder(shapes, hyper, quantizer, {"quantizer.codebook": "quantize.embedding.weight"})
 
 

@@ -29,6 +29,8 @@ from training import distributed
 from training.command import UserError
 
 PREFIX = "published:"
+# What configurations call the number of codes.
+COUNTS = ("n_embed", "num_vq_embeddings", "codebook_size", "num_embeddings", "vocab_size", "n_e")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,10 @@ def _built(
     architecture = peer.architecture(shapes, hyper)
     data = DataConfig(image_size=image_size or architecture.image_size)
     model = architecture.model.build(data.image_size, weights=False)
+    told = next((hyper.number(key) for key in COUNTS if hyper.find(key) is not None), None)
+    if told not in (None, *model.layout.num_codes):
+        found = model.layout.num_codes[0]
+        raise UserError(f"{hyper.path}: it is of {told:,} codes, and the weights have {found:,}: give their own")
     return model, dict(architecture.places(model)), TokenizerRun(name=peer.kind, model=architecture.model, data=data)
 
 

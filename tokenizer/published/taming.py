@@ -60,7 +60,8 @@ def autoencoder(shapes: Shapes, hyper: Hyperparameters, quantizer, quantizer_nam
 
 def vqgan(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     num_codes, dim = shapes["quantize.embedding.weight"]
-    quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", init="uniform")
+    metric = "angle" if hyper.flag("l2_normalize") else "l2"
+    quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", metric=metric, init="uniform")
     return autoencoder(shapes, hyper, quantizer, {"quantizer.codebook": "quantize.embedding.weight"})
 
 
@@ -85,7 +86,7 @@ PLAIN = has(*NETWORKS, "quantize.embedding.weight", r"encoder\.mid\.block_1\..*"
 def is_ibq(evidence: Evidence) -> bool:
     """IBQ's files have the names of taming's: its configuration tells, or that it has averages."""
     if evidence.target:
-        return "ibq" in evidence.target.lower()
+        return evidence.target.rpartition(".")[2].lower() == "ibq"
     return evidence.shadowed
 
 
@@ -94,6 +95,7 @@ HEIBOX = "https://heibox.uni-heidelberg.de (CompVis/taming-transformers, README)
 QUIRKS = (
     "1x1 projections stand on both sides of the quantizer, also where widths agree",
     "every group norm has 32 groups",
+    "SEED-Voken's VQModel with `l2_normalize` searches unit vectors, and gives the decoder the row as it is stored",
     "checkpoints are Lightning's and hold more than tensors; `loss.*` is left over from training",
 )
 TAMING = Peer(

@@ -186,7 +186,7 @@ def build_assignment(config: Any, *, learn_codebook: bool) -> Assignment:
     """The assignment that a quantizer's configuration describes with fields of these names."""
     return Assignment(
         learn_codebook=learn_codebook,
-        cosine=config.metric == "cosine",
+        cosine=config.metric != "l2",
         commitment=config.commitment,
         commitment_warmup_steps=config.commitment_warmup_steps,
         entropy=config.entropy,

@@ -39,7 +39,8 @@ class VectorConfig:
     num_codes: int = 512
     code_dim: int = 64
     codebook: str = "ema"  # or "gradient"
-    metric: str = "l2"  # or "cosine": features and codes of unit length
+    # "l2"; "cosine": features and codes of unit length; "angle": so they are searched, and vectors are as they are kept
+    metric: str = "l2"
     decay: float = 0.99  # of the moving averages
     epsilon: float = 1e-5  # of their Laplace smoothing
     init: str = "kmeans"  # centres of the data; or "common", what many images have; or "normal", "uniform"
@@ -55,11 +56,15 @@ class VectorConfig:
     def __post_init__(self) -> None:
         check_choices(
             codebook=(self.codebook, ("ema", "gradient")),
-            metric=(self.metric, ("l2", "cosine")),
+            metric=(self.metric, ("l2", "cosine", "angle")),
             init=(self.init, (*STARTS, "normal", "uniform")),
             restart=(self.restart, ("none", "data", "split")),
         )
         check_positive(entropy_temperature=self.entropy_temperature)
+        if self.metric == "angle" and self.codebook != "gradient":
+            raise ValueError(
+                "quantizer.metric=angle needs lengths that gradients give: set quantizer.codebook=gradient"
+            )
         if not 0 <= self.decay < 1:
             raise ValueError(f"quantizer.decay={self.decay} must be in [0, 1)")
 
@@ -68,6 +73,7 @@ class VectorConfig:
         return VectorQuantizer(
             self.num_codes, self.code_dim, assignment, decay=self.decay, epsilon=self.epsilon, init=self.init,
             restart=self.restart, restart_below=self.restart_below, restart_until=self.restart_until,
+            keeps_length=self.metric == "angle",
         )  # fmt: skip
 
 
@@ -88,8 +94,11 @@ class VectorQuantizer(nn.Module):
         restart: str = "none",
         restart_below: float = 0.1,
         restart_until: int = 0,
+        keeps_length: bool = False,
     ) -> None:
+        """`keeps_length`: codes are searched by their direction alone, and are vectors of their own length."""
         super().__init__()
+        self.keeps_length = keeps_length
         self.num_codes, self.dim, self.assignment = (num_codes,), dim, assignment
         self.decay, self.epsilon, self.init = decay, epsilon, init
         self.rows_per_code = COMMON_ROWS_PER_CODE if init == "common" else ROWS_PER_CODE  # that `initialise` is given
@@ -114,7 +123,7 @@ class VectorQuantizer(nn.Module):
     @property
     def vectors(self) -> Tensor:
         """What codes stand for, (K, D)."""
-        if self.assignment.cosine:  # neither gradients nor an average of weights keep it at unit length
+        if self.assignment.cosine and not self.keeps_length:  # neither gradients nor averaging keep it at unit length
             return F.normalize(self.codebook, dim=1)
         return self.codebook
 
@@ -133,6 +142,11 @@ class VectorQuantizer(nn.Module):
                 self.mean_sums.copy_(self.codebook * self.mean_counts[:, None])
 
     def forward(self, features: Tensor, low_rank: LowRank | None = None) -> QuantizerOutput:
+        if self.keeps_length:
+            directions = F.normalize(self.codebook.detach(), dim=1)
+            return self.assignment(
+                features, directions, self.statistics, low_rank, lambda codes: embed(codes, self.codebook)
+            )
         return self.assignment(features, self.vectors, self.statistics, low_rank)
 
     def lookup(self, codes: Tensor) -> Tensor:
