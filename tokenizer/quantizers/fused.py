@@ -235,13 +235,18 @@ def _tiles(device: torch.device, precision: str, depth: int) -> Tiles:
     """What fits a multiprocessor: scores in its registers, `stages` tiles of both sides in its shared memory.
 
     Hopper (9.0) multiplies 64 x 256 from 227 KiB of shared memory: 128 x 256 scores take half of the reads of
-    128 x 128, and all registers. The others, of 99 KiB and more, have three stages of 32 KiB. fp32 runs on the
-    ordinary units, of few rows at a time: few are left, and a block of them costs one reading of the codebook.
+    128 x 128, and all registers. Data centre Blackwell (10.x) has as much shared memory, but a memory of its own for
+    products, which a thread reads by rows: it holds what belongs to all codes of these, so codes are few. The others,
+    of 99 KiB and more, have three stages of 32 KiB. fp32 runs on the ordinary units, of few rows at a time: few are
+    left, and a block of them costs one reading of the codebook.
     """
+    family = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if precision == "ieee":
         tiles = Tiles(rows=32, codes=128, depth=32, warps=4, stages=2, resident=2)
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+    elif family == 9:
         tiles = Tiles(rows=128, codes=256, depth=64, warps=8, stages=4, resident=1)
+    elif family == 10:
+        tiles = Tiles(rows=256, codes=64, depth=64, warps=8, stages=4, resident=1)
     else:
         tiles = Tiles(rows=128, codes=128, depth=64, warps=8, stages=3, resident=1)
     if precision == "tf32":
