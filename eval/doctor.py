@@ -148,8 +148,14 @@ def examine_machine() -> Iterator[Finding]:
     yield Finding(
         "python", OK, f"{platform.python_version()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
     )
-    if not torch.cuda.is_available():
-        yield Finding("gpu", ABSENT, "none that torch can use: everything runs on the CPU")
+    from training import distributed
+
+    kind = distributed.gpu()
+    if kind is None:
+        absent = "none that torch can use: everything runs on the CPU"
+        yield Finding("gpu", ABSENT, distributed.unused_gpu() or absent)
+    elif kind != "cuda":
+        yield Finding("gpu", OK, f"{getattr(torch, kind).get_device_name()} ({kind})")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(index)
         text = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"

@@ -242,7 +242,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": versions,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu" if (kind := distributed.gpu()) is None else getattr(torch, kind).get_device_name(),
         "torch_threads": torch.get_num_threads(),
         "git_commit": git_commit(),
     }

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from toy import Rows, Toy, ToyRun, leaves, log_lines, loop
 
@@ -75,6 +77,64 @@ def test_one_process_needs_no_group():
     assert tensor.tolist() == [1.0, 2.0]
     assert distributed.gather_parts([tensor, tensor + 2]).tolist() == [1.0, 2.0, 3.0, 4.0]
     assert distributed.any_true(True) and not distributed.any_true(False)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets the GPUs of each kind that torch finds, and gives the groups that are made, as (backend, device)."""
+    groups = []
+
+    def set_up(cuda: int = 0, xpu: int = 0, mps: bool = False, has_fp64: bool = True, backends: bool = True) -> list:
+        for module, count in ((torch.cuda, cuda), (torch.xpu, xpu)):
+            current = [0]
+            monkeypatch.setattr(module, "is_available", lambda count=count: count > 0)
+            monkeypatch.setattr(module, "device_count", lambda count=count: count)
+            monkeypatch.setattr(module, "set_device", lambda index, current=current: current.__setitem__(0, index))
+            monkeypatch.setattr(module, "current_device", lambda current=current: current[0])
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: SimpleNamespace(has_fp64=has_fp64))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(dist, "is_backend_available", lambda name: backends)
+        monkeypatch.setattr(dist, "rendezvous", lambda url: iter([("store", 1, 2)]))
+
+        def make(backend, device_id, **_):
+            groups.append((backend, device_id and str(device_id)))
+
+        monkeypatch.setattr(dist, "init_process_group", make)
+        for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+        return groups
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("there", "group"),
+    [
+        ({"cuda": 2}, ("nccl", "cuda:1")),
+        ({"cuda": 2, "xpu": 2}, ("nccl", "cuda:1")),
+        ({"xpu": 2}, ("xccl", "xpu:1")),
+        ({"xpu": 2, "has_fp64": False}, ("gloo", None)),
+        ({"mps": True}, ("gloo", None)),
+        ({}, ("gloo", None)),
+    ],
+)
+def test_processes_compute_on_the_gpus_there_are_and_join_in_their_way(machine, capsys, there, group):
+    groups = machine(**there)
+    distributed.start()
+    assert groups == [group] and str(distributed.device()) == (group[1] or "cpu")
+    said = capsys.readouterr().err
+    unused = {"has_fp64", "mps"} & there.keys()
+    assert said.count("\n") == len(unused) and ("has no float64" in said) == bool(unused)
+
+
+def test_too_few_gpus_and_a_torch_without_their_group_are_one_line(machine):
+    machine(xpu=1)
+    with pytest.raises(UserError, match="process 1 of this machine has no GPU, of which there are 1"):
+        distributed.start()
+    machine(xpu=2, backends=False)
+    with pytest.raises(UserError, match="without xccl"):
+        distributed.start()
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 5)])

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from training import algorithms, philox
 from training.command import UserError
 
 T = TypeVar("T")
+GROUPS = {"cuda": "nccl", "xpu": "xccl"}  # what joins the processes on a kind of GPU; gloo joins those on CPUs
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's constants, as signed integers of 64 bits
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
@@ -29,9 +31,12 @@ ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 
 def start() -> None:
     """Join the process group that torchrun describes in the environment; without torchrun there is none.
 
-    Raises UserError for an environment that describes none, as where a scheduler sets WORLD_SIZE and nothing else.
+    Rank 0 says so where there is a GPU that is not used. Raises UserError for an environment that describes none, as
+    where a scheduler sets WORLD_SIZE and nothing else.
     """
     algorithms.compute_exactly()
+    if (found := unused_gpu()) and os.environ.get("RANK", "0") == "0":
+        print(found, file=sys.stderr, flush=True)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized() or _told("WORLD_SIZE", 1) == 1:
         return
     _told("RANK", 0, _told("WORLD_SIZE", 1) - 1)
@@ -39,17 +44,21 @@ def start() -> None:
         raise _not_launched("MASTER_ADDR", "is not set")
     _told("MASTER_PORT", 1, 65535)
     local = _told("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
+    backend, bound = "gloo", None
+    if (kind := gpu()) is not None:
+        gpus, backend = getattr(torch, kind), GROUPS[kind]
+        if local >= gpus.device_count():
             raise UserError(
-                f"process {local} of this machine has no GPU, of which there are {torch.cuda.device_count()}: "
+                f"process {local} of this machine has no GPU, of which there are {gpus.device_count()}: "
                 "start at most one process for each (make: NPROC)"
             )
-        torch.cuda.set_device(local)
+        if not dist.is_backend_available(backend):
+            raise UserError(f"this torch was built without {backend}, which joins processes on GPUs: start only one")
+        gpus.set_device(local)
+        bound = device()
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps the addresses of before a restart
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend, bound = ("nccl", device()) if torch.cuda.is_available() else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
 
 
@@ -90,11 +99,28 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gpu() -> str | None:
+    """The kind of GPU that processes compute on, as torch names it, ROCm's "cuda", too; None without one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.xpu.is_available() and torch.xpu.get_device_properties(0).has_fp64:
+        return "xpu"
+    return None
+
+
+def unused_gpu() -> str | None:
+    """A line about a GPU that is there and cannot be used."""
+    there = {"Apple's GPU (MPS)": torch.backends.mps, "Intel's GPU (XPU)": torch.xpu}
+    name = next((name for name, backend in there.items() if backend.is_available()), None)
+    if name is None or gpu() is not None:
+        return None
+    return f"{name} has no float64, in which noise, likelihoods and samples are computed: all runs on the CPU"
+
+
 def device() -> torch.device:
     """Where this process computes."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    kind = gpu()
+    return torch.device("cpu") if kind is None else torch.device(kind, getattr(torch, kind).current_device())
 
 
 def sum_(tensor: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a GPU has bf16 of its own: those before Ampere only emulate it, slower than fp32."""
     import torch
 
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    known = device.type in ("cuda", "xpu")
+    return known and getattr(torch, device.type).is_bf16_supported(including_emulation=False)
 
 
 def decide(asked: str, device: torch.device, setting: str = "", title: str = "") -> str:

@@ -144,7 +144,7 @@ def _read_ahead(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> Iter
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=lambda batch: batch,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=distributed.gpu() is not None,
         generator=torch.Generator(),  # the loader must not draw from the loop's
         worker_init_fn=_leave_stopping_to_the_loop,
     )
