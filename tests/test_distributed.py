@@ -100,7 +100,13 @@ def machine(monkeypatch):
             groups.append((backend, device_id and str(device_id)))
 
         monkeypatch.setattr(dist, "init_process_group", make)
-        for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        for name, value in {
+            "WORLD_SIZE": 2,
+            "RANK": 0,
+            "LOCAL_RANK": 1,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": 1,
+        }.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
         return groups
