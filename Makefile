@@ -22,7 +22,7 @@ PY   := $(VENV)/bin/python
 # recipe: so make takes its characters alone, and recipes find it in the environment, quoted, as "$$run".
 $(foreach name,CONFIG DATA RUN NUM STEPS FRESH NPROC LPIPS OUT PYTHON PY,$(eval override $(name) := $$(value $(name))))
 override NAME := $(notdir $(CONFIG:/=))
-override RUN  := $(or $(RUN),runs/$(if $(filter compare-quantizers,$(MAKECMDGOALS)),quantizers,$(NAME)$(if $(DATA),-$(notdir $(DATA:/=)))))
+override RUN  := $(or $(RUN),runs/$(if $(filter compare-quantizers,$(MAKECMDGOALS)),quantizers,$(if $(filter compare-published,$(MAKECMDGOALS)),published,$(NAME)$(if $(DATA),-$(notdir $(DATA:/=))))))
 export config := $(CONFIG)
 export folder := configs/$(NAME)
 export data   := $(DATA)
@@ -49,7 +49,7 @@ ANEW      := $(if $(filter 1 yes true on,$(FRESH)),--fresh)
 # Scores that need weights which are not the project's own.
 SCORES := $${lpips:+--lpips-net squeeze --lpips-weights "$$lpips"}
 
-.PHONY: help setup demo test test-gpu test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-priors bench gpu-day checked config-exists
+.PHONY: help setup demo test test-gpu test-reliability lint encoder tokenizer tokens prior samples report compare-quantizers compare-published compare-priors bench gpu-day checked config-exists
 
 help: ## what can be made, and with what
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -135,6 +135,10 @@ compare-quantizers: checked setup ## train every configs/cifar10/quantizers/*.ya
 	@set -e; for file in configs/cifar10/quantizers/*.yaml; do \
 	  $(LAUNCH) tokenizer.train "$$file" $(OVERRIDES) $${steps:+loop.steps="$$steps"} $(FLAGS); done
 	@$(LAUNCH) eval.run quantizers "$$run" $(SCORES)
+
+compare-published: setup ## one table, with pictures, of every published tokenizer that is at hand, on DATA (docs/published.md)
+	@"$$py" -m tokenizer.published import-all "$$run" --data "$${data:?DATA: name the images}"
+	@$(LAUNCH) eval.run quantizers "$$run" --num "$$num" $(SCORES)
 
 compare-priors: tokens ## train every configs/priors/*.yaml alike on CONFIG's tokens, sample, and write one table
 	@set -e; for file in configs/priors/*.yaml; do name=$$(basename "$$file" .yaml); \

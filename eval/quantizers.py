@@ -208,10 +208,12 @@ def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pi
     common = [
         f"{field} {value}" for field, value in conditions[0].items() if all(c[field] == value for c in conditions)
     ]
+    imported = any(each["loop.steps"] == "0" for each in conditions)  # published by others, each trained in its own way
+    made = "are measured alike" if imported else "were trained alike"
     images = " and ".join(dict.fromkeys(f"{row.figures['PSNR'].n:,}" for row in rows))
     lines = [
         "# Quantizers compared", "",
-        f"Reconstructions of {images} held-out images by tokenizers that were trained alike: {', '.join(common)}. "
+        f"Reconstructions of {images} held-out images by tokenizers that {made}: {', '.join(common)}. "
         "Perplexity and usage are counted over all those images; where an image has several levels of codes, they are "
         "means over the levels. Seconds per step are medians of each training log, on whatever machine wrote it.", "",
         *(f"> {note}\n" for note in notes),

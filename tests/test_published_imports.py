@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_published_tokenizers import WITH_CODES, run
 
 import tokenizer as tessera
+from eval.quantizers import find_runs
 from eval.run import options, parse
 from tokenizer.cache import TokenCache
 from tokenizer.encode import encode_published
@@ -230,6 +231,18 @@ def test_a_hub_that_is_away_says_where_a_file_may_lie(tmp_path, monkeypatch):
             UserError, match=r"FoundationVision/LlamaGen: the Hub gave no vq_ds16_c2i\.pt .* put that file at"
         ):
             tessera.from_pretrained(name, file=file)
+
+
+def test_all_that_are_at_hand_are_imported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TESSERA_PUBLISHED", str(tmp_path / "hand"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    code, said = run(monkeypatch, capsys, "import-all", tmp_path / "runs", "--data", "digits")
+    assert code == 2 and "no published tokenizer is at hand: put files at" in said
+    for name in ("taming-vqgan-f16-1024", "mine"):
+        (tmp_path / "hand" / name).mkdir(parents=True)
+        save_file(tiny_taming(), tmp_path / "hand" / name / "model.safetensors")
+    code, said = run(monkeypatch, capsys, "import-all", tmp_path / "runs", "--data", "digits", "--image-size", 8)
+    assert code == 0 and [path.name for path in find_runs(tmp_path / "runs")] == ["mine", "taming-vqgan-f16-1024"]
 
 
 def test_names_that_are_none_say_so():

@@ -1,4 +1,4 @@
-"""Published tokenizers: python -m tokenizer.published list | check FOLDER | import NAME OUT | export RUN OUT | page"""
+"""Published tokenizers: python -m tokenizer.published check FOLDER, and list, import, import-all, export, page."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def main() -> None:
     take.add_argument("--revision", metavar="REVISION", help="of a repository of the Hub")
     take.add_argument("--data", metavar="DATA", help="the images that it is for")
     take.add_argument("--image-size", type=int, metavar="PIXELS", help="per side, where not its own")
+    every = commands.add_parser("import-all", help="import all that need no network to folders under ROOT")
+    every.add_argument("root", type=Path, metavar="ROOT")
+    every.add_argument("--data", metavar="DATA", help="the images that they are for", required=True)
+    every.add_argument("--image-size", type=int, metavar="PIXELS", help="per side, where not their own")
     give = commands.add_parser("export", help="write a run's weights under the names of the file that it began with")
     give.add_argument("run", type=Path, metavar="RUN")
     give.add_argument("like", metavar="LIKE", help="the published file, or its name")
@@ -69,6 +73,14 @@ def import_one(given) -> None:
     )  # fmt: skip
 
 
+def import_every(given) -> None:
+    from tokenizer.published.imports import import_all
+
+    size = {} if given.image_size is None else {"image_size": given.image_size}
+    for folder in import_all(given.root, {"source": given.data, **size}):
+        print(folder)
+
+
 def export_one(given) -> None:
     from tokenizer.published.imports import export_tokenizer
 
@@ -85,6 +97,7 @@ COMMANDS = {
     "check": check_case,
     "list": list_names,
     "import": import_one,
+    "import-all": import_every,
     "export": export_one,
     "page": write_page,
 }

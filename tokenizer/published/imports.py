@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from tokenizer.data.sources import DataConfig
-from tokenizer.published.load import PREFIX, from_pretrained, save_published
+from tokenizer.published.load import PREFIX, from_pretrained, home, save_published
 from tokenizer.published.peer import Peer
+from tokenizer.published.table import published_files
 from tokenizer.run import TokenizerRun, load_autoencoder_weights
 from tokenizer.sharing import save_autoencoder
 from training import distributed
@@ -55,6 +56,35 @@ def export_tokenizer(folder: str | Path, like: str | Path, out: str | Path, **op
     model = from_pretrained(like, **options)
     load_autoencoder_weights(model, Path(folder))
     return save_published(model, out)
+
+
+def at_hand() -> dict[str, str]:
+    """Published tokenizers that need no network, name -> reference: put there by hand, or downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    place = home()
+    folders = sorted(each for each in place.iterdir() if each.is_dir()) if place.is_dir() else []
+    found = {folder.name: str(folder) for folder in folders}
+    for name, (_, file) in published_files().items():
+        if (place / name / Path(file.file).name).is_file():
+            found[name] = PREFIX + name  # with the hyperparameters that are known of it
+    for name, (peer, file) in published_files().items():
+        if name in found or peer.build is not None or not file.on_hub:
+            continue
+        if isinstance(try_to_load_from_cache(file.where, file.file), str):
+            found[name] = PREFIX + name
+    return found
+
+
+def import_all(root: str | Path, data: dict[str, Any]) -> list[Path]:
+    """Import all that is at hand to folders under `root`. Raises UserError where nothing is."""
+    found = at_hand()
+    if not found:
+        raise UserError(
+            f"no published tokenizer is at hand: put files at {home()}/NAME/, with the names of docs/published.md, or "
+            "load one from the Hub"
+        )
+    return [import_tokenizer(reference, Path(root) / name, data) for name, reference in found.items()]
 
 
 def folder_of(reference: str, data: str | None, root: str | Path = "runs") -> Path:
