@@ -248,13 +248,14 @@ def _collective(func: Any, args: Any, kwargs: dict[str, Any], tensors: list) -> 
     return mapped(wrap, made)
 
 
-_all_gather_object = dist.all_gather_object
-
-
-def _gather_objects(*args: Any, **kwargs: Any) -> None:
+def _of_objects(gather: Any) -> Any:
     """It resizes tensors, which pretended ones do not do; of the GPU's none can be among what is pickled."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        _all_gather_object(*args, **kwargs)
+
+    def gathered(*args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            gather(*args, **kwargs)
+
+    return gathered
 
 
 def _lie_otherwise(*tensors: torch.Tensor) -> bool:
@@ -431,7 +432,8 @@ def pretended_gpu() -> Iterator[collections.Counter]:
         device = torch.device("gpu", 0)
         stack.enter_context(mock.patch.object(Backend, "pretended", True))
         stack.enter_context(mock.patch.object(distributed, "device", lambda: device))
-        stack.enter_context(mock.patch.object(dist, "all_gather_object", _gather_objects))
+        for name in ("all_gather_object", "gather_object"):
+            stack.enter_context(mock.patch.object(dist, name, _of_objects(getattr(dist, name))))
         stack.enter_context(mock.patch.object(torch, "Generator", _Made))
         stack.enter_context(_autocasting())
         for mode in (torch.autograd.set_multithreading_enabled(False), Factories(), Functions()):

@@ -32,6 +32,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "broadcast": distributed.broadcast_(here.clone()).tolist(),
         "rows": distributed.gather_rows(torch.full((rank + 1, 2), float(rank), device=device))[:, 0].tolist(),
         "parts": distributed.gather_parts([torch.tensor([rank])]).tolist(),
+        "on main": distributed.gather_on_main(f"of {rank}"),
         "largest": distributed.largest(rank),
         "main": distributed.on_main(lambda: f"rank {rank}"),
     }

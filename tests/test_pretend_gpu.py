@@ -323,6 +323,7 @@ def test_two_ranks_train_as_one_does(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
+    assert [found["on main"] for found in ranks] == [["of 0", "of 1"], []]
     for found in ranks:
         assert found["refused"] and found["sum"] == [3, 3] and found["broadcast"] == [1, 1]
         assert found["rows"] == [0, 1, 1] and found["parts"] == [0, 1]
