@@ -18,6 +18,7 @@ from torch import nn
 from priors.absorbing import AbsorbingConfig
 from priors.autoregressive import AutoregressiveConfig
 from priors.backbone import BackboneConfig
+from priors.hierarchical import HierarchicalConfig
 from priors.masked import MaskedConfig
 from priors.pixelcnn import PixelCNNConfig
 from priors.uniform import UniformConfig
@@ -52,6 +53,9 @@ PRIORS = {
     "absorbing": AbsorbingConfig(backbone=BACKBONE),
     "uniform": UniformConfig(backbone=BACKBONE),
     "pixelcnn": PixelCNNConfig(channels=8, depth=1),
+    "hierarchical": HierarchicalConfig(
+        top=AutoregressiveConfig(backbone=BACKBONE), bottom=MaskedConfig(backbone=BACKBONE)
+    ),
 }
 ADVERSARY = {"adversarial": 0.5, "adversarial_start_step": 1, "adversarial_ramp_steps": 1, "augment": 0.7, "lecam": 0.1,
              "discriminator": PatchConfig(channels=8, layers=1)}  # fmt: skip
