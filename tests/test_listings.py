@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -548,3 +550,59 @@ def test_a_data_set_of_the_hub_with_choices(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked[-1] == (("o/n", "a"), {"revision": "v2"})
     listing = open_listing("hub:o/n", 0, DataConfig(**options).choice)
     assert listing.read(0) == PLAIN[3] and listing.notes == ["images are taken from column mask; passed over: img"]
+
+
+@pytest.mark.parametrize("change", ["cut", "removed", "written"])
+def test_a_saved_file_that_changes_while_it_is_read_is_one_line(tmp_path: Path, change: str) -> None:
+    """It is mapped: a page beyond a new end would end the process by SIGBUS, so a process of its own reads it."""
+    folder = saved(tmp_path / "saved", 9)
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from tokenizer.data.listings import open_listing
+        from tokenizer.data.transforms import BadImage
+        listing = open_listing({str(folder)!r}, 0)
+        for file in Path({str(folder)!r}).glob("*.arrow"):
+            if {change!r} == "cut":
+                os.truncate(file, 10)
+            elif {change!r} == "removed":
+                file.unlink()
+            else:
+                os.utime(file, (1, 1))
+        try:
+            listing.read(0)
+        except BadImage as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(".arrow has changed since this run began\n")
+
+
+# Splits that only a column knows
+
+
+@pytest.mark.parametrize("name", ["split", "Split", "data_split", "subset"])
+def test_a_column_of_splits_is_said_to_be_passed_over(tmp_path: Path, name: str) -> None:
+    said = f"column {name} is not read: it may say which images are held out, and files or folders named train"
+    values = {name: ["train", "train", "test"] * 2}
+    assert said in notes(table(tmp_path / "a.parquet", label=[0, 1, 2] * 2, **values))
+    write(tmp_path / "images", *(f"{i}.png" for i in range(6)))
+    lines = "".join(f"{i}.png,{i % 2},{part}\n" for i, part in enumerate(values[name]))
+    (tmp_path / "images" / "metadata.csv").write_text(f"file_name,label,{name}\n{lines}")
+    assert f"metadata.csv: {said}" in notes(tmp_path / "images")
+
+
+# What img2dataset writes
+
+
+def test_folders_of_downloads_are_no_classes(tmp_path: Path) -> None:
+    names = [f"{shard:05d}/{shard:05d}{i:04d}" for shard in range(3) for i in range(4)]
+    write(tmp_path, *(f"{name}.jpg" for name in names), kind="JPEG")
+    for name in names:
+        (tmp_path / f"{name}.json").write_text('{"status": "success"}')
+        (tmp_path / f"{name}.txt").write_text("a caption")
+    assert set(found(tmp_path).values()) == {"all"}
+    assert "folders 00000, 00001, 00002 number img2dataset's downloads, and are no classes" in notes(tmp_path)
+    (tmp_path / f"{names[0]}.json").unlink()  # without them such folders may be classes, as GTSRB's are
+    assert set(found(tmp_path).values()) == {"00000", "00001", "00002"}

@@ -22,6 +22,7 @@ from eval.pictures import bars, curves_plot
 from eval.report import Stage, write_report
 from priors.record import read_record
 from tokenizer.cache import TokenCache
+from tokenizer.data.naming import number_classes
 from tokenizer.data.sources import DataConfig, open_split
 from training.text import printable
 
@@ -168,3 +169,18 @@ def test_text_stays_text_in_markdown() -> None:
     assert [markdown(t) for t in ("# x", "- x", "1. x", "[a]: b", "[a](b)", "IS[x]")] == [
         "\\# x", "\\- x", "1\\. x", "[a\\]: b", "[a\\](b)", "IS[x]"]  # fmt: skip
     assert table_cell("`a=b|c`") == "`a=b\\|c`" and table_cell("a\\|b") == "a\\\\\\|b"
+
+
+ALIKE = [
+    (["cat", "cat\u200b"], ["cat", "cat\\u200b"]),
+    (["a b", "a\u00a0b", "a b "], ["a b", "a\\xa0b", "a b\\x20"]),
+    (["caf\u00e9", "cafe\u0301"], ["caf\\xe9", "cafe\\u0301"]),
+    (["x\x00", "x\\x00"], ["x\\x00", "x\\\\x00"]),
+    (["क्\u200dष", "دلفين"], ["क्\u200dष", "دلفين"]),  # what belongs to a script stays
+]
+
+
+@pytest.mark.parametrize(("names", "shown"), ALIKE)
+def test_classes_whose_names_look_alike_are_told_apart(names, shown):
+    assert number_classes("x", names, names)[1] == shown
+    assert number_classes("x", names)[1] == [shown[names.index(name)] for name in sorted(names)]

@@ -559,3 +559,12 @@ def test_folders_whose_names_are_no_utf8_stay_apart(tmp_path):
             member.size = len(png(1))
             tar.addfile(member, io.BytesIO(png(1)))
     assert sorted(open_listing(str(path), 0).class_names) == ["caf\\xe8", "caf\\xe9"]
+
+
+def test_a_name_that_is_there_twice_counts_twice_and_is_said(tmp_path):
+    """`tar -r` leaves the old member, which `tar -x` would overwrite."""
+    path = write_shard(tmp_path / "a.tar", [*samples(range(4)), *samples([1, 2])])
+    images = open_split(config_of(path), "train")
+    assert "2 items have the name of an earlier one in their shard (000001, 000002): both count" in images.notes
+    assert len(images.ids) + len(open_split(config_of(path), "held_out").ids) == 6
+    assert not any("earlier" in note for note in open_split(config_of(shards(tmp_path / "plain")), "train").notes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import re
 import unicodedata
+from collections.abc import Sequence
 
 # Control characters, halves of surrogate pairs, and separators of lines and paragraphs (Unicode 15, table 4-4).
 UNSAFE = ("Cc", "Cs", "Zl", "Zp")
@@ -18,6 +21,24 @@ def printable(text: str, keep: str = "") -> str:
     \\xe9, half of a surrogate pair as \\ud800. Letters of all languages stay what they are.
     """
     return text if text.isprintable() else "".join(x if x in keep else _shown(x) for x in text)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Printable names, of which no two look alike: those that would differ in what nobody sees alone (zero-width
+    spaces, other spaces, other spellings of one letter) are spelled out.
+    """
+    shown = [printable(name) for name in names]
+    looks = [_look(name) for name in shown]
+    alike = {look for look, count in collections.Counter(looks).items() if count > 1}
+    escaped = (name.encode("unicode_escape", "surrogatepass").decode() for name in names)
+    spelled = (re.sub(r"^ | $", r"\\x20", name) for name in escaped)
+    return [out if look in alike else name for name, look, out in zip(shown, looks, spelled)]
+
+
+def _look(text: str) -> str:
+    """What of a text is seen, where letters that are composed and their parts are the same."""
+    seen = (" " if unicodedata.category(letter) == "Zs" else letter for letter in unicodedata.normalize("NFC", text))
+    return "".join(letter for letter in seen if unicodedata.category(letter) != "Cf").strip()
 
 
 def _shown(letter: str) -> str:

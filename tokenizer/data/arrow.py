@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenizer.data import tar_index
 from tokenizer.data.columns import NO_CHOICE, Choice, Table, binary
 from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.naming import number_classes, own_split
@@ -35,6 +36,7 @@ class ArrowListing:
         split = own_split(parts)
         used = parts if split is None else [*split.train, *split.held_out]
         self._files = [file for part in used for file in _files(root / part)]
+        self._stamps = {file.relative_to(root).as_posix(): tar_index.stamp(file) for file in self._files}
         self._chunks: list[Any] = []  # of encoded images
         self._file_of: list[str] = []  # that each is in
         starts, values, held_out, tables = [0], [], [], []
@@ -66,6 +68,14 @@ class ArrowListing:
 
     def read(self, item: int) -> bytes:
         chunk = int(np.searchsorted(self._starts, item, "right")) - 1
+        name = self._file_of[chunk]
+        # Beyond the end of a file that was cut short, a mapped page ends the process (SIGBUS).
+        try:
+            same = tar_index.stamp(self._root / name).same_contents(self._stamps[name])
+        except UserError:  # it is not there
+            same = False
+        if not same:
+            raise BadImage(f"{name} has changed since this run began")
         data = self._chunks[chunk][item - int(self._starts[chunk])].as_py()
         if data is None:
             raise BadImage("has no bytes")

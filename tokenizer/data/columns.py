@@ -11,6 +11,7 @@ from tokenizer.data.naming import some
 from training.command import UserError
 
 LABEL_WORDS = {"label", "labels", "class", "classes", "category", "categories", "target", "targets", "cls"}
+SPLIT_WORDS = {"split", "splits", "subset", "partition"}
 NO_LABELS = "none"  # a label column: the images have no classes
 
 
@@ -74,6 +75,7 @@ class Table(NamedTuple):
     label: str | None  # column
     class_names: list[str] | None  # of the labels, where the table has them
     others: list[str]  # columns of images that are passed over
+    splits: Sequence[str] = ()  # columns that may say which split a row is of, and are not read
 
     @staticmethod
     def of_schema(source: str, schema: Any, choice: Choice) -> Table:
@@ -83,7 +85,9 @@ class Table(NamedTuple):
         rest = [name for name in schema.names if name != image]
         label = choose_label(source, rest, choice, classes)
         others = [name for name in images if name != image]
-        return Table(image, _encoded(source, schema, image), label, classes.get(label or ""), others)
+        return Table(
+            image, _encoded(source, schema, image), label, classes.get(label or ""), others, split_columns(rest)
+        )
 
     def notes(self, values: Sequence[Any]) -> list[str]:
         """What people should know of it, given the labels."""
@@ -92,7 +96,21 @@ class Table(NamedTuple):
             notes.append(f"images are taken from column {self.image}; passed over: {some(self.others)}")
         if self.label is not None and all(value is None or value == -1 for value in values):
             notes.append(f"column {self.label} holds no label: all images are of one class")
+        notes += [split_note(self.splits)] if self.splits else []
         return notes
+
+
+def split_columns(columns: Sequence[str]) -> list[str]:
+    """Those that by their names may say which split a row is of."""
+    return [name for name in columns if _words(name) & SPLIT_WORDS]
+
+
+def split_note(columns: Sequence[str]) -> str:
+    """That nobody reads them, which would otherwise train on what was to be held out."""
+    return (
+        f"column {some(columns)} is not read: it may say which images are held out, and files or folders named train "
+        "and validation do"
+    )
 
 
 def binary(column: Any) -> Any:

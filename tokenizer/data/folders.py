@@ -63,7 +63,8 @@ class FolderListing:
         files = read_label_files(root, found.files, images, choice)
         classes = [_first_folder(path, layout) for path in self._paths]
         values = [files.value(path, name) for path, name in zip(self._paths, classes)]
-        if choice.label_column == NO_LABELS:
+        numbered = not files.used and _are_shards(self._paths, classes, found.files)
+        if choice.label_column == NO_LABELS or numbered:
             values = [None] * len(values)
         self.labels, self.class_names = number_classes(str(root), values)
         held_out = [] if layout.split is None else [f"{layout.top}{name}/" for name in layout.split.held_out]
@@ -71,6 +72,9 @@ class FolderListing:
         self.held_out = None if layout.split is None else np.array(in_held_out)
         others = [path for path in found.files if not path.lower().endswith(EXTENSIONS) and path not in files.used]
         self.notes = [*_left_out(images, layout), *files.notes, *other_files(found, others)]
+        if numbered:
+            shards = some(sorted({name for name in classes if name}))
+            self.notes.append(f"folders {shards} number img2dataset's downloads, and are no classes")
         self.notes += [*_repeats(root, found, layout), *_without_images(images, found, layout)]
 
     def key(self, item: int) -> str:
@@ -123,6 +127,15 @@ def _first_folder(path: str, layout: Layout) -> str | None:
     """The class folder of an image, or of a folder."""
     below = path[len(layout.part(path) or "") :]
     return below.partition("/")[0] if "/" in below else None
+
+
+def _are_shards(images: Sequence[str], classes: Sequence[str | None], files: Sequence[str]) -> bool:
+    """Whether folders are img2dataset's: 00012/000120034.jpg, with a .json beside each picture."""
+    if not all(name and re.fullmatch(r"\d{5,}", name) for name in classes):
+        return False
+    stems = [os.path.splitext(path)[0] for path in images]
+    numbers = [re.fullmatch(rf"{name}\d{{4,}}", stem.rpartition("/")[2]) for stem, name in zip(stems, classes)]
+    return bool(stems) and all(numbers) and set(files).issuperset(f"{stem}.json" for stem in stems)
 
 
 def _left_out(images: Sequence[str], layout: Layout) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer.data.columns import NO_CHOICE, Choice, Table, choose_image, choose_label
+from tokenizer.data.columns import NO_CHOICE, Choice, Table, choose_image, choose_label, split_columns
 from tokenizer.data.digests import FileDigests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
@@ -63,7 +63,7 @@ class HubListing:
         in_held_out = [split is not None and part in split.held_out for part in used]
         self.held_out = None if split is None else np.repeat(in_held_out, [len(parts[p]) for p in used])
         others = [key for key in images if key != self._column]
-        table = Table(self._column, self._column, label, classes.get(label or ""), others)
+        table = Table(self._column, self._column, label, classes.get(label or ""), others, split_columns(rest))
         self.notes = [*(split.notes() if split else []), *table.notes(values)]
 
     def key(self, item: int) -> str:

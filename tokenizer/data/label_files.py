@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizer.data.columns import NO_LABELS, Choice, choose_label
+from tokenizer.data.columns import NO_LABELS, Choice, choose_label, split_columns, split_note
 from tokenizer.data.naming import some
 from training.command import UserError
 from training.text import printable
@@ -110,6 +110,8 @@ def _of_metadata(root: Path, file: str, choice: Choice, notes: list[str]) -> lis
         notes.append(f"passed over {file}: it has no column {FILE_NAME}")
         return None
     columns.remove(FILE_NAME)
+    if splits := split_columns(columns):
+        notes.append(f"{file}: {split_note(splits)}")
     column = choose_label(str(path), columns, choice)
     if column is None:
         notes.append(f"{file} holds no labels, only {some(columns)}" if columns else f"{file} holds no labels")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from training.command import UserError
-from training.text import printable
+from training.text import distinct, printable
 
 TRAIN_WORDS = ("train", "training")
 HELD_OUT_WORDS = ("validation", "val", "valid", "test")  # the first one that a source has is held out
@@ -85,7 +85,7 @@ def number_classes(
     """Label values, either names or numbers (into `class_names` where given) -> (n,) int64, all names.
 
     A missing value, -1, or one that `class_names` does not know, is -1; where all are missing, all are of one class.
-    The names given back are printable.
+    The names given back are printable, and no two of them look alike.
     """
     values = [str(value) if isinstance(value, bool) else None if value == -1 else value for value in values]
     if all(value is None for value in values):
@@ -103,4 +103,4 @@ def number_classes(
     else:
         known = {value: number for number, value in enumerate(sorted({v for v in values if v is not None}))}
     labels = np.array([known.get(value, -1) for value in values], dtype=np.int64)
-    return labels, [printable(str(name)) for name in (known if class_names is None else class_names)]
+    return labels, distinct([str(name) for name in (known if class_names is None else class_names)])

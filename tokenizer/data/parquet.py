@@ -114,7 +114,7 @@ class ParquetListing:
         if group not in self._cache:
             path, index, column, _ = self._groups[group]
             try:
-                with pq.ParquetFile(path, memory_map=True) as file:
+                with pq.ParquetFile(path) as file:  # not mapped: a file that is cut short would end the process
                     table = file.read_row_group(index, columns=[column], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise BadImage(f"its row group cannot be read ({error})") from error

@@ -23,7 +23,7 @@ from training.arrays import read_arrays
 from training.checkpoint import replace_file
 from training.command import UserError
 
-FORMAT = "tessera-tar-index-2"
+FORMAT = "tessera-tar-index-3"
 BLOCK = 512
 IMAGES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 MAX_BYTES = {"cls": 32, "json": 2**20} | dict.fromkeys(IMAGES, 2**28)  # of a member that is read
@@ -74,6 +74,7 @@ class Seen(NamedTuple):
     kinds: dict[str, int]  # members that are of no interest, by their ending
     beside: list[Any]  # images beside the one of their sample: how many, and the first of them
     several: list[Any]  # samples of several images: how many, and the first
+    repeated: list[Any]  # items of a name that an earlier one has, as `tar -r` leaves them: how many, and the first
 
     def note(self, counter: list[Any], name: bytes) -> None:
         counter[0] += 1
@@ -136,10 +137,14 @@ def scan(path: Path) -> TarIndex:
     offsets, sizes, labels, key_ends = array("q"), array("q"), array("i"), array("q")
     keys, classes = bytearray(), dict[str, int]()
 
-    seen = Seen({}, [0], [0])
+    seen = Seen({}, [0], [0], [0])
+    names: set[bytes] = set()
 
     def close(sample: _Sample) -> None:
         for item in sample.items(seen):
+            if item.key in names:
+                seen.note(seen.repeated, item.key)
+            names.add(item.key)
             usable = item.image is not None
             offsets.append(item.image.offset if usable else -1 - item.problem)
             sizes.append(item.image.size if usable else 0)

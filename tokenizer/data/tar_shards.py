@@ -111,11 +111,11 @@ def _indexes(shards: list[Path]) -> list[tar_index.TarIndex]:
 def _notes(indexes: list[tar_index.TarIndex]) -> list[str]:
     """What shards hold beside their items, for people."""
     kinds: collections.Counter[str] = collections.Counter()
-    counts, names = [0, 0], [[], []]
+    counts, names = [0, 0, 0], [[], [], []]
     for index in indexes:
         found = tar_index.Seen(*json.loads(str(index.seen)))
         kinds.update(found.kinds)
-        for place, (count, *first) in enumerate((found.beside, found.several)):
+        for place, (count, *first) in enumerate((found.beside, found.several, found.repeated)):
             counts[place] += count
             names[place] += first[: 3 - len(names[place])]
     notes = []
@@ -124,6 +124,9 @@ def _notes(indexes: list[tar_index.TarIndex]) -> list[str]:
     if counts[1]:
         shown = ", ".join(names[1])
         notes.append(f"{counts[1]:,} samples hold several images ({shown}, …): each image is an item of its own")
+    if counts[2]:
+        shown = ", ".join(names[2])
+        notes.append(f"{counts[2]:,} items have the name of an earlier one in their shard ({shown}): both count")
     if kinds:
         shown = [f"{f'.{kind}' if kind else 'without a name or an ending'} {n:,}" for kind, n in kinds.most_common()]
         notes.append(f"passed over {kinds.total():,} members of other kinds ({some(shown, 6)})")
