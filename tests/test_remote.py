@@ -96,3 +96,18 @@ def test_a_silent_hub_ends_in_a_line_after_three_tries_that_are_said(tmp_path: P
         assert name in outcome or outcome == "fine"
     assert any(line.startswith("warning: someone/kept: found without 127.0.0.1: in the cache") for line in lines)
     assert any(line.startswith("file") and line.endswith("/config.json") for line in lines)
+
+
+def test_no_other_client_with_a_patience_of_its_own_is_used_meanwhile():
+    """hf_xet downloads past the session whose waits are bounded."""
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    from tokenizer.remote import patient
+
+    before = is_xet_available()
+    with patient("someone/pictures"):
+        assert not is_xet_available()
+    assert is_xet_available() == before
+    with pytest.raises(KeyError), patient("someone/pictures"):
+        raise KeyError
+    assert is_xet_available() == before

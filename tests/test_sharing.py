@@ -355,3 +355,16 @@ def test_a_vqrae_is_pushed(model, monkeypatch):
     sharing.push_vqrae(model, "owner/name")
     assert Api.calls[1][2] == ["README.md", "config.json", "manifest.json", "weights"]
     assert "# name\n" in Api.calls[1][3] and "VQRAE.from_pretrained" in Api.calls[1][3]
+
+
+def test_a_path_that_is_no_folder_any_more_is_not_published_as_a_name_of_the_hub(tmp_path, monkeypatch):
+    """The run may have been made elsewhere: encoders/mae was a folder there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert sharing._portable("encoders/mae") == "mae" and sharing._portable("a--b/c..d") == "c..d"
+    downloaded = tmp_path / "models--someone--encoder"
+    for name, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/config.json", "{}")):
+        (downloaded / name).parent.mkdir(parents=True)
+        (downloaded / name).write_text(text)
+    assert sharing._portable("someone/encoder") == "someone/encoder"

@@ -37,10 +37,12 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
     themselves they wait without end for some answers, and for others try six times with pauses in between. Raises
     SilentHub where the block failed for that.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import get_session
 
     patience = patience or PATIENCE
+    xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True  # it has its own client, and own patience
     client = type(get_session())  # of httpx or of its successor; all of its instances, as the session is renewed
     timed_out = importlib.import_module(client.__module__.partition(".")[0]).TimeoutException
     limits = {"connect": patience.connect, "read": patience.read, "write": patience.read, "pool": patience.read}
@@ -72,7 +74,7 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
             raise SilentHub(f"{', '.join(silent)} does not answer, and no earlier download is in the cache") from error
         raise
     finally:
-        client.send = original
+        client.send, constants.HF_HUB_DISABLE_XET = original, xet
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

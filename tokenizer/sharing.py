@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenizer.encoders.foundation import KNOWN
 from tokenizer.interface import CodeLayout
 from tokenizer.remote import patient
 from tokenizer.run import TokenizerRun, load, load_autoencoder_weights, load_config
@@ -241,8 +242,19 @@ def _portable(value: Any, key: str = "name") -> Any:
         value = str(value)
     if not isinstance(value, str) or value.startswith("hub:") or ("/" not in value and not value.startswith("~")):
         return value
-    is_name = key in HUB_KEYS and HUB_NAME.fullmatch(value) and not Path(value).exists()
-    return value if is_name else Path(value).name or "."
+    return value if key in HUB_KEYS and _is_of_the_hub(value) else Path(value).name or "."
+
+
+def _is_of_the_hub(name: str) -> bool:
+    """Whether the Hub is known to have it: by us, or by what was downloaded here. Else a/b may be a folder's path."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not HUB_NAME.fullmatch(name) or Path(name).exists():
+        return False
+    try:
+        return name in KNOWN or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no name that a repository can have
+        return False
 
 
 def _seal(folder: Path, card: str) -> None:
