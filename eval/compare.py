@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.markup import table_cell
-from eval.record import Measurement
+from eval.record import Measurement, nameless
 from eval.tables import ARROWS, interval_text, number, value_text
 from training.command import Parser, UserError, run_command
 from training.config import to_dict
@@ -93,8 +93,8 @@ def compare_records(first: Figures, second: Figures, allowed: Sequence[str] = ()
 
 
 def conditions(figure: Measurement) -> dict[str, Any]:
-    """All that two figures must share to be compared, by field."""
-    return {"n": figure.n, "split": figure.split, "unit": figure.unit, **_flat(figure.settings)}
+    """All that two figures must share to be compared, by field; data sets by what they hold, wherever they lie."""
+    return {"n": figure.n, "split": figure.split, "unit": figure.unit, **_flat(nameless(figure.settings))}
 
 
 ABSENT = "nothing"

@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -324,8 +324,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
 
 
-def plot(found: RateDistortion, path: Path) -> None:
-    """Bits per pixel against each figure, as PNG or SVG by the path's suffix. Dashed and hollow: bare."""
+def plot(found: RateDistortion, file: Path | BinaryIO) -> None:
+    """Bits per pixel against each figure, as PNG or, by a path's suffix, SVG. Dashed and hollow: bare."""
     from matplotlib.figure import Figure
 
     shown = _measured(found)
@@ -348,4 +348,4 @@ def plot(found: RateDistortion, path: Path) -> None:
         axes.set_ylabel(found.lpips if figure == "lpips" else FIGURES[figure])
         axes.grid(True, color="0.92")
     picture.axes[0].legend(frameon=False, title="dashed, hollow: bare")
-    picture.savefig(path, dpi=120)
+    picture.savefig(file, dpi=120)

@@ -183,10 +183,16 @@ RECORDS = (
 )
 PAGES = Kind(
     "folder of pages",
-    (r"(report|quantizers|priors)\.(md|html|json)", r"images/[\w.-]+", RECORDS),
+    (r"(report|quantizers|priors)\.(md|html|json)", r"rate_distortion\.png", r"images/[\w.-]+", RECORDS),
     made=_has_pages,
     shared=True,
 )
+
+
+def claim_pages(folder: Path, *names: str) -> None:
+    """List pages that are going to be written. Raises UserError for one that is there and that no command wrote."""
+    with Folder(folder, PAGES).taken(wait=True) as pages:
+        pages.note(*names)
 
 
 def write_pages(folder: Path, files: dict[str, bytes]) -> None:

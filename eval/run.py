@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,18 +54,22 @@ def rate(options: Options) -> None:
     """what held-out codes cost: fixed, by unigrams, by a prior, and as files; beside picture formats if asked for"""
     from eval.pipeline import Pipeline
     from eval.rate_distortion import markdown, plot
+    from eval.record import claim_pages, write_pages
     from eval.token_records import measure_rate, measure_rate_distortion, read_rate_distortion
     from training import distributed
 
     pipeline = Pipeline(options)
+    if options.rate_distortion:
+        distributed.on_main(lambda: claim_pages(pipeline.report_folder, RATE_DISTORTION))
     show(pipeline, [measure_rate(pipeline)])
     if options.rate_distortion:
         record = measure_rate_distortion(pipeline)
         show(pipeline, [record])
         if distributed.is_main():
-            found, drawn = read_rate_distortion(record), pipeline.report_folder / "rate_distortion.png"
-            plot(found, drawn)
-            print(f"\n{markdown(found)}\n{drawn}", flush=True)
+            found, picture = read_rate_distortion(record), io.BytesIO()
+            plot(found, picture)
+            write_pages(pipeline.report_folder, {RATE_DISTORTION: picture.getvalue()})
+            print(f"\n{markdown(found)}\n{pipeline.report_folder / RATE_DISTORTION}", flush=True)
 
 
 def probe(options: Options) -> None:
@@ -171,6 +176,7 @@ COMMANDS = {
     "priors": priors,
 }
 REFERENCE = "reference-stats"
+RATE_DISTORTION = "rate_distortion.png"  # in the report's folder
 PIPELINE = ("RUN", "the pipeline's folder, which holds tokens/")
 EITHER = ("RUN", "a tokenizer's run folder, a pipeline's, which holds tokens/, or published:NAME, with --data")
 FOLDERS = dict.fromkeys(("reconstruction", "codebook", "rate", "probe"), EITHER)

@@ -171,11 +171,14 @@ def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> Non
 
 
 def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines by key. Raises UserError when the file is damaged."""
+    """Lines by key; a last one that was cut short is measured again. Raises UserError when the file is damaged."""
     if not path.is_file():
         return {}
+    *whole, rest = path.read_bytes().split(b"\n")
+    if rest:
+        print(f"warning: {path}: its last line was cut short: it is measured again", flush=True)
     try:
-        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        lines = [json.loads(line) for line in whole]
         for line in lines:  # as they are used
             [Measurement.from_dict(fields) for fields in line["measurements"]], line["measurements"][0]
             float(line["seconds_per_image"])

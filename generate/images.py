@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import numpy as np
 import priors
 import tokenizer
 from generate.drawing import Drawing, Files, Request, Samples, drawn
-from generate.npz import DAMAGES, first_damage
+from generate.npz import DAMAGES, IMAGES, Rows, first_damage
 from priors.interface import Prior
 from priors.record import PriorRecord
 from tokenizer.data.grid import image_grid
+from tokenizer.data.naming import some
 from tokenizer.interface import Tokenizer
 from training import distributed
 from training.atomic import is_settled, replace_file
@@ -43,6 +45,7 @@ def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path
     made_from = maker(folder, record) | request.facts()
     if is_current(out, FILES, made_from, any_precision=asked == "auto"):
         if distributed.is_main():
+            draw_missing(out, record, request)
             print(f"{out}: current, {request.num} samples", flush=True)
         return
     drawing = Drawing(*load_models(folder, record), request)
@@ -61,6 +64,24 @@ def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path
         replace_file(staged / FILES.record, json.dumps(facts, indent=1).encode())
     seconds = f"{samples.seconds_per_image:.3f} s each"
     print(f"{out}: {request.num} samples, {seconds}; look at {out / GRID}", flush=True)
+
+
+def draw_missing(out: Path, record: PriorRecord, request: Request) -> None:
+    """Draw pictures of samples that are current again, where someone removed them."""
+    labels = request.labels()
+    names = {GRID, *(single_files(labels, record.class_names) if request.png else ())}
+    if not (missing := {name for name in names if not (out / name).is_file()}):
+        return
+    images, codes = (Rows(out / FILES.arrays, name) for name in (IMAGES, "codes"))
+    samples = Samples(images, labels, codes, 0.0)
+    with Folder(out, FILES.kind).taken() as folder, tempfile.TemporaryDirectory() as place:
+        folder.note(*missing)
+        class_grid(samples, len(request.classes)).save(Path(place, GRID))
+        if request.png:
+            write_single_files(samples, record.class_names, Path(place))
+        for name in sorted(missing):
+            replace_file(out / name, Path(place, name).read_bytes())
+    print(f"{out}: drawn again: {some(sorted(missing))}", flush=True)
 
 
 def maker(folder: Path, record: PriorRecord) -> dict[str, str]:

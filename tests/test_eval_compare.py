@@ -114,3 +114,17 @@ def test_what_is_no_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert command("eval.compare", run, keep(tmp_path / "c", dataclasses.replace(PSNR, name="SSIM"))) == 2
     assert "no figure in common" in capsys.readouterr().err
     assert command("eval.compare", run) == 2
+
+
+def test_the_same_images_in_another_folder_compare(tmp_path: Path) -> None:
+    """A data set is named by its folder and known by what it holds."""
+    moved, other = ({**DATA, "source": "moved", **more} for more in ({}, {"ids_sha256": "cd" * 32}))
+    first = keep(tmp_path / "a", PSNR, DISTANCE)
+    lines = compare(first, keep(tmp_path / "b", changed(PSNR, data=moved), changed(DISTANCE, data=[moved, DATA])))
+    assert [row[-2] for row in rows(lines).values()] == ["0", "0"]
+    with pytest.raises(UserError, match=r"PSNR has data\.ids_sha256"):
+        compare(first, keep(tmp_path / "c", changed(PSNR, data=other)))
+    unknown = {key: value for key, value in DATA.items() if key != "ids_sha256"}  # of an earlier version
+    with pytest.raises(UserError, match=r"PSNR has data\.source digits and moved"):
+        figures = [changed(PSNR, data={**unknown, "source": source}) for source in ("digits", "moved")]
+        compare(keep(tmp_path / "d", figures[0]), keep(tmp_path / "e", figures[1]))

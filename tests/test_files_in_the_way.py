@@ -10,9 +10,11 @@ import pytest
 import torch
 from test_damage import a_record
 
+from eval.pipeline import Options
 from eval.record import Record
 from eval.reference import write_reference
 from eval.report import read_log
+from eval.run import rate
 from generate.classes import parse_classes
 from generate.drawing import Request, drawn
 from generate.edit import Edit
@@ -47,6 +49,19 @@ def test_records_of_before_lists_are_replaced_and_listed_ones_whatever_they_hold
     assert Record.load(tmp_path, record.kind, record.settings) is None
     record.save(tmp_path)
     assert Record.load(tmp_path, record.kind, record.settings).measurements == record.measurements
+
+
+def test_a_plot_of_someone_else_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    class Found:
+        report_folder = tmp_path
+
+    monkeypatch.setattr("eval.pipeline.Pipeline", lambda options: Found())
+    for name in ("measure_rate", "measure_rate_distortion"):
+        monkeypatch.setattr(f"eval.token_records.{name}", lambda pipeline: pytest.fail("measured"))
+    (tmp_path / "rate_distortion.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"rate_distortion\.png: no command here wrote it"):
+        rate(Options(tmp_path, rate_distortion=6))
+    assert (tmp_path / "rate_distortion.png").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("name", ["sweep.json", "sweep.jsonl", "sweep.md", "pareto.png"])

@@ -148,6 +148,13 @@ def test_output_is_whole_current_and_ours_only(root, tmp_path, capsys):
     capsys.readouterr()
     write_samples(run, read_record(run), wanted, out, 5)
     assert "current" in capsys.readouterr().out and (out / "samples.npz").stat().st_mtime_ns == made
+    pictures = {name: (out / name).read_bytes() for name in ("grid.png", "000002-T-shirt.png")}
+    for name in pictures:
+        (out / name).unlink()
+    write_samples(run, read_record(run), wanted, out, 5)
+    assert "drawn again: 000002-T-shirt.png, grid.png" in capsys.readouterr().out
+    assert {name: (out / name).read_bytes() for name in pictures} == pictures
+    assert (out / "samples.npz").stat().st_mtime_ns == made
     write_samples(run, read_record(run), request(num=4, seed=1), out, 8)
     assert len(np.load(out / "samples.npz")["arr_1"]) == 4 and not (out / "000002-T-shirt.png").exists()
 
@@ -161,6 +168,11 @@ def test_output_is_whole_current_and_ours_only(root, tmp_path, capsys):
 def test_finished_run_says_so_and_changes_are_refused(root, tmp_path, capsys):
     train_prior(settings(root))
     assert "finished" in capsys.readouterr().out
+    published = root / "prior" / "weights" / "model.safetensors"
+    whole = published.read_bytes()
+    published.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    train_prior(settings(root))
+    assert "damaged: it is written again" in capsys.readouterr().out and published.read_bytes() == whole
     manifest = root / "tokens" / "manifest.json"
     weights = root / "tokenizer" / "weights" / "model.safetensors"
     kept = manifest.read_bytes(), weights.read_bytes()

@@ -13,7 +13,8 @@ from tiny import command
 
 from eval.frechet import Gaussian, frechet_distance
 from eval.in_domain import ExtractorRun, train_extractor
-from eval.sweep import pareto, table
+from eval.record import Measurement
+from eval.sweep import Combination, _read_lines, pareto, table
 from generate.sweep import combinations
 from priors.interface import SampleOptions
 from tokenizer.data.sources import DataConfig, open_split
@@ -124,9 +125,6 @@ def test_unconditional_samples_have_a_distance_alone(root, tmp_path, monkeypatch
 
 
 def test_table_puts_the_best_first(swept, root):
-    from eval.record import Measurement
-    from eval.sweep import Combination
-
     figures = [[Measurement.from_dict(fields) for fields in line["measurements"]] for line in lines(swept)[:2]]
     made = [Combination({"steps": steps}, 1.0, found) for steps, found in zip((1, 2), figures)]
     best = dataclasses.replace(made[0].measurements[0], value=0.0, interval=None)
@@ -153,8 +151,20 @@ def test_errors_are_one_line(module, words, hint, root, capsys):
 def test_a_damaged_file_of_lines_is_named(swept, capsys):
     good = (swept / "sweep.jsonl").read_bytes()
     try:
-        (swept / "sweep.jsonl").write_bytes(good[:-20])
+        (swept / "sweep.jsonl").write_bytes(good[1:])
         assert command("eval.sweep", swept) == 2
         assert "sweep.jsonl: damaged: remove it" in capsys.readouterr().err
     finally:
         (swept / "sweep.jsonl").write_bytes(good)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 10**6])
+def test_a_last_line_that_was_cut_short_is_measured_again(tmp_path, capsys, cut):
+    figure = Measurement("FD", 1.0, "", False, 9, "samples", {})
+    texts = [json.dumps({"key": key, "seconds_per_image": 1.0, "measurements": [figure.to_dict()]}) for key in "ab"]
+    path = tmp_path / "sweep.jsonl"
+    last = (texts[1] + "\n")[:-cut] or texts[1][:1]
+    path.write_text(f"{texts[0]}\n{last}")
+    assert list(_read_lines(path)) == ["a"] and "its last line was cut short" in capsys.readouterr().out
+    path.write_text("\n".join([*texts, ""]))
+    assert list(_read_lines(path)) == ["a", "b"] and not capsys.readouterr().out

@@ -22,7 +22,7 @@ from torch import nn
 
 from training import distributed
 from training.algorithms import lay_out, training_on
-from training.checkpoint import Run, weights_path
+from training.checkpoint import Run, load_weights, weights_path
 from training.command import UserError
 from training.ema import Ema
 from training.log import CLOCKS, Log, Meter, Progress
@@ -284,7 +284,12 @@ class _Loop:
     def _finished(self) -> nn.Module:
         state = self.ema.state_dict()
         if self.main:
-            if not weights_path(self.run.folder).is_file():  # someone removed them
+            path = weights_path(self.run.folder)
+            try:
+                load_weights(self.run.folder)
+            except UserError:  # someone removed them, or they are not what was written
+                if path.is_file():
+                    print(f"warning: {path}: damaged: it is written again from the last checkpoint", flush=True)
                 self.run.publish(state, self.step)
             print(f"{self.title}: finished at step {self.step}; start over with --fresh (make: FRESH=1)", flush=True)
         return self._averaged()
