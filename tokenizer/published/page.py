@@ -25,7 +25,7 @@ python -m tokenizer.published list                                         # all
 python -m tokenizer.published import llamagen-vq-ds16 runs/llamagen        # a folder that every command takes
 python -m tokenizer.encode published:llamagen-vq-ds16 data.source=DATA root=RUN        # its tokens, for any prior
 python -m eval.run reconstruction published:llamagen-vq-ds16 --data DATA   # what it reaches, measured here
-python -m tokenizer.train CONFIG.yaml start_from=runs/llamagen             # train on, with that folder's `model`
+python -m tokenizer.train runs/llamagen/config.yaml name=mine start_from=runs/llamagen # train on
 make compare-published DATA=DATA                                           # one table of all that are at hand
 python -m tokenizer.published export runs/mine llamagen-vq-ds16 OUT.safetensors        # under its authors' names
 ```
