@@ -10,15 +10,25 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from pretend import pretended_gpu
-from test_pretend_gpu import tokenizer_of
-from test_torch_compile import ADVERSARY, LAYOUT, OPTIMIZER, PRIORS, conv, images, tokenizer_turns
+from pretend import Pretended, pretended_gpu
+from test_pretend_gpu import (
+    BACKBONE,
+    SAMPLERS,
+    autoencoder_of,
+    prior_of,
+    prior_turns,
+    sequences,
+    tokenizer_of,
+)
+from test_torch_compile import ADVERSARY, OPTIMIZER, conv, images, tokenizer_turns
+from tiny import save_encoder
 from torch import nn
 from toy import leaves, log_lines
 
 from priors.autoregressive import AutoregressiveConfig
+from tokenizer.discriminators.dino import DinoConfig
 from tokenizer.quantizers import QUANTIZERS
-from training import distributed, outcome, turn
+from training import distributed, outcome, philox, turn
 from training.checkpoint import Run
 from training.command import UserError
 from training.log import Meter
@@ -26,6 +36,16 @@ from training.loop import Batch, LoopConfig, Loss, Turn, train
 from training.outcome import Outcomes
 
 STEADY = 2  # a step with all turns in it, that neither logs nor saves
+
+
+@pytest.fixture(autouse=True)
+def a_kernel_for_random_numbers(monkeypatch):
+    """As CUDA has one: torch's integer operations are tested elsewhere, and take half of a step here."""
+
+    def words(ids, seed, stream, count, first=None):
+        return Pretended(philox._words(ids.held, seed, stream, count, None if first is None else first.held))
+
+    monkeypatch.setattr(philox, "in_torch", words)
 
 
 class Seen(Exception):
@@ -47,23 +67,6 @@ def waits_of_a_steady_step(folder, module, turns, batches, waits):
     return dict(waits)
 
 
-def codes(step, accumulate):
-    drawn = torch.randint(5, (4, LAYOUT.length), generator=torch.Generator().manual_seed(step))
-    return [Batch({"codes": drawn, "labels": torch.arange(4) % 3}, torch.arange(4))]
-
-
-def prior_turns(config):
-    torch.manual_seed(0)
-    prior = config.build(LAYOUT, 3)
-
-    def loss(batch, step):
-        shape = (LAYOUT.length + 2,)
-        uniform = distributed.draw((7, step), batch.positions, shape, torch.float64)
-        return prior.loss(batch["codes"], batch["labels"], uniform)
-
-    return prior, [Turn("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))]
-
-
 @pytest.mark.parametrize("kind", [*QUANTIZERS, "vqvae2"])
 def test_no_step_of_a_tokenizer_waits(kind, tmp_path):
     with pretended_gpu() as waits:
@@ -71,10 +74,25 @@ def test_no_step_of_a_tokenizer_waits(kind, tmp_path):
         assert waits_of_a_steady_step(tmp_path, module, turns, images, waits) == {}
 
 
-@pytest.mark.parametrize("kind", PRIORS)
+@pytest.mark.parametrize("kind", SAMPLERS)
 def test_no_step_of_a_prior_waits(kind, tmp_path):
     with pretended_gpu() as waits:
-        assert waits_of_a_steady_step(tmp_path, *prior_turns(PRIORS[kind]), codes, waits) == {}
+        assert waits_of_a_steady_step(tmp_path, *prior_turns(prior_of(kind)), sequences, waits) == {}
+
+
+@pytest.mark.slow
+def test_no_step_of_a_pretrained_encoder_and_discriminator_waits(tmp_path):
+    """VQRAE's second stage: a teacher, noise, restarts, both trunks."""
+    for family in ("dinov2", "vit"):
+        (tmp_path / family).mkdir()
+        save_encoder(tmp_path / family, family)
+    judge = DinoConfig(name=str(tmp_path / "vit"), layers=(0, 1), kernel=3)
+    model = autoencoder_of("vqrae", "simvq", tmp_path)
+    restarts = dataclasses.replace(model.quantizer, restart="data", restart_every=1)
+    with pretended_gpu() as waits:
+        objective = {**ADVERSARY, "discriminator": judge, "distillation": 0.1}
+        made = tokenizer_turns(dataclasses.replace(model, quantizer=restarts), **objective)
+        assert waits_of_a_steady_step(tmp_path / "run", *made, images, waits) == {}
 
 
 @contextlib.contextmanager
@@ -196,7 +214,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+DEAR = ("frozen codes", "a temperature")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEAR)) for name in MODELS])
 def test_a_step_that_is_not_finite_leaves_no_trace(name, tmp_path):
     """To the bit: codebooks that follow averages and are restarted, schedules, LeCAM's anchors, both averages."""
 
@@ -218,7 +239,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(name, tmp_path):
     assert [each for each in good if not torch.equal(good[each], bad[each])] == []
 
 
-@pytest.mark.parametrize("spoilt", ["autoencoder", "discriminator"])
+@pytest.mark.parametrize("spoilt", [pytest.param("autoencoder", marks=pytest.mark.slow), "discriminator"])
 def test_after_steps_that_are_not_finite_all_is_as_on_the_cpu(spoilt, tmp_path):
     """Where one of two turns is skipped too, which keeps the average where it is."""
     states, logs = [], []
@@ -238,13 +259,13 @@ def test_after_steps_that_are_not_finite_all_is_as_on_the_cpu(spoilt, tmp_path):
 
 def test_a_schedule_of_a_prior_stays_too(tmp_path):
     config = AutoregressiveConfig(
-        backbone=dataclasses.replace(PRIORS["autoregressive"].backbone, positions="learned"),
+        backbone=dataclasses.replace(BACKBONE, positions="learned"),
         order="annealed", anneal_start_step=0, anneal_end_step=9,
     )  # fmt: skip
     for device in (contextlib.nullcontext, pretended_gpu):
         with device():
             prior, turns = prior_turns(config)
-            state = state_after(tmp_path / device.__name__, 3, prior, spoil(turns, "prior", {2}), codes)
+            state = state_after(tmp_path / device.__name__, 3, prior, spoil(turns, "prior", {2}), sequences)
         assert state["/modules/prior/next_step"] == 2
 
 
