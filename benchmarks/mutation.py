@@ -1,14 +1,15 @@
 """Mutation testing: python -m benchmarks.mutation --files priors/uniform.py --sample 40
 
-A mutant is one of our files with one thing changed: an operator, a comparison, a constant, a condition negated, a
-statement or a call left out, a function taken for another. A test that fails with it kills it; one that no test kills
-tells of a line that no test holds, or changes nothing (benchmarks/equivalent_mutants.txt, with why).
+A mutant is one of our files with one thing changed (benchmarks/mutants.py). A test that fails with it kills it; one
+that no test kills tells of a line that no test holds, or changes nothing (benchmarks/equivalent_mutants.txt, with why).
 
-Test files that import a mutated file, or a package that does (with --reach 2 a module that does, …), are run once, to
-see which tests call which functions; a mutant meets the tests that call its function, the fastest first, up to --budget
-seconds of them, in a copy of the tree, in a process forked from one that has torch. What was found is kept in --out
-after every mutant: the same command goes on where it stopped, a larger --sample adds to it, and survivors meet the
-tests again when tests have changed.
+A process imports torch once. A fork of it collects the tests near the files (those that import a file or a package that
+does; with --reach 2 a module that does, …) once, runs them once to see which tests call which functions, and is forked
+again for every mutant: there the mutant's function gets its new code, and the tests that call it run, those that killed
+the mutants before it first, up to --budget seconds of them, until one fails. A mutant that shows on import alone (a
+constant, a default) is imported anew. Seconds are those of the processor, so that a busy machine changes nothing. What
+was found is kept in --out after every mutant: the same command goes on where it stopped, a larger --sample adds to it,
+and survivors meet the tests again when tests that call them have changed.
 """
 
 from __future__ import annotations
@@ -16,208 +17,34 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import copy
-import dataclasses
 import difflib
+import functools
+import gc
 import hashlib
+import importlib
 import json
+import math
 import multiprocessing
 import os
-import random
 import re
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.mutants import ROOT, Mutant, replaced_functions, sampled
+
 PACKAGES = ("training", "tokenizer", "priors", "generate", "eval")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info")
-
+TEST_SECONDS = 5  # a test that takes longer, watched, is left out
 NOTHING: Mapping[Any, Any] = {}
-OPERATORS = {
-    ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.FloorDiv: [ast.Mult],
-    ast.Mod: [ast.FloorDiv], ast.Pow: [ast.Mult], ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd],
-    ast.LShift: [ast.RShift], ast.RShift: [ast.LShift],
-    ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt],
-    ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn],
-    ast.NotIn: [ast.In], ast.And: [ast.Or], ast.Or: [ast.And],
-}  # fmt: skip
-SWAPS = [
-    ("sigmoid", "tanh"), ("min", "max"), ("amin", "amax"), ("argmin", "argmax"), ("minimum", "maximum"),
-    ("sum", "mean"), ("exp", "expm1"), ("log", "log1p"), ("sin", "cos"), ("softmax", "log_softmax"), ("relu", "gelu"),
-    ("any", "all"), ("floor", "ceil"), ("zeros", "ones"), ("zeros_like", "ones_like"), ("cumsum", "cumprod"),
-    ("square", "abs"), ("sqrt", "square"), ("new_zeros", "new_ones"), ("silu", "relu"), ("mse_loss", "l1_loss"),
-]  # fmt: skip
-SWAPPED = {a: b for pair in SWAPS for a, b in (pair[::-1], pair)}
-WORDS = {"mean": "sum", "sum": "mean", "bicubic": "bilinear", "bilinear": "bicubic", "amin": "amax", "amax": "amin"}
-DROPPED = {"detach", "abs", "clamp", "exp", "log", "sqrt", "square", "softmax", "neg", "where", "masked_fill", "clone"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Mutant:
-    file: str
-    function: str  # qualified name, "" for what runs on import
-    line: int
-    key: str  # the same wherever the line stands: file::function::statement::change
-    source: str  # of the whole file
-
-
-def mutants_of(file: str, text: str) -> list[Mutant]:
-    """All mutants of a file, in the order of its lines."""
-    found: list[Mutant] = []
-    counts: dict[str, int] = {}
-    for function, statement, node, new in _changes(ast.parse(text)):
-        change = f"{ast.unparse(node)} => {new}"
-        key = "::".join((file, function, ast.unparse(_header(statement)).split("\n")[0], " ".join(change.split())))
-        counts[key] = counts.get(key, 0) + 1
-        key += f" ({counts[key]})" if counts[key] > 1 else ""
-        source = _spliced(text, node, new if isinstance(node, ast.stmt) else f"({new})")
-        with contextlib.suppress(SyntaxError):
-            compile(source, file, "exec")
-            found.append(Mutant(file, function, node.lineno, key, source))
-    return found
-
-
-def _changes(tree: ast.Module) -> Iterator[tuple[str, ast.stmt, ast.AST, str]]:
-    """(function, statement, node, its new source) of everything that can be changed."""
-
-    def visit(node: ast.AST, function: str, statement: ast.stmt | None) -> Iterator[Any]:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            function = f"{function}.{node.name}" if function else node.name
-        if isinstance(node, ast.stmt):
-            statement = node
-            if isinstance(node, ast.Import | ast.ImportFrom) or _is_guard(node):
-                return
-            if _can_go(node):
-                yield function, node, node, "pass"
-            if isinstance(node, ast.Raise):  # messages are not mutated
-                return
-        elif isinstance(node, ast.expr):
-            for new in _expressions(node):
-                yield function, statement, node, ast.unparse(new)
-        for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list") or isinstance(node, ast.JoinedStr):
-                continue
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
-                    yield from visit(child, function, statement)
-
-    yield from visit(tree, "", None)
-
-
-def _expressions(node: ast.expr) -> Iterator[ast.expr]:
-    """What may stand in an expression's place."""
-    if isinstance(node, ast.BinOp | ast.BoolOp):
-        for operator in OPERATORS.get(type(node.op), ()):
-            yield _with(node, op=operator())
-    elif isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
-        yield node.operand
-    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
-        for operator in OPERATORS.get(type(node.ops[0]), ()):
-            yield _with(node, ops=[operator()])
-    elif isinstance(node, ast.Compare):
-        for place, one in enumerate(node.ops):
-            for operator in OPERATORS.get(type(one), ())[:1]:
-                yield _with(node, ops=[*node.ops[:place], operator(), *node.ops[place + 1 :]])
-    elif isinstance(node, ast.IfExp):
-        yield _with(node, test=ast.UnaryOp(ast.Not(), node.test))
-    elif isinstance(node, ast.Constant):
-        for value in _constants(node.value):
-            yield ast.Constant(value)
-    elif isinstance(node, ast.Call):
-        function = node.func
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if name in SWAPPED:
-            renamed = {"attr": SWAPPED[name]} if isinstance(function, ast.Attribute) else {"id": SWAPPED[name]}
-            yield _with(node, func=_with(function, **renamed))
-        if isinstance(function, ast.Attribute) and name in DROPPED and not _is_module(function.value):
-            yield function.value
-        for place, keyword in enumerate(node.keywords):
-            if keyword.arg in ("min", "max"):
-                other = ast.keyword({"min": "max", "max": "min"}[keyword.arg], keyword.value)
-                yield _with(node, keywords=[*node.keywords[:place], other, *node.keywords[place + 1 :]])
-
-
-def _constants(value: Any) -> list[Any]:
-    if isinstance(value, bool):
-        return [not value]
-    if isinstance(value, int):
-        return [value + 1, value - 1]
-    if isinstance(value, float):
-        return [2 * value if value else 1.0]
-    return [WORDS[value]] if isinstance(value, str) and value in WORDS else []
-
-
-def _with(node: Any, **changes: Any) -> Any:
-    changed = copy.copy(node)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return changed
-
-
-def _can_go(node: ast.stmt) -> bool:
-    """Whether the file still runs without a statement: one whose names are known without it."""
-    if isinstance(node, ast.Expr):
-        return not isinstance(node.value, ast.Constant)  # a docstring
-    if isinstance(node, ast.Assign):
-        names = {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
-        return any(isinstance(name, ast.Name) and name.id in names for name in ast.walk(node.value))
-    return isinstance(node, ast.AugAssign | ast.Raise | ast.Continue | ast.Break)
-
-
-def _is_guard(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
-
-
-def _is_module(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id in ("torch", "F", "np", "math", "distributed")
-
-
-def _header(statement: ast.stmt) -> ast.stmt:
-    """A statement without the statements in it."""
-    blocks = [name for name in ("body", "orelse", "finalbody", "handlers") if getattr(statement, name, None)]
-    return _with(statement, **{name: [ast.Pass()] if name == "body" else [] for name in blocks})
-
-
-def _spliced(text: str, node: Any, new: str) -> str:
-    lines = text.encode().splitlines(keepends=True)
-    start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
-    whole = text.encode()
-    return (whole[:start] + new.encode() + whole[end:]).decode()
-
-
-def negated_conditions(file: str, text: str) -> list[Mutant]:
-    """`if` with its condition turned round, beside what `mutants_of` makes of the condition's parts."""
-    found = []
-    for function, node in _ifs(ast.parse(text)):
-        new = f"not ({ast.unparse(node.test)})"
-        key = "::".join((file, function, ast.unparse(_header(node)).split("\n")[0], f"{ast.unparse(node.test)} => not"))
-        found.append(Mutant(file, function, node.lineno, key, _spliced(text, node.test, f"({new})")))
-    return found
-
-
-def _ifs(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.If]]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        function = f"{function}.{node.name}" if function else node.name
-    if isinstance(node, ast.If) and not _is_guard(node):
-        yield function, node
-    for child in ast.iter_child_nodes(node):
-        yield from _ifs(child, function)
-
-
-def sampled(file: str, count: int | None, seed: int) -> tuple[list[Mutant], int]:
-    """So many of a file's mutants, and how many there are; a larger sample holds the smaller one."""
-    text = (ROOT / file).read_text()
-    every = mutants_of(file, text) + negated_conditions(file, text)
-    random.Random(f"{seed}:{file}").shuffle(every)
-    return every[:count], len(every)
 
 
 # Which tests meet which functions
@@ -227,7 +54,7 @@ def test_files_near(file: str, reach: int) -> list[Path]:
     """Test files that reach a file by at most so many imports, the nearest first; through packages without a step."""
     modules = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     packages = {path: _imports(path) for path in modules if path.name == "__init__.py"}
-    imports = {path: _imports(path, packages=packages) for path in modules}
+    imports = {path: _imports(path, packages=packages) for path in modules} if reach > 1 else {}
     tests = sorted((ROOT / "tests").glob("*.py"))
     helpers = {path.stem: _imports(path, packages=packages) for path in tests if not path.stem.startswith("test_")}
     near = []
@@ -244,14 +71,7 @@ def _imports(
     path: Path, helpers: Mapping[str, set[Path]] = NOTHING, packages: Mapping[Path, set[Path]] = NOTHING
 ) -> set[Path]:
     """Our files that a file imports, and those that its packages and helpers do."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:  # a module of a package, or what the package itself names
-                inner = f"{node.module}.{alias.name}"
-                names.add(inner if (ROOT / f"{inner.replace('.', '/')}.py").is_file() else node.module)
+    names = _imported_names(path)
     found = set().union(*(helpers.get(name, set()) for name in names))
     for name in names:
         place = ROOT / name.replace(".", "/")
@@ -260,61 +80,42 @@ def _imports(
     return found
 
 
-class Recorder:
-    """A pytest plugin: of each test that passes, its seconds, and which of our functions it calls."""
-
-    def __init__(self, root: str) -> None:
-        self.prefixes = tuple(f"{root}/{package}/" for package in PACKAGES)
-        self.root, self.tests = root, {}
-        self.calls: set[tuple[str, str]] = set()
-
-    def _profile(self, frame: Any, event: str, _: Any) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(self.prefixes):
-            self.calls.add((code.co_filename, code.co_qualname))
-
-    def pytest_runtest_setup(self) -> None:
-        self.calls = set()
-        sys.setprofile(self._profile)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" and report.passed:
-            calls = ((Path(file).relative_to(self.root), name.replace(".<locals>", "")) for file, name in self.calls)
-            functions = {f"{file}::{name}" for file, name in calls}
-            self.tests[report.nodeid] = {"seconds": report.duration, "calls": sorted(functions)}
-        if report.when == "teardown":
-            sys.setprofile(None)
+@functools.cache
+def _imported_names(path: Path) -> frozenset[str]:
+    """Modules that a file imports, in functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:  # a module of a package, or what the package itself names
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if (ROOT / f"{inner.replace('.', '/')}.py").is_file() else node.module)
+    return frozenset(names)
 
 
-def record(test: Path, tree: Path, folder: Path) -> dict[str, Any]:
-    """What each test of a file calls, kept in `folder` until the file changes."""
-    kept, digest = folder / f"{test.stem}.json", hashlib.sha256(test.read_bytes()).hexdigest()
-    if kept.is_file() and (known := json.loads(kept.read_text()))["sha256"] == digest:
-        return known["tests"]
-    found = folder / f".{test.stem}.tests"
+def tests_for(
+    mutant: Mutant, tests: dict[str, Any], budget: float, killers: Sequence[str] = (), *, all_of_them: bool = False
+) -> list[str]:
+    """Tests that call its function, else any of its file, as long as `budget` seconds allow.
 
-    def run() -> int:
-        recorder = Recorder(str(tree))
-        _pytest([f"tests/{test.name}", "-q"], [recorder])
-        found.write_text(json.dumps(recorder.tests))
-        return 0
-
-    in_child(run, tree, 900)
-    tests = json.loads(found.read_text()) if found.is_file() else {}
-    found.unlink(missing_ok=True)
-    kept.write_text(json.dumps({"sha256": digest, "tests": tests}))
-    return tests
-
-
-def tests_for(mutant: Mutant, tests: dict[str, Any], budget: float) -> list[str]:
-    """Those that call its function, else any of its file, the fastest first, as long as `budget` seconds allow."""
+    First those that killed others, the latest first; then those of a file named after the mutant's; the fastest first.
+    `all_of_them`: then those that do not call it, which may read a default.
+    """
     of_file = f"{mutant.file}::"
     wanted = {of_file + mutant.function} if mutant.function else set()
-    calling = [name for name, test in tests.items() if wanted.intersection(test["calls"])]
+    calling = {name for name, test in tests.items() if wanted.intersection(test["calls"])}
     if not calling:  # a constant, a default, a class's own line
-        calling = [name for name, test in tests.items() if any(call.startswith(of_file) for call in test["calls"])]
+        calling = {name for name, test in tests.items() if any(call.startswith(of_file) for call in test["calls"])}
+    place = {name: number for number, name in enumerate(reversed(killers))}
+    named = f"tests/test_{Path(mutant.file).stem}.py"
+
+    def order(name: str) -> tuple[bool, float, bool, float]:
+        first = place.get(name, math.inf)
+        return name not in calling, first, not name.startswith(named), tests[name]["seconds"]
+
     chosen, total = [], 0.0
-    for name in sorted(calling, key=lambda name: tests[name]["seconds"]):
+    for name in sorted(tests if all_of_them else calling, key=order):
         total += tests[name]["seconds"]
         if chosen and total > budget:
             break
@@ -325,57 +126,193 @@ def tests_for(mutant: Mutant, tests: dict[str, Any], budget: float) -> list[str]
 # Running
 
 
+class TooLong(BaseException):
+    """A test took more than TEST_SECONDS."""
+
+
+class Recorder:
+    """Of each test that passes, its seconds, and which of our functions it calls."""
+
+    def __init__(self, root: str) -> None:
+        self.prefixes = tuple(f"{root}/{package}/" for package in PACKAGES)
+        self.root, self.tests, self.start = root, {}, 0.0
+        self.calls: set[tuple[str, str]] = set()
+
+    def _profile(self, frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(self.prefixes):
+            self.calls.add((code.co_filename, code.co_qualname))
+
+    def before(self) -> None:
+        def stop(*_: Any) -> None:
+            raise TooLong
+
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, TEST_SECONDS)
+        self.calls, self.start = set(), _seconds()
+        sys.setprofile(self._profile)
+
+    def after(self, name: str, passed: bool) -> None:
+        sys.setprofile(None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if passed:
+            calls = ((Path(file).relative_to(self.root), name.replace(".<locals>", "")) for file, name in self.calls)
+            functions = {f"{file}::{name}" for file, name in calls}
+            self.tests[name] = {"seconds": _seconds() - self.start, "calls": sorted(functions)}
+
+
+def _seconds() -> float:
+    """The processor's, of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
+class Session:
+    """A pytest plugin that collects tests once and hands them to `work` in place of running them all."""
+
+    def __init__(self, work: Callable[[Session], None]) -> None:
+        self.work, self.items, self.failed = work, {}, False
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.failed |= report.failed
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
+        self.work(self)
+        return True
+
+    def passes(self, name: str, following: str | None) -> bool:
+        """Run one test, with what it shares with the one that follows."""
+        item, self.failed = self.items[name], False
+        after = self.items[following] if following else None
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+        return not self.failed
+
+
 def _pytest(arguments: list[str], plugins: Sequence[Any] = ()) -> int:
     import pytest
 
-    return int(pytest.main([*arguments, "-p", "no:cacheprovider", "--no-header", "--tb=no"], plugins=plugins))
+    plain = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0", "--no-header", "--tb=no"]
+    return int(pytest.main([*arguments, *plain], plugins=plugins))
 
 
-def in_child(run: Callable[[], int], tree: Path, seconds: float) -> int | None:
-    """Its exit code when it runs in a fork whose modules come from `tree`; None where it took longer."""
+def in_child(run: Callable[[], int], tree: Path, seconds: float | None = None) -> int | None:
+    """Its exit code when it runs in a fork whose modules come from `tree`; None where it took longer.
+
+    Seconds are the processor's; one that waits may take ten times as many.
+    """
 
     def child() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if seconds else lambda *_: sys.exit(143))
         os.setsid()
+        if seconds:
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 1))
         log = os.open(tree / "mutation.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         os.chdir(tree)
-        sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT)))]
+        sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT), str(tree)))]
         os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        sys.dont_write_bytecode = True
+        sys.dont_write_bytecode = False  # the tree's own
         os._exit(run())
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     try:
-        process.join(seconds)
-        return None if process.is_alive() else process.exitcode
+        process.join(10 * seconds + 60 if seconds else None)
+        late = process.is_alive() or process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        return None if late else process.exitcode
     finally:
         if process.is_alive():  # too late, or we are told to end
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # it and what it started
-            process.join()
+            process.terminate()
+            process.join(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        process.join()
 
 
-def outcome(mutant: Mutant, names: list[str], tree: Path, seconds: float) -> dict[str, Any]:
-    """Whether a test of these fails with the mutant in the tree, and which."""
-    if not names:
-        return {"status": "survived", "by": "no test calls it"}
-    path, wanted = tree / mutant.file, tree / "mutation.tests"
-    before = path.read_text()
-    wanted.write_text("\n".join(names))
+@contextlib.contextmanager
+def written(mutant: Mutant, tree: Path, stamps: list[int]) -> Any:
+    """A mutant in the tree, with a date of its own, since compiled files go by dates."""
+    path = tree / mutant.file
+    before, was = path.read_text(), path.stat()
     path.write_text(mutant.source)
-    started = time.monotonic()
+    stamps.append(1_000_000_000 + len(stamps))
+    os.utime(path, (stamps[-1], stamps[-1]))
     try:
-        code = in_child(lambda: _pytest(["-x", "-q", f"@{wanted}"]), tree, seconds)
+        yield
     finally:
         path.write_text(before)
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+def new_code(mutant: Mutant, tree: Path) -> list[tuple[FunctionType, CodeType]] | None:
+    """Functions in this process with the code that the mutant gives them; None where it has to be imported anew."""
+    path = tree / mutant.file
+    before, after = (compile(text, str(path), "exec") for text in (path.read_text(), mutant.source))
+    replaced = replaced_functions(before, after)
+    if not replaced:
+        return None
+    wanted = {(old.co_qualname, old.co_firstlineno): new for old, new in replaced}
+    found, lacking = [], set(wanted)
+    for function in _functions().get(str(path), ()):
+        key = (function.__code__.co_qualname, function.__code__.co_firstlineno)
+        if new := wanted.get(key):
+            if len(new.co_freevars) != len(function.__code__.co_freevars):
+                return None
+            found.append((function, new))
+            lacking.discard(key)
+    return None if lacking else found
+
+
+def _is_installed(module: Any) -> bool:
+    return "site-packages" in (getattr(module, "__file__", None) or "")
+
+
+@functools.cache
+def _functions() -> dict[str, list[FunctionType]]:
+    """Functions by the file that they come from."""
+    found: dict[str, list[FunctionType]] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, FunctionType):
+            found.setdefault(thing.__code__.co_filename, []).append(thing)
+    return found
+
+
+def outcome_here(mutant: Mutant, names: list[str], session: Session, tree: Path, seconds: float) -> dict[str, Any]:
+    """Whether a test of these fails in a fork of this process with the mutant's code, and which."""
+    replaced, told = new_code(mutant, tree), tree / "mutation.killer"
+    if replaced is None:
+        return {}
+    told.write_text("")
+
+    def run() -> int:
+        for function, code in replaced:
+            function.__code__ = code
+        for name, following in zip(names, [*names[1:], None]):
+            told.write_text(name)
+            if not session.passes(name, following):
+                return 1
+        return 0
+
+    started = time.monotonic()
+    code = in_child(run, tree, seconds)
+    return _result(code, told.read_text(), seconds, started, names)
+
+
+def outcome_anew(mutant: Mutant, names: list[str], tree: Path, seconds: float) -> dict[str, Any]:
+    """The same in a fork that imports everything of ours."""
+    wanted = tree / "mutation.tests"
+    wanted.write_text("\n".join(names))
+    started = time.monotonic()
+    code = in_child(lambda: _pytest(["-x", f"@{wanted}"]), tree, seconds)
+    failed = re.search(r"^(?:FAILED|ERROR) (.*)", (tree / "mutation.log").read_text(errors="replace"), re.MULTILINE)
+    return _result(code, failed[1].split(" - ")[0] if failed else f"exit code {code}", seconds, started, names)
+
+
+def _result(code: int | None, killer: str, seconds: float, started: float, names: list[str]) -> dict[str, Any]:
     taken = {"seconds": round(time.monotonic() - started, 1), "tests": len(names)}
     if code is None:
-        return {"status": "killed", "by": f"more than {seconds:.0f} s", **taken}
-    if code == 0:
-        return {"status": "survived", "by": "", **taken}
-    failed = re.search(r"^(?:FAILED|ERROR) (.*)", (tree / "mutation.log").read_text(errors="replace"), re.MULTILINE)
-    return {"status": "killed", "by": failed[1].split(" - ")[0] if failed else f"exit code {code}", **taken}
+        return {"status": "killed", "by": f"more than {seconds:.0f} s: {killer}", **taken}
+    return {"status": "killed" if code else "survived", "by": killer if code else "", **taken}
 
 
 def equivalents() -> dict[str, str]:
@@ -393,44 +330,146 @@ def equivalents() -> dict[str, str]:
     return found
 
 
-def test(file: str, options: argparse.Namespace, tree: Path, out: Path) -> dict[str, Any]:
-    """Try a file's sample, and keep what is found in `out`."""
-    (out / "calls").mkdir(parents=True, exist_ok=True)
-    kept = out / f"{file.replace('/', '.')}.json"
-    known = json.loads(kept.read_text())["mutants"] if kept.is_file() else {}
-    same = equivalents()
-    chosen, total = sampled(file, options.sample, options.seed)
-    tests: dict[str, Any] = {}
-    for path in [path.resolve() for path in options.tests or ()] or test_files_near(file, options.reach):
-        print(f"{file}: tests of {path.name}", flush=True)
-        tests |= record(path, tree, out / "calls")
-    all_tests = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "tests").glob("*.py"))))
-    text, results = (ROOT / file).read_text(), {}
-    for number, mutant in enumerate(chosen, 1):
-        before = known.get(mutant.key, {})
-        done = before.get("status") == "killed" or before.get("tests_sha256") == all_tests.hexdigest()
-        result = before if done else outcome(mutant, tests_for(mutant, tests, options.budget), tree, options.timeout)
-        if mutant.key in same:
-            result = {**result, "status": "equivalent", "by": same[mutant.key]}
-        elif result["status"] == "equivalent":
-            result = {**result, "status": "survived"}
-        diff = difflib.unified_diff(text.splitlines(), mutant.source.splitlines(), lineterm="", n=0)
-        results[mutant.key] = {
-            **result, "line": mutant.line, "function": mutant.function, "diff": list(diff)[3:],
-            "tests_sha256": all_tests.hexdigest(),
-        }  # fmt: skip
-        if not done:
-            print(f"{file}:{mutant.line} {number}/{len(chosen)} {result['status']} {result['by'][:70]}", flush=True)
-        everything = {"file": file, "possible": total, "mutants": {**known, **results}}
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps(everything, indent=1))
-        temporary.replace(kept)
-    return {"file": file, "possible": total, "mutants": results}
+class Bench:
+    """Samples of files, the tests near them, and what was found."""
+
+    def __init__(self, files: dict[str, list[str]], options: argparse.Namespace, tree: Path) -> None:
+        self.options, self.tree, self.out, self.stamps = options, tree, options.out, []
+        self.calls, self.report = options.out / "calls", os.fdopen(os.dup(1), "w")
+        self.calls.mkdir(parents=True, exist_ok=True)
+        self.same, self.samples = equivalents(), {file: sampled(file, options.sample, options.seed) for file in files}
+        self.near = {file: self._near(file, tests) for file, tests in files.items()}
+        self.killers: dict[str, list[str]] = {}
+
+    def _near(self, file: str, tests: list[str]) -> list[Path]:
+        if tests:
+            return [ROOT / "tests" / f"test_{test}.py" for test in tests]
+        near = test_files_near(file, self.options.reach)
+        return [test for test in near if not any(word in test.stem for word in self.options.skip)]
+
+    def groups(self) -> dict[tuple[Path, ...], list[str]]:
+        """Files by the tests near them."""
+        found: dict[tuple[Path, ...], list[str]] = {}
+        for file, tests in self.near.items():
+            found.setdefault(tuple(tests), []).append(file)
+        return found
+
+    def recorded(self, test: Path, session: Session | None) -> dict[str, Any]:
+        """What each test of a file calls, kept until the file changes; what they import is imported here, for forks."""
+        kept, digest = self.calls / f"{test.stem}.json", hashlib.sha256(test.read_bytes()).hexdigest()
+        known = json.loads(kept.read_text()) if kept.is_file() else {}
+        if session and known.get("sha256") != digest:
+            known = {"sha256": digest, **self._record(test, session)}
+            kept.write_text(json.dumps(known))
+        for module in known.get("imports", ()) if session else ():
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+        return known.get("tests", {})
+
+    def _record(self, test: Path, session: Session) -> dict[str, Any]:
+        names = [name for name in session.items if name.split("::")[0] == f"tests/{test.name}"]
+        found, before = self.tree / "mutation.calls", set(sys.modules)
+        found.write_text(json.dumps({"tests": {}, "imports": []}))
+
+        def run() -> int:
+            recorder = Recorder(str(self.tree))
+            for name, following in zip(names, [*names[1:], None]):
+                recorder.before()
+                passed = False
+                with contextlib.suppress(TooLong):
+                    passed = session.passes(name, following)
+                recorder.after(name, passed)
+                imports = [name for name in sys.modules if name not in before and _is_installed(sys.modules[name])]
+                found.write_text(json.dumps({"tests": recorder.tests, "imports": imports}))
+            return 0
+
+        in_child(run, self.tree, 600)
+        recorded = json.loads(found.read_text())
+        seconds = sum(test["seconds"] for test in recorded["tests"].values())
+        line = f"{test.name}: {len(recorded['tests'])} of {len(names)} tests, {seconds:.0f} s"
+        print(line, file=self.report, flush=True)
+        return recorded
+
+    def try_all(self, files: Iterable[str], session: Session | None) -> None:
+        """Every mutant that was not tried: in forks of this process, or, without a session, those imported anew."""
+        for file in files:
+            mutants, total = self.samples[file]
+            kept = self.out / f"{file.replace('/', '.')}.json"
+            known = json.loads(kept.read_text())["mutants"] if kept.is_file() else {}
+            tests = {name: test for path in self.near[file] for name, test in self.recorded(path, session).items()}
+            text = (ROOT / file).read_text()
+            digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(self.near[file]))).hexdigest()
+            for mutant in mutants:
+                before = known.get(mutant.key, {})
+                if before.get("status") == "killed" or before.get("tests_sha256") == digest:
+                    self._note(file, before)
+                    continue
+                if mutant.key in self.same:
+                    result = {"status": "equivalent", "by": self.same[mutant.key]}
+                else:
+                    result = self.outcome(mutant, tests, session)
+                if not result:
+                    continue
+                self._note(file, result)
+                diff = difflib.unified_diff(text.splitlines(), mutant.source.splitlines(), lineterm="", n=0)
+                known[mutant.key] = {
+                    **result, "line": mutant.line, "function": mutant.function, "diff": list(diff)[3:],
+                    "tests_sha256": digest,
+                }  # fmt: skip
+                print(f"{file}:{mutant.line} {result['status']} {result['by'][:90]}", file=self.report, flush=True)
+                temporary = kept.with_suffix(".tmp")
+                temporary.write_text(json.dumps({"file": file, "possible": total, "mutants": known}, indent=1))
+                temporary.replace(kept)
+
+    def _note(self, file: str, result: dict[str, Any]) -> None:
+        if result["status"] == "killed":
+            killers = self.killers.setdefault(file, [])
+            if result["by"] in killers:
+                killers.remove(result["by"])
+            killers.append(result["by"])
+
+    def outcome(self, mutant: Mutant, tests: dict[str, Any], session: Session | None) -> dict[str, Any]:
+        killers = self.killers.get(mutant.file, ())
+        names = tests_for(mutant, tests, self.options.budget, killers, all_of_them=session is None)
+        if not names:
+            return {} if session else {"status": "survived", "by": "no test calls it"}
+        limit = 20 + 3 * sum(tests[name]["seconds"] for name in names)
+        with written(mutant, self.tree, self.stamps):
+            if session is None:
+                return outcome_anew(mutant, names, self.tree, limit + 60)
+            return outcome_here(mutant, names, session, self.tree, limit)
+
+    def found(self) -> list[dict[str, Any]]:
+        """Of each file, its sample's results."""
+        results = []
+        for file, (mutants, total) in self.samples.items():
+            kept = self.out / f"{file.replace('/', '.')}.json"
+            known = json.loads(kept.read_text())["mutants"] if kept.is_file() else {}
+            mutants = {mutant.key: known[mutant.key] for mutant in mutants if mutant.key in known}
+            for key, result in mutants.items():
+                if key in self.same:
+                    mutants[key] = {**result, "status": "equivalent", "by": self.same[key]}
+                elif result["status"] == "equivalent":
+                    mutants[key] = {**result, "status": "survived"}
+            results.append({"file": file, "possible": total, "mutants": mutants})
+        return results
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    if not whole:
+        return 0.0, 1.0
+    z, share = 1.959964, part / whole
+    centre, width = share + z * z / (2 * whole), z * math.sqrt(share * (1 - share) / whole + (z / (2 * whole)) ** 2)
+    return (centre - width) / (1 + z * z / whole), (centre + width) / (1 + z * z / whole)
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """A line per file, and all together; of the mutants that are not equivalent, how many were killed."""
-    lines = ["| file | mutants | tried | equivalent | survived | killed, % |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| file | mutants | tried | equivalent | survived | killed, % | 95 % interval |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     sums = [0, 0, 0, 0]
     for one in found:
         status = [mutant["status"] for mutant in one["mutants"].values()]
@@ -442,38 +481,48 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def _row(title: str, numbers: list[int]) -> str:
     real = numbers[1] - numbers[2]
-    return f"| {title} | {' | '.join(map(str, numbers))} | {100 * (real - numbers[3]) / max(1, real):.1f} |"
+    low, high = wilson(real - numbers[3], real)
+    share = 100 * (real - numbers[3]) / max(1, real)
+    return f"| {title} | {' | '.join(map(str, numbers))} | {share:.1f} | {100 * low:.0f} to {100 * high:.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutation", description=__doc__.split("\n")[0])
-    parser.add_argument("--files", nargs="+", required=True, help="our files or folders, from the root of the tree")
+    parser.add_argument(
+        "--files", nargs="+", required=True,
+        help="our files or folders, from the root of the tree; FILE:engine,priors names its tests",
+    )  # fmt: skip
     parser.add_argument("--sample", type=int, help="mutants of each file (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reach", type=int, default=1, help="imports from a test file to the mutated one (1)")
-    parser.add_argument("--tests", nargs="+", type=Path, help="test files, in place of those that reach it")
-    parser.add_argument("--budget", type=float, default=30, help="seconds of tests that a mutant meets (30)")
-    parser.add_argument("--timeout", type=float, default=150, help="seconds after which a mutant is killed (150)")
+    parser.add_argument("--skip", nargs="+", default=[], help="words of test files' names that are left out")
+    parser.add_argument("--which", default="", help="pytest's -k, of the tests' names")
+    parser.add_argument("--budget", type=float, default=15, help="seconds of tests that a mutant meets (15)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutation", help="folder for what is found")
     options = parser.parse_args()
-    files = []
-    for name in options.files:
-        place = ROOT / name
-        files += sorted(place.rglob("*.py")) if place.is_dir() else [place]
-    import numpy  # noqa: F401  once, for all forks
-    import pytest  # noqa: F401
+    files: dict[str, list[str]] = {}
+    for word in options.files:
+        name, _, tests = word.partition(":")
+        for path in sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]:
+            if path.name != "__init__.py":
+                files[str(path.relative_to(ROOT))] = tests.split(",") if tests else []
+    import pytest  # noqa: F401  once, for all forks
     import torch
-    import transformers  # noqa: F401
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    found = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         tree = Path(folder).resolve() / "tree"
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
-        for path in files:
-            if path.name != "__init__.py":
-                found.append(test(str(path.relative_to(ROOT)), options, tree, options.out))
+        bench = Bench(files, options, tree)
+        for tests, group in bench.groups().items():
+            arguments = [*(f"tests/{path.name}" for path in tests), "--continue-on-collection-errors"]
+            session = Session(functools.partial(bench.try_all, group))
+            code = in_child(lambda: _pytest([*arguments, "-k", options.which], [session]), tree)  # noqa: B023
+            if code not in (0, 1):  # 1: a test file could not be read, and the others were
+                raise SystemExit(f"pytest ended with {code}: {(tree / 'mutation.log').read_text()[-2000:]}")
+        bench.try_all(bench.samples, None)
+    found = bench.found()
     for one in found:
         for key, mutant in one["mutants"].items():
             if mutant["status"] == "survived":

@@ -109,12 +109,12 @@ class Backbone(nn.Module):
         heads: int,
         *,
         causal: bool,
-        dropout: float = 0.0,
-        rotary: bool = True,
-        adaptive: bool = False,
-        timed: bool = False,
-        given: CodeLayout | None = None,
-        gradient_checkpointing: bool = False,
+        dropout: float,
+        rotary: bool,
+        adaptive: bool,
+        timed: bool,
+        given: CodeLayout | None,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():

@@ -55,8 +55,8 @@ class PixelCNN(nn.Module):
         channels: int,
         depth: int,
         kernel: int,
-        dropout: float = 0.0,
-        given: CodeLayout | None = None,
+        dropout: float,
+        given: CodeLayout | None,
     ) -> None:
         super().__init__()
         self.layout, self.num_classes, self.given = layout, num_classes, given

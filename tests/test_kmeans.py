@@ -73,6 +73,19 @@ def test_kmeans_does_not_depend_on_chunks(monkeypatch, cosine):
     assert max(sizes) == 64
 
 
+@pytest.mark.parametrize(("num_codes", "rounds"), [(8192, 10), (8193, 3)])
+def test_lloyds_iterations_are_fewer_for_many_codes(monkeypatch, num_codes, rounds):
+    rows = torch.zeros(num_codes, 1)
+    found = rows, torch.arange(num_codes), torch.zeros(num_codes)  # centres, each row's code, its distance
+    moves, sums = [], module.segment_sums
+    monkeypatch.setattr(module, "CHUNK", num_codes)
+    monkeypatch.setattr(module, "_seed_centres", lambda *_: found)
+    monkeypatch.setattr(module, "_nearest", lambda *_: found[1:])
+    monkeypatch.setattr(module, "segment_sums", lambda *given: moves.append(0) or sums(*given))
+    kmeans(rows, num_codes, seed=0)
+    assert len(moves) == rounds
+
+
 def test_cosine_is_blind_to_length():
     rows, lengths = torch.randn(300, 5), torch.rand(300, 1) + 0.1
     one, other = (kmeans(given, 8, seed=0, cosine=True) for given in (rows, rows * lengths))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+from types import CodeType
 
 import pytest
 
-from benchmarks import mutation
+from benchmarks import mutants, mutation
 
 TEXT = '''"""A docstring."""
 import math
@@ -28,7 +29,7 @@ class Rows:
 
 
 def changes():
-    found = mutation.mutants_of("rows.py", TEXT) + mutation.negated_conditions("rows.py", TEXT)
+    found = mutants.mutants_of("rows.py", TEXT) + mutants.negated_conditions("rows.py", TEXT)
     return {mutant.key.rsplit("::", 1)[1]: mutant for mutant in found}
 
 
@@ -54,17 +55,17 @@ def test_every_mutant_is_one_change_that_compiles():
 
 
 def test_keys_name_one_mutant_each_wherever_its_line_stands():
-    found = mutation.mutants_of("rows.py", TEXT)
+    found = mutants.mutants_of("rows.py", TEXT)
     assert len({mutant.key for mutant in found}) == len(found)
-    moved = mutation.mutants_of("rows.py", TEXT.replace("import math", "# more\n\nimport math"))
+    moved = mutants.mutants_of("rows.py", TEXT.replace("import math", "# more\n\nimport math"))
     assert [mutant.key for mutant in moved] == [mutant.key for mutant in found]
     assert moved[0].line == found[0].line + 2
 
 
 def test_a_larger_sample_holds_the_smaller_one():
-    few, total = mutation.sampled("tokenizer/quantizers/fsq.py", 5, 0)
-    more, _ = mutation.sampled("tokenizer/quantizers/fsq.py", 9, 0)
-    other, _ = mutation.sampled("tokenizer/quantizers/fsq.py", 5, 1)
+    few, total = mutants.sampled("tokenizer/quantizers/fsq.py", 5, 0)
+    more, _ = mutants.sampled("tokenizer/quantizers/fsq.py", 9, 0)
+    other, _ = mutants.sampled("tokenizer/quantizers/fsq.py", 5, 1)
     assert more[:5] == few != other and len(more) == 9 < total
 
 
@@ -80,10 +81,13 @@ def test_a_mutant_meets_the_tests_of_its_function_the_fastest_first():
         "fast": {"seconds": 1.0, "calls": ["a.py::f", "a.py::g"]},
         "other": {"seconds": 0.1, "calls": ["a.py::g"]},
     }
-    mutant = mutation.Mutant("a.py", "f", 1, "key", "")
+    mutant = mutants.Mutant("a.py", "f", 1, "key", "")
     assert mutation.tests_for(mutant, tests, 30) == ["fast", "slow"]
     assert mutation.tests_for(mutant, tests, 5) == ["fast"] and mutation.tests_for(mutant, tests, 0) == ["fast"]
-    default = mutation.Mutant("a.py", "", 1, "key", "")
+    assert mutation.tests_for(mutant, tests, 30, killers=["slow"]) == ["slow", "fast"]
+    assert mutation.tests_for(mutant, tests, 5, killers=["fast", "slow"]) == ["slow"]
+    assert mutation.tests_for(mutant, tests, 30, all_of_them=True) == ["fast", "slow", "other"]
+    default = mutants.Mutant("a.py", "", 1, "key", "")
     assert mutation.tests_for(default, tests, 30) == ["other", "fast", "slow"]
 
 
@@ -98,3 +102,34 @@ def test_equivalent_mutants_say_why(tmp_path, monkeypatch):
     path.write_text("a.py::f::x = 1::1 => 2\n")
     with pytest.raises(SystemExit, match="says not why a"):
         mutation.equivalents()
+
+
+def function(module: CodeType, name: str) -> CodeType:
+    return next(code for code in module.co_consts if isinstance(code, CodeType) and code.co_name == name)
+
+
+def test_functions_that_a_mutant_changes():
+    text = (
+        "LIMIT = 2\n\n\ndef f(x, y=1):\n    def g():\n        return x\n    return g\n\n\ndef h(x):\n    return x + 1\n"
+    )
+
+    def replaced(old: str, new: str):
+        before, after = (compile(source, "a.py", "exec") for source in (text, text.replace(old, new)))
+        found = mutants.replaced_functions(before, after)
+        return found and [(code.co_name, other) for code, other in found], after
+
+    found, after = replaced("x + 1", "x - 1")
+    assert found == [("h", function(after, "h"))]
+    found, after = replaced("        return x\n", "        return -x\n")  # of an inner one, the outer one
+    assert found == [("f", function(after, "f"))]
+    assert replaced("x + 1", "(x\n    + 1)")[0] == []  # a line's number is no change
+    assert replaced("x + 1", "x + 1.0")[0] != []  # 1 == 1.0
+    for old, new in (("LIMIT = 2", "LIMIT = 3"), ("y=1", "y=2")):  # what runs on import
+        assert replaced(old, new)[0] is None
+
+
+def test_intervals_are_wilsons():
+    assert mutation.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998, doi:10.1002/sim.4780
+    low, high = mutation.wilson(10, 10)
+    assert (low, high) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1))
+    assert mutation.wilson(0, 0) == (0, 1)

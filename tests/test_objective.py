@@ -275,6 +275,16 @@ def test_perception_that_cannot_work_is_one_line(tmp_path):
         Objective(ObjectiveConfig(**config), tiny_autoencoder(32), None)
 
 
+def test_nothing_but_a_squared_error_is_the_default():
+    assert dataclasses.asdict(ObjectiveConfig()) == {
+        "l1": 0.0, "l2": 1.0, "perceptual": 0.0, "lpips_net": "vgg", "lpips_weights": None, "distillation": 0.0,
+        "distillation_target": "teacher", "adversarial": 0.0, "gan": "hinge", "adversarial_start_step": 0,
+        "adversarial_ramp_steps": 500, "adaptive": True, "adaptive_cap": 1.0, "augment": 0.0, "lecam": 0.0,
+        "lecam_start_step": 0, "discriminator_start_step": 0,
+        "discriminator": {"kind": "patch", "channels": 64, "layers": 3},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -108,12 +108,12 @@ class Assignment(nn.Module):
         self,
         *,
         learn_codebook: bool,
-        cosine: bool = False,
-        commitment: float = 0.25,
-        commitment_warmup_steps: int = 0,
-        entropy: float = 0.0,
-        entropy_temperature: float = 1.0,
-        rotation: bool = False,
+        cosine: bool,
+        commitment: float,
+        commitment_warmup_steps: int,
+        entropy: float,
+        entropy_temperature: float,
+        rotation: bool,
     ) -> None:
         """`cosine`: features are brought to unit length; the codebook has to come in unit length, too."""
         super().__init__()

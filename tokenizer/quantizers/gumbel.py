@@ -59,11 +59,11 @@ class Gumbel(nn.Module):
         self,
         num_codes: int,
         dim: int,
-        temperature_start: float = 1.0,
-        temperature_end: float = 0.0625,
-        anneal_steps: int = 10000,
-        hard: bool = False,
-        kl: float = 5e-4,
+        temperature_start: float,
+        temperature_end: float,
+        anneal_steps: int,
+        hard: bool,
+        kl: float,
         vector_dim: int | None = None,
     ) -> None:
         super().__init__()

@@ -58,12 +58,12 @@ class IBQ(nn.Module):
         self,
         num_codes: int,
         dim: int,
-        commitment: float = 1.0,
-        attraction: float = 0.25,
-        temperature: float = 1.0,
-        entropy: float = 0.05,
-        entropy_temperature: float = 0.01,
-        kmeans_init: bool = False,
+        commitment: float,
+        attraction: float,
+        temperature: float,
+        entropy: float,
+        entropy_temperature: float,
+        kmeans_init: bool,
     ) -> None:
         super().__init__()
         self.dim, self.num_codes = dim, (num_codes,)

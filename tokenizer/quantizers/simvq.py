@@ -76,11 +76,11 @@ class SimVQ(nn.Module):
         dim: int,
         assignment: Assignment,
         *,
-        init: str = "normal",
-        restart: str = "none",
-        restart_below: float = 0.1,
-        restart_every: int = 50,
-        restart_until: int = 0,
+        init: str,
+        restart: str,
+        restart_below: float,
+        restart_every: int,
+        restart_until: int,
     ) -> None:
         super().__init__()
         self.num_codes, self.dim, self.assignment, self.init = (num_codes,), dim, assignment, init

@@ -88,12 +88,12 @@ class VectorQuantizer(nn.Module):
         dim: int,
         assignment: Assignment,
         *,
-        decay: float = 0.99,
-        epsilon: float = 1e-5,
-        init: str = "kmeans",
-        restart: str = "none",
-        restart_below: float = 0.1,
-        restart_until: int = 0,
+        decay: float,
+        epsilon: float,
+        init: str,
+        restart: str,
+        restart_below: float,
+        restart_until: int,
         keeps_length: bool = False,
     ) -> None:
         """`keeps_length`: codes are searched by their direction alone, and are vectors of their own length."""
