@@ -272,16 +272,16 @@ def _functions() -> dict[str, list[FunctionType]]:
     """Functions by the file that they come from."""
     found: dict[str, list[FunctionType]] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType):
+        if type(thing) is FunctionType:  # isinstance would wake what is lazy
             found.setdefault(thing.__code__.co_filename, []).append(thing)
     return found
 
 
-def outcome_here(mutant: Mutant, names: list[str], session: Session, tree: Path, seconds: float) -> dict[str, Any]:
-    """Whether a test of these fails in a fork of this process with the mutant's code, and which."""
-    replaced, told = new_code(mutant, tree), tree / "mutation.killer"
-    if replaced is None:
-        return {}
+def outcome_here(
+    replaced: list[tuple[FunctionType, CodeType]], names: list[str], session: Session, tree: Path, seconds: float
+) -> dict[str, Any]:
+    """Whether a test of these fails in a fork of this process where functions have other code, and which."""
+    told = tree / "mutation.killer"
     told.write_text("")
 
     def run() -> int:
@@ -298,7 +298,7 @@ def outcome_here(mutant: Mutant, names: list[str], session: Session, tree: Path,
     return _result(code, told.read_text(), seconds, started, names)
 
 
-def outcome_anew(mutant: Mutant, names: list[str], tree: Path, seconds: float) -> dict[str, Any]:
+def outcome_anew(names: list[str], tree: Path, seconds: float) -> dict[str, Any]:
     """The same in a fork that imports everything of ours."""
     wanted = tree / "mutation.tests"
     wanted.write_text("\n".join(names))
@@ -434,10 +434,13 @@ class Bench:
         if not names:
             return {} if session else {"status": "survived", "by": "no test calls it"}
         limit = 20 + 3 * sum(tests[name]["seconds"] for name in names)
-        with written(mutant, self.tree, self.stamps):
-            if session is None:
-                return outcome_anew(mutant, names, self.tree, limit + 60)
-            return outcome_here(mutant, names, session, self.tree, limit)
+        replaced = new_code(mutant, self.tree) if session else None
+        if session and replaced is None:
+            return {}
+        with written(mutant, self.tree, self.stamps):  # also for processes that a test starts
+            if replaced:
+                return outcome_here(replaced, names, session, self.tree, limit)
+            return outcome_anew(names, self.tree, limit + 60)
 
     def found(self) -> list[dict[str, Any]]:
         """Of each file, its sample's results."""

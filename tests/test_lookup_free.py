@@ -375,6 +375,9 @@ def test_the_boost_of_entropies_is_kept_and_a_skipped_step_leaves_it():
         again.load_state_dict(quantizer.state_dict())
         assert torch.equal(again.boost, quantizer.boost)
     assert seen == [2.0, 1.75, 1.5, 1.25, 1.0, 1.0]
+    once = BSQConfig(bits=3, entropy_boost=2.0, entropy_boost_steps=1).build()
+    once.update(0, True)
+    assert float(once.boost) == 1
     constant = [
         BSQConfig(bits=3, entropy_boost=1.0),
         BSQConfig(bits=3, entropy_boost_steps=0),

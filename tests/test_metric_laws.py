@@ -6,10 +6,12 @@ import inspect
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from eval.codebook import usage
+from eval import likelihood
+from eval.codebook import measure_usage, usage
 from eval.counts import LEAST, Counts
 from eval.frechet import Gaussian, frechet_infinity, frechet_jackknife, jackknife
 from eval.inception_score import inception_score
@@ -23,6 +25,7 @@ from eval.rate import Rate, find_rates
 from eval.record import Origin
 from priors.interface import Likelihood
 from tokenizer.interface import CodeLayout
+from training.command import UserError
 
 ORIGIN = Origin("held-out", {}, {})
 
@@ -122,6 +125,9 @@ def test_nearest_of_few_and_in_parts():
 def test_a_covariance_of_two_rows_and_of_none():
     two = Moments.of(torch.tensor([[1.0, 2.0], [3.0, 8.0]]))
     assert two.covariance.tolist() == [[2, 6], [6, 18]]
+    four = two.merge(Moments.of(torch.tensor([[5.0, 0.0], [7.0, 2.0]])))
+    assert (four.count, four.mean.tolist()) == (4, [4, 3])
+    torch.testing.assert_close(four.covariance, torch.tensor([[20.0, -8], [-8, 36]]).double() / 3)
     one = Moments.of(torch.ones(1, 2))
     none = Moments.empty(2)
     for few in (one, none):
@@ -133,6 +139,8 @@ def test_a_covariance_of_two_rows_and_of_none():
     same = two.reduced()
     assert same.count == 2 and torch.equal(same.mean, two.mean) and torch.equal(same.covariance, two.covariance)
     assert two.mean.dtype == two.scatter.dtype == torch.float64
+    large = torch.tensor([[0.0], [2.0], [6.0]]) + 2**24  # whose mean is no float32
+    assert Moments.of(large).covariance.item() == pytest.approx(28 / 3)
 
 
 def test_gaussians_of_fewer_rows_than_columns_have_the_unbiased_covariance():
@@ -166,6 +174,7 @@ def test_the_jackknifes_interval_is_students():
     assert len(parts) == 10 and kept_means[0] == float(values.mean())
     deviation = math.sqrt(9 / 10 * float((parts - parts.mean()).square().sum()))
     assert found.deviation == pytest.approx(deviation)
+    assert found.corrected == pytest.approx(float(values.mean()))  # a mean has no bias
     assert found.high - found.low == pytest.approx(2 * 2.262157 * deviation, rel=1e-6)
     assert (found.low + found.high) / 2 == pytest.approx(float(values.mean()))
     with pytest.raises(ValueError, match="10 blocks need at least 20 rows, not 19"):
@@ -192,6 +201,17 @@ def test_subsets_of_a_kernel_distance_are_within_the_counts():
             kernel_distance(a, b, subsets=2, subset_size=size)
 
 
+def test_kernel_distances_are_sums_over_pairs_of_different_rows():
+    a, b = normal(3, 2, 12), normal(3, 2, 13) + 1
+    within = sum(
+        float((x @ y / 2 + 1) ** 3) for s in (a, b) for i, x in enumerate(s) for j, y in enumerate(s) if i != j
+    )
+    across = sum(float((x @ y / 2 + 1) ** 3) for x in a for y in b)
+    found = kernel_distance(a, b, subsets=2, subset_size=3)
+    assert found.mean == pytest.approx(within / 6 - 2 * across / 9) and found.deviation == pytest.approx(0, abs=1e-12)
+    assert (found.subsets, found.subset_size) == (2, 3)
+
+
 def test_a_score_of_one_split_or_of_one_row_each():
     rows = normal(6, 4, 9).softmax(1)
     kl = (rows * (rows / rows.mean(0)).log()).sum(1)
@@ -199,6 +219,11 @@ def test_a_score_of_one_split_or_of_one_row_each():
     assert (whole.mean, whole.deviation, whole.splits) == (pytest.approx(float(kl.mean().exp())), 0, 1)
     each = inception_score(rows, splits=6)
     assert (each.mean, each.deviation) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
+    order = np.random.RandomState(2020).permutation(6)  # torch-fidelity's
+    halves = [rows[order[:3].tolist()], rows[order[3:].tolist()]]
+    scores = [float((half * (half / half.mean(0)).log()).sum(1).mean().exp()) for half in halves]
+    two = inception_score(rows, splits=2)
+    assert (two.mean, two.deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
     for splits in (0, 7):
         with pytest.raises(ValueError, match=f"{splits} splits of 6 rows"):
             inception_score(rows, splits=splits)
@@ -228,6 +253,12 @@ def test_balls_of_more_points_than_one_chunk():
         neighbour_distances(real[:3], 3)
 
 
+def test_balls_far_from_zero_are_those_at_zero():
+    made, real = (1000 + torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)) / 100 for seed in (1, 2))
+    near = manifold(made.double() - 1000, real.double() - 1000)
+    assert manifold(made, real) == near and 0.5 < near.precision < 1
+
+
 # codes, rates and pairs
 
 
@@ -239,8 +270,19 @@ def test_usage_of_a_skewed_histogram():
     assert (found.active, found.dead) == (3, [2])
 
 
+def test_more_codes_in_use_are_better_and_their_entropy_is_neither():
+    found = measure_usage(torch.tensor([3, 0, 1]), ORIGIN, ", level 2", 2)
+    assert [(each.name, each.unit, each.higher_is_better) for each in found] == [
+        ("codebook usage, level 2", "%", True),
+        ("perplexity, level 2", "codes", True),
+        ("corrected perplexity, level 2", "codes", True),
+        ("code entropy, level 2", "bits/token", None),
+    ]
+    assert all(each.n == 2 and each.settings["tokens"] == 4 and each.settings["num_codes"] == 3 for each in found)
+
+
 def test_likelihoods_are_in_three_units():
-    pipeline = SimpleNamespace(held_out=SimpleNamespace(image_size=2))
+    pipeline = SimpleNamespace(held_out=SimpleNamespace(image_size=4))
     nats = math.log(2) * torch.tensor([8.0, 16.0, 12.0], dtype=torch.float64)
     found = figures(nats, ORIGIN, "bound", 4, pipeline)
     assert [(each.name, each.unit) for each in found] == [
@@ -248,9 +290,9 @@ def test_likelihoods_are_in_three_units():
         ("rate, prior (bound), bits/image", "bits/image"),
         ("rate, prior (bound), bits/pixel", "bits/pixel"),
     ]
-    assert [each.value for each in found] == pytest.approx([3 * math.log(2), 12, 3])
+    assert [each.value for each in found] == pytest.approx([3 * math.log(2), 12, 12 / 16])
     reach = 1.96 * 4 / math.sqrt(3)
-    for each, bits in zip(found, (math.log(2) / 4, 1, 1 / 4), strict=True):
+    for each, bits in zip(found, (math.log(2) / 4, 1, 1 / 16), strict=True):
         assert each.interval == pytest.approx(((12 - reach) * bits, (12 + reach) * bits))
         assert each.n == 3 and each.settings["tokens_per_image"] == 4 and each.higher_is_better is False
     assert figures(nats, ORIGIN, "none", 4, pipeline) == []
@@ -267,6 +309,50 @@ class Bound(torch.nn.Module):
 
     def nll(self, codes, labels):
         return Likelihood(labels.double() * math.log(2), self.kind)
+
+
+def test_a_likelihood_is_measured_once_for_the_tokens_that_its_prior_knows(tmp_path, monkeypatch):
+    """Of four images that cost 1, 5, 2 and 4 bits, the three at these places: 1, 2 and 4."""
+    loaded = []
+    tokens = SimpleNamespace(codes=np.zeros((4, 1, 2), np.uint16), labels=np.array([1, 5, 2, 4]))
+
+    def keep(record):
+        record.save(tmp_path / "report")
+        return record
+
+    pipeline = SimpleNamespace(
+        options=SimpleNamespace(batch_size=2, fresh=False), how={}, precision="fp32", tokenizer_hash="t" * 64,
+        folder=tmp_path, keep=keep,
+        tokens=SimpleNamespace(split=lambda name: {"held_out": tokens}[name]), report_folder=tmp_path / "report",
+        held_out=SimpleNamespace(image_size=1, identity=lambda: {"source": "made"}),
+        places=lambda data: torch.tensor([3, 0, 2]),
+    )  # fmt: skip
+    about = SimpleNamespace(tokenizer_sha256="t" * 64, tokens_sha256="k" * 64)
+    shown = []
+    progress = SimpleNamespace(show=lambda done, text: shown.append(done))
+    monkeypatch.setattr(likelihood, "Progress", lambda name, total: progress)
+    monkeypatch.setattr(likelihood, "read_record", lambda folder: about)
+    monkeypatch.setattr(likelihood, "weights_hash", lambda folder: "p" * 64)
+    monkeypatch.setattr(likelihood.priors, "load", lambda folder: loaded.append(folder) or Bound("exact"))
+
+    def values():
+        found = likelihood.measure_likelihood(pipeline, tmp_path)
+        return found, {each.unit: each.value for each in found.measurements}
+
+    record, found = values()
+    assert shown == [2, 3]
+    assert found == pytest.approx({"nats/token": 7 / 6 * math.log(2), "bits/image": 7 / 3, "bits/pixel": 7 / 3})
+    assert record.settings["n"] == 3 and record.measurements[0].settings["kind"] == "exact"
+    assert record.measurements[0].subject == {"prior_sha256": "p" * 64, "tokenizer_sha256": "t" * 64}
+    tokens.labels[:] = 9
+    assert values()[1] == found and len(loaded) == 1  # kept
+    pipeline.options.fresh = True
+    assert values()[1]["bits/image"] == pytest.approx(9) and len(loaded) == 2
+    pipeline.options.fresh, pipeline.options.batch_size = False, 3
+    assert values()[1]["bits/image"] == pytest.approx(9) and len(loaded) == 3  # other settings
+    about.tokenizer_sha256 = "u" * 64
+    with pytest.raises(UserError, match=r"uuuuuuuu….*tttttttt….*train the prior on these tokens"):
+        values()
 
 
 def test_a_priors_rate_is_given_the_labels_or_none():
@@ -286,6 +372,8 @@ def test_a_priors_rate_is_given_the_labels_or_none():
     found, notes = rates("none", labels=labels)
     assert "prior cross-entropy" not in found and "no likelihood" in notes[0]
     shares = torch.tensor([3, 1, 1, 1]) / 6
+    with pytest.raises(ValueError, match="no codes"):
+        find_rates(codes[:0], Bound.layout)
     assert found["unigram entropy"].bits == pytest.approx(-2 * float((shares * shares.log2()).sum()), rel=1e-6)
 
 

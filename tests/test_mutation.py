@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from types import CodeType
 
 import pytest
@@ -126,6 +127,24 @@ def test_functions_that_a_mutant_changes():
     assert replaced("x + 1", "x + 1.0")[0] != []  # 1 == 1.0
     for old, new in (("LIMIT = 2", "LIMIT = 3"), ("y=1", "y=2")):  # what runs on import
         assert replaced(old, new)[0] is None
+
+
+def test_functions_of_this_process_get_the_mutants_code(tmp_path):
+    text = "LIMIT = 2\n\n\ndef double(x, by=2):\n    return x * by\n\n\nDOUBLE = double\n"
+    (tmp_path / "made.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("made", tmp_path / "made.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    mutation._functions.cache_clear()
+
+    def replaced(old, new):
+        return mutation.new_code(mutants.Mutant("made.py", "", 1, "", text.replace(old, new)), tmp_path)
+
+    ((function, code),) = replaced("x * by", "x / by")
+    function.__code__ = code
+    assert made.DOUBLE(8) == 4  # whoever took it by name has it too
+    assert replaced("by=2", "by=3") is None and replaced("LIMIT = 2", "LIMIT = 3") is None
+    mutation._functions.cache_clear()
 
 
 def test_intervals_are_wilsons():

@@ -93,6 +93,16 @@ def test_sample_options_are_taken_to_their_ends(name, taken, refused):
             SampleOptions(**{name: value})
 
 
+def test_guidance_grows_from_one_to_its_scale():
+    def scales(**settings):
+        return [SampleOptions(guidance=3.0, **settings).guidance_at(progress) for progress in (0.25, 0.5, 1.0)]
+
+    assert scales() == [3, 3, 3] and scales(guidance_schedule="linear") == [1.5, 2, 3]
+    cosine = [math.cos(math.pi / 16), math.cos(math.pi / 4), -1]  # of pi r^2
+    found = scales(guidance_schedule="power_cosine", guidance_power=2.0)
+    assert found == pytest.approx([1 + 2 * (1 - each) / 2 for each in cosine])
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
