@@ -6,13 +6,16 @@ import dataclasses
 import inspect
 import math
 import types
+from fractions import Fraction
 
 import pytest
 import torch
 
 from priors import PRIORS, bounds
 from priors.backbone import BackboneConfig
+from priors.halton import halton_turns
 from priors.interface import MOST_GUIDANCE, MOST_STEPS, SampleOptions
+from priors.sampling import shape_branches, shape_logits
 from priors.schedules import SCHEDULES, mean_share
 from tokenizer.interface import CodeLayout
 from training.command import UserError
@@ -51,6 +54,53 @@ DEFAULTS = {
 @pytest.mark.parametrize("kind", PRIORS)
 def test_defaults_of_priors(kind):
     assert dataclasses.asdict(PRIORS[kind]()) == {"kind": kind, **DEFAULTS[kind]}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PRIORS if kind != "hierarchical"])
+def test_shares_of_labels_are_below_one(kind):
+    names = {"label_dropout", "label_smoothing", "dropout"} & {each.name for each in dataclasses.fields(PRIORS[kind])}
+    for name in names:
+        for share in (0.0, 0.999):
+            assert getattr(PRIORS[kind](**{name: share}), name) == share
+        for share in (-0.001, 1.0, math.nan):
+            with pytest.raises(ValueError, match=rf"prior\.{name}={share} must be in \[0, 1\)"):
+                PRIORS[kind](**{name: share})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "taken", "refused"),
+    [
+        ("masked", "choice_temperature", (0.0, 1e9), (-0.1, math.inf, math.nan)),
+        ("masked", "steps", (1,), (0, -1)),
+        ("absorbing", "steps", (1,), (0,)),
+        ("absorbing", "eta", (0.0, 1.0), (-0.1, 1.1, math.nan)),
+        ("uniform", "steps", (1,), (0,)),
+        ("pixelcnn", "kernel", (3, 7), (1, 2, 4)),
+        ("pixelcnn", "channels", (1,), (0,)),
+        ("pixelcnn", "depth", (1,), (0,)),
+    ],
+)
+def test_settings_are_taken_to_their_ends(kind, name, taken, refused):
+    for value in taken:
+        assert getattr(PRIORS[kind](**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            PRIORS[kind](**{name: value})
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_a_loss_draws_for_itself_where_it_is_given_nothing(kind):
+    small = BackboneConfig(dim=8, depth=1, heads=1)
+    config = PRIORS[kind]()
+    if kind == "hierarchical":
+        parts = {name: dataclasses.replace(getattr(config, name), backbone=small) for name in ("top", "bottom")}
+        config, layout = dataclasses.replace(config, **parts), CodeLayout(((1, 2), (2, 2)), (3, 3))
+    else:
+        own = {"channels": 2, "depth": 1} if kind == "pixelcnn" else {"backbone": small}
+        config, layout = dataclasses.replace(config, **own), CodeLayout(((2, 3),), (3,))
+    prior = config.build(layout, 2)
+    loss = prior.loss(torch.zeros(2, layout.length, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    assert loss.total.isfinite()
 
 
 @pytest.mark.parametrize("kind", ["autoregressive", "masked", "absorbing", "uniform"])
@@ -103,6 +153,20 @@ def test_guidance_grows_from_one_to_its_scale():
     assert found == pytest.approx([1 + 2 * (1 - each) / 2 for each in cosine])
 
 
+def test_both_branches_of_guidance_lose_what_the_guided_codes_lose():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 2.0, 1.0]])  # with a label, and without
+    colder = (logits.double() - logits.amax(1, keepdim=True)) / 0.5
+    plain = shape_branches(logits, SampleOptions(guidance=2.0, temperature=0.5), 2.0)
+    assert torch.equal(plain, colder)
+    for options in (SampleOptions(guidance=2.0, temperature=0.5, top_k=2), SampleOptions(guidance=2.0, top_p=0.97)):
+        found = shape_branches(logits, options, 2.0)  # guided they are 6, 0, 3
+        assert found.isfinite().tolist() == [[True, False, True]] * 2
+    assert torch.equal(found[:, [0, 2]], logits.double()[:, [0, 2]])
+    alone = SampleOptions(top_k=1)
+    assert torch.equal(shape_branches(logits, alone, 1.0), shape_logits(logits, alone, 1.0))
+    assert shape_branches(logits, alone, 1.0).isfinite().tolist() == [[True, False, False], [False, True, False]]
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -113,6 +177,28 @@ def test_guidance_grows_from_one_to_its_scale():
 def test_mean_shares_are_integrals(schedule, expected):
     assert set(SCHEDULES) == {"cosine", "linear", "square", "cubic", "square_root", "arc_cosine"}
     assert mean_share(SCHEDULES[schedule]) == pytest.approx(expected, abs=1e-6)
+
+
+def reversed_digits(number, base):
+    """0.d1 d2 d3 ... for the digits ... d3 d2 d1."""
+    found, unit = Fraction(0), Fraction(1, base)
+    while number:
+        number, digit = divmod(number, base)
+        found, unit = found + digit * unit, unit / base
+    return found
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (10, 4), (15, 12), (31, 8), (1, 5)])
+def test_halton_turns_are_those_of_first_visits(grid):
+    """However many points it takes: of these grids some have a cell that is visited late."""
+    rows, columns = grid
+    order, number = {}, 0
+    while len(order) < rows * columns:
+        number += 1
+        cell = int(rows * reversed_digits(number, 2)), int(columns * reversed_digits(number, 3))
+        order.setdefault(cell, len(order))
+    turns = halton_turns(CodeLayout((grid,), (2,))).view(grid)
+    assert turns.tolist() == [[order[row, column] for column in range(columns)] for row in range(rows)]
 
 
 @pytest.mark.parametrize("length", [8, 24])
