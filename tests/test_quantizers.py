@@ -117,11 +117,12 @@ DEFAULTS = {
     "product": {"heads": 4, "level": {"kind": "vector", **VECTOR, "num_codes": 256, "code_dim": 16}},
     "gumbel": {
         "num_codes": 8192, "code_dim": 256, "temperature_start": 1.0, "temperature_end": 1 / 16,
-        "anneal_steps": 10000, "hard": False, "kl": 5e-4,
+        "anneal_steps": 10000, "hard": False, "kl": 5e-4, "vector_dim": None,
     },
     "fsq": {"levels": (8, 5, 5, 5)},
     "lookup_free": {
-        "bits": 10, "spherical": False, "commitment": 0.25, "entropy": 0.1, "diversity": 1.0, "temperature": 0.01,
+        "bits": 10, "spherical": False, "lowest_first": False, "commitment": 0.25, "entropy": 0.1, "diversity": 1.0,
+        "temperature": 0.01,
     },
     "bsq": {
         "bits": 10, "commitment": 0.0, "entropy": 0.1, "entropy_boost": 3.0, "entropy_boost_steps": 2000,
