@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +28,10 @@ def large_groups(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="is this process")
 def test_laws_hold_in_the_interpreter():
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    triton_version, numpy_version = (tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, np))
+    if triton_version < (3, 7) and numpy_version >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 makes numbers of arrays as numpy does no longer")
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-m", "not gpu"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -160,6 +160,9 @@ def test_stage_two_with_a_projected_discriminator(tmp_path, encoders):
     with pretended_gpu():
         there = tokenized(tmp_path / "gpu", model, 2, **objective)
     here = tokenized(tmp_path / "cpu", model, 2, **objective)
+    of_keys = [name for name in here if name.endswith("key.bias")]  # whose gradient is rounding alone, as above
+    for name in of_keys:
+        torch.testing.assert_close(there.pop(name), here.pop(name), rtol=0, atol=2 * 2.1 * OPTIMIZER.lr)
     assert_same(there, here, 1e-4)
 
 

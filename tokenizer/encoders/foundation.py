@@ -360,7 +360,8 @@ def _vision_config(folder: str, name: str) -> Any:
 
 def _settle(config: Any) -> Any:
     for field, value in SETTINGS.items():
-        if hasattr(config, field):
+        # transformers before 5.24 reads SigLIP's field without having it
+        if hasattr(config, field) or (field == "vision_use_head" and config.model_type.startswith("siglip")):
             setattr(config, field, value)
     return config
 
