@@ -202,7 +202,7 @@ def test_sigterm_to_torchrun_saves_and_leaves_the_marker(tmp_path):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=25)  # before torchrun kills what is left
+        process.communicate(timeout=60)  # what torchrun kills after 30 s writes no file below
     finally:
         process.kill()
     step = Run(tmp_path / "run", None).latest()["step"]
