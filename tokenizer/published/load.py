@@ -152,10 +152,8 @@ def published_state(model: nn.Module) -> dict[str, Tensor]:
     weights = open_weights(source.path, averaged=True)
     raw = open_weights(source.path, averaged=False)
     stored = {w.origins[name]: tensor for w in (raw, weights) for name, tensor in w.tensors.items()}
-    ours, found = (
-        model.state_dict(),
-        {name: tensor.read() for name, tensor in (weights.rest | raw.rest | stored).items()},
-    )
+    ours = model.state_dict()
+    found = {name: tensor.read() for name, tensor in (weights.rest | raw.rest | stored).items()}
     for name, place in source.places.items():
         like = stored[place.name]
         found[place.name] = place.to_theirs(ours[name].cpu(), tuple(like.shape)).to(like.dtype).contiguous()
