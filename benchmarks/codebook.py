@@ -13,7 +13,16 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_fresh_process, keep, median, peak_mib, ratio, run_parts, seconds, table
+from benchmarks.measure import (
+    in_fresh_process,
+    keep,
+    median,
+    peak_mib,
+    ratio,
+    run_parts,
+    seconds,
+    table,
+)
 from tokenizer.quantizers import search
 from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
@@ -93,7 +102,12 @@ def steps() -> None:
             figures = [f"{median(taken[name]):.3f}" for name in ("ours", "theirs")]
             shape = f"{batch} × {side} × {side} × {dim}, K = {num_codes}"
             lines.append([f"{kind}, {shape}", *figures, ratio(taken, "theirs", "ours")])
-    head = ["forward, straight-through, backward, update", "ours, s", "vector-quantize-pytorch, s", "theirs / ours"]
+    head = [
+        "forward, straight-through, backward, update",
+        "ours, s",
+        "vector-quantize-pytorch, s",
+        "theirs / ours",
+    ]
     keep("Codebook: training step", "python -m benchmarks.codebook steps", table(head, lines))
 
 
@@ -105,7 +119,10 @@ def label(kind: type) -> str:
 def searches() -> None:
     lines = []
     for num_rows, dim, num_codes in SEARCHES:
-        rows, codebook = torch.randn(num_rows, dim, device=DEVICE), torch.randn(num_codes, dim, device=DEVICE)
+        rows, codebook = (
+            torch.randn(num_rows, dim, device=DEVICE),
+            torch.randn(num_codes, dim, device=DEVICE),
+        )
         precisions = ("fp32", "tf32", "bf16") if DEVICE == "cuda" else ("fp32",)
         rivals = {precision: product_of(rows, codebook, precision) for precision in precisions}
         kinds = [[search.InFloat32]]
@@ -142,14 +159,23 @@ def memory_of(what: str, num_rows: int) -> None:
     _, dim, num_codes = LARGE
     torch.manual_seed(0)
     if what == "search":
-        rows, codebook = torch.randn(num_rows, dim, device=DEVICE), torch.randn(num_codes, dim, device=DEVICE)
+        rows, codebook = (
+            torch.randn(num_rows, dim, device=DEVICE),
+            torch.randn(num_codes, dim, device=DEVICE),
+        )
         search.nearest(rows[:600], codebook[:600])
         before = held_mib()
         search.nearest(rows, codebook)
     else:
         features = images(num_rows // 1024, 32, dim)
-        config = (VectorConfig if what.endswith("vector") else SimVQConfig)(num_codes=num_codes, code_dim=dim)
-        step = ours(config, features) if what.startswith("our") else peer(what[6:], dim, num_codes, features)
+        config = (VectorConfig if what.endswith("vector") else SimVQConfig)(
+            num_codes=num_codes, code_dim=dim
+        )
+        step = (
+            ours(config, features)
+            if what.startswith("our")
+            else peer(what[6:], dim, num_codes, features)
+        )
         before = held_mib()
         step()
     print(held_mib() - before)
@@ -164,7 +190,9 @@ def memory() -> None:
         *((f"{who}-{kind}", num_rows) for kind in ("vector", "simvq") for who in ("our", "their")),
     ]:  # fmt: skip
         mib = float(in_fresh_process("benchmarks.codebook", "memory-of", what, str(count)))
-        lines.append([f"{what}, {count} × {dim}, K = {num_codes}", f"{mib:.0f}", f"{mib / matrix:.3f}"])
+        lines.append(
+            [f"{what}, {count} × {dim}, K = {num_codes}", f"{mib:.0f}", f"{mib / matrix:.3f}"]
+        )
     head = ["fresh process each", "MiB beyond inputs", f"over {num_rows} × {num_codes} in fp32"]
     keep("Codebook: memory", "python -m benchmarks.codebook memory", table(head, lines))
 
@@ -178,12 +206,20 @@ def exactness() -> None:
     if DEVICE == "cuda":  # one kernel, whose products are chosen in another place
         kinds = [search.InFloat32]
     automatic = search.choose_products
-    for num_rows, dim, num_codes in ((ROWS * 8 // 10, 8, 64), (ROWS * 2 // 10, 32, 256), (20_000, 768, 4096)):
+    for num_rows, dim, num_codes in (
+        (ROWS * 8 // 10, 8, 64),
+        (ROWS * 2 // 10, 32, 256),
+        (20_000, 768, 4096),
+    ):
         wrong, differing, started = dict.fromkeys(kinds, 0), 0, time.monotonic()
-        codebook = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(dim)).to(DEVICE)
+        codebook = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(dim)).to(
+            DEVICE
+        )
         for block, start in enumerate(range(0, num_rows, 100_000)):
             count = min(100_000, num_rows - start)
-            rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(block)).to(DEVICE)
+            rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(block)).to(
+                DEVICE
+            )
             parts = rows.split(8192)
             half = codebook.double().square().sum(1) / 2
             true = torch.cat([(half - z.double() @ codebook.double().T).argmin(1) for z in parts])
@@ -193,8 +229,17 @@ def exactness() -> None:
                 found.append(search.nearest(rows, codebook))
                 wrong[kind] += int((found[-1] != true).sum())
             differing += int(sum((codes != found[0]).sum() for codes in found[1:]))
-        figures = [", ".join(f"{label(kind)} {count}" for kind, count in wrong.items()), str(differing)]
-        lines.append([f"{num_rows:,} × {dim}, K = {num_codes}", *figures, f"{time.monotonic() - started:.0f}"])
+        figures = [
+            ", ".join(f"{label(kind)} {count}" for kind, count in wrong.items()),
+            str(differing),
+        ]
+        lines.append(
+            [
+                f"{num_rows:,} × {dim}, K = {num_codes}",
+                *figures,
+                f"{time.monotonic() - started:.0f}",
+            ]
+        )
     search.choose_products = automatic
     head = ["random rows", "other than the float64 search", "differing between paths", "s"]
     keep("Codebook: exactness", "python -m benchmarks.codebook exactness", table(head, lines))

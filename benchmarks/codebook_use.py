@@ -69,7 +69,11 @@ def main() -> None:
         what = f"{fit}, {'cosine' if cosine else 'L2'}, {dim or train.shape[2]} dimensions"
         lines.append([what, f"{num_codes:,}", *use(seen.flatten(0, 1), codes)])
     head = ["codes fitted to training features", "K", "used on held-out images, %", "perplexity"]
-    keep("Codebook: use on held-out images", "python -m benchmarks.codebook_use RUN", table(head, lines))
+    keep(
+        "Codebook: use on held-out images",
+        "python -m benchmarks.codebook_use RUN",
+        table(head, lines),
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def measure(name: str) -> dict[str, float]:
     """One configuration, in this process."""
     schema, path, overrides = CASES[name]
     config = load(schema, path, [*overrides, *FP32])
-    estimate = (tokenizer_dry_run if schema is TokenizerRun else priors_dry_run).plan(config).estimate
+    estimate = (
+        (tokenizer_dry_run if schema is TokenizerRun else priors_dry_run).plan(config).estimate
+    )
     memory = estimate.memory(1)
     this_cpu()
     before = peak_mib()
@@ -97,7 +99,9 @@ def _turns(config: TokenizerRun | PriorRun) -> tuple[list[Turn], Batch]:
     if isinstance(config, TokenizerRun):
         size = config.data.image_size
         objective = Objective(config.objective, config.model.build(size), None)
-        return turns_of(config, objective), Batch({"images": torch.rand(samples, 3, size, size) * 2 - 1}, positions)
+        return turns_of(config, objective), Batch(
+            {"images": torch.rand(samples, 3, size, size) * 2 - 1}, positions
+        )
     codes = priors_dry_run.codes_of(config)
     prior = config.prior.build(codes.layout, codes.num_classes)
 

@@ -55,7 +55,9 @@ def distance() -> None:
     for n in (10_000, 1_000):
         rows = [made_features(n, seed) for seed in (0, 1)]
         moments = [Moments.of(each) for each in rows]
-        statistics = [{"mu": each.mean.numpy(), "sigma": each.covariance.numpy()} for each in moments]
+        statistics = [
+            {"mu": each.mean.numpy(), "sigma": each.covariance.numpy()} for each in moments
+        ]
 
         def ours(rows=rows, moments=moments, n=n) -> float:
             sides = rows if n < DIM else moments
@@ -63,13 +65,17 @@ def distance() -> None:
             return frechet_distance(*(make(side) for side in sides))
 
         def fidelity(statistics=statistics) -> float:
-            return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+            return fid_statistics_to_metric(*statistics, verbose=False)[
+                "frechet_inception_distance"
+            ]
 
         def scipys(statistics=statistics) -> float:
             a, b = statistics
             root = sqrtm(a["sigma"] @ b["sigma"])
             means = np.square(a["mu"] - b["mu"]).sum()
-            return float(means + np.trace(a["sigma"]) + np.trace(b["sigma"]) - 2 * np.trace(root).real)
+            return float(
+                means + np.trace(a["sigma"]) + np.trace(b["sigma"]) - 2 * np.trace(root).real
+            )
 
         rivals = {"ours": ours, "torch-fidelity": fidelity}
         if n >= DIM:  # a product without full rank has no root for scipy
@@ -78,10 +84,19 @@ def distance() -> None:
         taken = seconds({name: keeping(values, name, rival) for name, rival in rivals.items()}, 3)
         for name in rivals:
             off = abs(values[name] / values["ours"] - 1)
-            figures = [f"{median(taken[name]):.2f}", ratio(taken, name, "ours"), f"{values[name]:.10f}", f"{off:.0e}"]
+            figures = [
+                f"{median(taken[name]):.2f}",
+                ratio(taken, name, "ours"),
+                f"{values[name]:.10f}",
+                f"{off:.0e}",
+            ]
             lines.append([f"{name}, N = {n:,}", *figures])
     head = [f"Fréchet distance, {DIM}-d", "s", "times ours", "value", "relative difference"]
-    keep("Evaluation: Fréchet distance", "python -m benchmarks.evaluation distance", table(head, lines))
+    keep(
+        "Evaluation: Fréchet distance",
+        "python -m benchmarks.evaluation distance",
+        table(head, lines),
+    )
 
 
 def peak_mib() -> float:
@@ -105,15 +120,34 @@ def memory_of(path: Path, n: int) -> None:
 def memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images.npz"
-        np.savez(path, arr_0=np.random.default_rng(0).integers(0, 256, (max(COUNTS), 64, 64, 3), dtype=np.uint8))
+        np.savez(
+            path,
+            arr_0=np.random.default_rng(0).integers(
+                0, 256, (max(COUNTS), 64, 64, 3), dtype=np.uint8
+            ),
+        )
         lines = []
         for n in COUNTS:
             mib = float(in_fresh_process("benchmarks.evaluation", "memory-of", str(path), str(n)))
             lines.append(
-                [f"{n:,} images of 64 px", f"{mib:.0f}", f"{n * 64 * 64 * 3 / 2**20:.0f}", f"{n * DIM * 4 / 2**20:.0f}"]
+                [
+                    f"{n:,} images of 64 px",
+                    f"{mib:.0f}",
+                    f"{n * 64 * 64 * 3 / 2**20:.0f}",
+                    f"{n * DIM * 4 / 2**20:.0f}",
+                ]
             )
-    head = ["fresh process each", "MiB beyond the first batch", "MiB of the pixels", "MiB of all features"]
-    keep("Evaluation: memory of moments", "python -m benchmarks.evaluation memory", table(head, lines))
+    head = [
+        "fresh process each",
+        "MiB beyond the first batch",
+        "MiB of the pixels",
+        "MiB of all features",
+    ]
+    keep(
+        "Evaluation: memory of moments",
+        "python -m benchmarks.evaluation memory",
+        table(head, lines),
+    )
 
 
 def noisy(images: Tensor, levels: float) -> Tensor:
@@ -154,9 +188,13 @@ def sensitivity(folder: Path) -> None:
 
     harmed = {"as they are": images}
     harmed |= {f"noise of {levels} levels": noisy(images, levels) for levels in (4, 16, 64)}
-    harmed |= {f"blur, {times} pass" + "es" * (times > 1): blurred(images, times) for times in (1, 2, 4)}
+    harmed |= {
+        f"blur, {times} pass" + "es" * (times > 1): blurred(images, times) for times in (1, 2, 4)
+    }
     harmed |= {f"{dropped} of {classes} classes dropped": without(dropped) for dropped in (1, 2, 5)}
-    harmed |= {f"{n // times:,} images, {times} times each": copies(times) for times in (10, 40, 100)}
+    harmed |= {
+        f"{n // times:,} images, {times} times each": copies(times) for times in (10, 40, 100)
+    }
     lines, clean = [], None
     for name, pictures in harmed.items():
         found = frechet_distance(Gaussian.of_features(features(pictures)), target)
@@ -168,7 +206,11 @@ def sensitivity(folder: Path) -> None:
         f"FD[{tag(extractor)}] to {len(train):,} train images",
         "times clean",
     ]
-    keep("Evaluation: sensitivity", f"python -m benchmarks.evaluation sensitivity {folder}", table(head, lines))
+    keep(
+        "Evaluation: sensitivity",
+        f"python -m benchmarks.evaluation sensitivity {folder}",
+        table(head, lines),
+    )
 
 
 PARTS = {"distance": distance, "memory": memory}

@@ -36,7 +36,9 @@ LACKING = 3  # exit status of a part for which something is not installed
 # Dense bf16 operations per second by the makers' data sheets.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
-Found = dict[str, Any]  # one result: what, value, unit, and where there is a target, `target` and whether it is `met`
+Found = dict[
+    str, Any
+]  # one result: what, value, unit, and where there is a target, `target` and whether it is `met`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Sizes:
 
     search: tuple[int, int, int] = (8192, 1536, 16384)  # features, their width, codes
     rounds: int = 10
-    engines: tuple[tuple[int, int, int], ...] = ((768, 12, 12), (1024, 20, 16))  # width, depth, heads
+    engines: tuple[tuple[int, int, int], ...] = (
+        (768, 12, 12),
+        (1024, 20, 16),
+    )  # width, depth, heads
     batch: int = 128  # of samples
     steps: int = 300  # of the tokenizer whose codes are compared
     train_batch: int = 64
@@ -61,7 +66,11 @@ TOY = Sizes(
 
 def found(what: str, value: float | str, unit: str = "", at_least: float | None = None) -> Found:
     made: Found = {"what": what, "value": value, "unit": unit}
-    return made if at_least is None else made | {"target": f">= {at_least:g}", "met": value >= at_least}
+    return (
+        made
+        if at_least is None
+        else made | {"target": f">= {at_least:g}", "met": value >= at_least}
+    )
 
 
 def gpu_tests(sizes: Sizes) -> Iterator[Found]:
@@ -70,11 +79,15 @@ def gpu_tests(sizes: Sizes) -> Iterator[Found]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     print(done.stdout)
-    counts = re.findall(r"(\d+)(?:/\d+)? (?:tests? )?(passed|failed|errors?|skipped|collected)", done.stdout)
+    counts = re.findall(
+        r"(\d+)(?:/\d+)? (?:tests? )?(passed|failed|errors?|skipped|collected)", done.stdout
+    )
     yield from (found(outcome, int(count), "tests") for count, outcome in counts)
     if done.returncode:
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-        raise RuntimeError(f"pytest -m gpu: {', '.join(failed) or done.stdout.strip().splitlines()[-1]}")
+        raise RuntimeError(
+            f"pytest -m gpu: {', '.join(failed) or done.stdout.strip().splitlines()[-1]}"
+        )
 
 
 def search_speed(sizes: Sizes) -> Iterator[Found]:
@@ -86,14 +99,23 @@ def search_speed(sizes: Sizes) -> Iterator[Found]:
     from tokenizer.quantizers import search
 
     (num_rows, dim, num_codes), about = sizes.search, "{} x {}, K {}".format(*sizes.search)
-    rows, codes = (torch.randn(count, dim, device=codebook.DEVICE) for count in (num_rows, num_codes))
+    rows, codes = (
+        torch.randn(count, dim, device=codebook.DEVICE) for count in (num_rows, num_codes)
+    )
     rivals = {name: codebook.product_of(rows, codes, name) for name in ("bf16", "tf32")}
     taken = {name: median(each) for name, each in seconds(
         {"search": lambda: search.nearest(rows, codes), **rivals}, sizes.rounds).items()}  # fmt: skip
     yield found(f"search of {about}", 1e3 * taken["search"], "ms")
     for name in rivals:
-        yield found(f"search of {about}, rate of the {name} product", taken[name] / taken["search"], "x", 0.6)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # torch's default, which the products changed
+        yield found(
+            f"search of {about}, rate of the {name} product",
+            taken[name] / taken["search"],
+            "x",
+            0.6,
+        )
+    torch.backends.cuda.matmul.fp32_precision = (
+        "ieee"  # torch's default, which the products changed
+    )
 
     side = 16 if num_rows % 256 == 0 else 8
     for kind, config in (("vector", codebook.VectorConfig), ("simvq", codebook.SimVQConfig)):
@@ -105,7 +127,12 @@ def search_speed(sizes: Sizes) -> Iterator[Found]:
         }
         taken = {name: median(each) for name, each in seconds(rivals, sizes.rounds).items()}
         yield found(f"step of {kind}, {about}", 1e3 * taken["ours"], "ms")
-        yield found(f"vector-quantize-pytorch's step of {kind} over it", taken["theirs"] / taken["ours"], "x", 5)
+        yield found(
+            f"vector-quantize-pytorch's step of {kind} over it",
+            taken["theirs"] / taken["ours"],
+            "x",
+            5,
+        )
 
 
 def precision_of_codes(sizes: Sizes) -> Iterator[Found]:
@@ -132,7 +159,11 @@ def precision_of_codes(sizes: Sizes) -> Iterator[Found]:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=low):
             codes[name] = tokenizer.encode(batch.to(device)).cpu()
     share = (codes["fp32"] != codes["bf16"]).double().mean().item()
-    yield found(f"codes that bf16 changes, of {codes['fp32'].numel():,} ({config.loop.steps} steps)", 100 * share, "%")
+    yield found(
+        f"codes that bf16 changes, of {codes['fp32'].numel():,} ({config.loop.steps} steps)",
+        100 * share,
+        "%",
+    )
 
 
 def decode_engine(sizes: Sizes) -> Iterator[Found]:
@@ -150,7 +181,12 @@ def decode_engine(sizes: Sizes) -> Iterator[Found]:
             draw = sampling.sampler(prior, sizes.batch, SampleOptions(guidance=2.0))
             taken = median(seconds({"draw": draw}, 3)["draw"])
         target = 150 if (dim, depth) == (1024, 20) else None
-        yield found(f"{million:.0f} M, batch {sizes.batch}, guidance, bf16", sizes.batch / taken, "images/s", target)
+        yield found(
+            f"{million:.0f} M, batch {sizes.batch}, guidance, bf16",
+            sizes.batch / taken,
+            "images/s",
+            target,
+        )
 
 
 def train_prior(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
@@ -172,14 +208,20 @@ def train_prior(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
     prior = config.prior.build(codes.layout, codes.num_classes)
 
     def loss(batch: Batch, step: int) -> Loss:
-        uniform = distributed.draw((0, step), batch.positions, (codes.layout.length + 2,), torch.float64)
+        uniform = distributed.draw(
+            (0, step), batch.positions, (codes.layout.length + 2,), torch.float64
+        )
         return prior.loss(batch["codes"], batch["labels"], uniform)
 
     batch = {
-        "codes": torch.randint(min(codes.layout.num_codes), (sizes.train_batch, codes.layout.length)),
+        "codes": torch.randint(
+            min(codes.layout.num_codes), (sizes.train_batch, codes.layout.length)
+        ),
         "labels": torch.randint(codes.num_classes, (sizes.train_batch,)),
     }
-    turns = [Turn("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))]
+    turns = [
+        Turn("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))
+    ]
     yield from trained(sizes, config, turns, prior, batch, lambda: dry_run.plan(config).estimate)
 
 
@@ -213,14 +255,25 @@ def train_tokenizer_xl(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
         config = load(TokenizerRun, configured("imagenet/VQRAE-DINOv2-B_decXL.yaml"), words)
         torch.manual_seed(0)
         model = config.model.build(config.data.image_size, weights=False)
-        losses = dataclasses.replace(config.objective, discriminator=RandomDino(**vars(config.objective.discriminator)))
+        losses = dataclasses.replace(
+            config.objective, discriminator=RandomDino(**vars(config.objective.discriminator))
+        )
         turns = turns_of(config, Objective(losses, model, None))
-        images = torch.rand(sizes.train_batch, 3, config.data.image_size, config.data.image_size) * 2 - 1
-        yield from trained(sizes, config, turns, model, {"images": images}, lambda: dry_run.plan(config).estimate)
+        images = (
+            torch.rand(sizes.train_batch, 3, config.data.image_size, config.data.image_size) * 2 - 1
+        )
+        yield from trained(
+            sizes, config, turns, model, {"images": images}, lambda: dry_run.plan(config).estimate
+        )
 
 
 def trained(
-    sizes: Sizes, config: Any, turns: list, published: Any, batch: Mapping[str, Any], estimated: Callable[[], Any]
+    sizes: Sizes,
+    config: Any,
+    turns: list,
+    published: Any,
+    batch: Mapping[str, Any],
+    estimated: Callable[[], Any],
 ) -> Iterator[Found]:
     """Steps of one batch through the project's loop; what they took beside what the dry run calculates."""
     import torch
@@ -232,7 +285,9 @@ def trained(
 
     compiled, marks = config.loop.compile, []
     if compiled and sizes.toy:  # inductor takes minutes for what shows nothing here
-        torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+        torch.nn.Module.compile = functools.partialmethod(
+            torch.nn.Module.compile, backend="aot_eager"
+        )
     positions = torch.arange(sizes.train_batch)
 
     def batches(step: int) -> Iterator[list[Batch]]:
@@ -244,7 +299,14 @@ def trained(
 
     before = peak_mib()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train(config.loop, Run.open(Path(folder, "run"), config), turns, batches, seed=0, published=published)
+        train(
+            config.loop,
+            Run.open(Path(folder, "run"), config),
+            turns,
+            batches,
+            seed=0,
+            published=published,
+        )
     on_gpu = torch.cuda.is_available()
     held = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_mib() - before
 
@@ -295,9 +357,16 @@ def toy_tokenizer(folder: Path) -> list[str]:
     """Overrides of the decXL preset: its parts, of a few thousand numbers each."""
     import transformers
 
-    vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vit = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     transformers.ViTConfig(**vit, image_size=32, patch_size=8).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    )
     return [
         f"model.encoder.name={folder}", "model.encoder.input_size=32", "data.image_size=32",
         "model.quantizer.num_codes=32", "model.quantizer.code_dim=16", "model.decoder.preset=mirror",
@@ -353,19 +422,28 @@ class Results:
         return lines
 
     def status(self, part: str) -> str:
-        return next((line["status"] for line in reversed(self.of(part)) if "status" in line), "not run")
+        return next(
+            (line["status"] for line in reversed(self.of(part)) if "status" in line), "not run"
+        )
 
     def table(self) -> str:
-        lines = ["| part | what | value | | target | met |", "| --- | --- | ---: | --- | --- | --- |"]
+        lines = [
+            "| part | what | value | | target | met |",
+            "| --- | --- | ---: | --- | --- | --- |",
+        ]
         for part in PARTS:
             for line in self.of(part):
                 if "what" in line:
-                    value = line["value"] if isinstance(line["value"], str) else f"{line['value']:.4g}"
+                    value = (
+                        line["value"] if isinstance(line["value"], str) else f"{line['value']:.4g}"
+                    )
                     met = {True: "yes", False: "no"}.get(line.get("met"), "")
                     cells = [part, line["what"], value, line["unit"], line.get("target", ""), met]
                     lines.append("| " + " | ".join(cells) + " |")
                 elif line["status"] not in ("begun", "done"):
-                    lines.append(f"| {part} | {line['status']}: {line['message'].replace('|', '/')} | | | | |")
+                    lines.append(
+                        f"| {part} | {line['status']}: {line['message'].replace('|', '/')} | | | | |"
+                    )
         about = "".join(line["machine"] for line in self.of("machine")[:1])
         return f"{about}\n\n" + "\n".join(lines) + "\n"
 
@@ -406,7 +484,9 @@ def run_all(out: Path, toy: bool, limit: float = LIMIT) -> bool:
             continue
         left = min(patience * part.limit, deadline - time.monotonic())
         if left <= 0:
-            results.write(name, {"status": "not run", "message": f"{patience * limit:.0f} s were over"})
+            results.write(
+                name, {"status": "not run", "message": f"{patience * limit:.0f} s were over"}
+            )
             continue
         results.write(name, {"status": "begun", "commit": commit()})
         started, log = time.monotonic(), out / f"{name.replace(', ', '-')}.log"
@@ -415,8 +495,13 @@ def run_all(out: Path, toy: bool, limit: float = LIMIT) -> bool:
         said = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
         ended = {0: "done", LACKING: "lacking", None: "timed out"}.get(status, "failed")
         message = f"after {left:.0f} s, see {log.name}" if status is None else said[-1]
-        results.write(name, {"status": ended, "message": message if ended != "done" else "", "seconds": seconds})
-        print(f"{name}: {ended} in {seconds:.0f} s" + f", {message}" * (ended != "done"), flush=True)
+        results.write(
+            name,
+            {"status": ended, "message": message if ended != "done" else "", "seconds": seconds},
+        )
+        print(
+            f"{name}: {ended} in {seconds:.0f} s" + f", {message}" * (ended != "done"), flush=True
+        )
     print("\n" + results.table())
     return all(results.status(name) == "done" for name in PARTS)
 
@@ -424,7 +509,9 @@ def run_all(out: Path, toy: bool, limit: float = LIMIT) -> bool:
 def _run(command: list[str], log: Path, limit: float) -> int | None:
     """The exit status of a command, or None where it was ended with all that it started."""
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -452,12 +539,16 @@ def main() -> None:
     from benchmarks.measure import machine
 
     if not given.toy and not torch.cuda.is_available():
-        sys.exit("error: there is no GPU here that torch can use: --toy runs every part at toy size on the CPU")
+        sys.exit(
+            "error: there is no GPU here that torch can use: --toy runs every part at toy size on the CPU"
+        )
     given.out.mkdir(parents=True, exist_ok=True)
     results, about = Results(given.out), machine() + ", toy sizes" * given.toy
     earlier = next((line["machine"] for line in results.of("machine")), about)
     if earlier != about:
-        sys.exit(f"error: {given.out} holds results of another machine ({earlier}): name another folder")
+        sys.exit(
+            f"error: {given.out} holds results of another machine ({earlier}): name another folder"
+        )
     results.write("machine", {"machine": about})
     if not run_all(given.out, given.toy):
         sys.exit("error: not every part is done: the same command goes on with those that are not")

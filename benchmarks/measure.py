@@ -66,7 +66,9 @@ def in_fresh_process(module: str, *arguments: str) -> str:
 def machine() -> str:
     """Processor, threads, device and torch."""
     model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
+    ):
         if line.startswith("model name"):
             model = line.split(":")[1].strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -75,7 +77,9 @@ def machine() -> str:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
     return found.stdout.strip() or "unknown"
 
 

@@ -33,8 +33,28 @@ SWAPS = [
     ("square", "abs"), ("sqrt", "square"), ("new_zeros", "new_ones"), ("silu", "relu"), ("mse_loss", "l1_loss"),
 ]  # fmt: skip
 SWAPPED = {a: b for pair in SWAPS for a, b in (pair[::-1], pair)}
-WORDS = {"mean": "sum", "sum": "mean", "bicubic": "bilinear", "bilinear": "bicubic", "amin": "amax", "amax": "amin"}
-DROPPED = {"detach", "abs", "clamp", "exp", "log", "sqrt", "square", "softmax", "neg", "where", "masked_fill", "clone"}
+WORDS = {
+    "mean": "sum",
+    "sum": "mean",
+    "bicubic": "bilinear",
+    "bilinear": "bicubic",
+    "amin": "amax",
+    "amax": "amin",
+}
+DROPPED = {
+    "detach",
+    "abs",
+    "clamp",
+    "exp",
+    "log",
+    "sqrt",
+    "square",
+    "softmax",
+    "neg",
+    "where",
+    "masked_fill",
+    "clone",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +72,14 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
     counts: dict[str, int] = {}
     for function, statement, node, new in _changes(ast.parse(text)):
         change = f"{ast.unparse(node)} => {new}"
-        key = "::".join((file, function, ast.unparse(_header(statement)).split("\n")[0], " ".join(change.split())))
+        key = "::".join(
+            (
+                file,
+                function,
+                ast.unparse(_header(statement)).split("\n")[0],
+                " ".join(change.split()),
+            )
+        )
         counts[key] = counts.get(key, 0) + 1
         key += f" ({counts[key]})" if counts[key] > 1 else ""
         source = _spliced(text, node, new if isinstance(node, ast.stmt) else f"({new})")
@@ -78,7 +105,9 @@ def _changes(tree: ast.Module) -> Iterator[tuple[str, ast.stmt, ast.AST, str]]:
             for new in _expressions(node):
                 yield function, statement, node, ast.unparse(new)
         for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list") or isinstance(node, ast.JoinedStr):
+            if name in ("annotation", "returns", "decorator_list") or isinstance(
+                node, ast.JoinedStr
+            ):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
@@ -110,14 +139,24 @@ def _expressions(node: ast.expr) -> Iterator[ast.expr]:
         function = node.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if name in SWAPPED:
-            renamed = {"attr": SWAPPED[name]} if isinstance(function, ast.Attribute) else {"id": SWAPPED[name]}
+            renamed = (
+                {"attr": SWAPPED[name]}
+                if isinstance(function, ast.Attribute)
+                else {"id": SWAPPED[name]}
+            )
             yield _with(node, func=_with(function, **renamed))
-        if isinstance(function, ast.Attribute) and name in DROPPED and not _is_module(function.value):
+        if (
+            isinstance(function, ast.Attribute)
+            and name in DROPPED
+            and not _is_module(function.value)
+        ):
             yield function.value
         for place, keyword in enumerate(node.keywords):
             if keyword.arg in ("min", "max"):
                 other = ast.keyword({"min": "max", "max": "min"}[keyword.arg], keyword.value)
-                yield _with(node, keywords=[*node.keywords[:place], other, *node.keywords[place + 1 :]])
+                yield _with(
+                    node, keywords=[*node.keywords[:place], other, *node.keywords[place + 1 :]]
+                )
 
 
 def _constants(value: Any) -> list[Any]:
@@ -142,13 +181,21 @@ def _can_go(node: ast.stmt) -> bool:
     if isinstance(node, ast.Expr):
         return not isinstance(node.value, ast.Constant)  # a docstring
     if isinstance(node, ast.Assign):
-        names = {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        names = {
+            name.id
+            for target in node.targets
+            for name in ast.walk(target)
+            if isinstance(name, ast.Name)
+        }
         return any(isinstance(name, ast.Name) and name.id in names for name in ast.walk(node.value))
     return isinstance(node, ast.AugAssign | ast.Raise | ast.Continue | ast.Break)
 
 
 def _is_guard(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+    return isinstance(node, ast.If) and ast.unparse(node.test) in (
+        "TYPE_CHECKING",
+        "__name__ == '__main__'",
+    )
 
 
 def _is_module(node: ast.expr) -> bool:
@@ -157,7 +204,11 @@ def _is_module(node: ast.expr) -> bool:
 
 def _header(statement: ast.stmt) -> ast.stmt:
     """A statement without the statements in it."""
-    blocks = [name for name in ("body", "orelse", "finalbody", "handlers") if getattr(statement, name, None)]
+    blocks = [
+        name
+        for name in ("body", "orelse", "finalbody", "handlers")
+        if getattr(statement, name, None)
+    ]
     return _with(statement, **{name: [ast.Pass()] if name == "body" else [] for name in blocks})
 
 
@@ -174,8 +225,17 @@ def negated_conditions(file: str, text: str) -> list[Mutant]:
     found = []
     for function, node in _ifs(ast.parse(text)):
         new = f"not ({ast.unparse(node.test)})"
-        key = "::".join((file, function, ast.unparse(_header(node)).split("\n")[0], f"{ast.unparse(node.test)} => not"))
-        found.append(Mutant(file, function, node.lineno, key, _spliced(text, node.test, f"({new})")))
+        key = "::".join(
+            (
+                file,
+                function,
+                ast.unparse(_header(node)).split("\n")[0],
+                f"{ast.unparse(node.test)} => not",
+            )
+        )
+        found.append(
+            Mutant(file, function, node.lineno, key, _spliced(text, node.test, f"({new})"))
+        )
     return found
 
 
@@ -228,7 +288,15 @@ def _same(before: CodeType, after: CodeType) -> bool:
 
 def _same_but_code(before: CodeType, after: CodeType) -> bool:
     """Whether two blocks do the same, whatever the functions do that they define; line numbers do not count."""
-    names = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_flags")
+    names = (
+        "co_code",
+        "co_names",
+        "co_varnames",
+        "co_freevars",
+        "co_cellvars",
+        "co_argcount",
+        "co_flags",
+    )
     constants = [
         [(type(value), repr(value)) for value in code.co_consts if not isinstance(value, CodeType)]
         for code in (before, after)

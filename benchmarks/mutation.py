@@ -42,7 +42,9 @@ from benchmarks.mutants import ROOT, Mutant, replaced_functions, sampled
 
 PACKAGES = ("training", "tokenizer", "priors", "generate", "eval")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
+)
 TEST_SECONDS = 5  # a test that takes longer, watched, is left out
 NOTHING: Mapping[Any, Any] = {}
 
@@ -56,19 +58,28 @@ def test_files_near(file: str, reach: int) -> list[Path]:
     packages = {path: _imports(path) for path in modules if path.name == "__init__.py"}
     imports = {path: _imports(path, packages=packages) for path in modules} if reach > 1 else {}
     tests = sorted((ROOT / "tests").glob("*.py"))
-    helpers = {path.stem: _imports(path, packages=packages) for path in tests if not path.stem.startswith("test_")}
+    helpers = {
+        path.stem: _imports(path, packages=packages)
+        for path in tests
+        if not path.stem.startswith("test_")
+    }
     near = []
     for test in (path for path in tests if path.stem.startswith("test_")):
         reached, distance = _imports(test, helpers, packages), 1
         while distance < reach and ROOT / file not in reached:
-            reached, distance = reached.union(*(imports.get(path, set()) for path in reached)), distance + 1
+            reached, distance = (
+                reached.union(*(imports.get(path, set()) for path in reached)),
+                distance + 1,
+            )
         if ROOT / file in reached:
             near.append((distance, test.stat().st_size, test))
     return [test for *_, test in sorted(near)]
 
 
 def _imports(
-    path: Path, helpers: Mapping[str, set[Path]] = NOTHING, packages: Mapping[Path, set[Path]] = NOTHING
+    path: Path,
+    helpers: Mapping[str, set[Path]] = NOTHING,
+    packages: Mapping[Path, set[Path]] = NOTHING,
 ) -> set[Path]:
     """Our files that a file imports, and those that its packages and helpers do."""
     names = _imported_names(path)
@@ -90,12 +101,19 @@ def _imported_names(path: Path) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:  # a module of a package, or what the package itself names
                 inner = f"{node.module}.{alias.name}"
-                names.add(inner if (ROOT / f"{inner.replace('.', '/')}.py").is_file() else node.module)
+                names.add(
+                    inner if (ROOT / f"{inner.replace('.', '/')}.py").is_file() else node.module
+                )
     return frozenset(names)
 
 
 def tests_for(
-    mutant: Mutant, tests: dict[str, Any], budget: float, killers: Sequence[str] = (), *, all_of_them: bool = False
+    mutant: Mutant,
+    tests: dict[str, Any],
+    budget: float,
+    killers: Sequence[str] = (),
+    *,
+    all_of_them: bool = False,
 ) -> list[str]:
     """Tests that call its function, else any of its file, as long as `budget` seconds allow.
 
@@ -106,7 +124,11 @@ def tests_for(
     wanted = {of_file + mutant.function} if mutant.function else set()
     calling = {name for name, test in tests.items() if wanted.intersection(test["calls"])}
     if not calling:  # a constant, a default, a class's own line
-        calling = {name for name, test in tests.items() if any(call.startswith(of_file) for call in test["calls"])}
+        calling = {
+            name
+            for name, test in tests.items()
+            if any(call.startswith(of_file) for call in test["calls"])
+        }
     place = {name: number for number, name in enumerate(reversed(killers))}
     named = f"tests/test_{Path(mutant.file).stem}.py"
 
@@ -156,7 +178,10 @@ class Recorder:
         sys.setprofile(None)
         signal.setitimer(signal.ITIMER_PROF, 0)
         if passed:
-            calls = ((Path(file).relative_to(self.root), name.replace(".<locals>", "")) for file, name in self.calls)
+            calls = (
+                (Path(file).relative_to(self.root), name.replace(".<locals>", ""))
+                for file, name in self.calls
+            )
             functions = {f"{file}::{name}" for file, name in calls}
             self.tests[name] = {"seconds": _seconds() - self.start, "calls": sorted(functions)}
 
@@ -191,7 +216,18 @@ class Session:
 def _pytest(arguments: list[str], plugins: Sequence[Any] = ()) -> int:
     import pytest
 
-    plain = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0", "--no-header", "--tb=no"]
+    plain = [
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "timeout=0",
+        "--no-header",
+        "--tb=no",
+    ]
     return int(pytest.main([*arguments, *plain], plugins=plugins))
 
 
@@ -209,8 +245,15 @@ def in_child(run: Callable[[], int], tree: Path, seconds: float | None = None) -
         log = os.open(tree / "mutation.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         os.chdir(tree)
-        sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT), str(tree)))]
-        os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        sys.path[:] = [
+            str(tree),
+            *(place for place in sys.path if place not in ("", str(ROOT), str(tree))),
+        ]
+        os.environ |= {
+            "PYTHONPATH": str(tree),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         sys.dont_write_bytecode = False  # the tree's own
         os._exit(run())
 
@@ -278,7 +321,11 @@ def _functions() -> dict[str, list[FunctionType]]:
 
 
 def outcome_here(
-    replaced: list[tuple[FunctionType, CodeType]], names: list[str], session: Session, tree: Path, seconds: float
+    replaced: list[tuple[FunctionType, CodeType]],
+    names: list[str],
+    session: Session,
+    tree: Path,
+    seconds: float,
 ) -> dict[str, Any]:
     """Whether a test of these fails in a fork of this process where functions have other code, and which."""
     told = tree / "mutation.killer"
@@ -304,11 +351,17 @@ def outcome_anew(names: list[str], tree: Path, seconds: float) -> dict[str, Any]
     wanted.write_text("\n".join(names))
     started = time.monotonic()
     code = in_child(lambda: _pytest(["-x", f"@{wanted}"]), tree, seconds)
-    failed = re.search(r"^(?:FAILED|ERROR) (.*)", (tree / "mutation.log").read_text(errors="replace"), re.MULTILINE)
-    return _result(code, failed[1].split(" - ")[0] if failed else f"exit code {code}", seconds, started, names)
+    failed = re.search(
+        r"^(?:FAILED|ERROR) (.*)", (tree / "mutation.log").read_text(errors="replace"), re.MULTILINE
+    )
+    return _result(
+        code, failed[1].split(" - ")[0] if failed else f"exit code {code}", seconds, started, names
+    )
 
 
-def _result(code: int | None, killer: str, seconds: float, started: float, names: list[str]) -> dict[str, Any]:
+def _result(
+    code: int | None, killer: str, seconds: float, started: float, names: list[str]
+) -> dict[str, Any]:
     taken = {"seconds": round(time.monotonic() - started, 1), "tests": len(names)}
     if code is None:
         return {"status": "killed", "by": f"more than {seconds:.0f} s: {killer}", **taken}
@@ -333,11 +386,16 @@ def equivalents() -> dict[str, str]:
 class Bench:
     """Samples of files, the tests near them, and what was found."""
 
-    def __init__(self, files: dict[str, list[str]], options: argparse.Namespace, tree: Path) -> None:
+    def __init__(
+        self, files: dict[str, list[str]], options: argparse.Namespace, tree: Path
+    ) -> None:
         self.options, self.tree, self.out, self.stamps = options, tree, options.out, []
         self.calls, self.report = options.out / "calls", os.fdopen(os.dup(1), "w")
         self.calls.mkdir(parents=True, exist_ok=True)
-        self.same, self.samples = equivalents(), {file: sampled(file, options.sample, options.seed) for file in files}
+        self.same, self.samples = (
+            equivalents(),
+            {file: sampled(file, options.sample, options.seed) for file in files},
+        )
         self.near = {file: self._near(file, tests) for file, tests in files.items()}
         self.killers: dict[str, list[str]] = {}
 
@@ -356,7 +414,10 @@ class Bench:
 
     def recorded(self, test: Path, session: Session | None) -> dict[str, Any]:
         """What each test of a file calls, kept until the file changes; what they import is imported here, for forks."""
-        kept, digest = self.calls / f"{test.stem}.json", hashlib.sha256(test.read_bytes()).hexdigest()
+        kept, digest = (
+            self.calls / f"{test.stem}.json",
+            hashlib.sha256(test.read_bytes()).hexdigest(),
+        )
         known = json.loads(kept.read_text()) if kept.is_file() else {}
         if session and known.get("sha256") != digest:
             known = {"sha256": digest, **self._record(test, session)}
@@ -381,7 +442,11 @@ class Bench:
                     passed = False
                     session.items[name].session._setupstate.teardown_exact(None)
                 recorder.after(name, passed)
-                imports = [name for name in sys.modules if name not in before and _is_installed(sys.modules[name])]
+                imports = [
+                    name
+                    for name in sys.modules
+                    if name not in before and _is_installed(sys.modules[name])
+                ]
                 found.write_text(json.dumps({"tests": recorder.tests, "imports": imports}))
             return 0
 
@@ -398,9 +463,15 @@ class Bench:
             mutants, total = self.samples[file]
             kept = self.out / f"{file.replace('/', '.')}.json"
             known = json.loads(kept.read_text())["mutants"] if kept.is_file() else {}
-            tests = {name: test for path in self.near[file] for name, test in self.recorded(path, session).items()}
+            tests = {
+                name: test
+                for path in self.near[file]
+                for name, test in self.recorded(path, session).items()
+            }
             text = (ROOT / file).read_text()
-            digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(self.near[file]))).hexdigest()
+            digest = hashlib.sha256(
+                b"".join(path.read_bytes() for path in sorted(self.near[file]))
+            ).hexdigest()
             for mutant in mutants:
                 before = known.get(mutant.key, {})
                 if before.get("status") == "killed" or before.get("tests_sha256") == digest:
@@ -413,14 +484,22 @@ class Bench:
                 if not result:
                     continue
                 self._note(file, result)
-                diff = difflib.unified_diff(text.splitlines(), mutant.source.splitlines(), lineterm="", n=0)
+                diff = difflib.unified_diff(
+                    text.splitlines(), mutant.source.splitlines(), lineterm="", n=0
+                )
                 known[mutant.key] = {
                     **result, "line": mutant.line, "function": mutant.function, "diff": list(diff)[3:],
                     "tests_sha256": digest,
                 }  # fmt: skip
-                print(f"{file}:{mutant.line} {result['status']} {result['by'][:90]}", file=self.report, flush=True)
+                print(
+                    f"{file}:{mutant.line} {result['status']} {result['by'][:90]}",
+                    file=self.report,
+                    flush=True,
+                )
                 temporary = kept.with_suffix(".tmp")
-                temporary.write_text(json.dumps({"file": file, "possible": total, "mutants": known}, indent=1))
+                temporary.write_text(
+                    json.dumps({"file": file, "possible": total, "mutants": known}, indent=1)
+                )
                 temporary.replace(kept)
 
     def _note(self, file: str, result: dict[str, Any]) -> None:
@@ -430,7 +509,9 @@ class Bench:
                 killers.remove(result["by"])
             killers.append(result["by"])
 
-    def outcome(self, mutant: Mutant, tests: dict[str, Any], session: Session | None) -> dict[str, Any]:
+    def outcome(
+        self, mutant: Mutant, tests: dict[str, Any], session: Session | None
+    ) -> dict[str, Any]:
         killers = self.killers.get(mutant.file, ())
         names = tests_for(mutant, tests, self.options.budget, killers, all_of_them=session is None)
         if not names:
@@ -465,7 +546,10 @@ def wilson(part: int, whole: int) -> tuple[float, float]:
     if not whole:
         return 0.0, 1.0
     z, share = 1.959964, part / whole
-    centre, width = share + z * z / (2 * whole), z * math.sqrt(share * (1 - share) / whole + (z / (2 * whole)) ** 2)
+    centre, width = (
+        share + z * z / (2 * whole),
+        z * math.sqrt(share * (1 - share) / whole + (z / (2 * whole)) ** 2),
+    )
     return (centre - width) / (1 + z * z / whole), (centre + width) / (1 + z * z / whole)
 
 
@@ -478,7 +562,12 @@ def table(found: list[dict[str, Any]]) -> str:
     sums = [0, 0, 0, 0]
     for one in found:
         status = [mutant["status"] for mutant in one["mutants"].values()]
-        numbers = [one["possible"], len(status), status.count("equivalent"), status.count("survived")]
+        numbers = [
+            one["possible"],
+            len(status),
+            status.count("equivalent"),
+            status.count("survived"),
+        ]
         sums = [total + number for total, number in zip(sums, numbers)]
         lines.append(_row(one["file"], numbers))
     return "\n".join([*lines, _row("together", sums)])
@@ -492,23 +581,35 @@ def _row(title: str, numbers: list[int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutation", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mutation", description=__doc__.split("\n")[0]
+    )
     parser.add_argument(
         "--files", nargs="+", required=True,
         help="our files or folders, from the root of the tree; FILE:engine,priors names its tests",
     )  # fmt: skip
     parser.add_argument("--sample", type=int, help="mutants of each file (all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reach", type=int, default=1, help="imports from a test file to the mutated one (1)")
-    parser.add_argument("--skip", nargs="+", default=[], help="words of test files' names that are left out")
+    parser.add_argument(
+        "--reach", type=int, default=1, help="imports from a test file to the mutated one (1)"
+    )
+    parser.add_argument(
+        "--skip", nargs="+", default=[], help="words of test files' names that are left out"
+    )
     parser.add_argument("--which", default="", help="pytest's -k, of the tests' names")
-    parser.add_argument("--budget", type=float, default=15, help="seconds of tests that a mutant meets (15)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutation", help="folder for what is found")
+    parser.add_argument(
+        "--budget", type=float, default=15, help="seconds of tests that a mutant meets (15)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "mutation", help="folder for what is found"
+    )
     options = parser.parse_args()
     files: dict[str, list[str]] = {}
     for word in options.files:
         name, _, tests = word.partition(":")
-        for path in sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]:
+        for path in (
+            sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / name]
+        ):
             if path.name != "__init__.py":
                 files[str(path.relative_to(ROOT))] = tests.split(",") if tests else []
     import pytest  # noqa: F401  once, for all forks
@@ -521,17 +622,26 @@ def main() -> None:
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
         bench = Bench(files, options, tree)
         for tests, group in bench.groups().items():
-            arguments = [*(f"tests/{path.name}" for path in tests), "--continue-on-collection-errors"]
+            arguments = [
+                *(f"tests/{path.name}" for path in tests),
+                "--continue-on-collection-errors",
+            ]
             session = Session(functools.partial(bench.try_all, group))
             code = in_child(lambda: _pytest([*arguments, "-k", options.which], [session]), tree)  # noqa: B023
             if code not in (0, 1):  # 1: a test file could not be read, and the others were
-                raise SystemExit(f"pytest ended with {code}: {(tree / 'mutation.log').read_text()[-2000:]}")
+                raise SystemExit(
+                    f"pytest ended with {code}: {(tree / 'mutation.log').read_text()[-2000:]}"
+                )
         bench.try_all(bench.samples, None)
     found = bench.found()
     for one in found:
         for key, mutant in one["mutants"].items():
             if mutant["status"] == "survived":
-                print(f"\n{one['file']}:{mutant['line']} survived {mutant['by']}\n{key}", *mutant["diff"], sep="\n")
+                print(
+                    f"\n{one['file']}:{mutant['line']} survived {mutant['by']}\n{key}",
+                    *mutant["diff"],
+                    sep="\n",
+                )
     print(f"\n{table(found)}")
 
 

@@ -60,11 +60,15 @@ def x_transformers_of(backbone: Backbone) -> Any:
         to_logits=copy.deepcopy(backbone.heads[0]),
     )
     with torch.no_grad():
-        model.token_emb.emb.weight.copy_(torch.cat([backbone.tokens.weight[:num_codes], backbone.classes.weight]))
+        model.token_emb.emb.weight.copy_(
+            torch.cat([backbone.tokens.weight[:num_codes], backbone.classes.weight])
+        )
         model.pos_emb.emb.weight.copy_(backbone.slots(None)[0][0] / model.pos_emb.scale)
     for index, block in enumerate(backbone.blocks):
         parts = (block.attention_norm, block.attention), (block.feedforward_norm, block.feedforward)
-        for (norms, branch, _), (norm, module) in zip(decoder.layers[2 * index : 2 * index + 2], parts):
+        for (norms, branch, _), (norm, module) in zip(
+            decoder.layers[2 * index : 2 * index + 2], parts
+        ):
             norms[0].load_state_dict(norm.state_dict())
             branch.load_state_dict(module.state_dict())
     decoder.final_norm.load_state_dict(backbone.norm.state_dict())
@@ -72,14 +76,19 @@ def x_transformers_of(backbone: Backbone) -> Any:
 
 
 def causal(dim: int, depth: int, heads: int) -> Backbone:
-    config = BackboneConfig(dim, depth, heads, dropout=0.0, positions="learned", conditioning="prefix")
+    config = BackboneConfig(
+        dim, depth, heads, dropout=0.0, positions="learned", conditioning="prefix"
+    )
     return config.build(LAYOUT, NUM_CLASSES, causal=True).to(DEVICE).eval()
 
 
 @torch.no_grad()
 def draw_ours(backbone: Backbone, batch: int) -> None:
     """Codes of a batch by multinomial draws, as x-transformers makes them."""
-    decoding, previous = backbone.decoding(torch.zeros(batch, dtype=torch.int64, device=DEVICE)), None
+    decoding, previous = (
+        backbone.decoding(torch.zeros(batch, dtype=torch.int64, device=DEVICE)),
+        None,
+    )
     for slot in range(LAYOUT.length):
         logits = decoding.step(slot, previous)
         previous = torch.multinomial(logits.softmax(-1), 1)[:, 0]
@@ -87,7 +96,13 @@ def draw_ours(backbone: Backbone, batch: int) -> None:
 
 def draw_theirs(wrapper: Any, batch: int) -> None:
     prompt = torch.full((batch, 1), LAYOUT.num_codes[0], device=DEVICE)
-    wrapper.generate(prompt, LAYOUT.length, temperature=1.0, cache_kv=True, filter_logits_fn=lambda logits: logits)
+    wrapper.generate(
+        prompt,
+        LAYOUT.length,
+        temperature=1.0,
+        cache_kv=True,
+        filter_logits_fn=lambda logits: logits,
+    )
 
 
 def engine() -> None:
@@ -106,8 +121,15 @@ def engine() -> None:
             }
             taken = seconds(rivals, 3)
         rates = [f"{batch / median(taken[name]):.3f}" for name in ("ours", "theirs")]
-        lines.append([f"dim {dim}, depth {depth}, batch {batch}", *rates, ratio(taken, "theirs", "ours")])
-    head = ["256 codes, the same weights", "ours, images/s", "x-transformers' generate, images/s", "ours / theirs"]
+        lines.append(
+            [f"dim {dim}, depth {depth}, batch {batch}", *rates, ratio(taken, "theirs", "ours")]
+        )
+    head = [
+        "256 codes, the same weights",
+        "ours, images/s",
+        "x-transformers' generate, images/s",
+        "ours / theirs",
+    ]
     keep("Sampling: decode engine", "python -m benchmarks.sampling engine", table(head, lines))
 
 
@@ -131,7 +153,9 @@ def guidance() -> None:
         }
         taken = seconds(rivals, 3)
         figures = [f"{median(taken[name]):.2f}" for name in rivals]
-        lines.append([f"dim {dim}, depth {depth}, batch {batch}", *figures, ratio(taken, "guided", "twice")])
+        lines.append(
+            [f"dim {dim}, depth {depth}, batch {batch}", *figures, ratio(taken, "guided", "twice")]
+        )
     head = ["256 codes", "guided, s", "twice the batch, s", "guided / twice"]
     keep("Sampling: guidance", "python -m benchmarks.sampling guidance", table(head, lines))
 
@@ -139,7 +163,9 @@ def guidance() -> None:
 def families() -> None:
     dim, depth, heads = 64, 12, 4
     raster = autoregressive(dim, depth, heads)
-    masked = MaskedConfig(backbone=BackboneConfig(dim, depth, heads, dropout=0.0)).build(LAYOUT, NUM_CLASSES)
+    masked = MaskedConfig(backbone=BackboneConfig(dim, depth, heads, dropout=0.0)).build(
+        LAYOUT, NUM_CLASSES
+    )
     masked = masked.to(DEVICE).eval()
     lines = []
     for batch in BATCHES:
@@ -156,7 +182,11 @@ def families() -> None:
         "MaskGIT, 8 steps, images/s",
         "MaskGIT / AR",
     ]
-    keep("Sampling: MaskGIT and autoregressive", "python -m benchmarks.sampling families", table(head, lines))
+    keep(
+        "Sampling: MaskGIT and autoregressive",
+        "python -m benchmarks.sampling families",
+        table(head, lines),
+    )
 
 
 PARTS = {"engine": engine, "guidance": guidance, "families": families}

@@ -70,7 +70,9 @@ class Watch:
         return sum(self.waits[warm_up : len(self.works)]) / sum(self.steps(warm_up))
 
 
-def watch(turns: list[Turn], published: nn.Module, batches: Batches, loop: LoopConfig, **changes: Any) -> Watch:
+def watch(
+    turns: list[Turn], published: nn.Module, batches: Batches, loop: LoopConfig, **changes: Any
+) -> Watch:
     """Train a few steps by the project's loop, which neither saves nor previews unless `changes` to `loop` say so."""
     quiet = {"save_every": NEVER, "preview_every": NEVER, "log_every": NEVER}
     loop, seen = dataclasses.replace(loop, **quiet | changes), Watch(batches)
@@ -89,7 +91,10 @@ class Stage:
         teacher = teacher_of(self.config, self.autoencoder)
         self.objective = Objective(config.objective, self.autoencoder, teacher)
         self.trainable = [
-            p for turn in turns_of(self.config, self.objective) for p in turn.module.parameters() if p.requires_grad
+            p
+            for turn in turns_of(self.config, self.objective)
+            for p in turn.module.parameters()
+            if p.requires_grad
         ]
 
     def watch(self, images: Keyed, **changes: Any) -> Watch:
@@ -97,14 +102,20 @@ class Stage:
         for parameter in self.trainable:  # the loop leaves them at rest
             parameter.requires_grad_(True)
         batches = feed(images, loop.batch_size, 0, loop.accumulate, changes.get("workers", 0))
-        return watch(turns_of(self.config, self.objective), self.autoencoder, batches, loop, **changes)
+        return watch(
+            turns_of(self.config, self.objective), self.autoencoder, batches, loop, **changes
+        )
 
 
 class Few:
     """The first images of many."""
 
     def __init__(self, images: Images) -> None:
-        self.gather, self.identity, self.image_size = images.gather, images.identity, images.image_size
+        self.gather, self.identity, self.image_size = (
+            images.gather,
+            images.identity,
+            images.image_size,
+        )
 
     def __len__(self) -> int:
         return FEW
@@ -156,7 +167,9 @@ def random_vit(folder: Path, dim: int, heads: int) -> str:
     transformers.ViTConfig(
         hidden_size=dim, num_hidden_layers=12, num_attention_heads=heads, intermediate_size=4 * dim
     ).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    )
     return str(folder)
 
 
@@ -191,7 +204,11 @@ def wait(given: Given) -> None:
         [name, per_second(found, batch_size), f"{median(shares[name]):.1f} ({min(shares[name]):.1f} to "
          f"{max(shares[name]):.1f})"] for name, found in seen.items()
     ]  # fmt: skip
-    head = [f"{given.about} ViT-Tiny, 224 px, batch {batch_size}", "images/s", "of it waiting for data, %"]
+    head = [
+        f"{given.about} ViT-Tiny, 224 px, batch {batch_size}",
+        "images/s",
+        "of it waiting for data, %",
+    ]
     keep("Training: waiting for data", given.command("wait"), table(head, lines))
 
 
@@ -204,7 +221,11 @@ def features(given: Given) -> None:
         ("ViT-Tiny, decoder of 2 layers, codes of 1536 numbers", (), given.weights),
         ("the same, codes of 64 numbers", SMALL_CODES, given.weights),
         ("the same, decoder of 1 layer", (*SMALL_CODES, "model.decoder.depth=1"), given.weights),
-        ("ViT-B (random), decoder of 2 layers, codes of 1536", (f"model.encoder.name={base}",), False),
+        (
+            "ViT-B (random), decoder of 2 layers, codes of 1536",
+            (f"model.encoder.name={base}",),
+            False,
+        ),
     ]
     lines = []
     for name, overrides, weights in cases:
@@ -217,7 +238,9 @@ def features(given: Given) -> None:
         seen, batch_size = in_turn(rivals, 2), stage.config.loop.batch_size
         taken = {name: [median(each.steps()) for each in found] for name, found in seen.items()}
         rates = [per_second(seen[kind], batch_size) for kind in rivals]
-        lines.append([name, *rates, ratio(taken, "images", "features"), f"{stored.bytes_per_image:,}"])
+        lines.append(
+            [name, *rates, ratio(taken, "images", "features"), f"{stored.bytes_per_image:,}"]
+        )
     head = [f"stage 1, 224 px, batch {batch_size}", "images, images/s", "features, images/s", "features / images",
             "bytes per image and view"]  # fmt: skip
     keep("Training: stored features", given.command("features"), table(head, lines))
@@ -232,11 +255,19 @@ def saving(given: Given) -> None:
             "with": functools.partial(stage.watch, given.images, steps=steps, save_every=every),
         }
         seen = in_turn(rivals, 2)
-        means = {name: median([statistics.mean(each.steps()) for each in found]) for name, found in seen.items()}
+        means = {
+            name: median([statistics.mean(each.steps()) for each in found])
+            for name, found in seen.items()
+        }
         cost = every * (means["with"] - means["without"])
         share = 100 * cost / (SAVE_EVERY * means["without"] + cost)
         lines.append([f"stage {number}", f"{means['without']:.2f}", f"{cost:.2f}", f"{share:.2f}"])
-    head = ["ViT-Tiny, 224 px, batch 8", "step, s", "a save costs, s", f"of training, every {SAVE_EVERY} steps, %"]
+    head = [
+        "ViT-Tiny, 224 px, batch 8",
+        "step, s",
+        "a save costs, s",
+        f"of training, every {SAVE_EVERY} steps, %",
+    ]
     keep("Training: saving", given.command("saving"), table(head, lines))
 
 
@@ -249,7 +280,9 @@ def main() -> None:
     asked = [word for word in words if "=" not in word] or list(PARTS)
     unknown = [word for word in [*options, *asked] if word not in (*PARTS, "encoder", "data")]
     if unknown:
-        sys.exit(f"error: {unknown[0]}: the parts are {', '.join(PARTS)}, the options encoder= and data=")
+        sys.exit(
+            f"error: {unknown[0]}: the parts are {', '.join(PARTS)}, the options encoder= and data="
+        )
     with tempfile.TemporaryDirectory() as folder:
         given = Given(options.get("encoder"), options.get("data"), Path(folder))
         for name in asked:

@@ -64,7 +64,9 @@ class Neighbours:
         return self.plug_in - self.shuffled
 
 
-def neighbour_information(codes: np.ndarray, seed: int = 0) -> tuple[Neighbours | None, Neighbours | None]:
+def neighbour_information(
+    codes: np.ndarray, seed: int = 0
+) -> tuple[Neighbours | None, Neighbours | None]:
     """(n, H, W) codes of a level -> horizontal, vertical; None where the grid has one column, or one row."""
 
     def between(first: np.ndarray, second: np.ndarray) -> Neighbours | None:
@@ -72,7 +74,9 @@ def neighbour_information(codes: np.ndarray, seed: int = 0) -> tuple[Neighbours 
             return None
         first, second = first.ravel(), second.ravel()
         shuffled = np.random.default_rng(seed).permutation(second)
-        return Neighbours(_mutual_information(first, second), _mutual_information(first, shuffled), first.size)
+        return Neighbours(
+            _mutual_information(first, second), _mutual_information(first, shuffled), first.size
+        )
 
     return between(codes[:, :, :-1], codes[:, :, 1:]), between(codes[:, :-1], codes[:, 1:])
 
@@ -109,7 +113,9 @@ def code_statistics(codes: np.ndarray, layout: CodeLayout, seed: int = 0) -> lis
         seen = usage(torch.from_numpy(histogram))
         planes = level.reshape(len(level), -1, grid[-1])
         entropies = position_entropy(level, size).reshape(planes.shape[1:])
-        found.append(LevelStatistics(histogram, seen, entropies, *neighbour_information(planes, seed)))
+        found.append(
+            LevelStatistics(histogram, seen, entropies, *neighbour_information(planes, seed))
+        )
     return found
 
 
@@ -121,17 +127,27 @@ def measure_codes(codes: np.ndarray, layout: CodeLayout, origin: Origin) -> list
         found += measure_usage(torch.from_numpy(statistics.histogram), origin, of_level, len(codes))
         entropies = statistics.position_entropy
         extremes = {"lowest": float(entropies.min()), "highest": float(entropies.max())}
-        own = {"num_codes": layout.num_codes[level], "estimator": "Miller-Madow", "mean": "over positions"}
+        own = {
+            "num_codes": layout.num_codes[level],
+            "estimator": "Miller-Madow",
+            "mean": "over positions",
+        }
         mean = float(entropies.mean())
         name = f"code entropy per position{of_level}"
-        found.append(origin.measure(name, mean, "bits/token", None, len(codes), details=extremes, **own))
+        found.append(
+            origin.measure(name, mean, "bits/token", None, len(codes), details=extremes, **own)
+        )
         for direction in ("horizontal", "vertical"):
             neighbours: Neighbours | None = getattr(statistics, direction)
             if neighbours:
                 name = f"information, {direction} neighbours{of_level}"
                 own = {"num_codes": layout.num_codes[level], "estimator": "plug-in less shuffled"}
                 details = dataclasses.asdict(neighbours)
-                found.append(origin.measure(name, neighbours.bits, "bits", None, len(codes), details=details, **own))
+                found.append(
+                    origin.measure(
+                        name, neighbours.bits, "bits", None, len(codes), details=details, **own
+                    )
+                )
     return found
 
 
@@ -140,7 +156,9 @@ def name_level(layout: CodeLayout, level: int) -> str:
     return f", level {level + 1}" if len(layout.grids) > 1 else ""
 
 
-def measure_usage(histogram: Tensor, origin: Origin, of_level: str, images: int) -> list[Measurement]:
+def measure_usage(
+    histogram: Tensor, origin: Origin, of_level: str, images: int
+) -> list[Measurement]:
     """The figures of `usage`."""
     measure, size, seen = origin.measure, len(histogram), usage(histogram)
     counted = {"num_codes": size, "tokens": int(histogram.sum())}
@@ -150,7 +168,14 @@ def measure_usage(histogram: Tensor, origin: Origin, of_level: str, images: int)
     return [
         measure(f"codebook usage{of_level}", share, "%", True, images, details=dead, **counted),
         measure(f"perplexity{of_level}", seen.perplexity, "codes", True, images, **plug_in),
-        measure(f"corrected perplexity{of_level}", seen.perplexity_corrected, "codes", True, images, **corrected),
+        measure(
+            f"corrected perplexity{of_level}",
+            seen.perplexity_corrected,
+            "codes",
+            True,
+            images,
+            **corrected,
+        ),
         measure(f"code entropy{of_level}", seen.entropy, "bits/token", None, images, **plug_in),
     ]
 
@@ -182,8 +207,12 @@ class CodebookUsage:
             unigram_bits += length * usage(histogram).entropy
             found += measure_usage(histogram, self.origin, name_level(self.layout, level), images)
         unit, entropy = "bits/image", "plug-in entropy per level"
-        found.append(measure("rate, fixed", self.layout.bits, unit, None, images, rate="tokens x log2 K"))
-        found.append(measure("rate, unigram entropy", unigram_bits, unit, None, images, rate=entropy))
+        found.append(
+            measure("rate, fixed", self.layout.bits, unit, None, images, rate="tokens x log2 K")
+        )
+        found.append(
+            measure("rate, unigram entropy", unigram_bits, unit, None, images, rate=entropy)
+        )
         return {measurement.name: measurement for measurement in found}
 
 

@@ -49,7 +49,9 @@ STEPS = 1024  # per nat, that logits are rounded to
 MOST_CODES = 1 << 20  # of a codebook
 
 Array = np.ndarray
-Port = Callable[[Array, Array], Array]  # symbols (m,), integer weights (n,) of all or (m, n) of each -> symbols (m,)
+Port = Callable[
+    [Array, Array], Array
+]  # symbols (m,), integer weights (n,) of all or (m, n) of each -> symbols (m,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,9 @@ def encode_tokens(
     _check_layout(layout)
     model = model or TableModel.of_codes(codes, layout)
     if model.layout != layout:
-        raise UserError(f"codes of {layout} cannot be coded by a model of {model.layout}: use the one of these codes")
+        raise UserError(
+            f"codes of {layout} cannot be coded by a model of {model.layout}: use the one of these codes"
+        )
     if labels is not None and model.kind != "prior":
         raise ValueError("a table knows no labels: only a prior's file holds them")
     codes = codes.cpu()
@@ -122,9 +126,13 @@ def decode_tokens(data: bytes, model: CodeModel | None = None, name: str = "the 
     if file.kind == "table":
         model = TableModel.of_stored(file.table, file.layout, name)
     elif model is None:
-        raise UserError(f"{name}: its codes were coded by the {file.kind} {file.model}…: give that model")
+        raise UserError(
+            f"{name}: its codes were coded by the {file.kind} {file.model}…: give that model"
+        )
     if (model.kind, model.sha256[:16]) != (file.kind, file.model):
-        raise UserError(f"{name}: was coded by the {file.kind} {file.model}…, not {model.kind} {model.sha256[:16]}…")
+        raise UserError(
+            f"{name}: was coded by the {file.kind} {file.model}…, not {model.kind} {model.sha256[:16]}…"
+        )
     codes = np.zeros((file.num_images, file.layout.length), np.int64)
     labels = np.zeros(file.num_images, np.int64) if file.labelled else None
     try:
@@ -137,7 +145,9 @@ def decode_tokens(data: bytes, model: CodeModel | None = None, name: str = "the 
             f"{name}: decodes to other codes than were encoded, as the {model.kind}'s probabilities differ here: "
             "decode on the kind of machine, and with the versions, that encoded"
         )
-    return Tokens(file.layout, torch.from_numpy(codes), None if labels is None else torch.from_numpy(labels))
+    return Tokens(
+        file.layout, torch.from_numpy(codes), None if labels is None else torch.from_numpy(labels)
+    )
 
 
 class TableModel:
@@ -146,7 +156,11 @@ class TableModel:
     batch_size = 0
 
     def __init__(self, kind: str, layout: CodeLayout, weights: list[Array]) -> None:
-        self.kind, self.layout, self.weights = kind, layout, [level.astype("<i8") for level in weights]
+        self.kind, self.layout, self.weights = (
+            kind,
+            layout,
+            [level.astype("<i8") for level in weights],
+        )
         tables = hashlib.sha256(b"".join(level.tobytes() for level in self.weights)).hexdigest()
         self.sha256 = digest([kind, dataclasses.asdict(layout), tables])
 
@@ -154,7 +168,11 @@ class TableModel:
     def of_codes(cls, codes: Tensor, layout: CodeLayout) -> TableModel:
         """The table of (n, N) codes themselves, which goes into the file; codes that are not there get no share."""
         spans = layout.spans()
-        return cls("table", layout, [codes[:, span].flatten().bincount(minlength=k).cpu().numpy() for span, k in spans])
+        return cls(
+            "table",
+            layout,
+            [codes[:, span].flatten().bincount(minlength=k).cpu().numpy() for span, k in spans],
+        )
 
     @classmethod
     def of_split(cls, histograms: list[Array], layout: CodeLayout) -> TableModel:
@@ -174,7 +192,9 @@ class TableModel:
         size = 4 * sum(layout.num_codes)
         try:
             planes = zlib.decompressobj().decompress(table, size)
-            counts = np.frombuffer(planes, np.uint8).reshape(4, size // 4).T.copy().view("<u4")[:, 0]
+            counts = (
+                np.frombuffer(planes, np.uint8).reshape(4, size // 4).T.copy().view("<u4")[:, 0]
+            )
         except (zlib.error, ValueError) as error:
             raise UserError(f"{name}: its table is damaged ({error})") from None
         return cls("table", layout, np.split(counts, np.cumsum(layout.num_codes)[:-1]))
@@ -215,7 +235,9 @@ class PriorModel:
             labels[:] = port(labels, np.ones(self.prior.num_classes + 1, np.int64))
         for start in range(0, len(codes), batch_size):
             batch = codes[start : start + batch_size]
-            conditions = self._conditions(len(batch), None if labels is None else labels[start : start + batch_size])
+            conditions = self._conditions(
+                len(batch), None if labels is None else labels[start : start + batch_size]
+            )
             given, first = None, 0
             for stage in self.stages:
                 slots = batch[:, first : first + stage.layout.length]
@@ -228,10 +250,16 @@ class PriorModel:
                 first += stage.layout.length
 
     def ideal_bits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        bits = torch.full((len(codes),), 0.0 if labels is None else math.log2(self.prior.num_classes + 1)).double()
+        bits = torch.full(
+            (len(codes),), 0.0 if labels is None else math.log2(self.prior.num_classes + 1)
+        ).double()
         for rows in torch.arange(len(codes)).split(self.batch_size):
-            conditions = self._conditions(len(rows), None if labels is None else labels[rows].cpu().numpy())
-            bits[rows] += self.prior.nll(codes[rows].to(self.device), conditions).nats.cpu() / math.log(2)
+            conditions = self._conditions(
+                len(rows), None if labels is None else labels[rows].cpu().numpy()
+            )
+            bits[rows] += self.prior.nll(
+                codes[rows].to(self.device), conditions
+            ).nats.cpu() / math.log(2)
         return bits
 
     def _conditions(self, count: int, labels: Array | None) -> Tensor:
@@ -324,7 +352,9 @@ class _Reader:
     """A port that puts what was kept in the place of what passes."""
 
     def __init__(self, payload: bytes) -> None:
-        self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
+        self.coder = constriction.stream.queue.RangeDecoder(
+            np.frombuffer(payload, "<u4").astype(np.uint32)
+        )
 
     def __call__(self, symbols: Array, weights: Array) -> Array:
         if not len(symbols) or weights.shape[-1] < 2:
@@ -352,7 +382,8 @@ class TokenFile:
 
     def to_bytes(self) -> bytes:
         levels = [
-            _counts(len(grid), *grid, num_codes) for grid, num_codes in zip(self.layout.grids, self.layout.num_codes)
+            _counts(len(grid), *grid, num_codes)
+            for grid, num_codes in zip(self.layout.grids, self.layout.num_codes)
         ]
         parts = [
             MAGIC + bytes([VERSION, KINDS.index(self.kind), self.labelled]),
@@ -372,23 +403,40 @@ class TokenFile:
         if data[:4] != MAGIC:
             raise UserError(f"{name}: is no token file: it begins with {data[:4]!r}, not {MAGIC!r}")
         if data[4:5] != bytes([VERSION]):
-            raise UserError(f"{name}: is of version {data[4] if data[4:] else '?'}, and this reads {VERSION}")
+            raise UserError(
+                f"{name}: is of version {data[4] if data[4:] else '?'}, and this reads {VERSION}"
+            )
         if zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
-            raise UserError(f"{name}: is damaged or cut short: its CRC-32 is not that of its {len(data):,} bytes")
+            raise UserError(
+                f"{name}: is damaged or cut short: its CRC-32 is not that of its {len(data):,} bytes"
+            )
         try:
             cursor = _Cursor(data, 5)
             kind, labelled = KINDS[cursor.take(1)[0]], bool(cursor.take(1)[0])
             num_images, batch_size, num_levels = cursor.count(), cursor.count(), cursor.count()
-            levels = [[cursor.count() for _ in range(cursor.count() + 1)] for _ in range(num_levels)]
-            layout = CodeLayout(tuple(tuple(level[:-1]) for level in levels), tuple(level[-1] for level in levels))
+            levels = [
+                [cursor.count() for _ in range(cursor.count() + 1)] for _ in range(num_levels)
+            ]
+            layout = CodeLayout(
+                tuple(tuple(level[:-1]) for level in levels), tuple(level[-1] for level in levels)
+            )
             _check_layout(layout)
             model, table = cursor.take(8).hex(), cursor.take(cursor.count())
-            checksum, payload = int.from_bytes(cursor.take(4), "little"), cursor.take(cursor.count())
-            if cursor.place != len(data) - 4 or len(payload) % 4 or (kind == "prior" and not batch_size):
+            checksum, payload = (
+                int.from_bytes(cursor.take(4), "little"),
+                cursor.take(cursor.count()),
+            )
+            if (
+                cursor.place != len(data) - 4
+                or len(payload) % 4
+                or (kind == "prior" and not batch_size)
+            ):
                 raise ValueError("its parts do not add up")
         except (IndexError, ValueError) as error:
             raise UserError(f"{name}: is damaged ({error})") from None
-        return TokenFile(kind, layout, num_images, labelled, batch_size, model, table, checksum, payload)
+        return TokenFile(
+            kind, layout, num_images, labelled, batch_size, model, table, checksum, payload
+        )
 
 
 class _Cursor:
@@ -423,7 +471,12 @@ def _counts(*values: int) -> bytes:
 
 
 def _check_layout(layout: CodeLayout) -> None:
-    if not layout.grids or min(layout.num_codes) < 1 or max(layout.num_codes) > MOST_CODES or not layout.length:
+    if (
+        not layout.grids
+        or min(layout.num_codes) < 1
+        or max(layout.num_codes) > MOST_CODES
+        or not layout.length
+    ):
         raise ValueError(f"{layout} cannot be coded")
 
 

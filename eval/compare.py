@@ -40,10 +40,19 @@ class Figures:
         for file in files:
             try:
                 fields = json.loads(file.read_text())
-                found = [Measurement.from_dict(each) for each in fields.get("measurements", fields.get("figures"))]
-                whole = {fields["kind"]: fields["environment"]} if "kind" in fields else fields["environment"]
+                found = [
+                    Measurement.from_dict(each)
+                    for each in fields.get("measurements", fields.get("figures"))
+                ]
+                whole = (
+                    {fields["kind"]: fields["environment"]}
+                    if "kind" in fields
+                    else fields["environment"]
+                )
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{file}: no record of eval.run, or damaged ({error}): measure again") from None
+                raise UserError(
+                    f"{file}: no record of eval.run, or damaged ({error}): measure again"
+                ) from None
             for figure in found:
                 measured.setdefault(_plain(figure.name), figure)
             environments |= whole
@@ -66,11 +75,19 @@ def compare_records(first: Figures, second: Figures, allowed: Sequence[str] = ()
     known = {field for pair in pairs for figure in pair for field in conditions(figure)}
     for field in allowed:
         if not any(_covers(field, each) for each in known):
-            raise UserError(f"--allow-differences {field}: is not one of {', '.join(sorted(known))}")
+            raise UserError(
+                f"--allow-differences {field}: is not one of {', '.join(sorted(known))}"
+            )
     for name, (ours, theirs) in zip(shared, pairs):
         own, other = conditions(ours), conditions(theirs)
-        differing = [field for field in {**own, **other} if own.get(field, ABSENT) != other.get(field, ABSENT)]
-        differing = [field for field in differing if not any(_covers(each, field) for each in allowed)]
+        differing = [
+            field
+            for field in {**own, **other}
+            if own.get(field, ABSENT) != other.get(field, ABSENT)
+        ]
+        differing = [
+            field for field in differing if not any(_covers(each, field) for each in allowed)
+        ]
         if differing:
             field = differing[0]
             also = f" (also {', '.join(differing[1:])})" if len(differing) > 1 else ""
@@ -78,11 +95,24 @@ def compare_records(first: Figures, second: Figures, allowed: Sequence[str] = ()
                 f"{first.path} and {second.path} do not compare: {name} has {field} {own.get(field, ABSENT)} and "
                 f"{other.get(field, ABSENT)}{also}: measure both alike, or pass --allow-differences {field}"
             )
-    columns: dict[str, list[str]] = {head: [] for head in ("figure", "A", "A, 95 %", "B", "B, 95 %", "B - A", "better")}
+    columns: dict[str, list[str]] = {
+        head: [] for head in ("figure", "A", "A, 95 %", "B", "B, 95 %", "B - A", "better")
+    }
     for name, (ours, theirs) in zip(shared, pairs):
-        difference = theirs.value - ours.value if theirs.value != ours.value else 0.0  # equal infinities
-        cells = [f"{name} {ARROWS[ours.higher_is_better]}".strip(), value_text(ours), interval_text(ours)]
-        cells += [value_text(theirs), interval_text(theirs), number(difference), _better(ours, theirs)]
+        difference = (
+            theirs.value - ours.value if theirs.value != ours.value else 0.0
+        )  # equal infinities
+        cells = [
+            f"{name} {ARROWS[ours.higher_is_better]}".strip(),
+            value_text(ours),
+            interval_text(ours),
+        ]
+        cells += [
+            value_text(theirs),
+            interval_text(theirs),
+            number(difference),
+            _better(ours, theirs),
+        ]
         for column, cell in zip(columns.values(), cells):
             column.append(cell)
     lines = table_of(columns)
@@ -94,7 +124,12 @@ def compare_records(first: Figures, second: Figures, allowed: Sequence[str] = ()
 
 def conditions(figure: Measurement) -> dict[str, Any]:
     """All that two figures must share to be compared, by field; data sets by what they hold, wherever they lie."""
-    return {"n": figure.n, "split": figure.split, "unit": figure.unit, **_flat(nameless(figure.settings))}
+    return {
+        "n": figure.n,
+        "split": figure.split,
+        "unit": figure.unit,
+        **_flat(nameless(figure.settings)),
+    }
 
 
 ABSENT = "nothing"
@@ -126,7 +161,10 @@ def _environments(first: Figures, second: Figures) -> list[str]:
     for kind in first.environments:
         one, other = (_flat(each.environments.get(kind, {})) for each in (first, second))
         differing = [field for field in one if field in other and one[field] != other[field]]
-        lines += [f"note: {kind} was measured with {field} {one[field]} and {other[field]}" for field in differing]
+        lines += [
+            f"note: {kind} was measured with {field} {one[field]} and {other[field]}"
+            for field in differing
+        ]
     return lines
 
 
@@ -148,7 +186,9 @@ def check_alike(conditions: Mapping[Path, Mapping[str, str]], allowed: Sequence[
 def table_of(columns: dict[str, list[str]]) -> list[str]:
     """Lines of Markdown, aligned: the first column to the left, the others to the right."""
     padded = []
-    for head, *cells in ([table_cell(text) for text in (head, *cells)] for head, cells in columns.items()):
+    for head, *cells in (
+        [table_cell(text) for text in (head, *cells)] for head, cells in columns.items()
+    ):
         width = max(map(len, [head, *cells]))
         place, rule = (str.rjust, "-" * (width - 1) + ":") if padded else (str.ljust, "-" * width)
         padded.append([place(head, width), rule, *(place(cell, width) for cell in cells)])
@@ -162,7 +202,8 @@ def own_settings(configs: Sequence[Any]) -> list[str]:
         ", ".join(
             f"`{key}={value}`"
             for key, value in config.items()
-            if key not in ("name", "root") and any(key not in other or other[key] != value for other in flat)
+            if key not in ("name", "root")
+            and any(key not in other or other[key] != value for other in flat)
         )
         or "none"
         for config in flat
@@ -175,16 +216,26 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             value = {str(index): each for index, each in enumerate(value)}
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return found
 
 
 def main() -> None:
-    parser = Parser(prog="python -m eval.compare", description="The figures of B beside those of A.")
+    parser = Parser(
+        prog="python -m eval.compare", description="The figures of B beside those of A."
+    )
     for name in ("A", "B"):
         parser.add_argument(name, type=Path, help="a record or report (.json), or a run's folder")
     parser.add_argument(
-        "--allow-differences", nargs="+", default=(), metavar="FIELD", help="settings that may differ, such as n"
+        "--allow-differences",
+        nargs="+",
+        default=(),
+        metavar="FIELD",
+        help="settings that may differ, such as n",
     )
     arguments = parser.parse_args()
     pair = (Figures.read(path) for path in (arguments.A, arguments.B))

@@ -25,7 +25,9 @@ def rate_plot(names: Sequence[str], bits: Sequence[float], psnr: Sequence[float]
     return points_plot(names, bits, psnr, "bits per image", "PSNR, dB")
 
 
-def points_plot(names: Sequence[str], places: Sequence[float], heights: Sequence[float], across: str, up: str) -> bytes:
+def points_plot(
+    names: Sequence[str], places: Sequence[float], heights: Sequence[float], across: str, up: str
+) -> bytes:
     """Named points on a logarithmic and a linear axis, as SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
@@ -40,7 +42,9 @@ def points_plot(names: Sequence[str], places: Sequence[float], heights: Sequence
     for tick in sorted(places):
         ticks += [tick] if not ticks or tick > 1.08 * ticks[-1] else []
     axes.set_xticks(ticks)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if min(places) >= 10 else "{x:.3g}"))
+    axes.xaxis.set_major_formatter(
+        StrMethodFormatter("{x:,.0f}" if min(places) >= 10 else "{x:.3g}")
+    )
     axes.minorticks_off()
     axes.tick_params(axis="x", labelrotation=45)
     axes.grid(color=GRID)
@@ -58,14 +62,18 @@ def points_plot(names: Sequence[str], places: Sequence[float], heights: Sequence
             label.set_position((dx, dy))
             label.set_horizontalalignment(end)
             label.update_positions(canvas.get_renderer())
-            box = Text.get_window_extent(label, canvas.get_renderer()).extents  # of the text, without its line
+            box = Text.get_window_extent(
+                label, canvas.get_renderer()
+            ).extents  # of the text, without its line
             if not any(_overlap(box, other) for other in taken):
                 break
         taken.append(tuple(box))
     return _svg(figure)
 
 
-def codebook_bars(names: Sequence[str], usage: Sequence[float], perplexity: Sequence[float]) -> bytes:
+def codebook_bars(
+    names: Sequence[str], usage: Sequence[float], perplexity: Sequence[float]
+) -> bytes:
     """Codes in use and perplexity, both in percent of the codebook, as SVG."""
     figure = _figure(0.8 + 0.42 * len(names))
     axes = figure.add_subplot(xlabel="% of the codebook", xlim=(0, 100))
@@ -89,7 +97,13 @@ def curves_plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:
     order = sorted(curves, key=lambda name: -curves[name][-1][1])
     for index, name in enumerate(order):
         style = ("-", "--", ":")[index // 10 % 3]
-        axes.plot(*zip(*curves[name]), style, color=colormaps["tab10"](index % 10), linewidth=1.5, label=_plain(name))
+        axes.plot(
+            *zip(*curves[name]),
+            style,
+            color=colormaps["tab10"](index % 10),
+            linewidth=1.5,
+            label=_plain(name),
+        )
     axes.grid(color=GRID)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return _svg(figure)
@@ -99,7 +113,10 @@ def labelled_grid(names: Sequence[str], rows: Sequence[np.ndarray]) -> bytes:
     """A row of images (n, H, W, 3) uint8 for each name, which stands on its left, as PNG."""
     from PIL import Image, ImageDraw, ImageFont
 
-    grid, names = image_grid(np.concatenate(rows), columns=len(rows[0])), [printable(name) for name in names]
+    grid, names = (
+        image_grid(np.concatenate(rows), columns=len(rows[0])),
+        [printable(name) for name in names],
+    )
     font = ImageFont.load_default(16)
     margin = 12 + max(round(font.getlength(name)) for name in names)
     picture = Image.new("RGB", (margin + grid.width, grid.height), "white")
@@ -119,7 +136,12 @@ def _plain(name: str) -> str:
 
 def _overlap(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether boxes (left, bottom, right, top) share anything."""
-    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
+    return (
+        first[0] < second[2]
+        and second[0] < first[2]
+        and first[1] < second[3]
+        and second[1] < first[3]
+    )
 
 
 def _figure(height: float) -> Figure:

@@ -53,13 +53,22 @@ def examine_weights(name: str, given: Path | None = None) -> Finding:
     if path == weights.place:
         text = f"{file}: SHA-256 {found}: damaged, or another file: remove it; {weights.missing()}"
         return Finding(name, BROKEN, text)
-    return Finding(name, OK, f"{file}, SHA-256 {found}: not the published file, so that figures carry its hash")
+    return Finding(
+        name, OK, f"{file}, SHA-256 {found}: not the published file, so that figures carry its hash"
+    )
 
 
 def _weights_file(path: Path) -> Path | None:
     if not path.is_dir():
         return path
-    return next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+    return next(
+        (
+            path / name
+            for name in ("model.safetensors", "pytorch_model.bin")
+            if (path / name).is_file()
+        ),
+        None,
+    )
 
 
 def examine_extractors(folder: Path) -> Iterator[Finding]:
@@ -70,16 +79,22 @@ def examine_extractors(folder: Path) -> Iterator[Finding]:
     found = sorted(path.parent for path in folder.glob("*/extractor/weights"))
     if not found:
         yield Finding(
-            "in-domain", ABSENT, f"none in {folder}/*/extractor: `eval.run report RUN` trains one for its data"
+            "in-domain",
+            ABSENT,
+            f"none in {folder}/*/extractor: `eval.run report RUN` trains one for its data",
         )
     for path in found:
         try:
             extractor = InDomain(path)
         except (UserError, RuntimeError, KeyError) as error:
-            yield Finding("in-domain", BROKEN, f"{path}: {error}: remove it, and eval.run trains another")
+            yield Finding(
+                "in-domain", BROKEN, f"{path}: {error}: remove it, and eval.run trains another"
+            )
             continue
         data = extractor.config.data
-        yield Finding("in-domain", OK, f"{path}: {tag(extractor)}, {data.source} at {data.image_size} px")
+        yield Finding(
+            "in-domain", OK, f"{path}: {tag(extractor)}, {data.source} at {data.image_size} px"
+        )
 
 
 def examine_packages() -> Iterator[Finding]:
@@ -103,7 +118,9 @@ def examine_packages() -> Iterator[Finding]:
         versions.append(f"{requirement.name} {version}")
         if not requirement.specifier.contains(version, prereleases=True):
             yield Finding(
-                "packages", BROKEN, f"{requirement.name} {version} is installed, not {requirement}: make setup"
+                "packages",
+                BROKEN,
+                f"{requirement.name} {version} is installed, not {requirement}: make setup",
             )
     yield Finding("packages", OK, ", ".join(versions))
 
@@ -115,14 +132,21 @@ def examine_pairing() -> Finding:
     except importlib.metadata.PackageNotFoundError as error:
         return Finding("torchvision", BROKEN, f"{error.name} is not installed: make setup")
     made_for = next(
-        (line.split(";")[0].strip() for line in importlib.metadata.requires("torchvision") or () if _is_torch(line)), ""
+        (
+            line.split(";")[0].strip()
+            for line in importlib.metadata.requires("torchvision") or ()
+            if _is_torch(line)
+        ),
+        "",
     )
     script = "import torch, torchvision; torchvision.ops.nms(torch.eye(4), torch.ones(4), 0.5)"
     tried = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     text = f"torch {torch}, torchvision {torchvision} (made for {made_for or 'a torch that it does not name'})"
     if tried.returncode:
         reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
-        return Finding("torchvision", BROKEN, f"{text}: {reason}: install both from one index in one go")
+        return Finding(
+            "torchvision", BROKEN, f"{text}: {reason}: install both from one index in one go"
+        )
     return Finding("torchvision", OK, text)
 
 
@@ -138,7 +162,11 @@ def examine_formats() -> Finding:
 
     lacking = [name for name in ("jpg", "webp", "avif") if not features.check(name)]
     if lacking:
-        return Finding("formats", ABSENT, f"Pillow was built without {', '.join(lacking)}: left out of rate-distortion")
+        return Finding(
+            "formats",
+            ABSENT,
+            f"Pillow was built without {', '.join(lacking)}: left out of rate-distortion",
+        )
     return Finding("formats", OK, "Pillow writes JPEG, WebP and AVIF")
 
 
@@ -146,7 +174,9 @@ def examine_machine() -> Iterator[Finding]:
     import torch
 
     yield Finding(
-        "python", OK, f"{platform.python_version()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+        "python",
+        OK,
+        f"{platform.python_version()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
     )
     from training import distributed
 
@@ -195,9 +225,17 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m eval.doctor", description="What evaluation finds on this machine.")
+    parser = Parser(
+        prog="python -m eval.doctor", description="What evaluation finds on this machine."
+    )
     add = parser.add_argument
-    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of pipelines (runs)")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="folder of pipelines (runs)",
+    )
     add("--inception-weights", type=Path, metavar="PATH")
     add("--lpips-weights", type=Path, metavar="PATH")
     add("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
@@ -208,7 +246,9 @@ def main() -> None:
         print(f"{finding.name:14}{finding.state:8}{' '.join(finding.text.split())}", flush=True)
         broken += finding.state == BROKEN
     if broken:
-        raise UserError(f"{broken} of the above {'is' if broken == 1 else 'are'} broken, and needed")
+        raise UserError(
+            f"{broken} of the above {'is' if broken == 1 else 'are'} broken, and needed"
+        )
 
 
 if __name__ == "__main__":

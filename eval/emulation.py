@@ -50,16 +50,27 @@ def measure_protocols(pipeline: Pipeline) -> Record:
     origin = Origin("samples", protocol, {"samples_sha256": samples.sha256})
     measurements = []
     for figures in found:
-        how = extractor.settings | {"protocol": figures.protocol, "reference_n": figures.reference_n}
+        how = extractor.settings | {
+            "protocol": figures.protocol,
+            "reference_n": figures.reference_n,
+        }
         details = {"why": figures.why}
         for figure, value, higher in (("FD", figures.distance, False), ("IS", figures.score, True)):
             if value is not None:
                 name = f"{figure_name(figure, extractor)} as {figures.protocol}"
-                measurements.append(origin.measure(name, value, "", higher, figures.n, details=details, **how))
+                measurements.append(
+                    origin.measure(name, value, "", higher, figures.n, details=details, **how)
+                )
     notes = [line for line in [banner(extractor)] if line]
     notes += [f"{figures.protocol}: {figures.why}." for figures in found]
-    notes.append("Samples are kept as uint8, so that how a protocol turns floats into uint8 does not show here.")
+    notes.append(
+        "Samples are kept as uint8, so that how a protocol turns floats into uint8 does not show here."
+    )
     if any(figures.score is not None for figures in found) and not counts.suffice(SCORE, "samples"):
-        measurements = [figure for figure in measurements if not figure.name.startswith(figure_name("IS", extractor))]
+        measurements = [
+            figure
+            for figure in measurements
+            if not figure.name.startswith(figure_name("IS", extractor))
+        ]
     record = Record("protocols", settings, measurements, {}, notes + counts.notes)
     return pipeline.keep(record)

@@ -101,7 +101,12 @@ WEIGHTS = {
 # What figures of the standard networks are called, by the networks' names.
 STANDARD_NAMES = {
     "inception-2015-12-05": {"FD": "FID", "rFD": "rFID", "FD∞": "FID∞", "IS": "IS", "KD": "KID"},
-    "dinov2-vit-l-14": {"FD": "FD-DINOv2", "rFD": "rFD-DINOv2", "FD∞": "FD∞-DINOv2", "KD": "KD-DINOv2"},
+    "dinov2-vit-l-14": {
+        "FD": "FD-DINOv2",
+        "rFD": "rFD-DINOv2",
+        "FD∞": "FD∞-DINOv2",
+        "KD": "KD-DINOv2",
+    },
     "clip-vit-l-14-336": {"MMD": "CMMD"},
 }
 
@@ -111,7 +116,9 @@ class Extraction:
     """What an extractor sees in n images."""
 
     features: Tensor  # (n, D) float32
-    probabilities: Tensor  # (n, C) float32, of the extractor's own classes; (n, 0) where it has none
+    probabilities: (
+        Tensor  # (n, C) float32, of the extractor's own classes; (n, 0) where it has none
+    )
 
 
 class Extractor(Protocol):
@@ -122,9 +129,13 @@ class Extractor(Protocol):
     input_size: int  # S, pixels per side that its network sees
     settings: dict  # for measurements
 
-    def __call__(self, images: Tensor) -> Extraction: ...  # (B, 3, H, W) uint8, resized as its figures' names want
+    def __call__(
+        self, images: Tensor
+    ) -> Extraction: ...  # (B, 3, H, W) uint8, resized as its figures' names want
 
-    def see(self, inputs: Tensor) -> Extraction: ...  # (B, 3, S, S) floats in [0, 255], resized already
+    def see(
+        self, inputs: Tensor
+    ) -> Extraction: ...  # (B, 3, S, S) floats in [0, 255], resized already
 
 
 def figure_name(figure: str, extractor: Extractor) -> str:
@@ -182,19 +193,27 @@ class Inception:
     def __init__(self, path: Path) -> None:
         """Raises UserError for a file that is missing or holds another network."""
         if not path.is_file():
-            raise UserError(f"--inception-weights {path}: no such file; {WEIGHTS['inception'].missing()}")
+            raise UserError(
+                f"--inception-weights {path}: no such file; {WEIGHTS['inception'].missing()}"
+            )
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.sha256 = sha256(path)
         self.standard = WEIGHTS["inception"].knows(self.sha256)
         self.name = "inception-2015-12-05" if self.standard else "inception"
-        self.settings = {"extractor": self.name, "extractor_sha256": self.sha256, "resize": "torch-fidelity"}
+        self.settings = {
+            "extractor": self.name,
+            "extractor_sha256": self.sha256,
+            "resize": "torch-fidelity",
+        }
         try:
             # torch-fidelity unpickles the file it is given: it gets a copy of the tensors alone.
             tensors = io.BytesIO()
             torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors)
             tensors.seek(0)
-            self.network = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], tensors)
+            self.network = FeatureExtractorInceptionV3(
+                self.name, ["2048", "logits_unbiased"], tensors
+            )
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
@@ -230,7 +249,11 @@ class Tower:
         import transformers
 
         known, weights = TOWERS[kind], WEIGHTS[kind]
-        files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+        files = [
+            folder / name
+            for name in ("model.safetensors", "pytorch_model.bin")
+            if (folder / name).is_file()
+        ]
         try:
             if not files:
                 raise OSError("no model.safetensors")
@@ -248,7 +271,11 @@ class Tower:
         self.sha256 = sha256(files[0])
         self.standard = weights.knows(self.sha256)
         self.name = known.name if self.standard else kind
-        self.settings = {"extractor": self.name, "extractor_sha256": self.sha256, "resize": "Pillow bicubic, uint8"}
+        self.settings = {
+            "extractor": self.name,
+            "extractor_sha256": self.sha256,
+            "resize": "Pillow bicubic, uint8",
+        }
         config = self.network.config
         self.input_size = known.input_size or config.image_size
         self.pooled = known.pooled
@@ -256,7 +283,9 @@ class Tower:
         if kind == "dinov2":
             fit_positions(self.network.embeddings, self.input_size // config.patch_size)
         self.network.to(distributed.device()).eval().requires_grad_(False)
-        self.mean, self.std = (torch.tensor(values, device=distributed.device()) for values in known.normalisation)
+        self.mean, self.std = (
+            torch.tensor(values, device=distributed.device()) for values in known.normalisation
+        )
 
     def __call__(self, images: Tensor) -> Extraction:
         return self.see(resize_bicubic(images, self.input_size).to(distributed.device()).float())
@@ -282,7 +311,9 @@ class TowerKind:
 CLIP_PIXELS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 TOWERS = {
     "dinov2": TowerKind("dinov2-vit-l-14", "Dinov2Model", "pooler_output", 224, IMAGENET),
-    "clip": TowerKind("clip-vit-l-14-336", "CLIPVisionModelWithProjection", "image_embeds", None, CLIP_PIXELS),
+    "clip": TowerKind(
+        "clip-vit-l-14-336", "CLIPVisionModelWithProjection", "image_embeds", None, CLIP_PIXELS
+    ),
 }
 
 
@@ -290,7 +321,9 @@ TOWERS = {
 def fit_positions(embeddings: nn.Module, side: int) -> None:
     """Give a DINOv2 the positions of side x side patches as its first release interpolates them, which published
     figures inherit: by a factor that a tenth of a patch was added to. transformers' own differ by a little."""
-    class_token, grid = embeddings.position_embeddings.split([1, embeddings.position_embeddings.shape[1] - 1], 1)
+    class_token, grid = embeddings.position_embeddings.split(
+        [1, embeddings.position_embeddings.shape[1] - 1], 1
+    )
     trained = round(grid.shape[1] ** 0.5)
     if trained == side:
         return

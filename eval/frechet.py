@@ -151,7 +151,9 @@ def extrapolate(counts: Sequence[int], values: Sequence[float]) -> tuple[float, 
     return float(found[0]), float(found[1])
 
 
-def frechet_jackknife(features: Tensor, reference: Gaussian | Tensor, blocks: int = 20) -> Jackknife:
+def frechet_jackknife(
+    features: Tensor, reference: Gaussian | Tensor, blocks: int = 20
+) -> Jackknife:
     """Interval of the distance from (n, D) features to a fixed Gaussian.
 
     Where `reference` is a tensor its rows are paired with `features` (reconstructions and originals) and
@@ -159,7 +161,9 @@ def frechet_jackknife(features: Tensor, reference: Gaussian | Tensor, blocks: in
     """
     paired = isinstance(reference, Tensor)
     if paired and len(reference) != len(features):
-        raise ValueError(f"paired features need equal counts, not {len(features)} and {len(reference)}")
+        raise ValueError(
+            f"paired features need equal counts, not {len(features)} and {len(reference)}"
+        )
 
     def distance(kept: Tensor) -> float:
         other = Gaussian.of_features(reference[kept]) if paired else reference

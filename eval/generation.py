@@ -40,7 +40,10 @@ IS_SPLITS = 10
 TRUSTED_ACCURACY = 0.8  # of the in-domain classifier on real images; below it the report warns
 SHOWN_CLASSES, SHOWN_PER_CLASS = 20, 12
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
-KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000  # of KID, as published; smaller sets give smaller subsets
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = (
+    100,
+    1000,
+)  # of KID, as published; smaller sets give smaller subsets
 INFINITY_POINTS = 15
 SHOWN_NEAREST = 12  # samples beside their training neighbours
 SETS = SAMPLES, HELD_OUT, TRAIN = "samples", "held-out images", "train images"  # as notes call them
@@ -61,10 +64,16 @@ class Samples:
         """Raises UserError for a missing or damaged file and for images of another size."""
         path = folder / FILES.arrays
         if folder.is_dir() and not is_settled(folder):
-            raise UserError(f"{folder}: sampling was ended as it put its files in place: run the same command again")
+            raise UserError(
+                f"{folder}: sampling was ended as it put its files in place: run the same command again"
+            )
         if not path.is_file():
             begun = (folder / UNFINISHED).is_dir()
-            remedy = "unfinished: run the same command again" if begun else "no samples here: make them first"
+            remedy = (
+                "unfinished: run the same command again"
+                if begun
+                else "no samples here: make them first"
+            )
             raise UserError(f"{path}: {remedy} (python -m generate.sample)")
         facts = read_facts(folder)
         try:
@@ -78,7 +87,11 @@ class Samples:
                 raise ValueError(f"the checksum of {damaged} is another")
         except (*DAMAGES, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}): sample again") from error
-        if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3) or not len(images):
+        if (
+            images.dtype != np.uint8
+            or images.shape[1:] != (image_size, image_size, 3)
+            or not len(images)
+        ):
             raise UserError(
                 f"{path}: arr_0 is {images.dtype} {images.shape}, and the data needs uint8 "
                 f"(N, {image_size}, {image_size}, 3): sample again from this run"
@@ -97,12 +110,16 @@ class Samples:
 
 def _whole_numbers(labels: np.ndarray) -> np.ndarray:
     """(N,) int64. Raises ValueError for what would be cut to be one."""
-    if labels.dtype.kind not in "iu" and not (labels.dtype.kind == "f" and (labels == labels.round()).all()):
+    if labels.dtype.kind not in "iu" and not (
+        labels.dtype.kind == "f" and (labels == labels.round()).all()
+    ):
         raise ValueError(f"{LABELS} is {labels.dtype}, and class numbers are whole")
     return labels.astype(np.int64)
 
 
-def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str = "generation") -> Record:
+def measure_generation(
+    pipeline: Pipeline, folder: Path | None = None, kind: str = "generation"
+) -> Record:
     """The record of RUN/samples, or of another `folder` and `kind`: the kept one if current, else measured and kept."""
     options = pipeline.options
     folder = folder or pipeline.folder / "samples"
@@ -132,7 +149,9 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
 
     protocol = {"batch_size": options.batch_size}
     subject: dict[str, Any] = {"samples_sha256": samples.sha256}
-    subject |= {name: value for name, value in samples.made_from.items() if name.endswith("_sha256")}
+    subject |= {
+        name: value for name, value in samples.made_from.items() if name.endswith("_sha256")
+    }
     if "options" in samples.made_from:
         subject["seed"] = samples.made_from["options"]["seed"]
     origins = Origins(
@@ -151,9 +170,13 @@ def measure_generation(pipeline: Pipeline, folder: Path | None = None, kind: str
         drawn[extractor.name] = seen.samples
         measurements += _distances(extractor, seen, origins, counts)
         measurements += _kernel_distances(extractor, seen, origins, counts)
-        measurements += [m for m in reconstruction.measurements if m.name == figure_name("rFD", extractor)]
+        measurements += [
+            m for m in reconstruction.measurements if m.name == figure_name("rFD", extractor)
+        ]
         if getattr(extractor, "task", "classes") == "rotation":
-            notes.append(f"The score of class probabilities is left out: {extractor.name} knows no classes.")
+            notes.append(
+                f"The score of class probabilities is left out: {extractor.name} knows no classes."
+            )
         elif seen.samples.probabilities.shape[1]:
             measurements += _scores(extractor, seen, origins, counts)
         measurements += _manifolds(extractor, seen, origins, counts)
@@ -203,7 +226,9 @@ class Seen(Real):
 
 def _extract(pipeline: Pipeline, extractor: Extractor, samples: Samples, n: int) -> Seen:
     drawn = FeatureRows(extractor)
-    for batch in share(torch.arange(n), pipeline.options.batch_size, samples.load, f"samples, {extractor.name}"):
+    for batch in share(
+        torch.arange(n), pipeline.options.batch_size, samples.load, f"samples, {extractor.name}"
+    ):
         drawn.update(batch)
     return Seen(**vars(_extract_real(pipeline, extractor)), samples=drawn.gathered())
 
@@ -220,37 +245,69 @@ def _extract_real(pipeline: Pipeline, extractor: Extractor) -> Real:
         extraction = extractor(batch.images)
         moments.update(extraction.features)
         kept = batch.ids % stride == 0
-        train.add(batch.ids[kept], Extraction(extraction.features[kept], extraction.probabilities[kept]))
+        train.add(
+            batch.ids[kept], Extraction(extraction.features[kept], extraction.probabilities[kept])
+        )
         if isinstance(extractor, InDomain):
             whole.add(batch.ids, extraction)
     features = whole.gathered().features if isinstance(extractor, InDomain) else None
     return Real(held_out.gathered(), train.gathered(), moments.reduced(), features)
 
 
-def _distances(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
+def _distances(
+    extractor: Extractor, seen: Seen, origins: Origins, counts: Counts
+) -> list[Measurement]:
     name, rows, real = figure_name("FD", extractor), seen.samples.features, seen.held_out.features
     to_train = {"reference": "train split", "reference_n": seen.train_moments.count}
     to_held_out = {"reference": "held-out split", "reference_n": len(real)}
     found = []
     if counts.suffice("a Fréchet distance", SAMPLES, HELD_OUT):
         target = Gaussian.of_features(real)
-        found.append(measure_frechet(origins.samples, f"{name} to held-out", extractor, rows, target, **to_held_out))
-    train = Gaussian.of_moments(seen.train_moments) if counts.suffice("a Fréchet distance", TRAIN) else None
+        found.append(
+            measure_frechet(
+                origins.samples, f"{name} to held-out", extractor, rows, target, **to_held_out
+            )
+        )
+    train = (
+        Gaussian.of_moments(seen.train_moments)
+        if counts.suffice("a Fréchet distance", TRAIN)
+        else None
+    )
     if train and counts.suffice("a Fréchet distance", SAMPLES):
-        found.append(measure_frechet(origins.samples, f"{name} to train", extractor, rows, train, **to_train))
+        found.append(
+            measure_frechet(origins.samples, f"{name} to train", extractor, rows, train, **to_train)
+        )
     if train and counts.suffice("a distance at endless N", SAMPLES):
         least = len(rows) // 10
         line = frechet_infinity(rows, train, INFINITY_POINTS, least)
-        how = to_train | extractor.settings | {"points": INFINITY_POINTS, "least": least, "draw_seed": 0}
-        details = {"slope": line.slope, "counts": list(line.counts), "distances": list(line.distances)}
+        how = (
+            to_train
+            | extractor.settings
+            | {"points": INFINITY_POINTS, "least": least, "draw_seed": 0}
+        )
+        details = {
+            "slope": line.slope,
+            "counts": list(line.counts),
+            "distances": list(line.distances),
+        }
         endless = f"{figure_name('FD∞', extractor)} to train"
-        found.append(origins.samples.measure(endless, line.value, "", False, len(rows), details=details, **how))
+        found.append(
+            origins.samples.measure(
+                endless, line.value, "", False, len(rows), details=details, **how
+            )
+        )
     if train and counts.suffice("a Fréchet distance", HELD_OUT):
-        found.append(measure_frechet(origins.held_out, f"{name} of real images", extractor, real, train, **to_train))
+        found.append(
+            measure_frechet(
+                origins.held_out, f"{name} of real images", extractor, real, train, **to_train
+            )
+        )
     return found
 
 
-def _kernel_distances(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
+def _kernel_distances(
+    extractor: Extractor, seen: Seen, origins: Origins, counts: Counts
+) -> list[Measurement]:
     real, found = seen.held_out.features, []
     for suffix, origin, rows, count in (
         (" to held-out", origins.samples, seen.samples.features, SAMPLES),
@@ -261,11 +318,17 @@ def _kernel_distances(extractor: Extractor, seen: Seen, origins: Origins, counts
         least = min(len(rows), len(real))
         size = KERNEL_SUBSET_SIZE if least >= KERNEL_SUBSET_SIZE else least // 2
         distance = kernel_distance(rows, real, KERNEL_SUBSETS, size)
-        how = extractor.settings | {"reference": "held-out split", "reference_n": len(real), "kernel": "(xy/D + 1)^3"}
+        how = extractor.settings | {
+            "reference": "held-out split",
+            "reference_n": len(real),
+            "kernel": "(xy/D + 1)^3",
+        }
         how |= {"subsets": distance.subsets, "subset_size": distance.subset_size, "draw_seed": 2020}
         details = {"deviation_over_subsets": distance.deviation}
         name = figure_name("KD", extractor) + suffix
-        found.append(origin.measure(name, distance.mean, "", False, len(rows), details=details, **how))
+        found.append(
+            origin.measure(name, distance.mean, "", False, len(rows), details=details, **how)
+        )
     return found
 
 
@@ -273,7 +336,10 @@ def _clip_distances(
     pipeline: Pipeline, samples: Samples, n: int, origins: Origins, counts: Counts
 ) -> list[Measurement]:
     """CMMD, of samples and of real images."""
-    extractor, held_out, train, drawn = pipeline.clip, *(FeatureRows(pipeline.clip) for _ in range(3))
+    extractor, held_out, train, drawn = (
+        pipeline.clip,
+        *(FeatureRows(pipeline.clip) for _ in range(3)),
+    )
     for rows, batches in (
         (held_out, pipeline.batches(pipeline.held_out, "held-out images, clip")),
         (train, pipeline.batches(pipeline.train, "train images, clip")),
@@ -306,13 +372,17 @@ def _hash_reference(path: Path | None) -> str | None:
 def _to_reference(pipeline: Pipeline, path: Path, features: Tensor, origin: Origin) -> Measurement:
     """The distance of samples' features by `pipeline.judge` to a file's statistics."""
     extractor = pipeline.judge
-    reference = read_reference(path, extractor, pipeline.options.batch_size, pipeline.held_out.image_size)
+    reference = read_reference(
+        path, extractor, pipeline.options.batch_size, pipeline.held_out.image_size
+    )
     own = Origin(origin.split, {"batch_size": pipeline.options.batch_size}, origin.subject)
     name = f"{figure_name('FD', extractor)} to {path.name}"
     return measure_frechet(own, name, extractor, features, reference.gaussian, **reference.settings)
 
 
-def _scores(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
+def _scores(
+    extractor: Extractor, seen: Seen, origins: Origins, counts: Counts
+) -> list[Measurement]:
     found = []
     for suffix, origin, rows, count in (
         ("", origins.samples, seen.samples.probabilities, SAMPLES),
@@ -321,14 +391,22 @@ def _scores(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) 
         if not counts.suffice("a score of class probabilities", count):
             continue
         score = inception_score(rows, IS_SPLITS)
-        settings = extractor.settings | {"classes": rows.shape[1], "splits": score.splits, "shuffle_seed": 2020}
+        settings = extractor.settings | {
+            "classes": rows.shape[1],
+            "splits": score.splits,
+            "shuffle_seed": 2020,
+        }
         details = {"deviation": score.deviation}
         name = figure_name("IS", extractor) + suffix
-        found.append(origin.measure(name, score.mean, "", True, len(rows), details=details, **settings))
+        found.append(
+            origin.measure(name, score.mean, "", True, len(rows), details=details, **settings)
+        )
     return found
 
 
-def _manifolds(extractor: Extractor, seen: Seen, origins: Origins, counts: Counts) -> list[Measurement]:
+def _manifolds(
+    extractor: Extractor, seen: Seen, origins: Origins, counts: Counts
+) -> list[Measurement]:
     real = _spread(seen.held_out.features)
     found = []
     for suffix, origin, rows, count in (
@@ -371,9 +449,13 @@ def _copying(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origins)
         "beside_n": len(seen.held_out.features),
     }
     name = figure_name("nearer to train than held-out images", extractor)
-    figure = origins.samples.measure(name, found.nearer, "%", False, n, interval=found.interval, **how)
+    figure = origins.samples.measure(
+        name, found.nearer, "%", False, n, interval=found.interval, **how
+    )
     closest = found.distances[:, 0].argsort(stable=True)[:SHOWN_NEAREST]
-    neighbours = [pixels(load(pipeline.train, places[column])) for column in found.neighbours[closest].T]
+    neighbours = [
+        pixels(load(pipeline.train, places[column])) for column in found.neighbours[closest].T
+    ]
     arrays = {
         "nearest_samples": samples.images[closest.numpy()],
         "nearest_train": np.stack(neighbours),
@@ -404,7 +486,9 @@ def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origin
         for name, good, total in zip(pipeline.tokens.class_names, right, totals)
         if total
     }
-    found.insert(0, _share(origins.samples, "class agreement", hits, classifier, per_class=per_class))
+    found.insert(
+        0, _share(origins.samples, "class agreement", hits, classifier, per_class=per_class)
+    )
     notes, accuracy = [], float(real.double().mean())
     if accuracy < TRUSTED_ACCURACY:
         notes.append(
@@ -418,11 +502,20 @@ def _recognised(extraction: Extraction, labels: Tensor) -> Tensor:
     return extraction.probabilities.argmax(1) == labels
 
 
-def _share(origin: Origin, name: str, hits: Tensor, classifier: InDomain, **details: Any) -> Measurement:
+def _share(
+    origin: Origin, name: str, hits: Tensor, classifier: InDomain, **details: Any
+) -> Measurement:
     count, n = int(hits.sum()), len(hits)
     interval = share_interval(count, n)
     return origin.measure(
-        name, 100 * count / n, "%", True, n, interval=interval, details=details, **classifier.settings
+        name,
+        100 * count / n,
+        "%",
+        True,
+        n,
+        interval=interval,
+        details=details,
+        **classifier.settings,
     )
 
 

@@ -45,7 +45,9 @@ class ExtractorRun:
         )
     )
     optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(lr=2e-3, weight_decay=0.05, warmup_steps=40, final_lr_ratio=0.01)
+        default_factory=lambda: OptimizerConfig(
+            lr=2e-3, weight_decay=0.05, warmup_steps=40, final_lr_ratio=0.01
+        )
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +101,9 @@ class Residual(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1)
         self.second = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(channels, out_channels, 1, stride=stride) if stride > 1 else nn.Identity()
+        self.skip = (
+            nn.Conv2d(channels, out_channels, 1, stride=stride) if stride > 1 else nn.Identity()
+        )
         self.norms = nn.ModuleList([nn.GroupNorm(8, channels), nn.GroupNorm(8, out_channels)])
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -130,7 +134,9 @@ def train_extractor(config: ExtractorRun, folder: Path, fresh: bool = False) -> 
         config.loop,
         run,
         [Turn("classifier", classifier, loss, config.optimizer)],
-        feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers),
+        feed(
+            images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers
+        ),
         seed=config.seed,
         published=classifier,
         measure=lambda averaged: {"accuracy": _accuracy(averaged, held_out, config.task)},
@@ -144,7 +150,9 @@ def rotate(images: Tensor, quarters: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(classifier: Classifier, images: Images, task: str, limit: int = 2000, chunk: int = 250) -> float:
+def _accuracy(
+    classifier: Classifier, images: Images, task: str, limit: int = 2000, chunk: int = 250
+) -> float:
     """Share of held-out images recognised, over at most `limit` that lie evenly in the split."""
     chosen = torch.linspace(0, len(images) - 1, min(limit, len(images))).long()
     right = 0
@@ -200,10 +208,14 @@ class InDomain:
 
 def check_extractor(named: Path, trained_in: Sequence[Path]) -> None:
     """Raise UserError where a folder that was named holds no extractor: one is trained in these places alone."""
-    if (named / "config.yaml").is_file() or named.resolve() in [place.resolve() for place in trained_in]:
+    if (named / "config.yaml").is_file() or named.resolve() in [
+        place.resolve() for place in trained_in
+    ]:
         return
     places = " or ".join(map(str, trained_in))
-    remedy = f"leave the option out and one is trained in {places}" if places else "name the run of one"
+    remedy = (
+        f"leave the option out and one is trained in {places}" if places else "name the run of one"
+    )
     raise UserError(f"--extractor {named}: holds no extractor (there is no config.yaml): {remedy}")
 
 
@@ -214,12 +226,16 @@ def open_extractor(folder: Path, data: DataConfig, images: Images, workers: int 
     Where its weights are damaged, they are written again. Raises UserError when it was trained on other data.
     """
     kept, made_from = folder / "config.yaml", noted(folder, images.split)
-    config = configuration.load(ExtractorRun, kept) if kept.is_file() else extractor_run(data, images)
+    config = (
+        configuration.load(ExtractorRun, kept) if kept.is_file() else extractor_run(data, images)
+    )
     remedy = "remove it to train another, or name one with --extractor"
     for key in ("image_size", "held_out") if made_from else ("source", "image_size", "held_out"):
         was, wanted = getattr(config.data, key), getattr(data, key)
         if was != wanted:
-            raise UserError(f"{folder}: this extractor was trained with data.{key}={was}, not {wanted}: {remedy}")
+            raise UserError(
+                f"{folder}: this extractor was trained with data.{key}={was}, not {wanted}: {remedy}"
+            )
     if made_from not in (None, images.inventory.sha256):
         what = changes(folder, [images.inventory])
         raise UserError(f"{folder}: this extractor was trained on other images: {what}; {remedy}")
@@ -245,5 +261,8 @@ def open_extractor(folder: Path, data: DataConfig, images: Images, workers: int 
     if broken or not finished:
         train_extractor(config, folder)
     elif made_from is None and distributed.is_main():
-        print(f"warning: {folder} does not say which images this extractor was trained on: taken for these", flush=True)
+        print(
+            f"warning: {folder} does not say which images this extractor was trained on: taken for these",
+            flush=True,
+        )
     return InDomain(folder)

@@ -22,7 +22,11 @@ class KernelDistance:
 
 
 def kernel_distance(
-    features: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    features: Tensor,
+    reference: Tensor,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
 ) -> KernelDistance:
     """(n, D) and (m, D) features. Subsets are drawn as torch-fidelity draws them; all figures are float64.
 
@@ -41,7 +45,9 @@ def kernel_distance(
             drawn.append(rows[chosen.to(rows.device)].to(device, torch.float64))
         found.append(polynomial_mmd(*drawn))
     values = torch.stack(found).cpu()
-    return KernelDistance(float(values.mean()), float(values.std(correction=0)), subsets, subset_size)
+    return KernelDistance(
+        float(values.mean()), float(values.std(correction=0)), subsets, subset_size
+    )
 
 
 def polynomial_mmd(x: Tensor, y: Tensor) -> Tensor:

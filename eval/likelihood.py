@@ -48,24 +48,37 @@ def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood
     parts = places.split(options.batch_size)
     progress, nats, label = Progress(f"{folder.name}: likelihood", len(places)), [], "none"
     for index, own in enumerate(parts[distributed.rank() :: distributed.world()]):
-        codes = torch.from_numpy(np.asarray(split.codes[own.tolist(), 0]).astype(np.int64)).to(device)
+        codes = torch.from_numpy(np.asarray(split.codes[own.tolist(), 0]).astype(np.int64)).to(
+            device
+        )
         labels = torch.as_tensor(split.labels)[own].to(device)
-        with autocast(pipeline.precision, device):  # of the network; its logits become probabilities in float64
+        with autocast(
+            pipeline.precision, device
+        ):  # of the network; its logits become probabilities in float64
             found = prior.nll(codes, labels)
         nats.append(torch.stack([own.double(), found.nats.cpu()], 1))
         label = found.kind
         if distributed.is_main():
-            progress.show(min(len(places), (index + 1) * options.batch_size * distributed.world()), "")
+            progress.show(
+                min(len(places), (index + 1) * options.batch_size * distributed.world()), ""
+            )
     rows = distributed.gather_parts(nats)
     values = rows[rows[:, 0].argsort(), 1]
-    subject = {"prior_sha256": settings["prior_sha256"], "tokenizer_sha256": pipeline.tokenizer_hash}
+    subject = {
+        "prior_sha256": settings["prior_sha256"],
+        "tokenizer_sha256": pipeline.tokenizer_hash,
+    }
     how = {"data": pipeline.held_out.identity(), "kind": label, **pipeline.how}
     origin = Origin("held-out", how, subject)
-    record = Record(kind, settings, figures(values, origin, label, prior.layout.length, pipeline), {})
+    record = Record(
+        kind, settings, figures(values, origin, label, prior.layout.length, pipeline), {}
+    )
     return pipeline.keep(record)
 
 
-def figures(nats: torch.Tensor, origin: Origin, label: str, length: int, pipeline: Pipeline) -> list[Measurement]:
+def figures(
+    nats: torch.Tensor, origin: Origin, label: str, length: int, pipeline: Pipeline
+) -> list[Measurement]:
     """(N,) nats per image -> the same in three units; nothing where the loss is no likelihood."""
     if label == "none":
         return []
@@ -79,5 +92,9 @@ def figures(nats: torch.Tensor, origin: Origin, label: str, length: int, pipelin
         values = nats * scale
         name = f"{name} ({label}), {unit}"
         mean, interval = float(values.mean()), mean_interval(values)
-        found.append(origin.measure(name, mean, unit, False, len(values), interval=interval, tokens_per_image=length))
+        found.append(
+            origin.measure(
+                name, mean, unit, False, len(values), interval=interval, tokens_per_image=length
+            )
+        )
     return found

@@ -19,7 +19,9 @@ class Manifold:
     coverage: float  # share of real balls that hold a generated point
 
 
-def manifold(generated: Tensor, real: Tensor, k: int = 3, k_density: int = 5, chunk: int = 2048) -> Manifold:
+def manifold(
+    generated: Tensor, real: Tensor, k: int = 3, k_density: int = 5, chunk: int = 2048
+) -> Manifold:
     """(M, D) and (N, D) features. A ball reaches to the k-th nearest other point of its own set."""
     generated, real = generated.double(), real.double()
     real_radii = neighbour_distances(real, max(k, k_density), chunk)  # (N, k)

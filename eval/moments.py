@@ -24,7 +24,9 @@ class Moments:
 
     @staticmethod
     def empty(dim: int) -> Moments:
-        return Moments(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
+        return Moments(
+            0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+        )
 
     @staticmethod
     def of(rows: Tensor, chunk: int = 8192) -> Moments:

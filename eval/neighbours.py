@@ -17,7 +17,9 @@ class Copying:
     """Of m samples, with their nearest training images."""
 
     nearer: float  # percent: how often a sample is nearer to its training neighbour than a held-out image to its own
-    interval: tuple[float, float] | None  # 95 % (DeLong et al. 1988); None where no sample tells of any spread
+    interval: (
+        tuple[float, float] | None
+    )  # 95 % (DeLong et al. 1988); None where no sample tells of any spread
     distances: Tensor  # (m, k) float64, ascending
     neighbours: Tensor  # (m, k) int64, rows of the training features
     percentiles: Tensor  # (m,) float64: of the nearest distance among those of held-out images
@@ -31,7 +33,9 @@ def find_copying(samples: Tensor, held_out: Tensor, train: Tensor) -> Copying:
     distances, neighbours = nearest(samples, train, min(NEAREST, len(train)))
     real = nearest(held_out, train, 1)[0][:, 0].sort().values
     own = distances[:, 0].contiguous()
-    below, through = (torch.searchsorted(real, own, right=right).double() for right in (False, True))
+    below, through = (
+        torch.searchsorted(real, own, right=right).double() for right in (False, True)
+    )
     percentiles = 100 * (below + through) / 2 / len(real)  # ties count half
     wins = 1 - percentiles / 100
     ordered = own.sort().values
@@ -49,5 +53,8 @@ def nearest(points: Tensor, others: Tensor, k: int, table: int = 1 << 24) -> tup
     if k > len(others):
         raise ValueError(f"{k} neighbours among {len(others)} points")
     points, others = points.double(), others.double()
-    parts = [torch.cdist(part, others).topk(k, largest=False) for part in points.split(max(1, table // len(others)))]
+    parts = [
+        torch.cdist(part, others).topk(k, largest=False)
+        for part in points.split(max(1, table // len(others)))
+    ]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

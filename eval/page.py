@@ -144,8 +144,13 @@ def html_page(
     titles = [*(section.title for section in sections), FIGURES_TITLE, SETTINGS_TITLE]
     blocks = [
         _element("h1", escape(title)),
-        "<nav>" + "".join(f'<a href="#{_anchor(each)}">{escape(each)}</a>' for each in titles) + "</nav>",
-        *(_element("div", escape(note), "banner" if note.startswith("Not ") else "note") for note in notes),
+        "<nav>"
+        + "".join(f'<a href="#{_anchor(each)}">{escape(each)}</a>' for each in titles)
+        + "</nav>",
+        *(
+            _element("div", escape(note), "banner" if note.startswith("Not ") else "note")
+            for note in notes
+        ),
         _element("div", "".join(map(_tile, headlines(figures))), "tiles"),
         *map(_section, sections),
         _figures_section(figures),
@@ -175,7 +180,8 @@ def _section(section: Section) -> str:
         columns, numbers = section.table.columns, section.table.numbers
         rows = [
             "".join(
-                _element("td", escape(text), "number" if name in numbers else "") for name, text in zip(columns, cells)
+                _element("td", escape(text), "number" if name in numbers else "")
+                for name, text in zip(columns, cells)
             )
             for cells in zip(*columns.values())
         ]
@@ -190,7 +196,10 @@ def _figures_section(figures: Sequence[Measurement]) -> str:
 
 def _table(heads: Sequence[str], numbers: Sequence[str], rows: Sequence[str]) -> str:
     """`rows` are cells in HTML."""
-    head = "".join(f'<th scope="col"{" class=number" if name in numbers else ""}>{escape(name)}</th>' for name in heads)
+    head = "".join(
+        f'<th scope="col"{" class=number" if name in numbers else ""}>{escape(name)}</th>'
+        for name in heads
+    )
     body = "\n".join(_element("tr", row) for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
     return _element("div", table, "scroll")
@@ -206,10 +215,19 @@ def _cells(figure: Measurement) -> str:
         extractor_text(figure),
         seed_text(figure),
     )
-    cells = [_element("td", escape(text), "number" if name in NUMBERS else "") for name, text in zip(COLUMNS, texts)]
+    cells = [
+        _element("td", escape(text), "number" if name in NUMBERS else "")
+        for name, text in zip(COLUMNS, texts)
+    ]
     code = _element("code", figure.settings_hash[:8])
     return "".join(cells) + _element(
-        "td", _fold(code, _json({"settings": figure.settings, "subject": figure.subject, "details": figure.details}))
+        "td",
+        _fold(
+            code,
+            _json(
+                {"settings": figure.settings, "subject": figure.subject, "details": figure.details}
+            ),
+        ),
     )
 
 

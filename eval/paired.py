@@ -34,14 +34,21 @@ def psnr(mean_squared_error: Tensor) -> Tensor:
 def ssim(images: Tensor, references: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 pairs -> (B,) float64 in [-1, 1]: mean over RGB and unpadded windows."""
     if min(images.shape[-2:]) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW} px, not {tuple(images.shape[-2:])}")
-    x, y = images.double() / 255, references.double() / 255  # in float32, variances of flat windows are noise
+        raise ValueError(
+            f"SSIM needs images of at least {WINDOW} px, not {tuple(images.shape[-2:])}"
+        )
+    x, y = (
+        images.double() / 255,
+        references.double() / 255,
+    )  # in float32, variances of flat windows are noise
     down, right = (blur_matrix(size).to(x.device) for size in x.shape[-2:])
 
     def blur(maps: Tensor) -> Tensor:
         return down.T @ maps @ right
 
-    mean_x, mean_y, square_x, square_y, product = blur(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
+    mean_x, mean_y, square_x, square_y, product = blur(
+        torch.cat([x, y, x * x, y * y, x * y], 1)
+    ).chunk(5, 1)
     variances = square_x - mean_x**2 + square_y - mean_y**2
     covariance = product - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
@@ -100,25 +107,38 @@ class Paired:
         """(n,) float64 each, in order of id, over ranks; LPIPS and SSIM are absent where not measured."""
         rows = distributed.gather_parts(self.rows)
         rows = rows[rows[:, 0].argsort()]
-        found = {"error": rows[:, 1], "psnr": psnr(rows[:, 1]), "ssim": rows[:, 2], "lpips": rows[:, 3]}
+        found = {
+            "error": rows[:, 1],
+            "psnr": psnr(rows[:, 1]),
+            "ssim": rows[:, 2],
+            "lpips": rows[:, 3],
+        }
         return {name: values for name, values in found.items() if not values.isnan().any()}
 
     def compute(self) -> dict[str, Measurement]:
         rows = self.per_image()
         n = len(rows["error"])
 
-        def mean(name: str, values: Tensor, unit: str, higher: bool, **settings: object) -> Measurement:
+        def mean(
+            name: str, values: Tensor, unit: str, higher: bool, **settings: object
+        ) -> Measurement:
             interval = mean_interval(values)
-            return self.origin.measure(name, float(values.mean()), unit, higher, n, interval=interval, **settings)
+            return self.origin.measure(
+                name, float(values.mean()), unit, higher, n, interval=interval, **settings
+            )
 
         pooled = float(psnr(rows["error"].mean()))
         found = [
             mean("PSNR", rows["psnr"], "dB", True, mean="over images", peak=255),
-            self.origin.measure("PSNR, pooled", pooled, "dB", True, n, mean="of squared errors", peak=255),
+            self.origin.measure(
+                "PSNR, pooled", pooled, "dB", True, n, mean="of squared errors", peak=255
+            ),
         ]
         if "ssim" in rows:
             window = f"Gaussian {WINDOW}x{WINDOW}, sigma {SIGMA}"
-            found.append(mean("SSIM", rows["ssim"], "", True, window=window, range=1, padding="none"))
+            found.append(
+                mean("SSIM", rows["ssim"], "", True, window=window, range=1, padding="none")
+            )
         if self.lpips:
             trunk = {"heads": "lpips v0.1", "trunk_sha256": self.lpips.sha256}
             found.append(mean(self.lpips.name, rows["lpips"], "", False, **trunk))

@@ -100,7 +100,12 @@ def heat_map(values: np.ndarray, unit: str, width: int = 360) -> str:
     return _svg(max(columns * side, 200), bottom + 24, shapes, "value by position")
 
 
-def bars(shares: Sequence[tuple[str, float]], width: int = 720, row: int = 24, label: str = "share per class") -> str:
+def bars(
+    shares: Sequence[tuple[str, float]],
+    width: int = 720,
+    row: int = 24,
+    label: str = "share per class",
+) -> str:
     """(name, percent) rows -> SVG of horizontal bars over 0..100 %."""
     left, right = 150, 60
     reach = width - left - right
@@ -126,10 +131,14 @@ def curves_plot(curves: dict[str, list[tuple[int, float]]], columns: int = 3) ->
         x, y = (index % columns) * (width + gap), (index // columns) * (height + gap)
         shapes.append(f'<g transform="translate({x} {y})">{_panel(key, points, width, height)}</g>')
     rows = math.ceil(len(curves) / columns)
-    return _svg(columns * (width + gap) - gap, rows * (height + gap) - gap, shapes, "training curves")
+    return _svg(
+        columns * (width + gap) - gap, rows * (height + gap) - gap, shapes, "training curves"
+    )
 
 
-def _panel(key: str, points: list[tuple[int, float]], width: int, height: int, most: int = 200) -> str:
+def _panel(
+    key: str, points: list[tuple[int, float]], width: int, height: int, most: int = 200
+) -> str:
     if len(points) > most:  # means of neighbours: a curve has no more pixels than that
         parts = np.array_split(np.array(points, dtype=float), most)
         points = [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
@@ -167,7 +176,9 @@ def _svg(width: float, height: float, shapes: Iterable[str], label: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, fill: str = MUTED) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(text)}</text>'
+    )
 
 
 def _nice_ceiling(value: float) -> float:

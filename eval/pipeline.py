@@ -51,8 +51,12 @@ class Options:
     fresh: bool = False
     encoder: str | None = None  # of probes: the pretrained encoder that the tokenizer began with
     allow_differences: tuple[str, ...] = ()  # of comparisons: settings that may differ between runs
-    precision: str = "auto"  # of tokenizers and priors; extractors and LPIPS are fp32, as published figures are
-    workers: int | None = None  # processes that read images; as many as the tokenizer was trained with
+    precision: str = (
+        "auto"  # of tokenizers and priors; extractors and LPIPS are fp32, as published figures are
+    )
+    workers: int | None = (
+        None  # processes that read images; as many as the tokenizer was trained with
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,11 @@ class LowPrecision:
 
     def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor:
         with autocast(self.precision, codes.device):
-            return self.tokenizer.decode(codes) if layout is None else self.tokenizer.decode(codes, layout)
+            return (
+                self.tokenizer.decode(codes)
+                if layout is None
+                else self.tokenizer.decode(codes, layout)
+            )
 
 
 class Pipeline:
@@ -86,7 +94,9 @@ class Pipeline:
         folder that was named for an extractor holds none.
         """
         self.options, self.folder = options, options.run
-        self.alone = (self.folder / "config.yaml").is_file() and not (self.folder / "tokens").is_dir()
+        self.alone = (self.folder / "config.yaml").is_file() and not (
+            self.folder / "tokens"
+        ).is_dir()
         self.extractor_folder = options.extractor or self.folder / "extractor"
         if options.extractor:  # of several tokenizers one extractor lies beside them
             beside = [self.folder.parent / "extractor"] if self.alone else []
@@ -140,7 +150,9 @@ class Pipeline:
         """The data that was encoded, and that the prior learned; of a tokenizer alone, what it was trained on."""
         if self.alone:
             return load_config(self.folder).data
-        return from_dict(DataConfig, self.tokens.manifest["data"], str(self.tokens.folder / "manifest.json"))
+        return from_dict(
+            DataConfig, self.tokens.manifest["data"], str(self.tokens.folder / "manifest.json")
+        )
 
     @functools.cached_property
     def train(self) -> Images:
@@ -164,15 +176,22 @@ class Pipeline:
     @functools.cached_property
     def extractors(self) -> list[Extractor]:
         """The in-domain one (of a tokenizer alone, if it was named), Inception and DINOv2 where their weights are."""
-        inception, dinov2 = find_inception(self.options.inception_weights), WEIGHTS["dinov2"].find(self.options.dinov2)
-        found: list[Extractor] = [self.in_domain] if self.options.extractor or not self.alone else []
+        inception, dinov2 = (
+            find_inception(self.options.inception_weights),
+            WEIGHTS["dinov2"].find(self.options.dinov2),
+        )
+        found: list[Extractor] = (
+            [self.in_domain] if self.options.extractor or not self.alone else []
+        )
         found += [Inception(inception)] if inception else []
         return found + ([Tower("dinov2", dinov2)] if dinov2 else [])
 
     @property
     def judge(self) -> Extractor:
         """The Inception where its weights are, else the in-domain extractor: for figures of one extractor alone."""
-        return next((each for each in self.extractors if isinstance(each, Inception)), self.in_domain)
+        return next(
+            (each for each in self.extractors if isinstance(each, Inception)), self.in_domain
+        )
 
     @functools.cached_property
     def clip(self) -> Tower | None:
@@ -195,7 +214,11 @@ class Pipeline:
     def places(self, images: Images, most: int | None = None) -> Tensor:
         """The items of a split that are measured, (n,) int64: all, or `most` (else `num`) that lie evenly in it."""
         n, limit = len(images), most or self.options.num
-        return torch.arange(n) if limit is None or limit >= n else torch.linspace(0, n - 1, limit).long()
+        return (
+            torch.arange(n)
+            if limit is None or limit >= n
+            else torch.linspace(0, n - 1, limit).long()
+        )
 
     def split_name(self, images: Images, places: Tensor) -> str:
         """What figures over these places say that they are of."""
@@ -217,13 +240,20 @@ def _open_split(data: DataConfig, split: str) -> Images:
     return open_split(data, split)
 
 
-def share(places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str) -> Iterator[Batch]:
+def share(
+    places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str
+) -> Iterator[Batch]:
     """Batches of the places (n,), dealt to ranks in turn. `load_batch(places)` gives (B, 3, H, W) uint8."""
     return _deal(places, batch_size, lambda parts: (load_batch(part) for part in parts), title)
 
 
 def share_images(
-    images: Images, places: Tensor, batch_size: int, title: str, workers: int, ids: Tensor | None = None
+    images: Images,
+    places: Tensor,
+    batch_size: int,
+    title: str,
+    workers: int,
+    ids: Tensor | None = None,
 ) -> Iterator[Batch]:
     """As `share`, of the items of a split at these places, read by `workers` processes.
 
@@ -231,8 +261,13 @@ def share_images(
     """
 
     def load_all(parts: Sequence[Tensor]) -> Generator[Tensor]:
-        keys = ([(0, place) for place in (part if ids is None else places[part]).tolist()] for part in parts)
-        with contextlib.closing(read(images, keys, images.readers(workers), "--workers")) as batches:
+        keys = (
+            [(0, place) for place in (part if ids is None else places[part]).tolist()]
+            for part in parts
+        )
+        with contextlib.closing(
+            read(images, keys, images.readers(workers), "--workers")
+        ) as batches:
             for batch in batches:
                 yield to_uint8(batch["images"])
 
@@ -240,7 +275,10 @@ def share_images(
 
 
 def _deal(
-    ids: Tensor, batch_size: int, load_all: Callable[[Sequence[Tensor]], Generator[Tensor]], title: str
+    ids: Tensor,
+    batch_size: int,
+    load_all: Callable[[Sequence[Tensor]], Generator[Tensor]],
+    title: str,
 ) -> Iterator[Batch]:
     """This rank's batches of ids (n,): `load_all` gives (B, 3, H, W) uint8 for each part of them."""
     progress, done = Progress(title, len(ids)), 0

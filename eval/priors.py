@@ -55,11 +55,15 @@ class Row:
 
     @property
     def figures(self) -> dict[str, Measurement]:
-        return {m.name: m for record in (self.likelihood, self.generation) for m in record.measurements}
+        return {
+            m.name: m for record in (self.likelihood, self.generation) for m in record.measurements
+        }
 
     def figure(self, start: str, end: str = "") -> Measurement | None:
         """The figure of an extractor whose name begins and ends so."""
-        found = [m for name, m in self.figures.items() if name.startswith(start) and name.endswith(end)]
+        found = [
+            m for name, m in self.figures.items() if name.startswith(start) and name.endswith(end)
+        ]
         return found[0] if found else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,10 +83,14 @@ def compare_priors(options: Options) -> None:
     What was not measured yet is measured. Raises UserError when there is none, and when they were not trained or
     sampled alike, naming the first setting that differs and is not allowed to.
     """
-    folders = [path.parent for path in sorted(options.run.glob("*/config.yaml")) if is_prior(path.parent)]
+    folders = [
+        path.parent for path in sorted(options.run.glob("*/config.yaml")) if is_prior(path.parent)
+    ]
     folders = [folder for folder in folders if (folder / "samples" / "samples.json").is_file()]
     if not folders:
-        raise UserError(f"{options.run}: no folder in it is a prior's run with samples/ in it: make compare-priors")
+        raise UserError(
+            f"{options.run}: no folder in it is a prior's run with samples/ in it: make compare-priors"
+        )
     check_alike({folder: conditions_of(folder) for folder in folders}, options.allow_differences)
     pipeline = Pipeline(options)
     rows = sorted((Row.measure(pipeline, folder) for folder in folders), key=_distance)
@@ -135,7 +143,9 @@ def columns_of(rows: Sequence[Row]) -> dict[str, list[str]]:
     }
 
 
-def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pictures: Sequence[Picture]) -> str:
+def markdown(
+    rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pictures: Sequence[Picture]
+) -> str:
     common = ", ".join(f"{field} {value}" for field, value in conditions_of(rows[0].folder).items())
     one = rows[0]
     beside = [
@@ -143,7 +153,10 @@ def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pi
         for text, figure in (
             ("the tokenizer's own reconstructions have a distance of", one.figure("rFD")),
             ("real train to real held-out images", one.figure("FD", " of real images")),
-            ("the judge recognises of real held-out images, in percent,", one.figure("classifier accuracy")),
+            (
+                "the judge recognises of real held-out images, in percent,",
+                one.figure("classifier accuracy"),
+            ),
         )
         if figure
     ]
@@ -158,7 +171,10 @@ def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pi
     for picture in pictures:
         lines += ["", f"![{picture.name}](images/{picture.name})", "", picture.caption]
     lines += ["", "## Settings that differ", ""]
-    lines += [f"- **{row.name}**: {text}" for row, text in zip(rows, own_settings([row.config for row in rows]))]
+    lines += [
+        f"- **{row.name}**: {text}"
+        for row, text in zip(rows, own_settings([row.config for row in rows]))
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -166,11 +182,20 @@ def draw(rows: Sequence[Row]) -> list[Picture]:
     names = [row.name for row in rows]
     seconds = [row.facts["seconds_per_image"] for row in rows]
     distances = [_distance(row) for row in rows]
-    grid = Picture(f"{NAME}-samples.png", "The first samples of each prior, the same classes in each row.", _grid(rows))
+    grid = Picture(
+        f"{NAME}-samples.png",
+        "The first samples of each prior, the same classes in each row.",
+        _grid(rows),
+    )
     if not all(map(math.isfinite, distances)):
         return [grid]
     plot = points_plot(names, seconds, distances, "seconds per image", "FD to held-out images")
-    return [Picture(f"{NAME}-seconds.svg", "In-domain Fréchet distance against seconds per image.", plot), grid]
+    return [
+        Picture(
+            f"{NAME}-seconds.svg", "In-domain Fréchet distance against seconds per image.", plot
+        ),
+        grid,
+    ]
 
 
 def _grid(rows: Sequence[Row]) -> bytes:
@@ -179,7 +204,9 @@ def _grid(rows: Sequence[Row]) -> bytes:
     for row in rows:
         arrays = row.generation.arrays
         labels = arrays.get("sample_labels", np.arange(len(arrays["samples"])))
-        first = [np.flatnonzero(labels == label)[:PER_CLASS] for label in dict.fromkeys(labels.tolist())]
+        first = [
+            np.flatnonzero(labels == label)[:PER_CLASS] for label in dict.fromkeys(labels.tolist())
+        ]
         shown.append(arrays["samples"][np.concatenate(first)[:SHOWN]])
     return labelled_grid([row.name for row in rows], shown)
 

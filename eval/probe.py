@@ -41,7 +41,11 @@ FIFTH = 0.2  # of the train split, on which C is chosen
 SEED = 0
 PIXELS = 16  # the side that images are averaged down to
 PRETRAINED = "pretrained encoder"
-TRAINED = ("continuous features", "quantized features", "code histograms")  # what may lose what the encoder knew
+TRAINED = (
+    "continuous features",
+    "quantized features",
+    "code histograms",
+)  # what may lose what the encoder knew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,9 @@ class Probe:
     """A fitted probe's answers on held-out rows."""
 
     predictions: np.ndarray  # (m,) int64
-    details: dict[str, Any]  # the C chosen, the accuracy of each on the chosen fifth, the solver's iterations
+    details: dict[
+        str, Any
+    ]  # the C chosen, the accuracy of each on the chosen fifth, the solver's iterations
 
 
 def measure_probe(pipeline: Pipeline) -> Record:
@@ -59,7 +65,9 @@ def measure_probe(pipeline: Pipeline) -> Record:
     """
     options, splits = pipeline.options, (pipeline.train, pipeline.held_out)
     if pipeline.train.num_classes < 2:
-        raise UserError(f"{pipeline.train.name}: a probe needs labels of two or more classes: give the images classes")
+        raise UserError(
+            f"{pipeline.train.name}: a probe needs labels of two or more classes: give the images classes"
+        )
     places = [pipeline.places(split) for split in splits]
     train_labels, labels = (split.labels[chosen].numpy() for split, chosen in zip(splits, places))
     views = Views(pipeline.tokenizer_folder, options.encoder)
@@ -79,7 +87,11 @@ def measure_probe(pipeline: Pipeline) -> Record:
         return kept
 
     train, held_out = (read_rows(views, pipeline, split) for split in splits)
-    split = "held-out" if len(labels) == len(pipeline.held_out) else f"held-out, {len(labels)} of {len(splits[1])}"
+    split = (
+        "held-out"
+        if len(labels) == len(pipeline.held_out)
+        else f"held-out, {len(labels)} of {len(splits[1])}"
+    )
     origin = Origin(split, protocol, subject)
     measurements: list[Measurement] = []
     arrays = {"labels": labels}
@@ -98,7 +110,9 @@ def measure_probe(pipeline: Pipeline) -> Record:
         arrays[f"predictions, {name}"] = found.predictions
     record = Record("probe", settings, [*measurements, *kept_shares(measurements, origin)], arrays)
     if not views.pretrained:
-        record.notes.append("The pretrained encoder's probe is left out: it was not given (--encoder).")
+        record.notes.append(
+            "The pretrained encoder's probe is left out: it was not given (--encoder)."
+        )
     return pipeline.keep(record)
 
 
@@ -109,7 +123,13 @@ def kept_shares(measurements: list[Measurement], origin: Origin) -> list[Measure
         return []
     whole = values[PRETRAINED].value
     return [
-        origin.measure(f"pretrained accuracy kept, {name}", 100 * values[name].value / whole, "%", True, values[name].n)
+        origin.measure(
+            f"pretrained accuracy kept, {name}",
+            100 * values[name].value / whole,
+            "%",
+            True,
+            values[name].n,
+        )
         for name in TRAINED
     ]
 
@@ -129,12 +149,20 @@ class Views:
         self.subject: dict[str, str] = {}
         if encoder is not None:
             if not isinstance(model.encoder, FoundationConfig):
-                raise UserError(f"--encoder: {folder} began with no pretrained encoder: leave the option out")
-            self.pretrained = _ready(dataclasses.replace(model.encoder, name=encoder, frozen=True).build(size))
+                raise UserError(
+                    f"--encoder: {folder} began with no pretrained encoder: leave the option out"
+                )
+            self.pretrained = _ready(
+                dataclasses.replace(model.encoder, name=encoder, frozen=True).build(size)
+            )
             if _shapes(self.pretrained) != _shapes(tokenizer.encoder):
-                raise UserError(f"--encoder {encoder}: {folder} began with one of other dimensions: name that one")
+                raise UserError(
+                    f"--encoder {encoder}: {folder} began with one of other dimensions: name that one"
+                )
             self.subject["encoder_sha256"] = self.pretrained.fingerprint()
-        tokenizer.decoder = nn.Identity()  # what it would be given comes out, and nothing is decoded
+        tokenizer.decoder = (
+            nn.Identity()
+        )  # what it would be given comes out, and nothing is decoded
         self.tokenizer = tokenizer
         pretrained = [PRETRAINED] if self.pretrained else []
         self.names = (*TRAINED[:2], "random encoder", *pretrained, "pixels", TRAINED[2])
@@ -142,11 +170,18 @@ class Views:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         made = self.tokenizer(images)
-        maps = {TRAINED[0]: made.features, TRAINED[1]: made.images, "random encoder": self.random(images)}
+        maps = {
+            TRAINED[0]: made.features,
+            TRAINED[1]: made.images,
+            "random encoder": self.random(images),
+        }
         if self.pretrained:
             maps[PRETRAINED] = self.pretrained(images)
         rows = {name: features.float().mean((2, 3)) for name, features in maps.items()}
-        return rows | {"pixels": F.adaptive_avg_pool2d(images, PIXELS).flatten(1), TRAINED[2]: made.codes}
+        return rows | {
+            "pixels": F.adaptive_avg_pool2d(images, PIXELS).flatten(1),
+            TRAINED[2]: made.codes,
+        }
 
 
 def _ready(encoder: nn.Module) -> nn.Module:
@@ -159,7 +194,9 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def read_rows(views: Views, pipeline: Pipeline, images: Images) -> dict[str, Rows]:
     """One pass over a split: every view's rows, in order of place and over ranks."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("ids", *views.names)}  # a rank may have no batch
+    parts: dict[str, list[Tensor]] = {
+        name: [] for name in ("ids", *views.names)
+    }  # a rank may have no batch
     for batch in pipeline.batches(images, f"features, {images.split}"):
         with autocast(pipeline.precision, batch.images.device):
             found = views(to_float(batch.images))
@@ -193,7 +230,9 @@ def fit_probe(train: Rows, labels: np.ndarray, held_out: Rows) -> Probe:
     """
     chosen = stratified(labels, FIFTH, SEED)
     if len(np.unique(labels[chosen])) < 2:
-        raise UserError("a probe needs two train images of each of two classes or more: raise --num")
+        raise UserError(
+            "a probe needs two train images of each of two classes or more: raise --num"
+        )
     accuracies: dict[float, float] = {}
     for strength in STRENGTHS:
         fitted = fit(train[~chosen], labels[~chosen], strength)
@@ -222,7 +261,9 @@ def fit(rows: Rows, labels: np.ndarray, strength: float) -> sklearn.pipeline.Pip
     scaler = StandardScaler(with_mean=not issparse(rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # noted in the details
-        return make_pipeline(scaler, LogisticRegression(C=strength, max_iter=ITERATIONS)).fit(rows, labels)
+        return make_pipeline(scaler, LogisticRegression(C=strength, max_iter=ITERATIONS)).fit(
+            rows, labels
+        )
 
 
 def stratified(labels: np.ndarray, share: float, seed: int) -> np.ndarray:

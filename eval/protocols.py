@@ -35,8 +35,12 @@ ADM_CHUNK = 5000  # samples per chunk of ADM's IS
 class Protocol:
     quantise: Callable[[Tensor], Tensor]  # floats in [-1, 1] -> uint8
     resize: Callable[[Tensor, int], Tensor]  # (B, 3, H, W) uint8, S -> (B, 3, S, S) in [0, 255]
-    score: Callable[[Tensor], float] | None  # (N, C) class probabilities in order -> IS; None: it has no IS
-    fit: Callable[[Tensor, int], Tensor] | None  # floats to the references' size; None: they keep their own
+    score: (
+        Callable[[Tensor], float] | None
+    )  # (N, C) class probabilities in order -> IS; None: it has no IS
+    fit: (
+        Callable[[Tensor, int], Tensor] | None
+    )  # floats to the references' size; None: they keep their own
     why: str
 
 
@@ -68,22 +72,34 @@ def emulate(
 
     def see(source: Callable[[], Iterable[Tensor]], protocol: Protocol, size: int | None) -> _Seen:
         floats = size is not None
-        way = (source, protocol.resize, protocol.quantise if floats else None, protocol.fit if floats else None)
+        way = (
+            source,
+            protocol.resize,
+            protocol.quantise if floats else None,
+            protocol.fit if floats else None,
+        )
         if way not in seen:
             seen[way] = _Seen.of(source(), protocol, extractor, size)
         return seen[way]
 
     found = []
-    firsts = [next(iter(source()), None) for source in (references, images)]  # None: a rank without a batch
+    firsts = [
+        next(iter(source()), None) for source in (references, images)
+    ]  # None: a rank without a batch
     size = distributed.largest(0 if firsts[0] is None else firsts[0].shape[-1])
     floating = distributed.any_true(firsts[1] is not None and firsts[1].is_floating_point())
     for name in names:
         protocol = PROTOCOLS[name]
-        ours, real = see(images, protocol, size if floating else None), see(references, protocol, None)
+        ours, real = (
+            see(images, protocol, size if floating else None),
+            see(references, protocol, None),
+        )
         distance = frechet_distance(*(Gaussian.of_moments(side.moments) for side in (ours, real)))
         scored = protocol.score is not None and ours.probabilities.shape[1] > 1
         score = protocol.score(ours.probabilities) if scored else None
-        found.append(Figures(name, distance, score, ours.moments.count, real.moments.count, protocol.why))
+        found.append(
+            Figures(name, distance, score, ours.moments.count, real.moments.count, protocol.why)
+        )
     return found
 
 
@@ -95,7 +111,9 @@ class _Seen:
     probabilities: Tensor  # (N, C), in order
 
     @staticmethod
-    def of(batches: Iterable[Tensor], protocol: Protocol, extractor: Extractor, size: int | None) -> _Seen:
+    def of(
+        batches: Iterable[Tensor], protocol: Protocol, extractor: Extractor, size: int | None
+    ) -> _Seen:
         moments, numbers, probabilities = Moments.empty(extractor.dim), [], []
         for turn, batch in enumerate(batches):
             if size is not None:
@@ -104,7 +122,9 @@ class _Seen:
             extraction = extractor.see(protocol.resize(batch, extractor.input_size))
             moments.update(extraction.features)
             probabilities.append(extraction.probabilities)
-            numbers.append(torch.full((len(batch),), turn * distributed.world() + distributed.rank()))
+            numbers.append(
+                torch.full((len(batch),), turn * distributed.world() + distributed.rank())
+            )
         order = distributed.gather_parts(numbers).argsort(stable=True)
         return _Seen(moments.reduced(), distributed.gather_parts(probabilities)[order])
 
@@ -124,7 +144,11 @@ def round_up(images: Tensor) -> Tensor:
 
 def fit_bicubic(images: Tensor, size: int) -> Tensor:
     """LlamaGen's, from 384 px to 256: bicubic without antialiasing, before quantisation."""
-    return images if images.shape[-1] == size else F.interpolate(images, size=(size, size), mode="bicubic")
+    return (
+        images
+        if images.shape[-1] == size
+        else F.interpolate(images, size=(size, size), mode="bicubic")
+    )
 
 
 # Resizes: (B, 3, H, W) uint8 -> (B, 3, size, size)
@@ -132,10 +156,14 @@ def fit_bicubic(images: Tensor, size: int) -> Tensor:
 
 def resize_bilinear(images: Tensor, size: int) -> Tensor:
     """TensorFlow 1's, without antialiasing; float32 in [0, 255]."""
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x,
+    )
 
     assert images.dtype == torch.uint8
-    return interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(size, size), align_corners=False)
+    return interpolate_bilinear_2d_like_tensorflow1x(
+        images.float(), size=(size, size), align_corners=False
+    )
 
 
 def resize_bicubic(images: Tensor, size: int) -> Tensor:
@@ -154,7 +182,9 @@ def _pillow(images: Tensor, size: int, dtype: type) -> Tensor:
     pictures = images.permute(0, 2, 3, 1).cpu().numpy().astype(dtype)
     pictures = pictures.squeeze(3) if pictures.shape[3] == 1 else pictures
     kernel = Image.Resampling.BICUBIC
-    resized = np.stack([np.asarray(Image.fromarray(picture).resize((size, size), kernel)) for picture in pictures])
+    resized = np.stack(
+        [np.asarray(Image.fromarray(picture).resize((size, size), kernel)) for picture in pictures]
+    )
     resized = torch.from_numpy(resized).to(images.device)
     return resized[:, None] if resized.ndim == 3 else resized.permute(0, 3, 1, 2)
 

@@ -82,7 +82,8 @@ class Row:
             for name in ("codebook usage", "perplexity")
         )
         levels = [
-            Level(u.settings["tokens"] // u.n, u.settings["num_codes"], p.value, u.value) for u, p in zip(used, spread)
+            Level(u.settings["tokens"] // u.n, u.settings["num_codes"], p.value, u.value)
+            for u, p in zip(used, spread)
         ]
         log = read_log(folder)
         seconds = [value for _, value in log.get("seconds", [])]
@@ -150,9 +151,13 @@ def compare_quantizers(options: Options) -> None:
     """
     folders = find_runs(options.run)
     if not folders:
-        raise UserError(f"{options.run}: no folder in it is a tokenizer's run (config.yaml and weights/): train one")
+        raise UserError(
+            f"{options.run}: no folder in it is a tokenizer's run (config.yaml and weights/): train one"
+        )
     trained = [Trained.read(options, folder) for folder in folders]
-    check_alike({each.pipeline.folder: each.conditions for each in trained}, options.allow_differences)
+    check_alike(
+        {each.pipeline.folder: each.conditions for each in trained}, options.allow_differences
+    )
     rows = sorted(map(Row.measure, trained), key=lambda row: (row.bits, row.name))
     if not distributed.is_main():
         return
@@ -183,14 +188,21 @@ def of_levels(counts: Iterable[int]) -> str:
 
 def columns_of(rows: Sequence[Row], shown: Sequence[str]) -> dict[str, list[str]]:
     """Head -> a cell for each row; `shown` are conditions that become columns."""
-    found = {name: figure for row in rows for name, figure in row.figures.items() if re.match(MEASURED, name)}
+    found = {
+        name: figure
+        for row in rows
+        for name, figure in row.figures.items()
+        if re.match(MEASURED, name)
+    }
     return {
         "quantizer": [row.name for row in rows],
         "codes per image": [of_levels(level.codes for level in row.levels) for row in rows],
         "K": [of_levels(level.num_codes for level in row.levels) for row in rows],
         "bits per image": [f"{row.bits:,.0f}" for row in rows],
         **{
-            f"{name} {ARROWS[figure.higher_is_better]}": [_cell(row.figures.get(name)) for row in rows]
+            f"{name} {ARROWS[figure.higher_is_better]}": [
+                _cell(row.figures.get(name)) for row in rows
+            ]
             for name, figure in found.items()
         },
         "perplexity": [number(row.perplexity) for row in rows],
@@ -199,16 +211,26 @@ def columns_of(rows: Sequence[Row], shown: Sequence[str]) -> dict[str, list[str]
         "steps": [row.trained.conditions["loop.steps"] for row in rows],
         "s/step": [number(row.seconds) if row.seconds else "" for row in rows],
         "images/s": [number(row.images_per_second) if row.seconds else "" for row in rows],
-        **{field: [row.trained.conditions[field] for row in rows] for field in shown if field != "loop.steps"},
+        **{
+            field: [row.trained.conditions[field] for row in rows]
+            for field in shown
+            if field != "loop.steps"
+        },
     }
 
 
-def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pictures: Sequence[Picture]) -> str:
+def markdown(
+    rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pictures: Sequence[Picture]
+) -> str:
     conditions = [row.trained.conditions for row in rows]
     common = [
-        f"{field} {value}" for field, value in conditions[0].items() if all(c[field] == value for c in conditions)
+        f"{field} {value}"
+        for field, value in conditions[0].items()
+        if all(c[field] == value for c in conditions)
     ]
-    imported = any(each["loop.steps"] == "0" for each in conditions)  # published by others, each trained in its own way
+    imported = any(
+        each["loop.steps"] == "0" for each in conditions
+    )  # published by others, each trained in its own way
     made = "are measured alike" if imported else "were trained alike"
     images = " and ".join(dict.fromkeys(f"{row.figures['PSNR'].n:,}" for row in rows))
     lines = [
@@ -224,7 +246,8 @@ def markdown(rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pi
         lines += ["", f"![{picture.name}](images/{picture.name})", "", picture.caption]
     lines += ["", "## Settings that differ", ""]
     lines += [
-        f"- **{row.name}**: {text}" for row, text in zip(rows, own_settings([row.trained.config for row in rows]))
+        f"- **{row.name}**: {text}"
+        for row, text in zip(rows, own_settings([row.trained.config for row in rows]))
     ]
     return "\n".join(lines) + "\n"
 
@@ -235,8 +258,12 @@ def draw(rows: Sequence[Row]) -> list[Picture]:
     bars = codebook_bars(names, [row.usage for row in rows], [row.perplexity_share for row in rows])
     curves = {row.name: row.curve for row in rows if row.curve}
     pictures = [
-        Picture(f"{NAME}-rate.svg", "Held-out PSNR against bits per image at the fixed rate.", rates),
-        Picture(f"{NAME}-codebook.svg", "Codes in use and perplexity on the held-out images.", bars),
+        Picture(
+            f"{NAME}-rate.svg", "Held-out PSNR against bits per image at the fixed rate.", rates
+        ),
+        Picture(
+            f"{NAME}-codebook.svg", "Codes in use and perplexity on the held-out images.", bars
+        ),
     ]
     if curves:
         caption = "PSNR in training, of the few held-out images that a run watches."
@@ -245,7 +272,10 @@ def draw(rows: Sequence[Row]) -> list[Picture]:
     for row in rows:
         groups.setdefault(row.record.arrays["shown_originals"].tobytes(), []).append(row)
     for index, group in enumerate(groups.values(), start=1):
-        shown = [group[0].record.arrays["shown_originals"], *(row.record.arrays["shown_images"] for row in group)]
+        shown = [
+            group[0].record.arrays["shown_originals"],
+            *(row.record.arrays["shown_images"] for row in group),
+        ]
         pictures.append(
             Picture(
                 f"{NAME}-reconstructions{f'-{index}' if len(groups) > 1 else ''}.png",

@@ -34,10 +34,17 @@ class Rate:
     def measurements(self, origin: Origin, num_pixels: int) -> list[Measurement]:
         """Per image and per pixel."""
         found = []
-        for suffix, unit, share in (("", "bits/image", 1), (" per pixel", "bits/pixel", num_pixels)):
+        for suffix, unit, share in (
+            ("", "bits/image", 1),
+            (" per pixel", "bits/pixel", num_pixels),
+        ):
             interval = self.interval and (self.interval[0] / share, self.interval[1] / share)
             own = {"details": self.details, "interval": interval, **self.settings}
-            found.append(origin.measure(f"rate{suffix}, {self.name}", self.bits / share, unit, None, self.n, **own))
+            found.append(
+                origin.measure(
+                    f"rate{suffix}, {self.name}", self.bits / share, unit, None, self.n, **own
+                )
+            )
         return found
 
 
@@ -47,14 +54,27 @@ class Rates:
     notes: list[str]  # what is left out, and why
 
     def measurements(self, origin: Origin, num_pixels: int) -> list[Measurement]:
-        return [measurement for rate in self.found for measurement in rate.measurements(origin, num_pixels)]
+        return [
+            measurement
+            for rate in self.found
+            for measurement in rate.measurements(origin, num_pixels)
+        ]
 
     def table(self, num_pixels: int) -> str:
         """Markdown."""
-        rows = ["| rate | bits per image | 95 % | bits per pixel | N | |", "|---|--:|--:|--:|--:|---|"]
+        rows = [
+            "| rate | bits per image | 95 % | bits per pixel | N | |",
+            "|---|--:|--:|--:|--:|---|",
+        ]
         for rate in self.found:
             interval = " … ".join(map(number, rate.interval or ()))
-            cells = [rate.name, number(rate.bits), interval, number(rate.bits / num_pixels), f"{rate.n:,}"]
+            cells = [
+                rate.name,
+                number(rate.bits),
+                interval,
+                number(rate.bits / num_pixels),
+                f"{rate.n:,}",
+            ]
             rows.append("| " + " | ".join([*cells, rate.settings["rate"]]) + " |")
         return "\n".join(rows)
 
@@ -80,13 +100,20 @@ def find_rates(
     entropy = float(table.ideal_bits(codes).mean())
     found = [
         Rate("fixed", layout.bits, n, {"rate": "tokens x log2 K"}),
-        Rate("unigram entropy", entropy, n, {"rate": "plug-in entropy per level, of these codes themselves"}),
+        Rate(
+            "unigram entropy",
+            entropy,
+            n,
+            {"rate": "plug-in entropy per level, of these codes themselves"},
+        ),
     ]
     files = [("a table in it", None, None)]
     if split_table:
         bits = split_table.ideal_bits(codes)
         how = {"rate": "-log2 p of another split's table", "table_sha256": split_table.sha256}
-        found.append(Rate("unigram cross-entropy", float(bits.mean()), n, how, interval=mean_interval(bits)))
+        found.append(
+            Rate("unigram cross-entropy", float(bits.mean()), n, how, interval=mean_interval(bits))
+        )
         files.append(("another split's table", split_table, None))
     if prior is not None:
         rate = _prior_rate(codes, prior, labels, batch_size)
@@ -119,29 +146,53 @@ def _prior_rate(codes: Tensor, prior: Prior, labels: Tensor | None, batch_size: 
     what = "-log2 p" if kind == "exact" else "upper bound of -log2 p"
     given = "no label" if labels is None else "the class label, which is not counted"
     how = {"rate": f"{what} of the prior, given {given}", "likelihood": kind}
-    return Rate("prior cross-entropy", float(bits.mean()), len(bits), how, interval=mean_interval(bits))
+    return Rate(
+        "prior cross-entropy", float(bits.mean()), len(bits), how, interval=mean_interval(bits)
+    )
 
 
-def _one_file(name: str, codes: Tensor, layout: CodeLayout, model: CodeModel | None, labels: Tensor | None) -> Rate:
+def _one_file(
+    name: str, codes: Tensor, layout: CodeLayout, model: CodeModel | None, labels: Tensor | None
+) -> Rate:
     data, n = encode_tokens(codes, layout, model, labels), len(codes)
     payload = len(TokenFile.from_bytes(data).payload)
     ideal = (model or TableModel.of_codes(codes, layout)).ideal_bits(codes, labels)
     sizes = {"bytes": len(data), "payload_bytes": payload, "ideal_bytes": float(ideal.sum()) / 8}
-    how = {"rate": f"one file of all images, decoded to the same codes; {_counted(labels)}", "model": name}
+    how = {
+        "rate": f"one file of all images, decoded to the same codes; {_counted(labels)}",
+        "model": name,
+    }
     return Rate(f"file, coded by {name}", 8 * len(data) / n, n, how, sizes)
 
 
 def _single_files(
-    name: str, codes: Tensor, layout: CodeLayout, model: CodeModel, labels: Tensor | None, num_single: int
+    name: str,
+    codes: Tensor,
+    layout: CodeLayout,
+    model: CodeModel,
+    labels: Tensor | None,
+    num_single: int,
 ) -> Rate:
     places = torch.linspace(0, len(codes) - 1, min(num_single, len(codes))).long()
     alone = places[:, None].unbind()  # (1,) each
-    files = [encode_tokens(codes[i], layout, model, None if labels is None else labels[i]) for i in alone]
+    files = [
+        encode_tokens(codes[i], layout, model, None if labels is None else labels[i]) for i in alone
+    ]
     bits = torch.tensor([8 * len(data) for data in files], dtype=torch.float64)
     payload = sum(len(TokenFile.from_bytes(data).payload) for data in files) / len(files)
-    how = {"rate": f"a file for each image, decoded to the same codes; {_counted(labels)}", "model": name}
+    how = {
+        "rate": f"a file for each image, decoded to the same codes; {_counted(labels)}",
+        "model": name,
+    }
     details = {"payload_bytes": payload, "bytes": float(bits.mean()) / 8}
-    return Rate(f"file per image, coded by {name}", float(bits.mean()), len(bits), how, details, mean_interval(bits))
+    return Rate(
+        f"file per image, coded by {name}",
+        float(bits.mean()),
+        len(bits),
+        how,
+        details,
+        mean_interval(bits),
+    )
 
 
 def _counted(labels: Tensor | None) -> str:

@@ -108,7 +108,9 @@ def compare(
             continue
         curves[name] = sweep(name, codec, images, lpips)
     height, width = images.shape[-2:]
-    return RateDistortion(len(images), (height, width), list(points), curves, lpips and lpips.name, notes)
+    return RateDistortion(
+        len(images), (height, width), list(points), curves, lpips and lpips.name, notes
+    )
 
 
 def measure_point(
@@ -131,7 +133,11 @@ def measure_point(
         pair = tuple(side.to(device) for side in pair)
         decibels = psnr(squared_error(*pair))
         none = torch.full_like(decibels, math.nan)
-        rows.append(torch.stack([decibels, ssim(*pair) if windows else none, lpips(*pair) if lpips else none]).cpu())
+        rows.append(
+            torch.stack(
+                [decibels, ssim(*pair) if windows else none, lpips(*pair) if lpips else none]
+            ).cpu()
+        )
     means = torch.cat(rows, 1).mean(1).tolist()
     figures = (None if math.isnan(mean) else mean for mean in means)
     pixels = math.prod(images.shape[-2:])
@@ -148,7 +154,11 @@ def sweep(name: str, codec: Codec, images: Tensor, lpips: LPIPS | None = None) -
         progress.show(len(tried), tried[setting].setting)
     points = list(tried.values())
     fronts = [*pareto(points), *pareto(points, bare=True)]
-    found = [try_codec(name, codec, images, *setting, lpips) for setting, point in tried.items() if point in fronts]
+    found = [
+        try_codec(name, codec, images, *setting, lpips)
+        for setting, point in tried.items()
+        if point in fronts
+    ]
     progress.finish(f"{len(images)} images")
     return found
 
@@ -176,7 +186,9 @@ def try_codec(
         decoded.append(np.asarray(opened.resize(picture.size, Image.Resampling.LANCZOS)))
     reconstructions = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
     setting, n = f"quality {quality}" + (f", 1/{scale} size" if scale > 1 else ""), len(images)
-    return measure_point(name, setting, images, reconstructions, total / n, bare / n, lpips, quick=quick)
+    return measure_point(
+        name, setting, images, reconstructions, total / n, bare / n, lpips, quick=quick
+    )
 
 
 def pareto(points: Sequence[Point], bare: bool = False) -> list[Point]:
@@ -236,7 +248,9 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _annex_k() -> frozenset[bytes]:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG", optimize=False)
-    return frozenset(segment for marker, segment in _jpeg_segments(file.getvalue()) if marker == HUFFMAN)
+    return frozenset(
+        segment for marker, segment in _jpeg_segments(file.getvalue()) if marker == HUFFMAN
+    )
 
 
 def webp_bare(data: bytes) -> int:
@@ -262,7 +276,12 @@ CODECS = {
         jpeg_bare,
     ),
     "WebP": Codec((0, 5, 10, 20, 35, 50, 65, 80, 90, 97), "webp", ({"method": 6},), webp_bare),
-    "AVIF": Codec((0, 10, 20, 30, 40, 50, 60, 70, 80, 90), "avif", ({"speed": 6, "max_threads": 1},), avif_bare),
+    "AVIF": Codec(
+        (0, 10, 20, 30, 40, 50, 60, 70, 80, 90),
+        "avif",
+        ({"speed": 6, "max_threads": 1},),
+        avif_bare,
+    ),
 }
 CAPTION = (
     "Bits per pixel and figures are means over {n} images of {width} x {height} at one setting. Codecs: Pillow "
@@ -278,7 +297,9 @@ def caption(found: RateDistortion) -> str:
     import PIL
 
     height, width = found.size
-    return CAPTION.format(n=f"{found.num_images:,}", width=width, height=height, pillow=PIL.__version__)
+    return CAPTION.format(
+        n=f"{found.num_images:,}", width=width, height=height, pillow=PIL.__version__
+    )
 
 
 def markdown(found: RateDistortion) -> str:
@@ -291,7 +312,13 @@ def markdown(found: RateDistortion) -> str:
         header = ["", "bits per pixel", *(titles[figure] for figure in shown)]
         rows = []
         for point in found.points:
-            rows.append([f"**{point.name}** ({point.setting})", number(_bits(point, bare)), *_figures(point, shown)])
+            rows.append(
+                [
+                    f"**{point.name}** ({point.setting})",
+                    number(_bits(point, bare)),
+                    *_figures(point, shown),
+                ]
+            )
             for codec, curve in found.curves.items():
                 other = found.matched(point, codec, bare)
                 front = pareto(curve, bare)
@@ -312,7 +339,9 @@ def markdown(found: RateDistortion) -> str:
 def _measured(found: RateDistortion) -> list[str]:
     """The figures that all points have."""
     points = [*found.points, *(point for curve in found.curves.values() for point in curve)]
-    return [figure for figure in FIGURES if all(getattr(point, figure) is not None for point in points)]
+    return [
+        figure for figure in FIGURES if all(getattr(point, figure) is not None for point in points)
+    ]
 
 
 def _figures(point: Point, shown: Sequence[str]) -> list[str]:
@@ -320,7 +349,9 @@ def _figures(point: Point, shown: Sequence[str]) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = ["---" if column == 0 or name == "setting" else "--:" for column, name in enumerate(header)]
+    ruler = [
+        "---" if column == 0 or name == "setting" else "--:" for column, name in enumerate(header)
+    ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
 
 
@@ -334,11 +365,19 @@ def plot(found: RateDistortion, file: Path | BinaryIO) -> None:
         for index, (codec, curve) in enumerate(found.curves.items()):
             for bare, style in ((False, "-"), (True, "--")):
                 front = pareto(curve, bare)
-                line = dict(color=f"C{index}", linestyle=style, linewidth=1.3, label=None if bare else codec)
-                axes.plot([_bits(each, bare) for each in front], [getattr(each, figure) for each in front], **line)
+                line = dict(
+                    color=f"C{index}", linestyle=style, linewidth=1.3, label=None if bare else codec
+                )
+                axes.plot(
+                    [_bits(each, bare) for each in front],
+                    [getattr(each, figure) for each in front],
+                    **line,
+                )
         for point in found.points:
             value = getattr(point, figure)
-            axes.plot([point.bits, point.bare_bits], [value] * 2, color="0.6", linewidth=0.8, zorder=3)
+            axes.plot(
+                [point.bits, point.bare_bits], [value] * 2, color="0.6", linewidth=0.8, zorder=3
+            )
             axes.plot(point.bits, value, "ko", markersize=5, zorder=4)
             axes.plot(point.bare_bits, value, "ko", markersize=5, fillstyle="none", zorder=4)
             place = dict(xytext=(6, 4), textcoords="offset points", fontsize=8)

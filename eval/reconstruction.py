@@ -43,7 +43,12 @@ class PairedFrechet:
 
 
 def measure_frechet(
-    origin: Origin, name: str, extractor: Extractor, features: Tensor, target: Gaussian | Tensor, **settings: object
+    origin: Origin,
+    name: str,
+    extractor: Extractor,
+    features: Tensor,
+    target: Gaussian | Tensor,
+    **settings: object,
 ) -> Measurement:
     """A Fréchet distance with its jackknife interval, where there are rows enough for one."""
     paired = isinstance(target, Tensor)
@@ -54,8 +59,13 @@ def measure_frechet(
     if len(features) >= 2 * JACKKNIFE_BLOCKS:
         found = frechet_jackknife(features, target, JACKKNIFE_BLOCKS)
         interval = (max(0.0, found.low), found.high)
-        details = {"interval": f"jackknife, {JACKKNIFE_BLOCKS} blocks", "bias_corrected": found.corrected}
-    return origin.measure(name, value, "", False, len(features), interval=interval, details=details, **settings)
+        details = {
+            "interval": f"jackknife, {JACKKNIFE_BLOCKS} blocks",
+            "bias_corrected": found.corrected,
+        }
+    return origin.measure(
+        name, value, "", False, len(features), interval=interval, details=details, **settings
+    )
 
 
 def measure_reconstruction(pipeline: Pipeline) -> Record:
@@ -100,7 +110,10 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
     for name, chosen_rows in chosen.items():
         originals = load(held_out, places[chosen_rows]).to(distributed.device())
         batch = reconstruct(model, Batch(originals, places[chosen_rows]))
-        arrays |= {f"{name}_originals": pixels(batch.references), f"{name}_images": pixels(batch.images)}
+        arrays |= {
+            f"{name}_originals": pixels(batch.references),
+            f"{name}_images": pixels(batch.images),
+        }
         for figure in ("psnr", "lpips"):
             if figure in rows:
                 arrays[f"{name}_{figure}"] = rows[figure][chosen_rows].numpy()

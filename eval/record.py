@@ -22,7 +22,16 @@ from training.checkpoint import digest, replace_file
 from training.command import UserError
 from training.folder import Folder, Kind
 
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity", "pillow", "constriction")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "lpips",
+    "torch-fidelity",
+    "pillow",
+    "constriction",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +44,12 @@ class Measurement:
     higher_is_better: bool | None  # None: neither
     n: int  # images measured
     split: str  # which images
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # how: reference, extractor, window, ...
-    subject: dict[str, Any] = dataclasses.field(default_factory=dict)  # whose: hashes of weights and samples, seed
+    settings: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # how: reference, extractor, window, ...
+    subject: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # whose: hashes of weights and samples, seed
     details: dict[str, Any] = dataclasses.field(default_factory=dict)  # what else was found
     interval: tuple[float, float] | None = None  # 95 %
 
@@ -83,7 +96,18 @@ class Origin:
     ) -> Measurement:
         """A figure of this origin; `settings` are those that only it has."""
         own = self.settings | settings
-        given = (name, value, unit, higher_is_better, n, self.split, own, self.subject, details or {}, interval)
+        given = (
+            name,
+            value,
+            unit,
+            higher_is_better,
+            n,
+            self.split,
+            own,
+            self.subject,
+            details or {},
+            interval,
+        )
         return Measurement(*given)
 
 
@@ -95,7 +119,9 @@ class Record:
     settings: dict[str, Any]  # what makes it current: hashes of weights, samples and data, options
     measurements: list[Measurement]
     arrays: dict[str, np.ndarray]
-    notes: list[str] = dataclasses.field(default_factory=list)  # banners, and figures left out with the reason
+    notes: list[str] = dataclasses.field(
+        default_factory=list
+    )  # banners, and figures left out with the reason
     environment: dict[str, Any] = dataclasses.field(default_factory=lambda: describe_environment())
 
     @property
@@ -138,8 +164,12 @@ class Record:
         """
         file = folder / f"{kind}.json"
         for path in (file, file.with_suffix(".npz")):
-            if os.path.lexists(path) and not (_is_record(file) or Folder(folder, PAGES).lists(path.name)):
-                raise UserError(f"{path}: no command here wrote it, and it is in the way: move it away")
+            if os.path.lexists(path) and not (
+                _is_record(file) or Folder(folder, PAGES).lists(path.name)
+            ):
+                raise UserError(
+                    f"{path}: no command here wrote it, and it is in the way: move it away"
+                )
         try:
             fields = json.loads(file.read_bytes())
             arrays = read_arrays(file.with_suffix(".npz"))
@@ -147,8 +177,17 @@ class Record:
                 raise DamagedFile("its SHA-256 is not that of what it holds")
             measurements = [Measurement.from_dict(each) for each in fields["measurements"]]
             own = str(arrays.pop("record_hash"))
-            record = Record(kind, fields["settings"], measurements, arrays, fields["notes"], fields["environment"])
-            return record if own == fields["hash"] == record.hash else None  # else a kill came between the two files
+            record = Record(
+                kind,
+                fields["settings"],
+                measurements,
+                arrays,
+                fields["notes"],
+                fields["environment"],
+            )
+            return (
+                record if own == fields["hash"] == record.hash else None
+            )  # else a kill came between the two files
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -183,7 +222,12 @@ RECORDS = (
 )
 PAGES = Kind(
     "folder of pages",
-    (r"(report|quantizers|priors)\.(md|html|json)", r"rate_distortion\.png", r"images/[\w.-]+", RECORDS),
+    (
+        r"(report|quantizers|priors)\.(md|html|json)",
+        r"rate_distortion\.png",
+        r"images/[\w.-]+",
+        RECORDS,
+    ),
     made=_has_pages,
     shared=True,
 )
@@ -223,7 +267,10 @@ def nameless(settings: Any) -> Any:
 def share_interval(hits: int, n: int) -> tuple[float, float]:
     """95 % for a share (Wilson 1927), in percent, within [0, 100]."""
     z, share = 1.96, hits / n
-    middle, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle, reach = (
+        share + z * z / (2 * n),
+        z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)),
+    )
     low, high = (100 * (middle + side) / (1 + z * z / n) for side in (-reach, reach))
     # Of no hits, and of hits alone, one end is exactly 0 or 100, which rounding misses.
     return low if hits else 0.0, high if hits < n else 100.0
@@ -248,7 +295,9 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": versions,
-        "device": "cpu" if (kind := distributed.gpu()) is None else getattr(torch, kind).get_device_name(),
+        "device": "cpu"
+        if (kind := distributed.gpu()) is None
+        else getattr(torch, kind).get_device_name(),
         "torch_threads": torch.get_num_threads(),
         "git_commit": git_commit(),
     }
@@ -258,8 +307,17 @@ def git_commit() -> str | None:
     """HEAD of the checkout that this code lies in, "+" when it has changes; None without git or checkout."""
     try:
         head, changes = (
-            subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            subprocess.run(
+                ["git", *arguments],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
+            for arguments in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no"],
+            )
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -270,7 +328,9 @@ def git_commit() -> str | None:
 
 def dump_json(content: Any) -> bytes:
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode(errors="backslashreplace")  # of a path whose bytes are no UTF-8: "\udce9" is JSON's own escape
+    return text.encode(
+        errors="backslashreplace"
+    )  # of a path whose bytes are no UTF-8: "\udce9" is JSON's own escape
 
 
 def _to_json(value: float) -> float | str:

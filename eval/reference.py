@@ -41,7 +41,9 @@ class Reference:
     """What a set of images is compared with."""
 
     gaussian: Gaussian
-    features: Tensor | None  # (m, D) float32 for manifolds and kernels; None where the file has none
+    features: (
+        Tensor | None
+    )  # (m, D) float32 for manifolds and kernels; None where the file has none
     settings: dict[str, Any]  # of measurements: file, hash, count (None: ADM's files do not say)
 
 
@@ -57,10 +59,14 @@ def write_reference(
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: statistics are kept in a .npz file")
     if os.path.lexists(out) and not _is_ours(out):
-        raise UserError(f"--out {out}: is no file of statistics that was made here: move it away, or name another")
+        raise UserError(
+            f"--out {out}: is no file of statistics that was made here: move it away, or name another"
+        )
     own = extractor.input_size if isinstance(extractor, InDomain) else None
     if own is not None and image_size not in (None, own):
-        raise UserError(f"--image-size {image_size}: {extractor.name} sees images of {own} px: leave the option out")
+        raise UserError(
+            f"--image-size {image_size}: {extractor.name} sees images of {own} px: leave the option out"
+        )
     size = image_size or own
     if data.endswith(".npz"):
         path = Path(data)
@@ -69,17 +75,28 @@ def write_reference(
         check_size(path, images.shape[1], size)
         n = len(images) if num is None else min(num, len(images))
         batches = npz_batches(path, batch_size, n)
-        identity = {"source": path.name, "sha256": sha256(path), "n": n, "image_size": images.shape[1]}
+        identity = {
+            "source": path.name,
+            "sha256": sha256(path),
+            "n": n,
+            "image_size": images.shape[1],
+        }
     else:
         if size is None:
-            raise UserError(f"{data}: at what size? say --image-size, for statistics of images of other sizes differ")
+            raise UserError(
+                f"{data}: at what size? say --image-size, for statistics of images of other sizes differ"
+            )
         images = open_split(DataConfig(source=data, image_size=size), split)
         n = len(images) if num is None else min(num, len(images))
         places = torch.linspace(0, len(images) - 1, n, dtype=torch.float64).round().long()
-        batches = share_images(images, places, batch_size, images.name, workers, ids=torch.arange(n))
+        batches = share_images(
+            images, places, batch_size, images.name, workers, ids=torch.arange(n)
+        )
         identity = images.identity() | {"measured": n}
     if n < LEAST["a Fréchet distance"]:
-        raise UserError(f"{data}: N = {n} is too few for statistics: at least {LEAST['a Fréchet distance']} are needed")
+        raise UserError(
+            f"{data}: N = {n} is too few for statistics: at least {LEAST['a Fréchet distance']} are needed"
+        )
     seen = extract(batches, extractor, n)
     about = {"extractor": extractor.settings, "data": identity, "batch_size": batch_size}
     arrays = {
@@ -112,28 +129,41 @@ def choose_extractor(in_domain: Path | None, inception: Path | None) -> Extracto
         return InDomain(in_domain)
     path = WEIGHTS["inception"].find(inception)
     if path is None:
-        raise UserError(f"name an in-domain extractor with --extractor, or fetch {WEIGHTS['inception'].missing()}")
+        raise UserError(
+            f"name an in-domain extractor with --extractor, or fetch {WEIGHTS['inception'].missing()}"
+        )
     return Inception(path)
 
 
-def read_reference(path: Path, extractor: Extractor, batch_size: int = 100, image_size: int | None = None) -> Reference:
+def read_reference(
+    path: Path, extractor: Extractor, batch_size: int = 100, image_size: int | None = None
+) -> Reference:
     """Statistics for figures of this extractor; images without statistics are measured.
 
     Raises UserError when the file is missing or damaged, its statistics are another extractor's, or its images, as
     far as it tells, are not of `image_size`, where one is given: distances between sizes are distances of sizes.
     """
     try:
-        arrays, has_images = read_arrays(path, ("mu", "sigma", "n", "features", "about")), IMAGES in array_names(path)
+        arrays, has_images = (
+            read_arrays(path, ("mu", "sigma", "n", "features", "about")),
+            IMAGES in array_names(path),
+        )
         about = json.loads(str(arrays["about"])) if "about" in arrays else None
-        if about is not None and not (isinstance(about, dict) and isinstance(about.get("extractor"), dict)):
+        if about is not None and not (
+            isinstance(about, dict) and isinstance(about.get("extractor"), dict)
+        ):
             raise DamagedFile("about names no extractor")
         maker = about["extractor"]["extractor"] if about is not None else "inception-2015-12-05"
         size = about["data"]["image_size"] if about is not None else None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: give an ADM reference, or make one: eval.run reference-stats") from None
+        raise UserError(
+            f"{path}: no such file: give an ADM reference, or make one: eval.run reference-stats"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"damaged, or no .npz file of arrays ({reason_of(error)})"
-        raise UserError(f"{path}: {reason}: fetch it again, or make it again (eval.run reference-stats)") from None
+        raise UserError(
+            f"{path}: {reason}: fetch it again, or make it again (eval.run reference-stats)"
+        ) from None
     size = open_images(path).shape[1] if has_images else size
     check_size(path, size, image_size)
     settings = {"reference": path.name, "reference_sha256": sha256(path), "reference_size": size}
@@ -146,10 +176,14 @@ def read_reference(path: Path, extractor: Extractor, batch_size: int = 100, imag
         return Reference(gaussian, features, settings | {"reference_n": n})
     if has_images:
         if (n := len(open_images(path))) < LEAST["a Fréchet distance"]:
-            raise UserError(f"{path}: N = {n} is too few for a distance to these images: at least 2 are needed")
+            raise UserError(
+                f"{path}: N = {n} is too few for a distance to these images: at least 2 are needed"
+            )
         seen = _of_images(path, extractor, batch_size)
         return Reference(
-            Gaussian.of_moments(seen.moments), seen.features, settings | {"reference_n": seen.moments.count}
+            Gaussian.of_moments(seen.moments),
+            seen.features,
+            settings | {"reference_n": seen.moments.count},
         )
     if not fits:
         raise UserError(
@@ -172,7 +206,9 @@ def _rows(path: Path, arrays: dict[str, np.ndarray], dim: int) -> Tensor | None:
     if rows is None:
         return None
     if rows.dtype.kind != "f" or rows.shape[1:] != (dim,) or not np.isfinite(rows).all():
-        raise UserError(f"{path}: features {rows.dtype} {rows.shape} are not finite rows of {dim}: the file is damaged")
+        raise UserError(
+            f"{path}: features {rows.dtype} {rows.shape} are not finite rows of {dim}: the file is damaged"
+        )
     return torch.from_numpy(rows)
 
 
@@ -185,11 +221,19 @@ def _count(path: Path, arrays: dict[str, np.ndarray]) -> int | None:
 
 def _statistics(path: Path, arrays: dict[str, np.ndarray], dim: int) -> tuple[Tensor, Tensor]:
     if arrays["mu"].dtype.kind not in "fiu" or arrays["sigma"].dtype.kind not in "fiu":
-        raise UserError(f"{path}: mu {arrays['mu'].dtype} and sigma {arrays['sigma'].dtype} are no real numbers")
-    mean, covariance = (torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in ("mu", "sigma"))
+        raise UserError(
+            f"{path}: mu {arrays['mu'].dtype} and sigma {arrays['sigma'].dtype} are no real numbers"
+        )
+    mean, covariance = (
+        torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in ("mu", "sigma")
+    )
     if mean.shape != (dim,) or covariance.shape != (dim, dim):
-        raise UserError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} are not of {dim} features")
-    if not (mean.isfinite().all() and torch.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9)):
+        raise UserError(
+            f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} are not of {dim} features"
+        )
+    if not (
+        mean.isfinite().all() and torch.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9)
+    ):
         raise UserError(f"{path}: mu is not finite, or sigma is not symmetric: the file is damaged")
     return mean, (covariance + covariance.T) / 2
 
@@ -254,7 +298,9 @@ def check_whole(path: Path) -> None:
     except DAMAGES as error:
         damaged = str(error)
     if damaged:
-        raise UserError(f"{path}: damaged: the checksum of {damaged} is another: fetch or make the file again")
+        raise UserError(
+            f"{path}: damaged: the checksum of {damaged} is another: fetch or make the file again"
+        )
 
 
 def npz_batches(path: Path, batch_size: int, n: int) -> Iterator[Batch]:

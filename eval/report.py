@@ -43,7 +43,9 @@ class Stage:
     @staticmethod
     def read(folder: Path) -> Stage:
         config = folder / "config.yaml"
-        curves = {key: points for key, points in read_log(folder).items() if key not in BARE_LOG_KEYS}
+        curves = {
+            key: points for key, points in read_log(folder).items() if key not in BARE_LOG_KEYS
+        }
         return Stage(folder.name, _without_folders(config) if config.is_file() else "", curves)
 
 
@@ -53,7 +55,11 @@ def _without_folders(config: Path) -> str:
     def shown(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: shown(each) for key, each in value.items()}
-        return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value
+        return (
+            os.path.basename(value.rstrip("/"))
+            if isinstance(value, str) and os.path.isabs(value)
+            else value
+        )
 
     try:
         return dump(shown(undump(config)))
@@ -69,7 +75,9 @@ def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
         try:
             values = json.loads(line)
             step = int(values["step"])
-            values = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+            values = {
+                key: float(value) for key, value in values.items() if isinstance(value, int | float)
+            }
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
         for key, value in values.items():
@@ -82,14 +90,19 @@ def find_stages(root: Path, others: Iterable[Path] = ()) -> list[Stage]:
     """The training runs right below a pipeline's folder and those it was built on, the oldest first."""
     folders = {path.parent.resolve() for path in root.glob("*/log.jsonl")}
     folders |= {folder.resolve() for folder in others if (folder / "log.jsonl").is_file()}
-    return [Stage.read(folder) for folder in sorted(folders, key=lambda f: (f / "log.jsonl").stat().st_mtime)]
+    return [
+        Stage.read(folder)
+        for folder in sorted(folders, key=lambda f: (f / "log.jsonl").stat().st_mtime)
+    ]
 
 
 def collect_records(pipeline: Pipeline) -> list[Record]:
     """What a report shows of a pipeline: measured where need be; what takes long, only if it was measured already."""
     prior = pipeline.options.prior or pipeline.folder / "prior"
     if pipeline.options.prior and not is_prior(prior):
-        raise UserError(f"--prior {prior}: holds no trained prior: name the run folder of one, or leave the option out")
+        raise UserError(
+            f"--prior {prior}: holds no trained prior: name the run folder of one, or leave the option out"
+        )
     records = [measure_reconstruction(pipeline), measure_codebook(pipeline)]
     generation, notes = measure_generation(pipeline), []
     subject = {
@@ -106,14 +119,22 @@ def collect_records(pipeline: Pipeline) -> list[Record]:
     current = nameless(subject)
     for kind in KEPT:
         record = Record.read(pipeline.report_folder, kind)
-        if record and nameless({key: record.settings.get(key, value) for key, value in subject.items()}) == current:
+        if (
+            record
+            and nameless({key: record.settings.get(key, value) for key, value in subject.items()})
+            == current
+        ):
             records.append(record)
     generation = dataclasses.replace(generation, notes=[*generation.notes, *notes])
     return [*records, generation]
 
 
 def write_report(
-    folder: Path, title: str, records: Sequence[Record], stages: Sequence[Stage], class_names: Sequence[str]
+    folder: Path,
+    title: str,
+    records: Sequence[Record],
+    stages: Sequence[Stage],
+    class_names: Sequence[str],
 ) -> bool:
     """Write the three files and images/ into `folder`; False, and nothing written, when they are current."""
     current = digest(
@@ -125,9 +146,14 @@ def write_report(
         }
     )
     names = ("report.json", "report.md", "report.html")
-    if all((folder / name).is_file() for name in names) and _hash_of(folder / "report.json") == current:
+    if (
+        all((folder / name).is_file() for name in names)
+        and _hash_of(folder / "report.json") == current
+    ):
         return False
-    sections = [section for record in records for section in SECTIONS[record.kind](record, class_names)]
+    sections = [
+        section for record in records for section in SECTIONS[record.kind](record, class_names)
+    ]
     sections += [curves_section(stages)] if stages else []
     notes = list(dict.fromkeys(note for record in records for note in record.notes))
     figures = unique_figures(records)
@@ -137,17 +163,23 @@ def write_report(
         "hash": current,
         "notes": notes,
         "figures": [figure.to_dict() for figure in figures],
-        "records": {record.kind: {"hash": record.hash, "settings": record.settings} for record in records},
+        "records": {
+            record.kind: {"hash": record.hash, "settings": record.settings} for record in records
+        },
         "environment": {record.kind: record.environment for record in records},
     }
     files = {f"images/{picture.name}": picture.file() for picture in pictures}
     files["report.md"] = _markdown(title, notes, figures, sections).encode()
     files["report.html"] = html_page(title, notes, figures, sections, records, stages).encode()
-    write_pages(folder, files | {"report.json": dump_json(content)})  # last: it says that the others are current
+    write_pages(
+        folder, files | {"report.json": dump_json(content)}
+    )  # last: it says that the others are current
     return True
 
 
-def _markdown(title: str, notes: list[str], figures: Sequence[Measurement], sections: Sequence[Section]) -> str:
+def _markdown(
+    title: str, notes: list[str], figures: Sequence[Measurement], sections: Sequence[Section]
+) -> str:
     lines = [f"# {markdown(title)}", "", *(f"> {markdown(note)}\n" for note in notes)]
     lines += [
         "| figure | value | 95 % | N | of | extractor | seed | settings |",
@@ -170,7 +202,12 @@ def _markdown(title: str, notes: list[str], figures: Sequence[Measurement], sect
         lines += ["", f"## {section.title}", "", markdown(section.text)]
         lines += ["", *table_of(section.table.columns)] if section.table else []
         for picture in section.pictures:
-            lines += ["", f"![{picture.name}](images/{picture.name})", "", markdown(picture.caption)]
+            lines += [
+                "",
+                f"![{picture.name}](images/{picture.name})",
+                "",
+                markdown(picture.caption),
+            ]
     return "\n".join(lines) + "\n"
 
 

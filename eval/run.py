@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from eval.record import Record
 
 MOST = 10**9  # images: more is a slip of the hand
-PROTOCOLS = ("adm", "llamagen", "clean-fid", "torch-fidelity")  # eval.protocols', named here for --help alone
+PROTOCOLS = (
+    "adm",
+    "llamagen",
+    "clean-fid",
+    "torch-fidelity",
+)  # eval.protocols', named here for --help alone
 
 
 def main() -> None:
@@ -130,7 +135,9 @@ def report(options: Options) -> None:
         return
     stages = find_stages(pipeline.folder, [pipeline.tokenizer_folder, pipeline.extractor_folder])
     title = f"{pipeline.folder.resolve().name} on {pipeline.held_out.name}"
-    written = write_report(pipeline.report_folder, title, records, stages, pipeline.tokens.class_names)
+    written = write_report(
+        pipeline.report_folder, title, records, stages, pipeline.tokens.class_names
+    )
     for note in dict.fromkeys(note for record in records for note in record.notes):
         print(printable(note))
     print(text_table(headlines(unique_figures(records))))
@@ -149,7 +156,9 @@ def reference_stats(arguments: argparse.Namespace) -> None:
         num=arguments.num, batch_size=arguments.batch_size, workers=arguments.workers or 0,
     )  # fmt: skip
     if distributed.is_main():
-        about = f"{made.settings['reference_n']:,} images by {extractor.name}@{extractor.sha256[:8]}"
+        about = (
+            f"{made.settings['reference_n']:,} images by {extractor.name}@{extractor.sha256[:8]}"
+        )
         print(f"{arguments.out}: {about}, SHA-256 {made.settings['reference_sha256']}", flush=True)
 
 
@@ -161,7 +170,10 @@ def show(pipeline: Pipeline, records: list[Record]) -> None:
         for note in dict.fromkeys(note for record in records for note in record.notes):
             print(printable(note))
         print(text_table(unique_figures(records)))
-        print(", ".join(str(pipeline.report_folder / f"{record.kind}.json") for record in records), flush=True)
+        print(
+            ", ".join(str(pipeline.report_folder / f"{record.kind}.json") for record in records),
+            flush=True,
+        )
 
 
 COMMANDS = {
@@ -178,7 +190,10 @@ COMMANDS = {
 REFERENCE = "reference-stats"
 RATE_DISTORTION = "rate_distortion.png"  # in the report's folder
 PIPELINE = ("RUN", "the pipeline's folder, which holds tokens/")
-EITHER = ("RUN", "a tokenizer's run folder, a pipeline's, which holds tokens/, or published:NAME, with --data")
+EITHER = (
+    "RUN",
+    "a tokenizer's run folder, a pipeline's, which holds tokens/, or published:NAME, with --data",
+)
 FOLDERS = dict.fromkeys(("reconstruction", "codebook", "rate", "probe"), EITHER)
 FOLDERS["quantizers"] = ("FOLDER", "folder of tokenizers' run folders")
 # Groups of flags, by the commands that have them.
@@ -196,36 +211,86 @@ def parse() -> argparse.Namespace:
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         add = command.add_argument
         if name == REFERENCE:
-            add("data", metavar="DATA", help="embedded name, folder, parquet, hub:owner/name, or .npz file of images")
+            add(
+                "data",
+                metavar="DATA",
+                help="embedded name, folder, parquet, hub:owner/name, or .npz file of images",
+            )
             add("--out", type=Path, required=True, metavar="FILE", help=".npz file to write")
             add("--split", default="train", choices=("train", "held_out"))
-            add("--image-size", type=int, help="the side of the images; an in-domain extractor knows its own")
+            add(
+                "--image-size",
+                type=int,
+                help="the side of the images; an in-domain extractor knows its own",
+            )
         else:
             metavar, explained = FOLDERS.get(name, PIPELINE)
             add("run", type=Path, metavar=metavar, help=explained)
             add("--fresh", action="store_true", help="measure again; extractors stay")
-            add("--precision", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP}; extractors are fp32")
+            add(
+                "--precision",
+                choices=PRECISIONS,
+                default="auto",
+                help=f"{PRECISION_HELP}; extractors are fp32",
+            )
         if name in ("reconstruction", "codebook", "rate"):
-            add("--data", metavar="DATA", help="the images that a published tokenizer is measured on")
+            add(
+                "--data",
+                metavar="DATA",
+                help="the images that a published tokenizer is measured on",
+            )
         add("--num", type=int, help="measure at most so many images of each set")
         add("--batch-size", type=int, default=100)
         owners = "none" if name == REFERENCE else "as many as the tokenizer was trained with"
         add("--workers", type=int, metavar="N", help=f"processes that read images ({owners})")
         if name in LPIPS:
-            add("--lpips-weights", type=Path, metavar="PATH", help="trunk of LPIPS, torchvision's file")
+            add(
+                "--lpips-weights",
+                type=Path,
+                metavar="PATH",
+                help="trunk of LPIPS, torchvision's file",
+            )
             add("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
         if name in EXTRACTORS:
-            add("--inception-weights", type=Path, metavar="PATH", help="weights-inception-2015-12-05-6726825d.pth")
-            add("--extractor", type=Path, metavar="RUN", help="in-domain extractor, trained before; else RUN/extractor")
+            add(
+                "--inception-weights",
+                type=Path,
+                metavar="PATH",
+                help="weights-inception-2015-12-05-6726825d.pth",
+            )
+            add(
+                "--extractor",
+                type=Path,
+                metavar="RUN",
+                help="in-domain extractor, trained before; else RUN/extractor",
+            )
         if name in TOWERS:
-            add("--dinov2", type=Path, metavar="FOLDER", help="facebook/dinov2-large, for FD-DINOv2")
+            add(
+                "--dinov2", type=Path, metavar="FOLDER", help="facebook/dinov2-large, for FD-DINOv2"
+            )
         if name in SAMPLES:
-            add("--clip", type=Path, metavar="FOLDER", help="openai/clip-vit-large-patch14-336, for CMMD")
-            add("--reference", type=Path, metavar="FILE", help=".npz of statistics or images, such as ADM's, for FID")
+            add(
+                "--clip",
+                type=Path,
+                metavar="FOLDER",
+                help="openai/clip-vit-large-patch14-336, for CMMD",
+            )
+            add(
+                "--reference",
+                type=Path,
+                metavar="FILE",
+                help=".npz of statistics or images, such as ADM's, for FID",
+            )
         if name in PRIOR:
             add("--prior", type=Path, metavar="RUN", help="the prior; a pipeline's is RUN/prior")
         if name == "generation":
-            add("--protocol", nargs="+", default=(), choices=PROTOCOLS, help="what other evaluators would say")
+            add(
+                "--protocol",
+                nargs="+",
+                default=(),
+                choices=PROTOCOLS,
+                help="what other evaluators would say",
+            )
         if name == "rate":
             explained = "beside JPEG, WebP and AVIF, too, on N images (100)"
             add("--rate-distortion", nargs="?", const=100, type=int, metavar="N", help=explained)
@@ -233,7 +298,13 @@ def parse() -> argparse.Namespace:
             explained = "folder or Hub name of the pretrained encoder that the run began with"
             add("--encoder", metavar="NAME", help=explained)
         if name in ("quantizers", "priors"):
-            add("--allow-differences", nargs="+", default=(), metavar="FIELD", help="settings that may differ")
+            add(
+                "--allow-differences",
+                nargs="+",
+                default=(),
+                metavar="FIELD",
+                help="settings that may differ",
+            )
     arguments = parser.parse_args()
     for name, least in (("num", 2), ("batch_size", 1), ("rate_distortion", 1), ("workers", 0)):
         value = getattr(arguments, name, None)
@@ -246,7 +317,9 @@ def parse() -> argparse.Namespace:
 def options(arguments: argparse.Namespace) -> Options:
     from eval.pipeline import Options
 
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "data")}
+    given = {
+        name: value for name, value in vars(arguments).items() if name not in ("command", "data")
+    }
     data = getattr(arguments, "data", None)
     if str(arguments.run).startswith("published:"):
         from tokenizer.published.imports import folder_of
@@ -254,7 +327,12 @@ def options(arguments: argparse.Namespace) -> Options:
         given["run"] = folder_of(str(arguments.run), data)
     elif data is not None:
         raise UserError(f"--data {data}: {arguments.run} says itself which images it is of")
-    return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    return Options(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+        }
+    )
 
 
 if __name__ == "__main__":

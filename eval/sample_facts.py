@@ -51,7 +51,9 @@ def read_cost(folder: Path) -> dict[str, Any]:
         _check("options.guidance", facts["made_from"]["options"]["guidance"], _is_time)
         return facts
     except KeyError as error:
-        raise UserError(f"{path}: has no {error.args[0]}, which a comparison needs: {REMEDY}") from None
+        raise UserError(
+            f"{path}: has no {error.args[0]}, which a comparison needs: {REMEDY}"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}): {REMEDY}") from None
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval.comparison_pictures import labelled_grid
-from eval.pictures import ERROR_TOP, Picture, bars, codebook_plot, curves_plot, heat_map, pair_strip, png
+from eval.pictures import (
+    ERROR_TOP,
+    Picture,
+    bars,
+    codebook_plot,
+    curves_plot,
+    heat_map,
+    pair_strip,
+    png,
+)
 from eval.rate_distortion import caption as rate_distortion_caption
 from eval.rate_distortion import plot
 from eval.record import Record
@@ -56,7 +65,9 @@ def _reconstruction_sections(record: Record, class_names: Sequence[str]) -> list
         caption = f"The {which} by {by}, {which} first. PSNR: {values} dB."
         if by == "LPIPS":
             caption += f" LPIPS: {' '.join(f'{value:.3f}' for value in arrays[f'{which}_lpips'])}."
-        pictures.append(_pairs(f"{which}.png", caption, arrays[f"{which}_originals"], arrays[f"{which}_images"]))
+        pictures.append(
+            _pairs(f"{which}.png", caption, arrays[f"{which}_originals"], arrays[f"{which}_images"])
+        )
     return [Section("Reconstructions", "Held-out images, never seen in training.", pictures)]
 
 
@@ -77,7 +88,11 @@ def _codebook_sections(record: Record, class_names: Sequence[str]) -> list[Secti
             f"{number(math.log2(len(counts)))} (Miller-Madow)."
         )
         plots.append(Picture(f"position-entropy{suffix}.svg", caption, heat_map(entropies, "bits")))
-    return [Section("Codebook", "Counted over the whole held-out split; the line marks even use.", plots)]
+    return [
+        Section(
+            "Codebook", "Counted over the whole held-out split; the line marks even use.", plots
+        )
+    ]
 
 
 def _rate_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
@@ -93,27 +108,33 @@ def _rate_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
         "N": [f"{tier.n:,}" for tier in tiers],
         "how": [tier.settings["rate"] for tier in tiers],
     }
-    text = (
-        "What the held-out codes cost. The first tiers are what no file reaches; files are decoded to the same codes."
-    )
-    return [Section("Rate", text, [], Table(columns, ("bits per image", "95 %", "bits per pixel", "N")))]
+    text = "What the held-out codes cost. The first tiers are what no file reaches; files are decoded to the same codes."
+    return [
+        Section("Rate", text, [], Table(columns, ("bits per image", "95 %", "bits per pixel", "N")))
+    ]
 
 
 def _rate_distortion_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
     found = read_rate_distortion(record)
     content = io.BytesIO()
     plot(found, content)
-    picture = Picture("rate-distortion.png", rate_distortion_caption(found), content.getvalue(), smooth=True)
+    picture = Picture(
+        "rate-distortion.png", rate_distortion_caption(found), content.getvalue(), smooth=True
+    )
     rows = [figure for figure in record.measurements if "codec" in figure.settings]
     columns = {
-        "at the bits of": [f"files {figure.settings['tokens']}, {figure.settings['counted']}" for figure in rows],
+        "at the bits of": [
+            f"files {figure.settings['tokens']}, {figure.settings['counted']}" for figure in rows
+        ],
         "bits per pixel": [number(figure.details["bits_per_pixel"]) for figure in rows],
         "codec": [figure.settings["codec"] for figure in rows],
         "PSNR over the codec's, dB": [number(figure.value) for figure in rows],
     }
     numbers = ("bits per pixel", "PSNR over the codec's, dB")
     text = "The tokenizer beside picture formats at the same bits; a codec without such bits has no row."
-    return [Section("Rate and distortion", text, [picture], Table(columns, numbers) if rows else None)]
+    return [
+        Section("Rate and distortion", text, [picture], Table(columns, numbers) if rows else None)
+    ]
 
 
 def _generation_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
@@ -126,18 +147,33 @@ def _generation_sections(record: Record, class_names: Sequence[str]) -> list[Sec
         columns = max(int((labels == label).sum()) for label in shown)
         blank = np.full((columns, *images.shape[1:]), 255, np.uint8)
         rows = [np.concatenate([images[labels == label], blank])[:columns] for label in shown]
-        names = [class_names[label] if label < len(class_names) else "unconditional" for label in shown]
-        grid, caption = labelled_grid(names, rows), f"One class per row: {', '.join(names)}. Not chosen."
-    found = [Section("Samples", "Drawn from the prior and decoded.", [Picture("samples.png", caption, grid)])]
+        names = [
+            class_names[label] if label < len(class_names) else "unconditional" for label in shown
+        ]
+        grid, caption = (
+            labelled_grid(names, rows),
+            f"One class per row: {', '.join(names)}. Not chosen.",
+        )
+    found = [
+        Section(
+            "Samples", "Drawn from the prior and decoded.", [Picture("samples.png", caption, grid)]
+        )
+    ]
     if "nearest_samples" in arrays:
         found.append(_memorisation(record))
     if "agreement_total" in arrays:
         total, right = arrays["agreement_total"], arrays["agreement_right"]
         shares = [(class_names[i], 100 * right[i] / total[i]) for i in np.flatnonzero(total)[:50]]
         picture = Picture(
-            "agreement.svg", "Share of each class's samples that the classifier recognises.", bars(shares)
+            "agreement.svg",
+            "Share of each class's samples that the classifier recognises.",
+            bars(shares),
         )
-        found.append(Section("Class agreement", "By the in-domain classifier, trained on real images.", [picture]))
+        found.append(
+            Section(
+                "Class agreement", "By the in-domain classifier, trained on real images.", [picture]
+            )
+        )
     return found
 
 
@@ -152,7 +188,8 @@ def _memorisation(record: Record) -> Section:
     )
     counts = np.histogram(arrays["percentiles"], bins=10, range=(0, 100))[0]
     shares = [
-        (f"{10 * i} to {10 * i + 10} %", 100 * count / max(1, counts.sum())) for i, count in enumerate(counts.tolist())
+        (f"{10 * i} to {10 * i + 10} %", 100 * count / max(1, counts.sum()))
+        for i, count in enumerate(counts.tolist())
     ]
     text = (
         "Distance of every sample to its nearest training image in the in-domain extractor's features, beside the same "
@@ -185,5 +222,7 @@ def curves_section(stages: Sequence[Stage]) -> Section:
     for place, stage in enumerate(stages, start=1):
         if stage.curves:
             name = re.sub(r"[^\w.-]+", "_", stage.name, flags=re.ASCII)[:100]
-            pictures.append(Picture(f"training-{place}-{name}.svg", stage.name, curves_plot(stage.curves)))
+            pictures.append(
+                Picture(f"training-{place}-{name}.svg", stage.name, curves_plot(stage.curves))
+            )
     return Section("Training", "Every run's log over steps, oldest run first.", pictures)

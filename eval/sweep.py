@@ -39,7 +39,9 @@ class Combination:
 
     options: dict[str, Any]
     seconds: float  # per image
-    measurements: list[Measurement]  # a Fréchet distance first, then class agreement where there are classes
+    measurements: list[
+        Measurement
+    ]  # a Fréchet distance first, then class agreement where there are classes
 
     @property
     def distance(self) -> float:
@@ -51,7 +53,10 @@ class Judge:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline, self.extractor = pipeline, pipeline.in_domain
-        self.protocol = {"data": pipeline.held_out.identity(), "batch_size": pipeline.options.batch_size}
+        self.protocol = {
+            "data": pipeline.held_out.identity(),
+            "batch_size": pipeline.options.batch_size,
+        }
 
     def key(self, samples: Samples) -> str:
         """What the figures of these samples depend on, and their cost."""
@@ -61,15 +66,23 @@ class Judge:
         """The in-domain distance to held-out images, and class agreement where the samples have classes."""
         places = torch.arange(len(samples.images))
         seen = self._see(share(places, self.pipeline.options.batch_size, samples.load, "samples"))
-        origin = Origin("samples", self.protocol, {"samples_sha256": samples.sha256, **samples.made_from})
+        origin = Origin(
+            "samples", self.protocol, {"samples_sha256": samples.sha256, **samples.made_from}
+        )
         settings = {"reference": "held-out split", "reference_n": len(self.pipeline.held_out)}
         name = figure_name("FD", self.extractor) + " to held-out"
-        found = [measure_frechet(origin, name, self.extractor, seen.features, self.target, **settings)]
+        found = [
+            measure_frechet(origin, name, self.extractor, seen.features, self.target, **settings)
+        ]
         labels = torch.from_numpy(samples.labels)
         if self.extractor.task == "classes" and int(labels.max()) < self.extractor.num_classes:
             hits, n = int((seen.probabilities.argmax(1) == labels).sum()), len(labels)
             interval, settings = share_interval(hits, n), self.extractor.settings
-            found.append(origin.measure("class agreement", 100 * hits / n, "%", True, n, interval=interval, **settings))
+            found.append(
+                origin.measure(
+                    "class agreement", 100 * hits / n, "%", True, n, interval=interval, **settings
+                )
+            )
         return found
 
     @functools.cached_property
@@ -77,7 +90,9 @@ class Judge:
         """The held-out images' features, taken once, and only if there is something to measure."""
         n, least = len(self.pipeline.places(self.pipeline.held_out)), LEAST["a Fréchet distance"]
         if n < least:
-            raise UserError(f"{self.pipeline.held_out.name}: N = {n} held-out images is too few for a distance to them")
+            raise UserError(
+                f"{self.pipeline.held_out.name}: N = {n} held-out images is too few for a distance to them"
+            )
         held_out = self.pipeline.batches(self.pipeline.held_out, "held-out images")
         return Gaussian.of_features(self._see(held_out).features)
 
@@ -126,12 +141,20 @@ def table(found: Sequence[Combination], varied: Sequence[str]) -> str:
     for index in sorted(range(len(found)), key=lambda each: found[each].distance):
         each = found[index]
         distance, *others = each.measurements
-        cells = [str(each.options[key]) for key in varied] + [value_text(distance), interval_text(distance)]
+        cells = [str(each.options[key]) for key in varied] + [
+            value_text(distance),
+            interval_text(distance),
+        ]
         cells += [value_text(other) for other in others] + [f"{distance.n:,}", number(each.seconds)]
         rows.append([*cells, "★" if index in front else ""])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |"
+        for row in rows
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]]
+    )
 
 
 def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> None:
@@ -142,7 +165,9 @@ def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> Non
 
     num_panels = len(found[0].measurements)
     figure = Figure(figsize=(6.4 * num_panels, 4.8), layout="constrained")
-    figure.suptitle(f"{', '.join(varied)} on the front of seconds and distance" if varied else "", fontsize=9)
+    figure.suptitle(
+        f"{', '.join(varied)} on the front of seconds and distance" if varied else "", fontsize=9
+    )
     seconds = [each.seconds for each in found]
     front = pareto([(each.seconds, each.distance) for each in found])
     for panel, axes in enumerate(figure.subplots(1, num_panels, squeeze=False)[0]):
@@ -157,7 +182,9 @@ def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> Non
         for index in front:
             text = ", ".join(str(found[index].options[key]) for key in varied)
             point = seconds[index], values[index]
-            axes.annotate(text, point, xytext=(5, 5), textcoords="offset points", fontsize=8, zorder=4)
+            axes.annotate(
+                text, point, xytext=(5, 5), textcoords="offset points", fontsize=8, zorder=4
+            )
         axes.set_xlabel("seconds per image")
         axes.set_ylabel(" ".join(filter(None, (figures[0].name, figures[0].unit))))
         if max(seconds) > 3 * min(seconds):
@@ -180,7 +207,10 @@ def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in whole]
         for line in lines:  # as they are used
-            [Measurement.from_dict(fields) for fields in line["measurements"]], line["measurements"][0]
+            (
+                [Measurement.from_dict(fields) for fields in line["measurements"]],
+                line["measurements"][0],
+            )
             float(line["seconds_per_image"])
         return {line["key"]: line for line in lines}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -194,7 +224,9 @@ def _read_plan(folder: Path) -> dict[str, Any]:
         _check_plan(plan)
         return plan
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: no finished sweep is here: make one first (python -m generate.sweep)") from None
+        raise UserError(
+            f"{path}: no finished sweep is here: make one first (python -m generate.sweep)"
+        ) from None
 
 
 def _check_plan(plan: Any) -> None:
@@ -210,9 +242,14 @@ def _check_plan(plan: Any) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m eval.sweep", description="Measure what generate.sweep sampled; plot the front.")
+    parser = Parser(
+        prog="python -m eval.sweep",
+        description="Measure what generate.sweep sampled; plot the front.",
+    )
     parser.add_argument("folder", type=Path, help="the output folder of generate.sweep")
-    parser.add_argument("--extractor", type=Path, metavar="RUN", help="in-domain extractor (that of the pipeline)")
+    parser.add_argument(
+        "--extractor", type=Path, metavar="RUN", help="in-domain extractor (that of the pipeline)"
+    )
     parser.add_argument("--batch-size", type=int, default=100)
     arguments = parser.parse_args()
     check_counts(arguments, "batch_size")
@@ -220,10 +257,14 @@ def main() -> None:
 
     claim(arguments.folder)
     run = Path(os.path.normpath(arguments.folder.resolve() / plan["pipeline"]))
-    judge = Judge(Pipeline(Options(run, extractor=arguments.extractor, batch_size=arguments.batch_size)))
+    judge = Judge(
+        Pipeline(Options(run, extractor=arguments.extractor, batch_size=arguments.batch_size))
+    )
     found = measure_sweep(arguments.folder, judge, plan["combinations"])
     if any(not each.options.keys() >= set(plan["varied"]) for each in found):
-        raise UserError(f"{arguments.folder}: samples.json of some samples lacks {', '.join(plan['varied'])}: {REMEDY}")
+        raise UserError(
+            f"{arguments.folder}: samples.json of some samples lacks {', '.join(plan['varied'])}: {REMEDY}"
+        )
     text = f"{table(found, plan['varied'])}\n\n{banner(judge.extractor)}"
     replace_file(arguments.folder / TABLE, f"{text}\n".encode())
     plot(found, plan["varied"], arguments.folder / PLOT)

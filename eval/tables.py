@@ -34,7 +34,9 @@ def unique_figures(records: Iterable[Record]) -> list[Measurement]:
 
 
 def headlines(figures: Iterable[Measurement]) -> list[Measurement]:
-    return [figure for figure in figures if any(re.match(pattern, figure.name) for pattern in HEADLINES)]
+    return [
+        figure for figure in figures if any(re.match(pattern, figure.name) for pattern in HEADLINES)
+    ]
 
 
 def text_table(figures: Sequence[Measurement]) -> str:
@@ -45,7 +47,9 @@ def text_table(figures: Sequence[Measurement]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = (False, True, True, True, False)
     return "\n".join(
-        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)).rstrip()
+        "  ".join(
+            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)
+        ).rstrip()
         for row in rows
     )
 
@@ -70,7 +74,11 @@ def number(value: float) -> str:
 
 def extractor_text(figure: Measurement) -> str:
     settings = figure.settings
-    return f"{settings['extractor']}@{settings['extractor_sha256'][:8]}" if "extractor" in settings else ""
+    return (
+        f"{settings['extractor']}@{settings['extractor_sha256'][:8]}"
+        if "extractor" in settings
+        else ""
+    )
 
 
 def seed_text(figure: Measurement) -> str:

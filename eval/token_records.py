@@ -35,14 +35,20 @@ SINGLE_FILES = 16  # images that become files of their own
 def measure_codebook(pipeline: Pipeline) -> Record:
     """The record of the held-out codes: the kept one if current, else measured and kept."""
     held_out, places = pipeline.held_out, pipeline.places(pipeline.held_out)
-    protocol = {"data": held_out.identity(), "batch_size": pipeline.options.batch_size, **pipeline.how_encoded}
+    protocol = {
+        "data": held_out.identity(),
+        "batch_size": pipeline.options.batch_size,
+        **pipeline.how_encoded,
+    }
     subject = {"tokenizer_sha256": pipeline.tokenizer_hash}
     settings = {**protocol, **subject, "n": len(places)}
     kept = Record.load(pipeline.report_folder, "codebook", settings)
     if kept and not pipeline.options.fresh:
         return kept
     codes, layout = codes_of(pipeline, held_out, places).numpy(), layout_of(pipeline)
-    figures = measure_codes(codes, layout, Origin(pipeline.split_name(held_out, places), protocol, subject))
+    figures = measure_codes(
+        codes, layout, Origin(pipeline.split_name(held_out, places), protocol, subject)
+    )
     arrays = {}
     for level, statistics in enumerate(code_statistics(codes, layout)):
         arrays[f"histogram_{level}"] = statistics.histogram
@@ -57,7 +63,11 @@ def measure_rate(pipeline: Pipeline) -> Record:
     """
     held_out, places = pipeline.held_out, pipeline.places(pipeline.held_out)
     coder = Coder.open(pipeline)
-    protocol = {"data": held_out.identity(), "batch_size": pipeline.options.batch_size, **pipeline.how_encoded}
+    protocol = {
+        "data": held_out.identity(),
+        "batch_size": pipeline.options.batch_size,
+        **pipeline.how_encoded,
+    }
     settings = {**protocol, **coder.subject, "n": len(places), "single_files": SINGLE_FILES}
     kept = Record.load(pipeline.report_folder, "rate", settings)
     if kept and not pipeline.options.fresh:
@@ -78,7 +88,13 @@ def measure_rate_distortion(pipeline: Pipeline) -> Record:
     places, coder = pipeline.places(held_out, options.rate_distortion), Coder.open(pipeline)
     lpips = pipeline.lpips
     named = {"lpips": lpips and [lpips.name, lpips.sha256]}
-    settings = {"data": held_out.identity(), "n": len(places), **coder.subject, **named, **pipeline.how}
+    settings = {
+        "data": held_out.identity(),
+        "n": len(places),
+        **coder.subject,
+        **named,
+        **pipeline.how,
+    }
     kept = Record.load(pipeline.report_folder, "rate_distortion", settings)
     if kept and not options.fresh:
         return kept
@@ -98,25 +114,36 @@ def measure_rate_distortion(pipeline: Pipeline) -> Record:
         for rate in rates.found if rate.name.startswith("file per image")
     ]  # fmt: skip
     found = compare(originals, points, lpips)
-    origin = Origin(pipeline.split_name(held_out, places), {"data": held_out.identity()}, coder.subject)
+    origin = Origin(
+        pipeline.split_name(held_out, places), {"data": held_out.identity()}, coder.subject
+    )
     arrays = {"found": np.array(json.dumps(found.to_dict()))}
     figures = [figure for point in points for figure in _traded(found, point, origin)]
-    return pipeline.keep(Record("rate_distortion", settings, figures, arrays, [*rates.notes, *found.notes]))
+    return pipeline.keep(
+        Record("rate_distortion", settings, figures, arrays, [*rates.notes, *found.notes])
+    )
 
 
 def read_rate_distortion(record: Record) -> RateDistortion:
     """What the record was made from, for tables and plots."""
     fields = json.loads(str(record.arrays["found"]))
     points = [Point(**point) for point in fields["points"]]
-    curves = {codec: [Point(**point) for point in curve] for codec, curve in fields["curves"].items()}
-    return RateDistortion(**fields | {"points": points, "curves": curves, "size": tuple(fields["size"])})
+    curves = {
+        codec: [Point(**point) for point in curve] for codec, curve in fields["curves"].items()
+    }
+    return RateDistortion(
+        **fields | {"points": points, "curves": curves, "size": tuple(fields["size"])}
+    )
 
 
 def _traded(found: RateDistortion, point: Point, origin: Origin) -> list[Measurement]:
     """Its bits, and its PSNR over each codec that has such bits, by whole files and without headers."""
     figures, n = [], found.num_images
     for counted, bare in (("whole files", False), ("without headers", True)):
-        own, bits = {"tokens": point.setting, "counted": counted}, point.bare_bits if bare else point.bits
+        own, bits = (
+            {"tokens": point.setting, "counted": counted},
+            point.bare_bits if bare else point.bits,
+        )
         name = f"rate of a file per image, {point.setting}, {counted}"
         figures.append(origin.measure(name, bits, "bits/pixel", None, n, **own))
         for codec in found.curves:
@@ -124,7 +151,16 @@ def _traded(found: RateDistortion, point: Point, origin: Origin) -> list[Measure
                 name = f"PSNR over {codec}'s at the bits of files {point.setting}, {counted}"
                 gain = point.psnr - other.psnr
                 figures.append(
-                    origin.measure(name, gain, "dB", True, n, details={"bits_per_pixel": bits}, codec=codec, **own)
+                    origin.measure(
+                        name,
+                        gain,
+                        "dB",
+                        True,
+                        n,
+                        details={"bits_per_pixel": bits},
+                        codec=codec,
+                        **own,
+                    )
                 )
     return figures
 
@@ -142,7 +178,10 @@ class Coder:
         folder = pipeline.options.prior
         if folder is None and is_prior(pipeline.folder / "prior"):
             folder = pipeline.folder / "prior"
-        subject = {"tokenizer_sha256": pipeline.tokenizer_hash, "table_images": len(_table_places(pipeline))}
+        subject = {
+            "tokenizer_sha256": pipeline.tokenizer_hash,
+            "table_images": len(_table_places(pipeline)),
+        }
         subject["table_identity"] = pipeline.train.inventory.sha256
         if folder:
             made_by = read_record(folder).tokenizer_sha256
@@ -162,20 +201,27 @@ class Coder:
         if prior is not None and prior.num_classes:
             labels = torch.as_tensor(pipeline.held_out.labels)[places].long()
         table = TableModel.of_split(train_histograms(pipeline), layout)
-        return find_rates(codes, layout, split_table=table, prior=prior, labels=labels, num_single=num_single)
+        return find_rates(
+            codes, layout, split_table=table, prior=prior, labels=labels, num_single=num_single
+        )
 
 
 @functools.lru_cache(maxsize=1)
 def train_histograms(pipeline: Pipeline) -> list[np.ndarray]:
     """(K,) counts of the train split's codes, per level; kept, as a tokenizer alone has to encode for them."""
     codes = codes_of(pipeline, pipeline.train, _table_places(pipeline)).numpy()
-    return [np.bincount(codes[:, span].ravel(), minlength=size) for span, size in layout_of(pipeline).spans()]
+    return [
+        np.bincount(codes[:, span].ravel(), minlength=size)
+        for span, size in layout_of(pipeline).spans()
+    ]
 
 
 def _table_places(pipeline: Pipeline) -> Tensor:
     """The train images that a table counts: all of a token cache, else as many as are worth encoding."""
     n = len(pipeline.train)
-    return torch.linspace(0, n - 1, min(n, TABLE_IMAGES)).long() if pipeline.alone else torch.arange(n)
+    return (
+        torch.linspace(0, n - 1, min(n, TABLE_IMAGES)).long() if pipeline.alone else torch.arange(n)
+    )
 
 
 def layout_of(pipeline: Pipeline) -> Any:
@@ -185,7 +231,9 @@ def layout_of(pipeline: Pipeline) -> Any:
 def codes_of(pipeline: Pipeline, images: Images, places: Tensor) -> Tensor:
     """(n, N) int64 codes of a split's plain images at these places: the token cache's, or else encoded now."""
     if not pipeline.alone:
-        return torch.from_numpy(pipeline.tokens.split(images.split).codes[places.tolist(), 0].astype(np.int64))
+        return torch.from_numpy(
+            pipeline.tokens.split(images.split).codes[places.tolist(), 0].astype(np.int64)
+        )
     ids, parts = [], []
     for batch in pipeline.read(images, places, f"codes, {images.split}"):
         ids.append(batch.ids)

@@ -50,7 +50,9 @@ def _items(text: str) -> Iterator[tuple[str, bool]]:
             raise UserError(f"--classes {text}: a quote is not closed, or no comma follows it")
         quoted, bare = found["quoted"], found["bare"]
         if quoted is None and bare is None:
-            raise UserError(f"--classes {text}: an item is empty: leave out the comma, or write the name in quotes")
+            raise UserError(
+                f"--classes {text}: an item is empty: leave out the comma, or write the name in quotes"
+            )
         yield (bare.strip(), False) if quoted is None else (quoted.replace('""', '"'), True)
         place, more = found.end(), found["end"] == ","
 
@@ -63,7 +65,9 @@ def _read(item: str, names: list[str]) -> list[int]:
         number = [int(item)] if NUMBER.fullmatch(item) and int(item) < len(names) else []
         return [_only(item, named + number, names)]
     if named:
-        raise UserError(f'--classes {item}: is a class and a range: write "{item}" in quotes, or @{item}')
+        raise UserError(
+            f'--classes {item}: is a class and a range: write "{item}" in quotes, or @{item}'
+        )
     return [number for part in _between(item, span, names) for number in _read(part, names)]
 
 
@@ -80,7 +84,9 @@ def _numbered(item: str, names: list[str]) -> list[int]:
     """@number, or @first-last."""
     span = RANGE.fullmatch(item[1:]) or RANGE.fullmatch(f"{item[1:]}-{item[1:]}")
     if span is None:
-        raise UserError(f"--classes {item}: after @ comes a number or a range; a name that begins so stands in quotes")
+        raise UserError(
+            f"--classes {item}: after @ comes a number or a range; a name that begins so stands in quotes"
+        )
     first, last = int(span[1]), int(span[2])
     if not first <= last < len(names):
         raise _beyond(item, names)
@@ -102,7 +108,9 @@ def _only(item: str, readings: list[int], names: list[str]) -> int:
     if readings:
         ways = ", ".join(f"@{number} ({names[number]})" for number in readings[:5])
         more = ", …" if len(readings) > 5 else ""
-        raise UserError(f"--classes {item}: can be read as {len(readings)} classes: write {ways}{more}")
+        raise UserError(
+            f"--classes {item}: can be read as {len(readings)} classes: write {ways}{more}"
+        )
     if NUMBER.fullmatch(item):
         raise _beyond(item, names)
     some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
@@ -112,13 +120,19 @@ def _only(item: str, readings: list[int], names: list[str]) -> int:
 
 
 def _beyond(item: str, names: list[str]) -> UserError:
-    return UserError(f"--classes {item}: classes are numbered 0 to {len(names) - 1}, ranges upwards")
+    return UserError(
+        f"--classes {item}: classes are numbered 0 to {len(names) - 1}, ranges upwards"
+    )
 
 
 def _nearest(item: str, names: list[str]) -> str | None:
     by_folded = {_folded(name): name for name in names}
-    longer = [name for folded, name in by_folded.items() if item and folded.startswith(_folded(item))]
-    near = [by_folded[folded] for folded in difflib.get_close_matches(_folded(item), by_folded, 1, 0.5)]
+    longer = [
+        name for folded, name in by_folded.items() if item and folded.startswith(_folded(item))
+    ]
+    near = [
+        by_folded[folded] for folded in difflib.get_close_matches(_folded(item), by_folded, 1, 0.5)
+    ]
     return next(iter([*near, *longer]), None)
 
 

@@ -51,7 +51,11 @@ class Request:
 
     def facts(self) -> dict[str, Any]:
         """For records. fp32 is not told: earlier versions knew no other."""
-        return {name: value for name, value in to_dict(self).items() if (name, value) != ("precision", "fp32")}
+        return {
+            name: value
+            for name, value in to_dict(self).items()
+            if (name, value) != ("precision", "fp32")
+        }
 
     def labels(self) -> np.ndarray:
         """(num,) int64."""
@@ -65,7 +69,9 @@ class Samples:
     images: np.ndarray | Rows  # (num, H, W, 3) uint8
     labels: np.ndarray  # (num,) int64
     codes: np.ndarray | Rows  # (num, N) int64
-    seconds_per_image: float  # at the batch size used, without the first of several batches: it warms up
+    seconds_per_image: (
+        float  # at the batch size used, without the first of several batches: it warms up
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +81,12 @@ class Drawing:
     prior: Prior
     decoder: Tokenizer
     request: Request
-    known: Callable[[Tensor], Tensor] | None = None  # ids (B,) -> their known codes (B, N), -1 where there is none
-    finish: Callable[[np.ndarray], None] | None = None  # changes decoded images (n, H, W, 3) in place
+    known: Callable[[Tensor], Tensor] | None = (
+        None  # ids (B,) -> their known codes (B, N), -1 where there is none
+    )
+    finish: Callable[[np.ndarray], None] | None = (
+        None  # changes decoded images (n, H, W, 3) in place
+    )
 
     def draw(self, numbers: Sequence[range], batch_size: int) -> Iterator[Drawn]:
         """The samples of these numbers, batch after batch.
@@ -106,9 +116,14 @@ class Drawing:
 
     def _check_range(self, codes: Tensor, labels: Tensor, images: Tensor) -> None:
         """Raise UserError where numbers are beyond fp16's 65,504, after which codes are drawn from nothing."""
-        for what, values in (("tokenizer", images), ("prior", self.prior.nll(codes[:1], labels[:1]).nats)):
+        for what, values in (
+            ("tokenizer", images),
+            ("prior", self.prior.nll(codes[:1], labels[:1]).nats),
+        ):
             if not values.isfinite().all():
-                raise UserError(f"--precision fp16: numbers of the {what} overflow it: take bf16 or fp32")
+                raise UserError(
+                    f"--precision fp16: numbers of the {what} overflow it: take bf16 or fp32"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +162,12 @@ def seconds_each(times: np.ndarray) -> float:
 
 
 def draw_samples(
-    prior: Prior, decoder: Tokenizer, request: Request, batch_size: int, progress: Progress | None = None, **more: Any
+    prior: Prior,
+    decoder: Tokenizer,
+    request: Request,
+    batch_size: int,
+    progress: Progress | None = None,
+    **more: Any,
 ) -> Samples | None:
     """The request's samples in the memory of rank 0, of as many as fit; None on others. `more` as of `Drawing`.
 
@@ -163,11 +183,15 @@ def draw_samples(
             clock.add(batch.seconds)
         parts += itertools.chain(*distributed.gather_on_main(batches))
         if progress and distributed.is_main():
-            progress.show(min(num, pieces[start].stop + (world - 1) * len(pieces[start])), "samples")
+            progress.show(
+                min(num, pieces[start].stop + (world - 1) * len(pieces[start])), "samples"
+            )
     times = sum(distributed.gather_on_main(clock.read()))
     if not distributed.is_main():
         return None
-    images, codes = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "codes"))
+    images, codes = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "codes")
+    )
     return Samples(images, request.labels(), codes, seconds_each(times))
 
 
@@ -195,7 +219,12 @@ class Files:
 
 @contextlib.contextmanager
 def drawn(
-    drawing: Drawing, out: Path, files: Files, plan: dict[str, Any], batch_size: int, names: Sequence[str]
+    drawing: Drawing,
+    out: Path,
+    files: Files,
+    plan: dict[str, Any],
+    batch_size: int,
+    names: Sequence[str],
 ) -> Iterator[tuple[Path | None, Samples | None]]:
     """All samples of a request in an .npz file: drawn, or there from when the same `plan` was stopped.
 
@@ -203,7 +232,12 @@ def drawn(
     they are asked for; the others None. As the block ends, these files take the place of what commands had written to
     `out`, and of the shards. Raises UserError, before the work, where `out` holds something else.
     """
-    num, world, folder, shards = drawing.request.num, distributed.world(), Folder(out, files.kind), Shards(out)
+    num, world, folder, shards = (
+        drawing.request.num,
+        distributed.world(),
+        Folder(out, files.kind),
+        Shards(out),
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(leaving_nothing(out))
 
@@ -226,7 +260,10 @@ def drawn(
         staged = stack.enter_context(folder.replacing(files.record))
         write_arrays(staged / files.arrays, columns(shards, drawing.request))
         images, codes = (Rows(staged / files.arrays, name) for name in (IMAGES, "codes"))
-        yield staged, Samples(images, drawing.request.labels(), codes, seconds_each(shards.total("times")))
+        yield (
+            staged,
+            Samples(images, drawing.request.labels(), codes, seconds_each(shards.total("times"))),
+        )
 
 
 @contextlib.contextmanager
@@ -237,7 +274,12 @@ def leaving_nothing(out: Path) -> Iterator[None]:
         yield
     except BaseException:
         unfinished = out / UNFINISHED
-        if not existed and distributed.is_main() and out.is_dir() and not any(unfinished.glob("*.npz")):
+        if (
+            not existed
+            and distributed.is_main()
+            and out.is_dir()
+            and not any(unfinished.glob("*.npz"))
+        ):
             (unfinished / PLAN).unlink(missing_ok=True)
             (out / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what someone put there meanwhile stays
@@ -246,7 +288,9 @@ def leaving_nothing(out: Path) -> Iterator[None]:
         raise
 
 
-def draw_shards(drawing: Drawing, shards: Shards, pieces: list[range], batch_size: int, title: str) -> None:
+def draw_shards(
+    drawing: Drawing, shards: Shards, pieces: list[range], batch_size: int, title: str
+) -> None:
     """Draw what is missing, which is dealt to the processes in turn."""
     num, rank, world = drawing.request.num, distributed.rank(), distributed.world()
     progress, clock, kept = Progress(title, num), Clock(batch_size), []
@@ -260,7 +304,10 @@ def draw_shards(drawing: Drawing, shards: Shards, pieces: list[range], batch_siz
         clock.add(batch.seconds)
         done += len(batch.images) * world
         if batch.first + len(batch.images) in ends:
-            images, codes = (np.concatenate([getattr(each, name) for each in kept]) for name in ("images", "codes"))
+            images, codes = (
+                np.concatenate([getattr(each, name) for each in kept])
+                for name in ("images", "codes")
+            )
             shards.write(kept[0].first, images, codes, clock.read())
             kept = []
         if distributed.is_main():
@@ -276,4 +323,8 @@ def columns(shards: Shards, request: Request) -> dict[str, Column]:
         return Column((num, *first.shape[1:]), first.dtype, shards.parts(name, num))
 
     labels = request.labels()
-    return {IMAGES: column("images"), LABELS: Column(labels.shape, labels.dtype, [labels]), "codes": column("codes")}
+    return {
+        IMAGES: column("images"),
+        LABELS: Column(labels.shape, labels.dtype, [labels]),
+        "codes": column("codes"),
+    }

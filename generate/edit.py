@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from generate.drawing import Drawing, Files, Request, Samples, draw_samples, drawn
-from generate.images import class_grid, is_current, load_models, maker, single_files, write_single_files
+from generate.images import (
+    class_grid,
+    is_current,
+    load_models,
+    maker,
+    single_files,
+    write_single_files,
+)
 from priors.interface import Prior
 from priors.record import PriorRecord
 from priors.sampling import uniform_noise
@@ -48,17 +55,25 @@ class Edit:
     """What to make anew in an image, and what to hold on to."""
 
     hole: Tensor  # (H, W) bool, true where pixels are to be made
-    keep: tuple[float, ...] = (0.0,)  # share of the hole's codes that stay as hints: one, or one per level
-    dilate: int = 1  # codes around the hole that are drawn too: an encoder sees beyond a code's own patch
+    keep: tuple[float, ...] = (
+        0.0,
+    )  # share of the hole's codes that stay as hints: one, or one per level
+    dilate: int = (
+        1  # codes around the hole that are drawn too: an encoder sees beyond a code's own patch
+    )
     composite: bool = True  # put the pixels outside the hole back as they were
 
     def __post_init__(self) -> None:
         if not bool(self.hole.any()):
             raise UserError("the hole is empty, so there is nothing to make: give it some pixels")
         if not all(0 <= share <= 1 for share in self.keep):
-            raise UserError(f"keep is {', '.join(map(str, self.keep))}: shares in [0, 1] are needed")
+            raise UserError(
+                f"keep is {', '.join(map(str, self.keep))}: shares in [0, 1] are needed"
+            )
         if not 0 <= self.dilate <= MOST_DILATED:
-            raise UserError(f"dilate is {self.dilate}: a number of codes from 0 to {MOST_DILATED:,} is needed")
+            raise UserError(
+                f"dilate is {self.dilate}: a number of codes from 0 to {MOST_DILATED:,} is needed"
+            )
 
 
 def edit_image(
@@ -75,7 +90,9 @@ def edit_image(
     Outside the hole they are the image's own pixels, unless `composite` is off. Where nothing is kept of the hole,
     what was in it has no part in them. Raises UserError when the prior's family cannot fill such a hole.
     """
-    return draw_samples(prior, tokenizer, request, batch_size, progress, **changing(tokenizer, image, edit, request))
+    return draw_samples(
+        prior, tokenizer, request, batch_size, progress, **changing(tokenizer, image, edit, request)
+    )
 
 
 def changing(tokenizer: Tokenizer, image: Tensor, edit: Edit, request: Request) -> dict[str, Any]:
@@ -118,12 +135,18 @@ def unknown_codes(hole: Tensor, layout: CodeLayout, dilate: int = 0) -> Tensor:
     return torch.cat(parts)
 
 
-def choose_hints(unknown: Tensor, layout: CodeLayout, keep: tuple[float, ...], seed: int, sample_ids: Tensor) -> Tensor:
+def choose_hints(
+    unknown: Tensor, layout: CodeLayout, keep: tuple[float, ...], seed: int, sample_ids: Tensor
+) -> Tensor:
     """(B, N) bool: of each level's unknown codes (N,) the share `keep`, drawn by each sample for itself."""
     if len(keep) not in (1, len(layout.grids)):
-        raise UserError(f"keep has {len(keep)} shares: one is needed, or one for each of {len(layout.grids)} levels")
+        raise UserError(
+            f"keep has {len(keep)} shares: one is needed, or one for each of {len(layout.grids)} levels"
+        )
     shares = keep * len(layout.grids) if len(keep) == 1 else keep
-    noise = uniform_noise(mix(seed, HINT_STREAM), sample_ids, 0, (layout.length,)).masked_fill(~unknown, torch.inf)
+    noise = uniform_noise(mix(seed, HINT_STREAM), sample_ids, 0, (layout.length,)).masked_fill(
+        ~unknown, torch.inf
+    )
     parts = []
     for (span, _), share in zip(layout.spans(), shares):
         ranks = noise[:, span].argsort(1).argsort(1)
@@ -140,13 +163,20 @@ def blank(image: Tensor, hole: Tensor) -> Tensor:
 
     if bool(hole.all()):
         return image
-    rows, columns = distance_transform_edt(hole.numpy(), return_distances=False, return_indices=True)
+    rows, columns = distance_transform_edt(
+        hole.numpy(), return_distances=False, return_indices=True
+    )
     return image[:, torch.from_numpy(rows), torch.from_numpy(columns)]
 
 
 def box(size: tuple[int, int], top: int, left: int, height: int, width: int) -> Tensor:
     """A rectangular hole (H, W). Raises UserError unless it lies within the image."""
-    if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
+    if (
+        min(top, left) < 0
+        or min(height, width) < 1
+        or top + height > size[0]
+        or left + width > size[1]
+    ):
         raise UserError(
             f"the box of {height}x{width} pixels at row {top}, column {left} does not lie within the image of "
             f"{size[0]}x{size[1]}"
@@ -159,7 +189,9 @@ def box(size: tuple[int, int], top: int, left: int, height: int, width: int) -> 
 def border(size: tuple[int, int], pixels: int) -> Tensor:
     """A hole (H, W) of so many pixels along all four edges."""
     if not 0 < pixels < min(size) / 2:
-        raise UserError(f"a border of {pixels} pixels leaves nothing of {size[0]}x{size[1]}, or is none")
+        raise UserError(
+            f"a border of {pixels} pixels leaves nothing of {size[0]}x{size[1]}, or is none"
+        )
     return ~box(size, pixels, pixels, size[0] - 2 * pixels, size[1] - 2 * pixels)
 
 
@@ -167,18 +199,29 @@ def shifted(image: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
     """The image (3, H, W) moved within its frame, and the hole (H, W) that this uncovers; its pixels are 0."""
     _, height, width = image.shape
     if abs(down) >= height or abs(right) >= width:
-        raise UserError(f"a shift by {down}, {right} moves all of {height}x{width} pixels out of the frame")
+        raise UserError(
+            f"a shift by {down}, {right} moves all of {height}x{width} pixels out of the frame"
+        )
     hole = torch.ones(height, width, dtype=torch.bool)
     moved = torch.zeros_like(image)
     target = slice(max(0, down), height + min(0, down)), slice(max(0, right), width + min(0, right))
-    source = slice(max(0, -down), height - max(0, down)), slice(max(0, -right), width - max(0, right))
+    source = (
+        slice(max(0, -down), height - max(0, down)),
+        slice(max(0, -right), width - max(0, right)),
+    )
     moved[:, *target] = image[:, *source]
     hole[target] = False
     return moved, hole
 
 
 def write_edits(
-    folder: Path, record: PriorRecord, image: Tensor, edit: Edit, request: Request, out: Path, batch_size: int
+    folder: Path,
+    record: PriorRecord,
+    image: Tensor,
+    edit: Edit,
+    request: Request,
+    out: Path,
+    batch_size: int,
 ) -> None:
     """Edit an image (3, H, W) uint8 with the prior in `folder` and write `out` whole.
 
@@ -209,7 +252,10 @@ def write_edits(
         Image.fromarray(masked).save(staged / "masked.png")
         write_single_files(samples, record.class_names, staged)
         facts = {"made_from": made_from, "class_names": record.class_names, "prior": str(folder)}
-        facts |= {"hole_pixels": int(edit.hole.sum()), "seconds_per_image": samples.seconds_per_image}
+        facts |= {
+            "hole_pixels": int(edit.hole.sum()),
+            "seconds_per_image": samples.seconds_per_image,
+        }
         replace_file(staged / FILES.record, json.dumps(facts, indent=1).encode())
     print(f"{out}: {request.num} edits; look at {out / 'grid.png'}", flush=True)
 
@@ -224,7 +270,9 @@ def open_image(text: str, data: DataConfig, tokens: Path) -> tuple[Tensor, int |
     images, index = open_split(encoded, place[1]), int(place[2])
     cache.check_images(images)
     if index >= len(images):
-        raise UserError(f"{text}: {encoded.source} has {len(images)} {place[1]} images, numbered from 0")
+        raise UserError(
+            f"{text}: {encoded.source} has {len(images)} {place[1]} images, numbered from 0"
+        )
     item = images.gather([(0, index)])
     return to_uint8(item["images"][0]), int(item["labels"][0])
 
@@ -235,7 +283,9 @@ def read_picture(path: Path, data: DataConfig) -> Tensor:
         return torch.from_numpy(decode(path.read_bytes(), data.image_size, data.max_pixels).copy())
     except (OSError, BadImage) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: cannot be read as an image ({reason}): give a picture file, or held_out:N") from None
+        raise UserError(
+            f"{path}: cannot be read as an image ({reason}): give a picture file, or held_out:N"
+        ) from None
 
 
 def _sha256(pixels: Tensor) -> str:

@@ -33,7 +33,9 @@ FILES = Files.of("samples", GRID)
 LABEL_BYTES = 200  # of a class in a file's name
 
 
-def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path, batch_size: int) -> None:
+def write_samples(
+    folder: Path, record: PriorRecord, request: Request, out: Path, batch_size: int
+) -> None:
     """Draw samples from the prior in `folder` and write `out`: grid.png, samples.npz, samples.json.
 
     samples.npz holds arr_0 (num, H, W, 3) uint8 and arr_1 (num,) int64 labels, as the ADM evaluator reads,
@@ -49,8 +51,16 @@ def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path
             print(f"{out}: current, {request.num} samples", flush=True)
         return
     drawing = Drawing(*load_models(folder, record), request)
-    facts = {"made_from": made_from, "class_names": record.class_names, "prior": os.path.relpath(folder, out)}
-    facts |= {"tokenizer": record.tokenizer, "batch_size": batch_size, "processes": distributed.world()}
+    facts = {
+        "made_from": made_from,
+        "class_names": record.class_names,
+        "prior": os.path.relpath(folder, out),
+    }
+    facts |= {
+        "tokenizer": record.tokenizer,
+        "batch_size": batch_size,
+        "processes": distributed.world(),
+    }
     facts |= {"device": str(distributed.device()), "precision": request.precision}
     plan = {key: value for key, value in made_from.items() if key not in ("num", "png")}
     names = [GRID, *(single_files(request.labels(), record.class_names) if request.png else ())]
@@ -60,7 +70,10 @@ def write_samples(folder: Path, record: PriorRecord, request: Request, out: Path
         class_grid(samples, len(request.classes)).save(staged / GRID)
         if request.png:
             write_single_files(samples, record.class_names, staged)
-        facts |= {"seconds_per_image": samples.seconds_per_image, "samples_sha256": sha256(staged / FILES.arrays)}
+        facts |= {
+            "seconds_per_image": samples.seconds_per_image,
+            "samples_sha256": sha256(staged / FILES.arrays),
+        }
         replace_file(staged / FILES.record, json.dumps(facts, indent=1).encode())
     seconds = f"{samples.seconds_per_image:.3f} s each"
     print(f"{out}: {request.num} samples, {seconds}; look at {out / GRID}", flush=True)
@@ -106,11 +119,16 @@ def class_grid(samples: Samples, num_classes: int, before: Sequence[np.ndarray] 
     columns = min(GRID_COLUMNS, max(1, len(samples.images) // num_classes))
     cells = []
     for row in range(rows):
-        cells += [*before, *(samples.images[column * num_classes + row] for column in range(columns))]
+        cells += [
+            *before,
+            *(samples.images[column * num_classes + row] for column in range(columns)),
+        ]
     return image_grid(np.stack(cells), columns + len(before))
 
 
-def is_current(out: Path, files: Files, made_from: dict[str, Any], any_precision: bool = False) -> bool:
+def is_current(
+    out: Path, files: Files, made_from: dict[str, Any], any_precision: bool = False
+) -> bool:
     """Whether `out` holds what `made_from` gives, on every rank, in its precision or in any: samples are not drawn
     again because of another machine. Raises UserError where another process writes to it, or what one had begun to
     put in place there is damaged.

@@ -39,11 +39,22 @@ def _parse() -> argparse.Namespace:
         prog="python -m generate.inpaint",
         description="Make part of an image anew with a trained prior. Without a hole all of it is: say what to --keep.",
     )
-    parser.add_argument("run", type=Path, help="a prior's run folder, or a root folder that holds prior/")
+    parser.add_argument(
+        "run", type=Path, help="a prior's run folder, or a root folder that holds prior/"
+    )
     parser.add_argument("image", help="a picture file, or train:N or held_out:N of the data")
     holes = parser.add_mutually_exclusive_group()
-    holes.add_argument("--mask", type=Path, help="picture that is white where to fill; cut and resized as the image")
-    holes.add_argument("--box", type=numbers(4), metavar="Y,X,H,W", help="fill a box, in pixels of the resized image")
+    holes.add_argument(
+        "--mask",
+        type=Path,
+        help="picture that is white where to fill; cut and resized as the image",
+    )
+    holes.add_argument(
+        "--box",
+        type=numbers(4),
+        metavar="Y,X,H,W",
+        help="fill a box, in pixels of the resized image",
+    )
     holes.add_argument(
         "--shift",
         type=numbers(2),
@@ -52,10 +63,18 @@ def _parse() -> argparse.Namespace:
     )
     holes.add_argument("--border", type=int, metavar="PIXELS", help="fill the outermost pixels")
     parser.add_argument(
-        "--keep", type=shares, default=(0.0,), metavar="SHARE", help="of the hole's codes, or one per level: 1,0.3 (0)"
+        "--keep",
+        type=shares,
+        default=(0.0,),
+        metavar="SHARE",
+        help="of the hole's codes, or one per level: 1,0.3 (0)",
     )
-    parser.add_argument("--dilate", type=int, default=1, help="codes around the hole that are drawn too (1)")
-    parser.add_argument("--no-composite", action="store_true", help="leave the pixels outside the hole as decoded")
+    parser.add_argument(
+        "--dilate", type=int, default=1, help="codes around the hole that are drawn too (1)"
+    )
+    parser.add_argument(
+        "--no-composite", action="store_true", help="leave the pixels outside the hole as decoded"
+    )
     add_class_options(parser, "the image's own, none of a file")
     parser.add_argument("--num", type=int, default=6, help="results of each class (6)")
     parser.add_argument("--out", type=Path, help="output folder (edits/ beside the prior)")
@@ -91,7 +110,9 @@ def main() -> None:
     else:
         hole = torch.ones(size, dtype=torch.bool)
         if not any(arguments.keep):
-            raise UserError("nothing says what to make anew: give --mask, --box, --shift, --border, or --keep a share")
+            raise UserError(
+                "nothing says what to make anew: give --mask, --box, --shift, --border, or --keep a share"
+            )
     if arguments.classes or arguments.unconditional or label is None:
         arguments.unconditional |= not arguments.classes
         classes = chosen_classes(arguments, record.class_names)

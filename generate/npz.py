@@ -17,7 +17,16 @@ import numpy as np
 IMAGES, LABELS = "arr_0", "arr_1"
 BLOCK = 64  # rows that an iteration reads at a time
 # What reading a file by anyone may raise.
-DAMAGES = (OSError, LookupError, ValueError, EOFError, SyntaxError, MemoryError, RuntimeError, OverflowError)
+DAMAGES = (
+    OSError,
+    LookupError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    MemoryError,
+    RuntimeError,
+    OverflowError,
+)
 DAMAGES += (zipfile.BadZipFile, zlib.error, struct.error)
 
 
@@ -35,7 +44,10 @@ def write_arrays(path: Path, columns: Mapping[str, Column]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, column in columns.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                about = {"descr": np.lib.format.dtype_to_descr(column.dtype), "fortran_order": False}
+                about = {
+                    "descr": np.lib.format.dtype_to_descr(column.dtype),
+                    "fortran_order": False,
+                }
                 np.lib.format.write_array_header_1_0(member, about | {"shape": column.shape})
                 rows = 0
                 for part in column.parts:
@@ -54,7 +66,11 @@ class Rows:
         info = archive.getinfo(f"{name}.npy")
         member = archive.open(info)
         version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         self.shape, by_columns, self.dtype = read(member)
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self._start = member.tell()
@@ -62,7 +78,9 @@ class Rows:
             raise ValueError(f"{name} is no plain array of rows")
         if info.file_size != self._start + self.shape[0] * self._row_bytes:
             raise ValueError(f"{name} has another size than its header says")
-        self._file: Any = member  # of compressed ones, where what comes later takes all that is before it
+        self._file: Any = (
+            member  # of compressed ones, where what comes later takes all that is before it
+        )
         if info.compress_type == zipfile.ZIP_STORED:
             self._file = open(path, "rb")
             self._file.seek(info.header_offset + 26)  # two lengths, then what they are of

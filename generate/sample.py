@@ -60,13 +60,17 @@ def add_sampling_options(parser: argparse.ArgumentParser, several: bool = False)
     for name, (kind, explained) in SAMPLING.items():
         help_text = f"{explained} (the prior's own)"
         parser.add_argument(_flag(name), type=_several(kind) if several else kind, help=help_text)
-    parser.add_argument("--batch-size", type=int, default=50, help="changes speed and memory only (50)")
+    parser.add_argument(
+        "--batch-size", type=int, default=50, help="changes speed and memory only (50)"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
 
 
 def sampling_options(arguments: argparse.Namespace, default: SampleOptions) -> SampleOptions:
     """The prior's own options with those that were given. Raises UserError for a value out of range."""
-    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None
+    }
     return dataclasses.replace(default, **given)
 
 
@@ -93,9 +97,15 @@ def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser(prog="python -m generate.sample", description="Draw samples from a trained prior.")
-    parser.add_argument("run", type=Path, help="a prior's run folder, or a root folder that holds prior/")
-    parser.add_argument("--num", type=int, default=100, help="samples, shared evenly by the classes (100)")
+    parser = Parser(
+        prog="python -m generate.sample", description="Draw samples from a trained prior."
+    )
+    parser.add_argument(
+        "run", type=Path, help="a prior's run folder, or a root folder that holds prior/"
+    )
+    parser.add_argument(
+        "--num", type=int, default=100, help="samples, shared evenly by the classes (100)"
+    )
     add_class_options(parser, "all")
     parser.add_argument("--out", type=Path, help="output folder (samples/ beside the prior)")
     add_sampling_options(parser)
@@ -118,7 +128,9 @@ def main() -> None:
     classes = chosen_classes(arguments, record.class_names)
     request = Request(arguments.num, classes, options, arguments.png, arguments.precision)
     distributed.start()
-    write_samples(folder, record, request, arguments.out or folder.parent / "samples", arguments.batch_size)
+    write_samples(
+        folder, record, request, arguments.out or folder.parent / "samples", arguments.batch_size
+    )
     distributed.finish()
 
 

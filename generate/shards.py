@@ -96,7 +96,9 @@ class Shards:
                 return stored[name]
         except DAMAGES as error:
             path.unlink()
-            raise UserError(f"{path}: damaged ({error}), and removed: run the same command again") from None
+            raise UserError(
+                f"{path}: damaged ({error}), and removed: run the same command again"
+            ) from None
 
 
 def cut(gaps: list[range], size: int) -> list[range]:

@@ -18,7 +18,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from generate.sample import SAMPLING, add_class_options, add_sampling_options, check_counts, chosen_classes, find_prior
+from generate.sample import (
+    SAMPLING,
+    add_class_options,
+    add_sampling_options,
+    check_counts,
+    chosen_classes,
+    find_prior,
+)
 from training.command import Parser, UserError, run_command
 from training.folder import Folder, Kind
 
@@ -32,13 +39,19 @@ PLAN, LINES, TABLE, PLOT = "sweep.json", "sweep.jsonl", "sweep.md", "pareto.png"
 def _has_plan(folder: Path) -> bool:
     """Whether a folder without a list of files holds a sweep."""
     try:
-        return {"pipeline", "varied", "combinations"} <= json.loads((folder / PLAN).read_bytes()).keys()
+        return {"pipeline", "varied", "combinations"} <= json.loads(
+            (folder / PLAN).read_bytes()
+        ).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
 SWEEP = Kind(
-    "sweep", tuple(map(re.escape, (PLAN, LINES, TABLE, PLOT))), "choose another --out", made=_has_plan, shared=True
+    "sweep",
+    tuple(map(re.escape, (PLAN, LINES, TABLE, PLOT))),
+    "choose another --out",
+    made=_has_plan,
+    shared=True,
 )
 
 
@@ -50,10 +63,15 @@ def claim(out: Path) -> None:
 
 def combinations(default: SampleOptions, varied: dict[str, tuple]) -> list[SampleOptions]:
     """Every combination of the values, the last option changing fastest. Raises UserError for values out of range."""
-    return [dataclasses.replace(default, **dict(zip(varied, chosen))) for chosen in itertools.product(*varied.values())]
+    return [
+        dataclasses.replace(default, **dict(zip(varied, chosen)))
+        for chosen in itertools.product(*varied.values())
+    ]
 
 
-def sample_all(folder: Path, requests: list[Request], varied: list[str], out: Path, batch_size: int) -> None:
+def sample_all(
+    folder: Path, requests: list[Request], varied: list[str], out: Path, batch_size: int
+) -> None:
     """Write samples of every request to `out`/<hash>, and out/sweep.json, which says what belongs to this sweep."""
     from generate.images import maker, write_samples
     from priors.record import read_record
@@ -62,23 +80,41 @@ def sample_all(folder: Path, requests: list[Request], varied: list[str], out: Pa
 
     record = read_record(folder)
     distributed.on_main(lambda: claim(out))
-    named = [dataclasses.replace(each, precision="fp32") if each.precision == "auto" else each for each in requests]
-    names = [digest(maker(folder, record) | each.facts())[:12] for each in named]  # the same on every machine
+    named = [
+        dataclasses.replace(each, precision="fp32") if each.precision == "auto" else each
+        for each in requests
+    ]
+    names = [
+        digest(maker(folder, record) | each.facts())[:12] for each in named
+    ]  # the same on every machine
     for index, (name, request) in enumerate(zip(names, requests)):
         if distributed.is_main():
             values = ", ".join(f"{key} {getattr(request.options, key)}" for key in varied)
-            print(f"{index + 1} of {len(requests)}: {values or 'the options of the prior'}", flush=True)
+            print(
+                f"{index + 1} of {len(requests)}: {values or 'the options of the prior'}",
+                flush=True,
+            )
         write_samples(folder, record, request, out / name, batch_size)
     pipeline = (folder / record.tokens).resolve().parent
-    plan = {"pipeline": os.path.relpath(pipeline, out.resolve()), "varied": varied, "combinations": names}
+    plan = {
+        "pipeline": os.path.relpath(pipeline, out.resolve()),
+        "varied": varied,
+        "combinations": names,
+    }
     if distributed.is_main():
         replace_file(out / PLAN, json.dumps(plan, indent=1).encode())
 
 
 def measure(out: Path, *words: Any) -> int:
     """Run eval.sweep on a folder of samples; its exit code. What measures lies downstream: its own process."""
-    alone = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    return subprocess.run([sys.executable, "-m", "eval.sweep", str(out), *map(str, words)], env=alone).returncode
+    alone = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "eval.sweep", str(out), *map(str, words)], env=alone
+    ).returncode
 
 
 def _parse() -> argparse.Namespace:
@@ -86,11 +122,18 @@ def _parse() -> argparse.Namespace:
         prog="python -m generate.sweep",
         description="Sample a prior under every combination of settings, each a comma-separated list, and compare.",
     )
-    parser.add_argument("run", type=Path, help="a prior's run folder, or a root folder that holds prior/")
+    parser.add_argument(
+        "run", type=Path, help="a prior's run folder, or a root folder that holds prior/"
+    )
     parser.add_argument("--num", type=int, default=1000, help="samples of each combination (1000)")
     add_class_options(parser, "all")
     parser.add_argument("--out", type=Path, help="output folder (sweep/ beside the prior)")
-    parser.add_argument("--extractor", type=Path, metavar="RUN", help="in-domain extractor (extractor/ beside tokens/)")
+    parser.add_argument(
+        "--extractor",
+        type=Path,
+        metavar="RUN",
+        help="in-domain extractor (extractor/ beside tokens/)",
+    )
     add_sampling_options(parser, several=True)
     return parser.parse_args()
 
@@ -107,7 +150,9 @@ def main() -> None:
 
     folder = find_prior(arguments.run)
     record = read_record(folder)
-    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None
+    }
     classes = chosen_classes(arguments, record.class_names)
     make = functools.partial(Request, arguments.num, classes, precision=arguments.precision)
     requests = [make(options) for options in combinations(record.sampling, given)]

@@ -25,7 +25,9 @@ def load(run_folder: str | Path) -> Prior:
 
     folder = Path(run_folder)
     record = read_record(folder)
-    prior = config.load(PriorRun, folder / "config.yaml").prior.build(record.layout, record.num_classes)
+    prior = config.load(PriorRun, folder / "config.yaml").prior.build(
+        record.layout, record.num_classes
+    )
     try:
         prior.load_state_dict(checkpoint.load_weights(folder))
     except RuntimeError as error:

@@ -30,22 +30,30 @@ class AbsorbingConfig:
     kind: str = "absorbing"
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     label_dropout: float = 0.1  # share of labels made unconditional, for guidance
-    schedule: str = "cosine"  # of the masked share, over the times of the loss and the steps of the samplers
+    schedule: str = (
+        "cosine"  # of the masked share, over the times of the loss and the steps of the samplers
+    )
     steps: int = 32
     eta: float = 0.02  # most that the remasking sampler masks again in a step, as a share
 
     def __post_init__(self) -> None:
         check_settings(label_dropout=self.label_dropout)
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"prior.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+            raise ValueError(
+                f"prior.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}"
+            )
         if self.steps < 1:
             raise ValueError(f"prior.steps={self.steps}: at least 1 is needed")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"prior.eta={self.eta} must be in [0, 1]")
 
-    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> AbsorbingPrior:
+    def build(
+        self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
+    ) -> AbsorbingPrior:
         backbone = self.backbone.build(layout, num_classes, causal=False, given=given)
-        return AbsorbingPrior(backbone, num_classes, self.label_dropout, self.schedule, self.steps, self.eta)
+        return AbsorbingPrior(
+            backbone, num_classes, self.label_dropout, self.schedule, self.steps, self.eta
+        )
 
 
 class AbsorbingPrior(nn.Module):
@@ -62,9 +70,20 @@ class AbsorbingPrior(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.layout, self.num_classes = backbone, backbone.layout, num_classes
-        self.label_dropout, self.schedule, self.steps, self.eta = label_dropout, SCHEDULES[schedule], steps, eta
+        self.label_dropout, self.schedule, self.steps, self.eta = (
+            label_dropout,
+            SCHEDULES[schedule],
+            steps,
+            eta,
+        )
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None) -> Loss:
+    def loss(
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        uniform: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Loss:
         """The bound per token, E_t[-alpha' / (1 - alpha) sum over masked of -log p] / N (MDLM, eq. 10).
 
         (B, N), (B,) int64; `uniform` and `given` as in priors.interface.Prior.
@@ -113,7 +132,9 @@ class AbsorbingPrior(nn.Module):
         logits = read(codes, move.reveal)
         for level, (span, _) in zip(logits, self.layout.spans()):
             reveal, noise = move.reveal[:, span], move.noise[:, span]
-            probabilities = shape_logits(level, options, options.guidance_at(move.progress)).softmax(-1)
+            probabilities = shape_logits(
+                level, options, options.guidance_at(move.progress)
+            ).softmax(-1)
             codes[:, span][reveal] = inverse_cdf(probabilities, noise[reveal])
 
 
@@ -141,7 +162,9 @@ class Move:
     mask: Tensor | None = None  # (B, N) bool, to be masked again afterwards
 
 
-def ancestral(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor) -> Iterator[Move]:
+def ancestral(
+    prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor
+) -> Iterator[Move]:
     """Unmask with probability (alpha_s - alpha_t) / (1 - alpha_t) in each step from t to s (MDLM, eq. 7).
 
     The same as one number per position, revealed once the masked share falls to it.
@@ -154,7 +177,9 @@ def ancestral(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknow
         yield Move((step + 1) / steps, unknown & (step_of == step), noise)
 
 
-def first_hitting(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor) -> Iterator[Move]:
+def first_hitting(
+    prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor
+) -> Iterator[Move]:
     """One position after another in random order: exact (Zheng et al. 2024, arXiv:2409.02908).
 
     A network without time sees only the order of the hitting times. Fewer options.steps than unknown codes
@@ -168,7 +193,9 @@ def first_hitting(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, un
         yield Move((step + 1) / steps, unknown & (step_of == step), noise)
 
 
-def remasking(prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor) -> Iterator[Move]:
+def remasking(
+    prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor
+) -> Iterator[Move]:
     """Ancestral, but revealed codes may be masked again, and so corrected (ReMDM, arXiv:2503.00307, 4.1, capped)."""
     steps = options.steps or prior.steps
     alphas = (1 - prior.schedule(_grid(steps))).tolist()

@@ -41,7 +41,9 @@ class AutoregressiveConfig:
                 f"{self.anneal_start_step}: half and three quarters of loop.steps are usual"
             )
 
-    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> AutoregressivePrior:
+    def build(
+        self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
+    ) -> AutoregressivePrior:
         return AutoregressivePrior(
             self.backbone.build(layout, num_classes, causal=True, given=given),
             num_classes,
@@ -79,7 +81,13 @@ class AutoregressivePrior(nn.Module):
         if taken and self.order == "annealed":
             self.next_step.fill_(step + 1)
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None) -> Loss:
+    def loss(
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        uniform: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Loss:
         """Mean cross-entropy per position. (B, N), (B,) int64; `uniform` as in priors.interface.Prior."""
         if uniform is None:
             uniform = torch.rand(len(codes), self.layout.length + 2, device=codes.device)
@@ -87,7 +95,9 @@ class AutoregressivePrior(nn.Module):
         logits = self.backbone(codes, labels, order=self.training_order(uniform), given=given)
         total = cross_entropy(self.layout, logits, codes, self.label_smoothing).mean()
         with torch.no_grad():
-            nats = cross_entropy(self.layout, logits, codes).mean() if self.label_smoothing else total
+            nats = (
+                cross_entropy(self.layout, logits, codes).mean() if self.label_smoothing else total
+            )
         return Loss(total, {"nats_per_token": nats.detach()})
 
     def training_order(self, uniform: Tensor) -> Tensor | None:
@@ -97,7 +107,9 @@ class AutoregressivePrior(nn.Module):
         keys = uniform[:, 2:]
         if self.order == "annealed":
             start, end = self.anneal_steps
-            share = ((end - self.next_step) / (end - start)).clamp(0, 1)  # of orders that are permuted
+            share = ((end - self.next_step) / (end - start)).clamp(
+                0, 1
+            )  # of orders that are permuted
             raster = torch.arange(self.layout.length, dtype=keys.dtype, device=keys.device)
             keys = torch.where(uniform[:, 1:2] < share, keys, raster)
         return order_within_levels(self.layout, keys)
@@ -126,10 +138,15 @@ class AutoregressivePrior(nn.Module):
         """
         batch, length = len(labels), self.layout.length
         start = begin(self, labels, options, known, given)
-        sampler = choose_sampler(options, ("random", "raster") if self.order == "random" else ("raster",))
+        sampler = choose_sampler(
+            options, ("random", "raster") if self.order == "random" else ("raster",)
+        )
         keys = torch.arange(length, device=labels.device).expand(batch, -1)
         if sampler == "random":
-            keys = uniform_noise(options.seed, sample_ids, length, (length,)) - (start.known >= 0).double()
+            keys = (
+                uniform_noise(options.seed, sample_ids, length, (length,))
+                - (start.known >= 0).double()
+            )
         order = order_within_levels(self.layout, keys)
         _check_known(start.known.gather(1, order) >= 0, sampler)
         codes, previous = start.known.clone(), None
@@ -142,7 +159,9 @@ class AutoregressivePrior(nn.Module):
             for slot in range(length):
                 scale = options.guidance_at((slot + 1) / length)
                 logits = shape_logits(decoding.step(slot, previous), options, scale)
-                drawn = categorical(logits, gumbel(options.seed, sample_ids, slot, logits.shape[1:]))
+                drawn = categorical(
+                    logits, gumbel(options.seed, sample_ids, slot, logits.shape[1:])
+                )
                 position = order[:, slot, None]
                 kept = codes.gather(1, position)[:, 0]
                 code = torch.where(kept < 0, drawn, kept)
@@ -153,13 +172,17 @@ class AutoregressivePrior(nn.Module):
 
 def order_within_levels(layout: CodeLayout, keys: Tensor) -> Tensor:
     """(B, N) keys -> (B, N) int64: the positions of each level by rising key, level after level."""
-    return torch.cat([span.start + keys[:, span].argsort(dim=1, stable=True) for span, _ in layout.spans()], 1)
+    return torch.cat(
+        [span.start + keys[:, span].argsort(dim=1, stable=True) for span, _ in layout.spans()], 1
+    )
 
 
 def choose_sampler(options: SampleOptions, names: Sequence[str]) -> str:
     """The sampler asked for, or the first of `names`. Raises UserError where it is none of them."""
     if options.sampler and options.sampler not in names:
-        raise UserError(f"sampler is {options.sampler!r}: this prior has {', '.join(dict.fromkeys(names))}")
+        raise UserError(
+            f"sampler is {options.sampler!r}: this prior has {', '.join(dict.fromkeys(names))}"
+        )
     return options.sampler or names[0]
 
 

@@ -50,7 +50,9 @@ class BackboneConfig:
     dropout: float = 0.1
     positions: str = "rotary"
     conditioning: str = "prefix"
-    gradient_checkpointing: bool = False  # each block runs again in backward: less memory, a third more time
+    gradient_checkpointing: bool = (
+        False  # each block runs again in backward: less memory, a third more time
+    )
 
     def __post_init__(self) -> None:
         if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads:
@@ -61,7 +63,9 @@ class BackboneConfig:
         check_settings("prior.backbone", dropout=self.dropout)
         for name, known in (("positions", POSITIONS), ("conditioning", CONDITIONINGS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"prior.backbone.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise ValueError(
+                    f"prior.backbone.{name}={getattr(self, name)!r} is not one of {', '.join(known)}"
+                )
         if self.positions == "rotary" and self.dim // self.heads % 4:
             raise ValueError(
                 f"prior.backbone: dim={self.dim} / heads={self.heads} must be a multiple of 4 for rotary positions"
@@ -124,8 +128,14 @@ class Backbone(nn.Module):
         self.layout, self.num_classes, self.given = layout, num_classes, given
         self.causal, self.rotary, self.adaptive, self.timed = causal, rotary, adaptive, timed
         self.gradient_checkpointing = gradient_checkpointing
-        whole = layout if given is None else CodeLayout(layout.grids + given.grids, layout.num_codes + given.num_codes)
-        self.levels = [level for level, length in enumerate(layout.lengths) for _ in range(length)]  # of each slot
+        whole = (
+            layout
+            if given is None
+            else CodeLayout(layout.grids + given.grids, layout.num_codes + given.num_codes)
+        )
+        self.levels = [
+            level for level, length in enumerate(layout.lengths) for _ in range(length)
+        ]  # of each slot
         self.mask_id = sum(whole.num_codes)
         place_ids = _place_ids(whole)
         num_places = int(place_ids.max()) + 1
@@ -144,8 +154,15 @@ class Backbone(nn.Module):
         self.modulation = nn.Linear(width, 2 * dim) if width else None
         self.heads = nn.ModuleList(nn.Linear(dim, size) for size in layout.num_codes)
 
-        share = 1 / (2 + (not adaptive) + (self.sources is not None))  # of each term in a slot's unit variance
-        for embedding, terms in ((self.tokens, 1), (self.classes, 1), (self.places, 3), (self.sources, 3)):
+        share = 1 / (
+            2 + (not adaptive) + (self.sources is not None)
+        )  # of each term in a slot's unit variance
+        for embedding, terms in (
+            (self.tokens, 1),
+            (self.classes, 1),
+            (self.places, 3),
+            (self.sources, 3),
+        ):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=(share / terms) ** 0.5)
         for linear in (*self.heads, *([self.modulation] if width else [])):
@@ -153,8 +170,12 @@ class Backbone(nn.Module):
             nn.init.zeros_(linear.bias)
         sizes, lengths = torch.tensor([0, *whole.num_codes]), torch.tensor(whole.lengths)
         self.register_buffer("place_ids", place_ids, persistent=False)
-        self.register_buffer("token_starts", sizes.cumsum(0)[:-1].repeat_interleave(lengths), persistent=False)
-        self.register_buffer("angles", _angles(whole, dim // heads) if rotary else None, persistent=False)
+        self.register_buffer(
+            "token_starts", sizes.cumsum(0)[:-1].repeat_interleave(lengths), persistent=False
+        )
+        self.register_buffer(
+            "angles", _angles(whole, dim // heads) if rotary else None, persistent=False
+        )
         self.register_load_state_dict_pre_hook(_check_time)
 
     def forward(
@@ -173,7 +194,9 @@ class Backbone(nn.Module):
         `time` (B,) in [0, 1], of a timed one.
         """
         assert order is None or self.causal, "only a causal backbone has an order"
-        tokens = self.embed(codes if order is None else codes.gather(1, order), slice(0, self.layout.length))
+        tokens = self.embed(
+            codes if order is None else codes.gather(1, order), slice(0, self.layout.length)
+        )
         if self.causal:
             tokens = torch.cat([self.classes(labels)[:, None], tokens[:, :-1]], 1)
         context, context_angles = self.context(labels, given)
@@ -182,22 +205,32 @@ class Backbone(nn.Module):
             places = places + self.classes(labels)[:, None]
         angles = None
         if self.rotary:
-            angles = [torch.cat([context_angles.expand(len(own), -1, -1), own], 1) for own in (queries, keys)]
+            angles = [
+                torch.cat([context_angles.expand(len(own), -1, -1), own], 1)
+                for own in (queries, keys)
+            ]
         condition = self.condition(labels, time)
         features = self.dropout(torch.cat([context, tokens + places], 1))
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             given_to = (features, condition, angles)
-            features = checkpoint(block, *given_to, use_reentrant=False) if again else block(*given_to)
+            features = (
+                checkpoint(block, *given_to, use_reentrant=False) if again else block(*given_to)
+            )
         features = self.norm(features[:, context.shape[1] :])
         if condition is not None:
             shift, scale = self.modulation(condition).chunk(2, -1)
             features = features * (1 + scale) + shift
         if order is not None:
             features = features.gather(1, order.argsort(1)[..., None].expand_as(features))
-        return [head(features[:, span]).float() for head, (span, _) in zip(self.heads, self.layout.spans())]
+        return [
+            head(features[:, span]).float()
+            for head, (span, _) in zip(self.heads, self.layout.spans())
+        ]
 
-    def decoding(self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None) -> Decoding:
+    def decoding(
+        self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
+    ) -> Decoding:
         """The same logits slot by slot from cached keys and values, without dropout; of a causal backbone."""
         from priors.engine import Decoding
 
@@ -212,7 +245,11 @@ class Backbone(nn.Module):
 
         A query is turned to the position that its slot predicts, a key to that of the code that its slot holds.
         """
-        positions = torch.arange(self.layout.length, device=self.place_ids.device)[None] if order is None else order
+        positions = (
+            torch.arange(self.layout.length, device=self.place_ids.device)[None]
+            if order is None
+            else order
+        )
         ids = self.place_ids[positions]
         places = self.places(ids).sum(-2)
         if self.sources is not None:
@@ -224,7 +261,9 @@ class Backbone(nn.Module):
 
     def context(self, labels: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What stands before the slots, (B, C, dim) and (1, C, dim_head): a class token unless causal, given codes."""
-        assert (given is None) == (self.given is None), "given codes are for a backbone built for their layout"
+        assert (given is None) == (self.given is None), (
+            "given codes are for a backbone built for their layout"
+        )
         classes, span = self.classes(labels)[:, None], slice(self.layout.length, None)
         parts, angles = [classes[:, :0]], self.angles[None, :0] if self.rotary else None
         if not self.causal and not self.adaptive:
@@ -253,7 +292,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(2 * FREQUENCIES, width), nn.Linear(width, width)
-        frequencies = 2 ** torch.linspace(-5, 2, FREQUENCIES)  # radians; the slowest has a tenth of a turn in all
+        frequencies = 2 ** torch.linspace(
+            -5, 2, FREQUENCIES
+        )  # radians; the slowest has a tenth of a turn in all
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, time: Tensor) -> Tensor:
@@ -290,13 +331,17 @@ class Block(nn.Module):
             nn.init.zeros_(self.modulation.weight)  # every block is the identity before training
             nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, features: Tensor, condition: Tensor | None, angles: list[Tensor] | None) -> Tensor:
+    def forward(
+        self, features: Tensor, condition: Tensor | None, angles: list[Tensor] | None
+    ) -> Tensor:
         """(B, n, dim), (B, 1, width) and the (1 or B, n, dim_head) angles of queries and of keys -> (B, n, dim)."""
         if self.modulation is None:
             features = features + self.attend(self.attention_norm(features), angles)
             return features + self.feed(self.feedforward_norm(features))
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition).chunk(6, -1)
-        features = features + gate * self.attend(self.attention_norm(features) * (1 + scale) + shift, angles)
+        features = features + gate * self.attend(
+            self.attention_norm(features) * (1 + scale) + shift, angles
+        )
         return features + gate2 * self.feed(self.feedforward_norm(features) * (1 + scale2) + shift2)
 
     def attend(self, features: Tensor, angles: list[Tensor] | None) -> Tensor:
@@ -304,19 +349,25 @@ class Block(nn.Module):
             return self.attention_dropout(self.attention(features))
         queries, keys = ((side, None) for side in angles)  # None: no xPos
         return self.attention_dropout(
-            self.attention(features, context=features, rotary_pos_emb=queries, context_rotary_pos_emb=keys)
+            self.attention(
+                features, context=features, rotary_pos_emb=queries, context_rotary_pos_emb=keys
+            )
         )
 
     def feed(self, features: Tensor) -> Tensor:
         return self.feedforward_dropout(self.feedforward(features))
 
 
-def cross_entropy(layout: CodeLayout, logits: list[Tensor], codes: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    layout: CodeLayout, logits: list[Tensor], codes: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
     """-log p of every code, (B, N) nats in the logits' precision; `logits`: (B, n, num_codes) per level."""
     levels = []
     for level, (span, _) in zip(logits, layout.spans()):
         target = codes[:, span]
-        nats = F.cross_entropy(level.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=label_smoothing)
+        nats = F.cross_entropy(
+            level.flatten(0, 1), target.flatten(), reduction="none", label_smoothing=label_smoothing
+        )
         levels.append(nats.view_as(target))
     return torch.cat(levels, 1)
 
@@ -382,7 +433,10 @@ def _angles(layout: CodeLayout, dim_head: int) -> Tensor:
     frequencies = ROTARY_BASE ** -(torch.arange(0, dim_head // 2, 2) / (dim_head // 2))
     parts = []
     for grid in grids:
-        axes = [(torch.arange(side) + 0.5) * (finest[axis] / side) - 0.5 for axis, side in enumerate(grid)]
+        axes = [
+            (torch.arange(side) + 0.5) * (finest[axis] / side) - 0.5
+            for axis, side in enumerate(grid)
+        ]
         centres = torch.cartesian_prod(*axes)  # (n, 2) in raster order
         parts.append(rearrange(centres[..., None] * frequencies, "n s f -> n (s f)"))
     return torch.cat(parts).repeat_interleave(2, dim=1)

@@ -19,7 +19,9 @@ from training.distributed import GOLDEN, scramble_
 STRATA = 8  # mask counts per sequence
 
 
-def order_agnostic_bound(backbone: nn.Module, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood:
+def order_agnostic_bound(
+    backbone: nn.Module, codes: Tensor, labels: Tensor, given: Tensor | None = None
+) -> Likelihood:
     """Estimate of the bound from STRATA masks per sequence, their counts k spread evenly over 1..N. (B, N), (B,) int64
 
     The masks of a sequence depend on the sequence alone, so batches do not matter.
@@ -47,7 +49,9 @@ def masked_nats(read: Reading, layout: CodeLayout, codes: Tensor, masked: Tensor
 def own_noise(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B, *shape) float64 in (0, 1): a row depends on its code sequence alone."""
     places = torch.arange(codes.shape[1], device=codes.device)
-    return uniform_noise(0, scramble_((codes << 32) + (places + 1) * GOLDEN).sum(1), 0, shape)  # a hash of the row
+    return uniform_noise(
+        0, scramble_((codes << 32) + (places + 1) * GOLDEN).sum(1), 0, shape
+    )  # a hash of the row
 
 
 def lowest(values: Tensor, counts: Tensor) -> Tensor:

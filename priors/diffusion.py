@@ -30,7 +30,9 @@ def antithetic(uniform: Tensor, positions: Tensor, batch_size: int) -> Tensor:
 
     The row at place p of `positions` (B,) gets a time in [p, p + 1) / batch_size.
     """
-    times = ((positions + uniform[:, 1].double()) / batch_size).to(uniform.dtype).clamp_max(1 - 2**-24)
+    times = (
+        ((positions + uniform[:, 1].double()) / batch_size).to(uniform.dtype).clamp_max(1 - 2**-24)
+    )
     return torch.cat([uniform[:, :1], times[:, None], uniform[:, 2:]], 1)
 
 
@@ -49,7 +51,9 @@ def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cdf, noise[..., None] * cdf[..., -1:])[..., 0]
 
 
-def step_noise(options: SampleOptions, ids: Tensor, steps: int, shape: tuple[int, ...]) -> Iterator[Tensor]:
+def step_noise(
+    options: SampleOptions, ids: Tensor, steps: int, shape: tuple[int, ...]
+) -> Iterator[Tensor]:
     """(B, *shape) float64 in (0, 1) for each step; a row depends on the seed, its id and the step only."""
     for block, start in enumerate(range(0, steps, NOISE_BLOCK)):
         noise = uniform_noise(options.seed, ids, block, (NOISE_BLOCK, *shape))

@@ -69,13 +69,18 @@ def plan(config: PriorRun) -> Plan:
     precision = planned_precision(config.loop.precision)
     repeated = with_activations_again(config.prior)
     with WeightsOnMeta():
-        prior, other = (each.build(codes.layout, codes.num_classes).to("meta") for each in (config.prior, repeated))
+        prior, other = (
+            each.build(codes.layout, codes.num_classes).to("meta")
+            for each in (config.prior, repeated)
+        )
     if config.loop.sharding == "full":
         shareable_blocks(prior)
     config.optimizer.build(prior)  # finds prefixes of `rates` that name nothing
 
     def cost_of(module: torch.nn.Module) -> Cost:
-        return cost(lambda samples: _loss(module, samples), extremes(config.loop), precision, module, {})
+        return cost(
+            lambda samples: _loss(module, samples), extremes(config.loop), precision, module, {}
+        )
 
     trainable, state = num_trainable(prior.parameters()), num_bytes(prior.state_dict().values())
     estimate = Estimate(
@@ -104,19 +109,32 @@ def codes_of(config: PriorRun) -> Codes:
     folder = Path(config.tokens)
     if (folder / "manifest.json").is_file():
         cache = TokenCache.open(folder)
-        return Codes(cache.layout, len(cache.class_names), len(cache.split("train").codes), str(folder))
+        return Codes(
+            cache.layout, len(cache.class_names), len(cache.split("train").codes), str(folder)
+        )
     tokens = made_by(TokensRun, folder)
     if tokens is not None:
         run = Path(tokens.tokenizer)
         made = load_config(run) if (run / "config.yaml").is_file() else made_by(TokenizerRun, run)
         if made is not None:
-            data = made.data if tokens.source is None else dataclasses.replace(made.data, source=tokens.source)
+            data = (
+                made.data
+                if tokens.source is None
+                else dataclasses.replace(made.data, source=tokens.source)
+            )
             num_images, num_classes = num_training_images(data)
             origin = f"{folder} of {made.root}/{made.name}, which are not at hand"
             if num_classes is None:
                 origin += f"; {ASSUMED_CLASSES} classes are assumed"
-            return Codes(autoencoder_of(made).layout, num_classes or ASSUMED_CLASSES, num_images, origin)
-    return Codes(ASSUMED, ASSUMED_CLASSES, None, f"assumed: nothing in configs/ makes {folder}; give tokens=FOLDER")
+            return Codes(
+                autoencoder_of(made).layout, num_classes or ASSUMED_CLASSES, num_images, origin
+            )
+    return Codes(
+        ASSUMED,
+        ASSUMED_CLASSES,
+        None,
+        f"assumed: nothing in configs/ makes {folder}; give tokens=FOLDER",
+    )
 
 
 def _loss(prior: torch.nn.Module, samples: int) -> Tensor:
@@ -131,7 +149,10 @@ def _leaves(prior: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Its parts, through those that have but one."""
     for name, child in prior.named_children():
         if name in ("backbone", "top", "bottom"):
-            yield from ((inner if name == "backbone" else f"{name} {inner}", part) for inner, part in _leaves(child))
+            yield from (
+                (inner if name == "backbone" else f"{name} {inner}", part)
+                for inner, part in _leaves(child)
+            )
         else:
             yield name, child
 
@@ -147,6 +168,10 @@ def _describe(config: PriorRun, plan: Plan) -> Iterator[str]:
     yield f"{'all':<22}{estimate.networks['prior'].trainable:>15,}"
     yield ""
     yield f"codes: {layout.length} per image ({layout.text}), {plan.codes.num_classes} classes"
-    yield f"  from {plan.codes.origin}" if not plan.codes.origin.startswith("assumed") else f"  {plan.codes.origin}"
+    yield (
+        f"  from {plan.codes.origin}"
+        if not plan.codes.origin.startswith("assumed")
+        else f"  {plan.codes.origin}"
+    )
     yield from estimate.describe(plan.codes.num_images)
     yield estimate.disk()

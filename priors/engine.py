@@ -48,7 +48,9 @@ class Decoding:
         dtype = self.weights.classes.dtype
 
         starts = torch.tensor([0, *layout.num_codes]).cumsum(0).tolist()
-        self.tokens = [backbone.tokens.weight[a:b].to(dtype) for a, b in itertools.pairwise(starts)]  # per level
+        self.tokens = [
+            backbone.tokens.weight[a:b].to(dtype) for a, b in itertools.pairwise(starts)
+        ]  # per level
         self.adaptive = backbone.adaptive
         places, *angles = backbone.slots(order)
         self.places = places.to(dtype).unbind(1)  # per slot
@@ -80,17 +82,27 @@ class Decoding:
 
         Slots come in order from 0, where `previous` is None. Static ones end as the next batch of the shape begins.
         """
-        assert self.static is None or self.batch == self.static.batch, "another batch has begun in this one's memory"
-        assert slot == self.next_slot and (previous is None) == (slot == 0), f"slot {self.next_slot} is next"
+        assert self.static is None or self.batch == self.static.batch, (
+            "another batch has begun in this one's memory"
+        )
+        assert slot == self.next_slot and (previous is None) == (slot == 0), (
+            f"slot {self.next_slot} is next"
+        )
         self.next_slot += 1
         row, classes = self.offset + slot, self.weights.classes
         with torch.autocast(classes.device.type, enabled=False):
-            token = classes if previous is None else F.embedding(previous, self.tokens[self.levels[slot - 1]])
+            token = (
+                classes
+                if previous is None
+                else F.embedding(previous, self.tokens[self.levels[slot - 1]])
+            )
             features = token + self.places[slot]
             if not self.adaptive:
                 features += classes
             if self.static is None:
-                features = _run(self.weights, self.cache, features, self.turns[slot], self.rows[row], row + 1)
+                features = _run(
+                    self.weights, self.cache, features, self.turns[slot], self.rows[row], row + 1
+                )
             else:
                 features = self.static.run(features, self.turns[slot], row)
             return self.weights.logits(features, self.levels[slot])
@@ -105,7 +117,10 @@ class _Static:
     def __init__(self, weights: PackedWeights, turn: Turn | None, shape: tuple[int, ...]) -> None:
         device = weights.classes.device
         self.weights, self.cache, self.batch = weights, _empty_cache(weights, shape), 0
-        self.features, self.turn = torch.empty_like(weights.classes), turn and tuple(part.clone() for part in turn)
+        self.features, self.turn = (
+            torch.empty_like(weights.classes),
+            turn and tuple(part.clone() for part in turn),
+        )
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.mask = weights.classes.new_empty((1, 1, 1, shape[2]))
         self.graphs: dict[int, Callable[[], Tensor]] = {}  # by span
@@ -142,7 +157,9 @@ class _Static:
 _statics: weakref.WeakKeyDictionary[Backbone, dict[tuple, _Static]] = weakref.WeakKeyDictionary()
 
 
-def _static_of(backbone: Backbone, weights: PackedWeights, turn: Turn | None, shape: tuple[int, ...]) -> _Static:
+def _static_of(
+    backbone: Backbone, weights: PackedWeights, turn: Turn | None, shape: tuple[int, ...]
+) -> _Static:
     """The backbone's of this shape, or a new one in the place of the least recently used."""
     kept = _statics.setdefault(backbone, {})
     key = shape, weights.classes.dtype, weights.classes.device, turn and turn[0].shape
@@ -185,7 +202,9 @@ def capture(step: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
 
 
 def _empty_cache(weights: PackedWeights, shape: tuple[int, ...]) -> Cache:
-    return [(weights.classes.new_zeros(shape), weights.classes.new_zeros(shape)) for _ in weights.blocks]
+    return [
+        (weights.classes.new_zeros(shape), weights.classes.new_zeros(shape)) for _ in weights.blocks
+    ]
 
 
 def _run(
@@ -220,5 +239,7 @@ def _layer(
     keys.index_copy_(2, rows, new_keys)
     values.index_copy_(2, rows, new_values)
     seen = keys.narrow(2, 0, span), values.narrow(2, 0, span)
-    attended = F.scaled_dot_product_attention(queries, *seen, attn_mask=mask, is_causal=len(rows) > 1)
+    attended = F.scaled_dot_product_attention(
+        queries, *seen, attn_mask=mask, is_causal=len(rows) > 1
+    )
     return finish(block, features, attended)

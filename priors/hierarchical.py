@@ -37,9 +37,13 @@ FAMILIES = {
 class HierarchicalConfig:
     kind: str = "hierarchical"
     top: Any = one_of(FAMILIES, "autoregressive")
-    bottom: Any = one_of(FAMILIES, "masked")  # of any family too: it has several times the top's positions
+    bottom: Any = one_of(
+        FAMILIES, "masked"
+    )  # of any family too: it has several times the top's positions
 
-    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> HierarchicalPrior:
+    def build(
+        self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
+    ) -> HierarchicalPrior:
         """Raises UserError unless the layout has two grids, and nothing coarser is given."""
         parts = grids_apart(layout)
         if len(parts) != 2 or given is not None:
@@ -49,7 +53,9 @@ class HierarchicalConfig:
                 f"them, and these lie on {grids}: choose another prior.kind"
             )
         top, bottom = parts
-        return HierarchicalPrior(self.top.build(top, num_classes), self.bottom.build(bottom, num_classes, given=top))
+        return HierarchicalPrior(
+            self.top.build(top, num_classes), self.bottom.build(bottom, num_classes, given=top)
+        )
 
 
 class HierarchicalPrior(nn.Module):
@@ -61,10 +67,15 @@ class HierarchicalPrior(nn.Module):
     def __init__(self, top: nn.Module, bottom: nn.Module) -> None:
         super().__init__()
         self.top, self.bottom, self.num_classes = top, bottom, top.num_classes
-        grids, num_codes = top.layout.grids + bottom.layout.grids, top.layout.num_codes + bottom.layout.num_codes
+        grids, num_codes = (
+            top.layout.grids + bottom.layout.grids,
+            top.layout.num_codes + bottom.layout.num_codes,
+        )
         self.layout = CodeLayout(grids, num_codes)
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: None = None) -> Loss:
+    def loss(
+        self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: None = None
+    ) -> Loss:
         """Both losses, weighted by their positions: per token of the whole. Arguments as in priors.interface.Prior."""
         if uniform is None:
             uniform = torch.rand(len(codes), self.layout.length + 2, device=codes.device)
@@ -74,7 +85,9 @@ class HierarchicalPrior(nn.Module):
         # half a turn later: a sample whose top is almost hidden shows much of its bottom
         bottom_time = (time + 0.5) % 1
         first = self.top.loss(top, labels, torch.cat([label_draw, time, top_positions], 1))
-        second = self.bottom.loss(bottom, labels, torch.cat([label_draw, bottom_time, bottom_positions], 1), given=top)
+        second = self.bottom.loss(
+            bottom, labels, torch.cat([label_draw, bottom_time, bottom_positions], 1), given=top
+        )
         share = self.top.layout.length / self.layout.length
         parts = {f"top_{name}": part for name, part in first.parts.items()}
         parts |= {f"bottom_{name}": part for name, part in second.parts.items()}
@@ -115,7 +128,9 @@ class HierarchicalPrior(nn.Module):
             )
         known_top, known_bottom = (None, None) if known is None else self._split(known)
         of_top = dataclasses.replace(options, sampler=samplers[0])
-        of_bottom = dataclasses.replace(options, sampler=samplers[1], seed=mix(options.seed, BOTTOM_STREAM))
+        of_bottom = dataclasses.replace(
+            options, sampler=samplers[1], seed=mix(options.seed, BOTTOM_STREAM)
+        )
         with _naming("top"):
             top = self.top.sample(labels, of_top, sample_ids, known_top)
         with _naming("bottom"):

@@ -13,8 +13,15 @@ from tokenizer.interface import CodeLayout
 from training.command import UserError
 from training.loop import Loss
 
-MOST_GUIDANCE, MOST_STEPS = 1_000, 100_000  # beyond, numbers overflow, and a step takes memory of its own
-KINDS = {"float": ((int, float), "a number"), "int": (int, "a whole number"), "str": (str, "a text")}
+MOST_GUIDANCE, MOST_STEPS = (
+    1_000,
+    100_000,
+)  # beyond, numbers overflow, and a step takes memory of its own
+KINDS = {
+    "float": ((int, float), "a number"),
+    "int": (int, "a whole number"),
+    "str": (str, "a text"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +29,13 @@ class SampleOptions:
     """How to sample. Guidance: logits = u + s (c - u), so s = 1 is none (Ho & Salimans 2022, arXiv:2207.12598)."""
 
     guidance: float = 1.0  # s, of the last step; of one step where there is but one
-    guidance_schedule: str = "constant"  # or "linear", "power_cosine" (Yu et al. 2024, arXiv:2411.00776): from 1 to s
+    guidance_schedule: str = (
+        "constant"  # or "linear", "power_cosine" (Yu et al. 2024, arXiv:2411.00776): from 1 to s
+    )
     guidance_power: float = 2.75  # of power_cosine: the larger, the later
-    temperature: float = 1.0  # divides the guided logits; 0 takes the likeliest code at each draw (greedy)
+    temperature: float = (
+        1.0  # divides the guided logits; 0 takes the likeliest code at each draw (greedy)
+    )
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # 1 keeps all
     steps: int = 0  # of iterative samplers; 0 takes the prior's default
@@ -38,13 +49,25 @@ class SampleOptions:
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise UserError(f"{_flag(field.name)} is {value!r}: it must be {called}")
         ranges = {
-            "guidance": (0 <= self.guidance <= MOST_GUIDANCE, f"a number from 0 to {MOST_GUIDANCE:,}"),
-            "guidance_schedule": (self.guidance_schedule in GUIDANCE, "one of " + ", ".join(GUIDANCE)),
+            "guidance": (
+                0 <= self.guidance <= MOST_GUIDANCE,
+                f"a number from 0 to {MOST_GUIDANCE:,}",
+            ),
+            "guidance_schedule": (
+                self.guidance_schedule in GUIDANCE,
+                "one of " + ", ".join(GUIDANCE),
+            ),
             "guidance_power": (0 < self.guidance_power < float("inf"), "a number above 0"),
-            "temperature": (0 <= self.temperature < float("inf"), "a number from 0, which is greedy"),
+            "temperature": (
+                0 <= self.temperature < float("inf"),
+                "a number from 0, which is greedy",
+            ),
             "top_k": (self.top_k >= 0, "a count, or 0 for all"),
             "top_p": (0 < self.top_p <= 1, "a share in (0, 1]"),
-            "steps": (0 <= self.steps <= MOST_STEPS, f"a count to {MOST_STEPS:,}, or 0 for the prior's own"),
+            "steps": (
+                0 <= self.steps <= MOST_STEPS,
+                f"a count to {MOST_STEPS:,}, or 0 for the prior's own",
+            ),
             "seed": (0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         }
         for name, (holds, expected) in ranges.items():
@@ -91,10 +114,16 @@ class Prior(Protocol):
     num_classes: int
 
     def loss(
-        self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        uniform: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Loss: ...
 
-    def nll(self, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood: ...  # (B, N), (B,) int64
+    def nll(
+        self, codes: Tensor, labels: Tensor, given: Tensor | None = None
+    ) -> Likelihood: ...  # (B, N), (B,) int64
 
     def sample(
         self,

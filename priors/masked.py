@@ -47,9 +47,13 @@ class MaskedConfig:
         if self.steps < 1:
             raise ValueError(f"prior.steps={self.steps}: at least 1 is needed")
         if not 0 <= self.choice_temperature < float("inf"):
-            raise ValueError(f"prior.choice_temperature={self.choice_temperature} must be a number from 0")
+            raise ValueError(
+                f"prior.choice_temperature={self.choice_temperature} must be a number from 0"
+            )
 
-    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> MaskedPrior:
+    def build(
+        self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
+    ) -> MaskedPrior:
         return MaskedPrior(
             self.backbone.build(layout, num_classes, causal=False, given=given),
             num_classes,
@@ -92,7 +96,13 @@ class MaskedPrior(nn.Module):
         self.steps, self.choice_temperature = steps, choice_temperature
         self.register_buffer("halton_turns", halton_turns(self.layout), persistent=False)
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None) -> Loss:
+    def loss(
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        uniform: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Loss:
         """Cross-entropy of masked codes. (B, N), (B,) int64; `uniform` as in priors.interface.Prior.
 
         The sum is divided by the *expected* number of masked codes: each code weighs as in MaskGIT, and the
@@ -144,9 +154,15 @@ class MaskedPrior(nn.Module):
         for step, share in enumerate(shares):
             unknown = codes < 0
             scale: float | Tensor = options.guidance_at((step + 1) / steps)
-            if sampler == "halton":  # a hole of fewer codes than steps is full earlier: its last step has s too
-                scales = [options.guidance_at(min(1.0, (step + 1) / own)) for own in range(1, steps + 1)]
-                scale = codes.new_tensor(scales, dtype=torch.float64)[initially_unknown.clamp(1, steps) - 1, None]
+            if (
+                sampler == "halton"
+            ):  # a hole of fewer codes than steps is full earlier: its last step has s too
+                scales = [
+                    options.guidance_at(min(1.0, (step + 1) / own)) for own in range(1, steps + 1)
+                ]
+                scale = codes.new_tensor(scales, dtype=torch.float64)[
+                    initially_unknown.clamp(1, steps) - 1, None
+                ]
             codes, confidence = self._draw(read, codes, options, sample_ids, step * streams, scale)
             if step + 1 == steps:
                 break  # the result is what was drawn before the last re-masking
@@ -156,7 +172,9 @@ class MaskedPrior(nn.Module):
             else:
                 if options.temperature:
                     noise = gumbel(options.seed, sample_ids, (step + 1) * streams - 1, (length,))
-                    confidence = confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
+                    confidence = (
+                        confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
+                    )
                 num_masked = _num_remasked(initially_unknown, unknown.sum(1), share)
                 masked = lowest(confidence, num_masked)
             codes = codes.masked_fill(masked, -1)
@@ -180,13 +198,19 @@ class MaskedPrior(nn.Module):
         confidence = torch.full(codes.shape, torch.inf, dtype=torch.float64, device=codes.device)
         for level, (raw, (span, size)) in enumerate(zip(logits, self.layout.spans())):
             unknown = codes[:, span] < 0
-            own_scale = scale.expand_as(unknown)[unknown][:, None] if isinstance(scale, Tensor) else scale
+            own_scale = (
+                scale.expand_as(unknown)[unknown][:, None] if isinstance(scale, Tensor) else scale
+            )
             shaped = shape_logits(raw, options, own_scale)
-            drawn = categorical(shaped, chosen_gumbel(options.seed, sample_ids, stream + level, unknown, size))
+            drawn = categorical(
+                shaped, chosen_gumbel(options.seed, sample_ids, stream + level, unknown, size)
+            )
             codes[:, span][unknown] = drawn
             if not options.temperature:
                 shaped = shape_logits(raw, untempered, own_scale)
-            confidence[:, span][unknown] = shaped.gather(-1, drawn[:, None])[:, 0] - shaped.logsumexp(-1)
+            confidence[:, span][unknown] = shaped.gather(-1, drawn[:, None])[
+                :, 0
+            ] - shaped.logsumexp(-1)
         return codes, confidence
 
 
@@ -198,4 +222,6 @@ def _num_remasked(initially_unknown: Tensor, unknown: Tensor, share: float) -> T
 
 def _num_waiting(initially_unknown: Tensor, step: int, share: float) -> Tensor:
     """Codes whose turn comes after `step`: at most a share of those unknown at first, at most all but step + 1."""
-    return (initially_unknown * share).ceil().long().minimum(initially_unknown - step - 1).clamp_min(0)
+    return (
+        (initially_unknown * share).ceil().long().minimum(initially_unknown - step - 1).clamp_min(0)
+    )

@@ -39,7 +39,11 @@ class Noise:
     def at(self, time: Tensor) -> Level:
         """At times in [0, 1], of any shape."""
         time = time.double()
-        weights = 1 - time, self.mask * time, self.code * time**self.power * (1 - time) ** (1 - self.power)
+        weights = (
+            1 - time,
+            self.mask * time,
+            self.code * time**self.power * (1 - time) ** (1 - self.power),
+        )
         return Level(*(weight / sum(weights) for weight in weights))
 
 
@@ -76,9 +80,15 @@ def transition(log_posterior: Tensor, noisy: Tensor, now: Level, later: Level) -
     same = torch.zeros(*noisy.shape, num_codes + 1, dtype=torch.float64, device=noisy.device)
     same.scatter_(-1, torch.where(hidden, num_codes, noisy)[..., None], 1.0)
     kept = now.alpha / later.alpha
-    noise, before = (torch.where(hidden, level.mask, level.code / num_codes) for level in (now, later))
-    onward = (noise - kept * before).clamp_min(0)[..., None] + kept * same  # q(z_t | z_s) of every z_s
-    ratio = log_posterior - (noise[..., None] + now.alpha * same[..., :-1]).log()  # p(x | z_t) / q(z_t | x)
+    noise, before = (
+        torch.where(hidden, level.mask, level.code / num_codes) for level in (now, later)
+    )
+    onward = (noise - kept * before).clamp_min(0)[
+        ..., None
+    ] + kept * same  # q(z_t | z_s) of every z_s
+    ratio = (
+        log_posterior - (noise[..., None] + now.alpha * same[..., :-1]).log()
+    )  # p(x | z_t) / q(z_t | x)
     total = ratio.logsumexp(-1, keepdim=True)
     codes = torch.logaddexp(later.alpha.log() + ratio, (later.code / num_codes).log() + total)
     return onward.log() + torch.cat([codes, later.mask.log() + total], -1)
@@ -95,7 +105,9 @@ def guide_transition(both: Tensor, noisy: Tensor, scale: float) -> Tensor:
     mixed = guide(conditional, unconditional, scale).where(conditional.isfinite(), -torch.inf)
     stays = conditional[..., -1:]
     revealed = torch.log1p(-stays.exp()) + mixed[..., :-1].log_softmax(-1)
-    return torch.where((noisy < 0)[..., None], torch.cat([revealed, stays], -1), mixed.log_softmax(-1))
+    return torch.where(
+        (noisy < 0)[..., None], torch.cat([revealed, stays], -1), mixed.log_softmax(-1)
+    )
 
 
 def bound_rate(
@@ -118,7 +130,9 @@ def bound_rate(
 
     # r / (d log(n(z) / alpha)) is at_code base + alpha p(j) for a code j, and at_mask base for the mask
     log_model = torch.log(at_code[..., None] * base[..., None] + alpha[..., None] * posterior)
-    others = num_codes - visible  # codes other than z; r is at_code true_base at each, and alpha more at x
+    others = (
+        num_codes - visible
+    )  # codes other than z; r is at_code true_base at each, and alpha more at x
     plain, raised = at_code * true_base, at_code * true_base + alpha
     to_codes = (
         others * at_code * (base - true_base)

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 
 from priors.backbone import Backbone, Block
 
-FEW, LARGE = 32, 1 << 19  # rows, up to which, and entries of a matrix, from which oneDNN's layout is faster
-Turn = tuple[Tensor, Tensor]  # cosines and signed sines, (1 or B, T, 2, 1 or heads, dim_head), of queries and keys
+FEW, LARGE = (
+    32,
+    1 << 19,
+)  # rows, up to which, and entries of a matrix, from which oneDNN's layout is faster
+Turn = tuple[
+    Tensor, Tensor
+]  # cosines and signed sines, (1 or B, T, 2, 1 or heads, dim_head), of queries and keys
 
 
 class Matrix(NamedTuple):
@@ -32,7 +37,12 @@ class Matrix(NamedTuple):
         """A linear layer's (out, in), to be multiplied by so many rows at a time; a copy."""
         weight = weight.to(dtype)
         few = rows <= FEW and weight.numel() >= LARGE
-        if few and weight.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if (
+            few
+            and weight.device.type == "cpu"
+            and dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+        ):
             return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows), True)
         return cls(weight.t().contiguous(), False)
 
@@ -81,10 +91,14 @@ class PackedWeights(NamedTuple):
         if self.final is None:
             return self._replace(classes=self.classes[index])
         blocks = [
-            block._replace(attention=_rows(block.attention, index), feedforward=_rows(block.feedforward, index))
+            block._replace(
+                attention=_rows(block.attention, index), feedforward=_rows(block.feedforward, index)
+            )
             for block in self.blocks
         ]
-        return self._replace(blocks=blocks, final=_rows(self.final, index), classes=self.classes[index])
+        return self._replace(
+            blocks=blocks, final=_rows(self.final, index), classes=self.classes[index]
+        )
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them, in an order that depends on the backbone alone."""
@@ -107,12 +121,17 @@ def pack(backbone: Backbone, labels: Tensor, rows: int) -> PackedWeights:
         dtype = torch.get_autocast_dtype(labels.device.type)
     gain = _inner_gain(backbone.norm, backbone)
     blocks = [_pack_block(block, dtype, rows) for block in backbone.blocks]
-    heads = [(Matrix.of(head.weight * gain, dtype, rows), head.bias.to(dtype, copy=True)) for head in backbone.heads]
+    heads = [
+        (Matrix.of(head.weight * gain, dtype, rows), head.bias.to(dtype, copy=True))
+        for head in backbone.heads
+    ]
     weights = PackedWeights(blocks, None, heads, backbone.classes(labels).to(dtype))
     return weights if backbone.timed else modulate(weights, backbone, labels)
 
 
-def modulate(weights: PackedWeights, backbone: Backbone, labels: Tensor, time: Tensor | None = None) -> PackedWeights:
+def modulate(
+    weights: PackedWeights, backbone: Backbone, labels: Tensor, time: Tensor | None = None
+) -> PackedWeights:
     """The weights for labels (B,) and times (B,) of a backbone as it is now, where these set anything."""
     condition, dtype = backbone.condition(labels, time), weights.classes.dtype
     if condition is None:
@@ -123,7 +142,9 @@ def modulate(weights: PackedWeights, backbone: Backbone, labels: Tensor, time: T
         attention = _modulation(_gain(block.attention_norm), dtype, *parts[:3])
         feedforward = _modulation(_gain(block.feedforward_norm), dtype, *parts[3:])
         blocks.append(packed._replace(attention=attention, feedforward=feedforward))
-    final = _modulation(_gain(backbone.norm), dtype, *backbone.modulation(condition)[:, 0].chunk(2, -1))
+    final = _modulation(
+        _gain(backbone.norm), dtype, *backbone.modulation(condition)[:, 0].chunk(2, -1)
+    )
     return weights._replace(blocks=blocks, final=final)
 
 
@@ -139,7 +160,9 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (B T, dim) of T slots -> queries, keys and values, (B, heads, T, dim_head) each."""
     _, heads, dim_head = block.gains.shape
-    projected = block.qkv(_normalise(features, block.attention)).view(batch, count, 3, heads, dim_head)
+    projected = block.qkv(_normalise(features, block.attention)).view(
+        batch, count, 3, heads, dim_head
+    )
     sides = projected.narrow(2, 0, 2)
     sides = sides / torch.linalg.vector_norm(sides, dim=-1, keepdim=True) * block.gains
     if turn is not None:
@@ -150,7 +173,9 @@ def project(
 
 def finish(block: BlockWeights, features: Tensor, attended: Tensor) -> Tensor:
     """The rest of a block: features (B T, dim) and what attention gave, (B, heads, T, dim_head) -> (B T, dim)."""
-    features = _add(features, attended.transpose(1, 2).reshape(features.shape), block.out, block.attention)
+    features = _add(
+        features, attended.transpose(1, 2).reshape(features.shape), block.out, block.attention
+    )
     up, gate = block.up(_normalise(features, block.feedforward), block.up_bias).chunk(2, -1)
     return _add(features, F.silu(gate) * up, block.down, block.feedforward)
 
@@ -166,7 +191,11 @@ def _tensors(part: Any) -> Iterator[Tensor]:
 def _normalise(features: Tensor, modulation: Modulation | None) -> Tensor:
     """Features on the unit sphere; the radius sqrt(dim) is in the modulation, or in the next matrix."""
     features = features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return features if modulation is None else _scale_and_add(modulation.shift, features, modulation.scale)
+    return (
+        features
+        if modulation is None
+        else _scale_and_add(modulation.shift, features, modulation.scale)
+    )
 
 
 def _add(features: Tensor, branch: Tensor, weight: Matrix, modulation: Modulation | None) -> Tensor:
@@ -179,7 +208,9 @@ def _scale_and_add(start: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
     """start + rows * scale, (B T, dim); rows have this shape, scale is (B, dim), start has either."""
     if len(scale) in (1, len(rows)):
         return torch.addcmul(start, rows, scale)
-    start, rows, scale = (part.view(len(scale), -1, part.shape[-1]) for part in (start, rows, scale))
+    start, rows, scale = (
+        part.view(len(scale), -1, part.shape[-1]) for part in (start, rows, scale)
+    )
     return torch.addcmul(start, rows, scale).flatten(0, 1)
 
 
@@ -188,9 +219,16 @@ def _pack_block(block: Block, dtype: torch.dtype, rows: int) -> BlockWeights:
     heads, dim = attention.heads, attention.to_q.in_features
     index = torch.arange(dim // heads, device=down.weight.device)
     index = torch.cat([index[::2], index[1::2]])
-    sides = [side.weight.view(heads, -1, dim)[:, index].flatten(0, 1) for side in (attention.to_q, attention.to_k)]
-    gains = torch.stack([norm.gamma[:, 0, index] + 1 for norm in (attention.q_rmsnorm, attention.k_rmsnorm)])
-    first, second = (_inner_gain(norm, block) for norm in (block.attention_norm, block.feedforward_norm))
+    sides = [
+        side.weight.view(heads, -1, dim)[:, index].flatten(0, 1)
+        for side in (attention.to_q, attention.to_k)
+    ]
+    gains = torch.stack(
+        [norm.gamma[:, 0, index] + 1 for norm in (attention.q_rmsnorm, attention.k_rmsnorm)]
+    )
+    first, second = (
+        _inner_gain(norm, block) for norm in (block.attention_norm, block.feedforward_norm)
+    )
     return BlockWeights(
         qkv=Matrix.of(torch.cat([*sides, attention.to_v.weight]) * first, dtype, rows),
         gains=(gains * (dim // heads) ** 0.5).to(dtype),
@@ -214,7 +252,9 @@ def _inner_gain(norm: nn.Module, of: Backbone | Block) -> Tensor:
     return gain if of.modulation is None else torch.ones_like(gain)
 
 
-def _modulation(gain: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, *gate: Tensor) -> Modulation:
+def _modulation(
+    gain: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, *gate: Tensor
+) -> Modulation:
     """With the gain of the norm before it."""
     return Modulation(*(part.to(dtype) for part in (shift, (1 + scale) * gain, *gate)))
 

@@ -21,10 +21,14 @@ class Reading(Protocol):
     num_codes). Rows of which nothing is asked take no time. `time` (B,), of a timed network.
     """
 
-    def __call__(self, codes: Tensor, asked: Tensor | None = None, time: Tensor | None = None) -> list[Tensor]: ...
+    def __call__(
+        self, codes: Tensor, asked: Tensor | None = None, time: Tensor | None = None
+    ) -> list[Tensor]: ...
 
 
-def reading(network: nn.Module, labels: Tensor, given: Tensor | None = None, copies: int = 1) -> Reading:
+def reading(
+    network: nn.Module, labels: Tensor, given: Tensor | None = None, copies: int = 1
+) -> Reading:
     """`network(codes, labels, given=given)`, again and again, without gradients and dropout.
 
     labels (copies B,), given (copies B, M) int64: guidance has the codes twice, the second time unconditionally.
@@ -42,9 +46,18 @@ class BackboneReading:
     """
 
     @torch.no_grad()
-    def __init__(self, backbone: Backbone, labels: Tensor, given: Tensor | None = None, copies: int = 1) -> None:
-        assert not backbone.causal, "a causal backbone predicts one slot after another: it has a decoding"
-        self.layout, self.embed, self.adaptive, self.copies = backbone.layout, backbone.embed, backbone.adaptive, copies
+    def __init__(
+        self, backbone: Backbone, labels: Tensor, given: Tensor | None = None, copies: int = 1
+    ) -> None:
+        assert not backbone.causal, (
+            "a causal backbone predicts one slot after another: it has a decoding"
+        )
+        self.layout, self.embed, self.adaptive, self.copies = (
+            backbone.layout,
+            backbone.embed,
+            backbone.adaptive,
+            copies,
+        )
         self.backbone, self.labels = backbone, labels
         context, context_angles = backbone.context(labels, given)
         self.weights = pack(backbone, labels, len(labels) * (context.shape[1] + self.layout.length))
@@ -54,10 +67,14 @@ class BackboneReading:
         if backbone.rotary:
             heads = self.weights.blocks[0].gains.shape[1]
             turn = turn_of(*(torch.cat([context_angles, side], 1) for side in angles), dtype)
-            self.turn = tuple(part.expand(-1, -1, -1, heads, -1).contiguous() for part in turn)  # no broadcast later
+            self.turn = tuple(
+                part.expand(-1, -1, -1, heads, -1).contiguous() for part in turn
+            )  # no broadcast later
 
     @torch.no_grad()
-    def __call__(self, codes: Tensor, asked: Tensor | None = None, time: Tensor | None = None) -> list[Tensor]:
+    def __call__(
+        self, codes: Tensor, asked: Tensor | None = None, time: Tensor | None = None
+    ) -> list[Tensor]:
         weights, context, whole = self.weights, self.context, slice(0, self.layout.length)
         if time is not None:
             weights = modulate(weights, self.backbone, self.labels, time.repeat(self.copies))
@@ -65,7 +82,12 @@ class BackboneReading:
         rows = wanted.any(1).nonzero()[:, 0]
         if len(rows) < len(codes):
             items = torch.cat([rows + copy * len(codes) for copy in range(self.copies)])
-            codes, wanted, weights, context = codes[rows], wanted[rows], weights.rows(items), context[items]
+            codes, wanted, weights, context = (
+                codes[rows],
+                wanted[rows],
+                weights.rows(items),
+                context[items],
+            )
         codes, wanted = codes.repeat(self.copies, 1), wanted.repeat(self.copies, 1)
         with torch.autocast(codes.device.type, enabled=False):
             slots = self.embed(codes, whole).to(context.dtype) + self.places
@@ -76,12 +98,16 @@ class BackboneReading:
             features = features.flatten(0, 1)
             for block in weights.blocks if len(codes) else ():
                 queries, keys, values = project(block, features, self.turn, *shape[:2])
-                features = finish(block, features, F.scaled_dot_product_attention(queries, keys, values))
+                features = finish(
+                    block, features, F.scaled_dot_product_attention(queries, keys, values)
+                )
             slots, logits = features.view(shape)[:, context.shape[1] :], []
             for level, (span, _) in enumerate(self.layout.spans()):
                 row, slot = wanted[:, span].nonzero(as_tuple=True)
                 found = weights.logits(slots[:, span][row, slot], level, row)
-                logits.append(found if asked is not None else found.unflatten(0, wanted[:, span].shape))
+                logits.append(
+                    found if asked is not None else found.unflatten(0, wanted[:, span].shape)
+                )
         return logits
 
 

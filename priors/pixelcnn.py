@@ -33,15 +33,21 @@ class PixelCNNConfig:
 
     def __post_init__(self) -> None:
         if min(self.channels, self.depth) < 1:
-            raise ValueError(f"prior: channels={self.channels} and depth={self.depth} must be at least 1")
+            raise ValueError(
+                f"prior: channels={self.channels} and depth={self.depth} must be at least 1"
+            )
         if self.kernel < 3 or self.kernel % 2 == 0:
             raise ValueError(f"prior.kernel={self.kernel} must be odd and at least 3")
         for name in ("dropout", "label_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"prior.{name}={getattr(self, name)} must be in [0, 1)")
 
-    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> AutoregressivePrior:
-        network = PixelCNN(layout, num_classes, self.channels, self.depth, self.kernel, self.dropout, given)
+    def build(
+        self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
+    ) -> AutoregressivePrior:
+        network = PixelCNN(
+            layout, num_classes, self.channels, self.depth, self.kernel, self.dropout, given
+        )
         return AutoregressivePrior(network, num_classes, self.label_dropout, self.label_smoothing)
 
 
@@ -62,12 +68,19 @@ class PixelCNN(nn.Module):
         self.layout, self.num_classes, self.given = layout, num_classes, given
         sizes, levels = list(given.num_codes if given else ()), []
         for grid, size in zip(layout.grids, layout.num_codes):
-            levels.append(_Level(grid, size, tuple(sizes), num_classes, channels, depth, kernel, dropout))
+            levels.append(
+                _Level(grid, size, tuple(sizes), num_classes, channels, depth, kernel, dropout)
+            )
             sizes.append(size)
         self.levels = nn.ModuleList(levels)
 
     def forward(
-        self, codes: Tensor, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        *,
+        order: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> list[Tensor]:
         """(B, N) codes, (B,) labels and (B, M) given codes -> (B, n, num_codes) float32 logits per level."""
         assert order is None, "a PixelCNN has one order"
@@ -77,7 +90,9 @@ class PixelCNN(nn.Module):
             planes = [*planes, _plane(grid)]
         return logits
 
-    def decoding(self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None) -> PixelDecoding:
+    def decoding(
+        self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
+    ) -> PixelDecoding:
         """The same logits code by code."""
         assert order is None, "a PixelCNN has one order"
         return PixelDecoding(self, labels, self.planes(given))
@@ -92,7 +107,9 @@ class PixelDecoding:
 
     def __init__(self, network: PixelCNN, labels: Tensor, planes: list[Tensor]) -> None:
         self.network, self.labels, self.planes = network, labels, planes
-        self.codes = torch.zeros(len(labels), network.layout.length, dtype=torch.int64, device=labels.device)
+        self.codes = torch.zeros(
+            len(labels), network.layout.length, dtype=torch.int64, device=labels.device
+        )
         self.starts = [span.start for span, _ in network.layout.spans()]
 
     def step(self, slot: int, previous: Tensor | None) -> Tensor:
@@ -113,8 +130,12 @@ class _LevelDecoding:
     def __init__(self, level: _Level, condition: Tensor) -> None:
         self.level, self.condition = level, condition.expand(-1, -1, level.rows, level.columns)
         self.empty = torch.zeros_like(condition[:, :, :1, :1])
-        self.row = self.empty.repeat(1, 1, 1, level.columns)  # embedded codes, as far as they are known
-        self.above = [self.empty.expand(-1, -1, layer.reach, level.columns) for layer in level.layers]
+        self.row = self.empty.repeat(
+            1, 1, 1, level.columns
+        )  # embedded codes, as far as they are known
+        self.above = [
+            self.empty.expand(-1, -1, layer.reach, level.columns) for layer in level.layers
+        ]
 
     def step(self, index: int, previous: Tensor | None) -> Tensor:
         row, column = divmod(index, self.level.columns)
@@ -160,11 +181,16 @@ class _Level(nn.Module):
         self.before = nn.ModuleList(nn.Embedding(size, channels) for size in before)
         if before:
             self.around = nn.Sequential(
-                nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
+                nn.Conv2d(channels, channels, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, 3, padding=1),
             )
         self.layers = nn.ModuleList(_Layer(channels, kernel, dropout) for _ in range(depth))
         self.head = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, num_codes, 1)
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(channels, num_codes, 1),
         )
         nn.init.zeros_(self.head[-1].weight)  # every code is as likely as any other before training
         nn.init.zeros_(self.head[-1].bias)
@@ -174,7 +200,10 @@ class _Level(nn.Module):
         condition = self.classes(labels)[:, :, None, None]
         if planes:
             size = (self.rows, self.columns)
-            embedded = (rearrange(embed(plane), "b h w c -> b c h w") for embed, plane in zip(self.before, planes))
+            embedded = (
+                rearrange(embed(plane), "b h w c -> b c h w")
+                for embed, plane in zip(self.before, planes)
+            )
             known = sum(F.interpolate(plane, size, mode="nearest") for plane in embedded)
             condition = condition + known + self.around(known)
         return condition
@@ -198,7 +227,9 @@ class _Layer(nn.Module):
     def __init__(self, channels: int, kernel: int, dropout: float) -> None:
         super().__init__()
         self.reach = kernel // 2  # rows above and columns to the left
-        self.down = nn.Conv2d(channels, 2 * channels, (self.reach + 1, kernel), padding=(0, self.reach))
+        self.down = nn.Conv2d(
+            channels, 2 * channels, (self.reach + 1, kernel), padding=(0, self.reach)
+        )
         self.down_condition = nn.Conv2d(channels, 2 * channels, 1)
         self.down_out = nn.Conv2d(channels, channels, 1)
         self.right = nn.Conv2d(channels, 2 * channels, (1, self.reach + 1))

@@ -55,12 +55,21 @@ def read_record(run_folder: Path) -> PriorRecord:
     """Raises UserError when the folder is no prior's run or its record is damaged."""
     path = _path(run_folder)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file: train a prior there first (python -m priors.train)")
+        raise UserError(
+            f"{path}: there is no such file: train a prior there first (python -m priors.train)"
+        )
     try:
         raw = json.loads(path.read_text())
-        typed = {"layout": CodeLayout(**raw["layout"]), "sampling": SampleOptions(**raw["sampling"])}
+        typed = {
+            "layout": CodeLayout(**raw["layout"]),
+            "sampling": SampleOptions(**raw["sampling"]),
+        }
         names = raw["class_names"]
-        if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if (
+            not names
+            or not isinstance(names, list)
+            or not all(isinstance(name, str) for name in names)
+        ):
             raise ValueError("class_names")
         typed["class_names"] = [printable(name) for name in names]
         for name in ("tokens", "tokens_sha256", "tokenizer", "tokenizer_sha256"):
@@ -68,7 +77,9 @@ def read_record(run_folder: Path) -> PriorRecord:
                 raise ValueError(name)
         return PriorRecord(**{**raw, **typed})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}): train the prior with --fresh (make: FRESH=1)") from None
+        raise UserError(
+            f"{path}: damaged ({error}): train the prior with --fresh (make: FRESH=1)"
+        ) from None
 
 
 def _path(run_folder: Path) -> Path:

@@ -28,7 +28,9 @@ class Start(NamedTuple):
     copies: int  # 1 or 2
 
 
-def begin(prior: Prior, labels: Tensor, options: SampleOptions, known: Tensor | None, given: Tensor | None) -> Start:
+def begin(
+    prior: Prior, labels: Tensor, options: SampleOptions, known: Tensor | None, given: Tensor | None
+) -> Start:
     """The arguments of `Prior.sample`, made complete."""
     if known is None:
         known = torch.full((len(labels), prior.layout.length), -1, device=labels.device)
@@ -44,7 +46,11 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
 def guided_labels(labels: Tensor, num_classes: int, options: SampleOptions) -> Tensor:
     """(B,) labels -> (2B,) with the unconditional ones behind, or as they are where s = 1 needs none."""
-    return labels if options.guidance == 1 else torch.cat([labels, torch.full_like(labels, num_classes)])
+    return (
+        labels
+        if options.guidance == 1
+        else torch.cat([labels, torch.full_like(labels, num_classes)])
+    )
 
 
 def shape_logits(logits: Tensor, options: SampleOptions, scale: float | Tensor) -> Tensor:
@@ -55,8 +61,12 @@ def shape_logits(logits: Tensor, options: SampleOptions, scale: float | Tensor) 
     logits = logits.double()
     if options.guidance != 1:
         logits = guide(*logits.chunk(2), scale)
-    if options.temperature == 0:  # the limit: all probability is the likeliest code's, the first of equal ones
-        return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    if (
+        options.temperature == 0
+    ):  # the limit: all probability is the likeliest code's, the first of equal ones
+        return torch.full_like(logits, -torch.inf).scatter_(
+            -1, logits.argmax(-1, keepdim=True), 0.0
+        )
     if options.temperature != 1:  # about the highest, so that it stays finite at any temperature
         logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     return filter_logits(logits, options.top_k, options.top_p)
@@ -88,7 +98,9 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1:
         ordered = logits.sort(dim=-1, descending=True).values
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all better ones
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
+            -1
+        )  # probability of all better ones
         smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     return logits

@@ -39,7 +39,9 @@ class PriorRun:
     seed: int = 0
     tokens: str = "${root}/tokens"  # a token cache
     prior: Any = one_of(PRIORS, "autoregressive")
-    sampling: SampleOptions = dataclasses.field(default_factory=SampleOptions)  # where generation is asked for no other
+    sampling: SampleOptions = dataclasses.field(
+        default_factory=SampleOptions
+    )  # where generation is asked for no other
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
@@ -57,14 +59,18 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     # Before the folder is taken: what cannot be built must not cost the run that --fresh is to replace.
     prior = config.prior.build(cache.layout, cache.num_classes)
     sequences = TokenSequences(cache.split("train"), config.seed)
-    batches = feed(sequences, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
+    batches = feed(
+        sequences, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers
+    )
     inputs = {"tokens": cache.sha256}
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh, inputs=inputs)
     record = _keep_record(run, cache, Path(config.tokens), config.sampling)
 
     def loss(batch: Batch, step: int) -> Loss:
         shape = (cache.layout.length + 2,)
-        uniform = distributed.draw((config.seed, step, LOSS_STREAM), batch.positions, shape, torch.float64)
+        uniform = distributed.draw(
+            (config.seed, step, LOSS_STREAM), batch.positions, shape, torch.float64
+        )
         uniform = antithetic(uniform, batch.positions, config.loop.batch_size)
         return prior.loss(batch["codes"], batch["labels"], uniform)
 
@@ -162,7 +168,9 @@ def _keep_record(run: Run, cache: Any, tokens: Path, sampling: SampleOptions) ->
 
 
 def main() -> None:
-    config_command("priors.train", "Train a prior on a token cache.", PriorRun, train_prior, dry_run)
+    config_command(
+        "priors.train", "Train a prior on a token cache.", PriorRun, train_prior, dry_run
+    )
 
 
 if __name__ == "__main__":

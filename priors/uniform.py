@@ -23,7 +23,16 @@ from priors.backbone import BackboneConfig, check_settings, cross_entropy, evalu
 from priors.bounds import own_noise
 from priors.diffusion import draws, inverse_cdf, share_and_rate, step_noise
 from priors.interface import Likelihood, SampleOptions
-from priors.noising import Level, Noise, bound_rate, corrupt, gidd, guide_transition, mixture, transition
+from priors.noising import (
+    Level,
+    Noise,
+    bound_rate,
+    corrupt,
+    gidd,
+    guide_transition,
+    mixture,
+    transition,
+)
 from priors.parallel import reading
 from priors.sampling import begin, shape_branches, shape_logits
 from priors.schedules import SCHEDULES
@@ -34,9 +43,13 @@ from training.loop import Loss
 # parameterisation -> its sampler: q with the network plugged in for x, or the mixture over p(x | z)
 SAMPLERS = {"leave_one_out": "plug_in", "posterior": "mixture"}
 HYBRIDS: dict[str, Callable[[float], Noise]] = {"mixture": mixture, "gidd": gidd}
-Network = Callable[[Tensor, Tensor], list[Tensor]]  # codes and times (B,) to logits (copies B, n, num_codes) per level
+Network = Callable[
+    [Tensor, Tensor], list[Tensor]
+]  # codes and times (B,) to logits (copies B, n, num_codes) per level
 MEANINGS = [(noise, logits) for noise in HYBRIDS for logits in SAMPLERS]  # of weights, by number
-LATEST = 1 - 1e-3  # progress: here the bound stops, as its weight goes to infinity, and the codes are read off z
+LATEST = (
+    1 - 1e-3
+)  # progress: here the bound stops, as its weight goes to infinity, and the codes are read off z
 RECONSTRUCTED = 1 / 32  # share of a loss's samples that are read off
 STRATA = 16  # times per sequence in the likelihood bound
 
@@ -51,14 +64,22 @@ class UniformConfig:
     noise: str = "gidd"  # of the hybrid: codes as noise vanish at both ends, or "mixture": in constant proportion
     parameterisation: str = "leave_one_out"  # or "posterior"
     cross_entropy: float = 0.0  # its share in the loss, the bound has the rest; of "posterior" only
-    schedule: str = "linear"  # of the noised share, over the times of the loss and the steps of the sampler
+    schedule: str = (
+        "linear"  # of the noised share, over the times of the loss and the steps of the sampler
+    )
     steps: int = 64
 
     def __post_init__(self) -> None:
         check_settings(label_dropout=self.label_dropout, mask_share=self.mask_share)
-        for name, known in (("parameterisation", SAMPLERS), ("schedule", SCHEDULES), ("noise", HYBRIDS)):
+        for name, known in (
+            ("parameterisation", SAMPLERS),
+            ("schedule", SCHEDULES),
+            ("noise", HYBRIDS),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"prior.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise ValueError(
+                    f"prior.{name}={getattr(self, name)!r} is not one of {', '.join(known)}"
+                )
         if not 0 <= self.cross_entropy <= 1:
             raise ValueError(f"prior.cross_entropy={self.cross_entropy} must be in [0, 1]")
         if self.cross_entropy and self.parameterisation != "posterior":
@@ -68,9 +89,13 @@ class UniformConfig:
         if self.steps < 1:
             raise ValueError(f"prior.steps={self.steps}: at least 1 is needed")
 
-    def build(self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None) -> UniformPrior:
+    def build(
+        self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
+    ) -> UniformPrior:
         return UniformPrior(
-            self.backbone.build(layout, num_classes, causal=False, given=given, timed=self.time_conditioning),
+            self.backbone.build(
+                layout, num_classes, causal=False, given=given, timed=self.time_conditioning
+            ),
             num_classes,
             label_dropout=self.label_dropout,
             mask_share=self.mask_share,
@@ -116,13 +141,21 @@ class UniformPrior(nn.Module):
         self.noise_name = noise if mask_share else "mixture"
         self.noise = HYBRIDS[self.noise_name](mask_share)
         self.cross_entropy, self.schedule, self.steps = cross_entropy, SCHEDULES[schedule], steps
-        num_codes = torch.tensor(self.layout.num_codes).repeat_interleave(torch.tensor(self.layout.lengths))
+        num_codes = torch.tensor(self.layout.num_codes).repeat_interleave(
+            torch.tensor(self.layout.lengths)
+        )
         self.register_buffer("num_codes", num_codes, persistent=False)  # (N,)
         meaning = MEANINGS.index((self.noise_name, parameterisation))
         self.register_buffer("meaning", torch.tensor(meaning))  # stays with the weights
         self.register_load_state_dict_pre_hook(_check_meaning)
 
-    def loss(self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: Tensor | None = None) -> Loss:
+    def loss(
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        uniform: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Loss:
         """The bound per token, mixed with cross-entropy. Arguments as in priors.interface.Prior.
 
         Most samples estimate its integral over time; a share of them what is lost in reading the codes off z.
@@ -133,7 +166,10 @@ class UniformPrior(nn.Module):
         progress, weight = spread((place / noised).clamp_max(1))
         weight = torch.where(place < noised, weight / noised, 0)
         found = self._estimate(
-            functools.partial(self._predict, labels, given), codes, progress, uniform[:, 2:].double()
+            functools.partial(self._predict, labels, given),
+            codes,
+            progress,
+            uniform[:, 2:].double(),
         )
         nats = torch.where(place < noised, found.rate * weight, found.lost / RECONSTRUCTED)
         total = nats.mean() / self.layout.length
@@ -155,7 +191,11 @@ class UniformPrior(nn.Module):
             network = self._network(labels, given)
             for stratum in range(STRATA):
                 progress, weight = spread((stratum + noise[:, stratum, 0]) / STRATA)
-                nats += self._estimate(network, codes, progress, noise[:, stratum, 1:]).rate * weight / STRATA
+                nats += (
+                    self._estimate(network, codes, progress, noise[:, stratum, 1:]).rate
+                    * weight
+                    / STRATA
+                )
             last = torch.full_like(nats, LATEST)
             nats += self._estimate(network, codes, last, noise[:, STRATA, 1:]).lost
         return Likelihood(nats, "bound")
@@ -180,7 +220,9 @@ class UniformPrior(nn.Module):
         start = begin(self, labels, options, known, given)
         known = start.known
         steps, noisy, holds = options.steps or self.steps, known, bool((known >= 0).any())
-        times = self.schedule(torch.arange(steps + 1, dtype=torch.float64, device=labels.device) / steps)
+        times = self.schedule(
+            torch.arange(steps + 1, dtype=torch.float64, device=labels.device) / steps
+        )
         times = times.clamp(0, 1)
         levels = list(map(self.noise.at, times))
         noises = step_noise(options, sample_ids, 2 * steps + 1, (2, self.layout.length))
@@ -194,12 +236,19 @@ class UniformPrior(nn.Module):
                     noisy = held if step == 0 else torch.where(known < 0, noisy, held)
                 logits = self._at(network, noisy, times[step])
                 scale = options.guidance_at((step + 1) / steps)
-                noisy = self._draw(self._transitions(logits, noisy, now, later, options, scale), choice)
+                noisy = self._draw(
+                    self._transitions(logits, noisy, now, later, options, scale), choice
+                )
             codes = torch.where(known < 0, noisy, known)
             return self._settle(network, codes, known, options, noises) if holds else codes
 
     def _settle(
-        self, network: Network, codes: Tensor, known: Tensor, options: SampleOptions, noises: Iterator[Tensor]
+        self,
+        network: Network,
+        codes: Tensor,
+        known: Tensor,
+        options: SampleOptions,
+        noises: Iterator[Tensor],
     ) -> Tensor:
         """Unknown codes drawn anew from p(x_i | the others), in turns of a random order, each once or more.
 
@@ -221,7 +270,9 @@ class UniformPrior(nn.Module):
             codes = torch.where(turn, drawn, codes)
         return codes
 
-    def _estimate(self, network: Network, codes: Tensor, progress: Tensor, uniform: Tensor) -> Estimate:
+    def _estimate(
+        self, network: Network, codes: Tensor, progress: Tensor, uniform: Tensor
+    ) -> Estimate:
         """Of codes noised to the time of `progress` (B,)."""
         time, rate = (value[:, None] for value in share_and_rate(self.schedule, progress))
         time = time.clamp_max(1 - 1e-8)
@@ -232,13 +283,17 @@ class UniformPrior(nn.Module):
         if self.parameterisation == "leave_one_out":
             evidence = self._times_likelihood(evidence, noisy, level)
         rates = [
-            bound_rate(each.softmax(-1), codes[:, span], noisy[:, span], level, speed, self.noise.power).sum(1)
+            bound_rate(
+                each.softmax(-1), codes[:, span], noisy[:, span], level, speed, self.noise.power
+            ).sum(1)
             for each, (span, _) in zip(evidence, self.layout.spans())
         ]
         lost = cross_entropy(self.layout, evidence, codes).sum(1)
         return Estimate(logits, torch.stack(rates).sum(0), lost)
 
-    def _predict(self, labels: Tensor, given: Tensor | None, codes: Tensor, time: Tensor) -> list[Tensor]:
+    def _predict(
+        self, labels: Tensor, given: Tensor | None, codes: Tensor, time: Tensor
+    ) -> list[Tensor]:
         if self.backbone.timed:
             return self.backbone(codes, labels, given=given, time=time)
         return self.backbone(codes, labels, given=given)
@@ -253,7 +308,13 @@ class UniformPrior(nn.Module):
         return [level.double() for level in network(codes, time.expand(len(codes)))]
 
     def _transitions(
-        self, logits: list[Tensor], noisy: Tensor, now: Level, later: Level, options: SampleOptions, scale: float
+        self,
+        logits: list[Tensor],
+        noisy: Tensor,
+        now: Level,
+        later: Level,
+        options: SampleOptions,
+        scale: float,
     ) -> list[Tensor]:
         """q(z_s | z_t) per level, (B, n, num_codes + 1), from logits of one or both branches of guidance."""
         copies = 1 if options.guidance == 1 else 2
@@ -263,10 +324,14 @@ class UniformPrior(nn.Module):
         levels = []
         for level, (span, _) in zip(logits, self.layout.spans()):
             found = transition(level.log_softmax(-1), noisy[:, span].repeat(copies, 1), now, later)
-            levels.append((found if copies == 1 else guide_transition(found, noisy[:, span], scale)).exp())
+            levels.append(
+                (found if copies == 1 else guide_transition(found, noisy[:, span], scale)).exp()
+            )
         return levels
 
-    def _times_likelihood(self, logits: list[Tensor], noisy: Tensor, level: Level, power: int = 1) -> list[Tensor]:
+    def _times_likelihood(
+        self, logits: list[Tensor], noisy: Tensor, level: Level, power: int = 1
+    ) -> list[Tensor]:
         """log of exp(logits) q(z | x)^power: from leave-one-out to posterior, or with -1 from posterior back.
 
         Of q(z | x) only the ratio of x = z to all other x matters; there is none where z is the mask.
@@ -308,6 +373,10 @@ def spread(place: Tensor) -> tuple[Tensor, Tensor]:
 def _check_meaning(module: UniformPrior, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Raise UserError where weights were trained for another noise or parameterisation."""
     stored = MEANINGS[int(state.get(prefix + "meaning", module.meaning))]
-    for name, own, theirs in zip(("noise", "parameterisation"), (module.noise_name, module.parameterisation), stored):
+    for name, own, theirs in zip(
+        ("noise", "parameterisation"), (module.noise_name, module.parameterisation), stored
+    ):
         if own != theirs:
-            raise UserError(f"prior.{name}={own}, but these weights were trained with {theirs}: set that")
+            raise UserError(
+                f"prior.{name}={own}, but these weights were trained with {theirs}: set that"
+            )

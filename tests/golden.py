@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(os.environ.get("TESSERA_GOLDEN", Path(__file__).parents[1].parent / "shared" / "golden"))
+FOLDER = Path(
+    os.environ.get("TESSERA_GOLDEN", Path(__file__).parents[1].parent / "shared" / "golden")
+)
 
 
 def golden(name: str) -> Path:

@@ -21,7 +21,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    return_and_correct_aliasing,
+)
 
 from training.tracing import FULL, LOW
 
@@ -41,7 +45,9 @@ INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor}
 PUT = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
 
-COMING: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host on their way, and what they will hold
+COMING: list[
+    tuple[torch.Tensor, torch.Tensor]
+] = []  # copies to the host on their way, and what they will hold
 
 
 class Event:
@@ -163,8 +169,14 @@ class Pretended(torch.Tensor):
 
 def place(depth: int = 3) -> str:
     """Where in the project we are, innermost first."""
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename != __file__]
-    parts = (f"{f.filename[len(ROOT) + 1 :]}:{f.lineno} {f.name}" for f in reversed(frames[-depth:]))
+    frames = [
+        f
+        for f in traceback.extract_stack()
+        if f.filename.startswith(ROOT) and f.filename != __file__
+    ]
+    parts = (
+        f"{f.filename[len(ROOT) + 1 :]}:{f.lineno} {f.name}" for f in reversed(frames[-depth:])
+    )
     return " < ".join(parts)
 
 
@@ -225,10 +237,15 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise DeviceMismatch(f"{func}: tensors on two devices: {place(6)}")
         from tokenizer.quantizers import search
 
-        with Factories(), Functions():  # as the fused kernel, which waits for nothing and answers the same
+        with (
+            Factories(),
+            Functions(),
+        ):  # as the fused kernel, which waits for nothing and answers the same
             return search.in_float64(*args)
     if func is aten._fused_adamw_.default and any(map(_lie_otherwise, *args[:4])):
-        raise DeviceMismatch(f"{func}: a parameter, its gradient and its moments lie in memory in different ways")
+        raise DeviceMismatch(
+            f"{func}: a parameter, its gradient and its moments lie in memory in different ways"
+        )
     to_gpu = _target(func, args, kwargs, tensors, on_gpu)
     _check_generator(func, kwargs.get("generator"), to_gpu)
     plain = {name: mapped(unwrap, value) for name, value in kwargs.items() if name != "pin_memory"}
@@ -244,7 +261,9 @@ def _collective(func: Any, args: Any, kwargs: dict[str, Any], tensors: list) -> 
     """By gloo, on the values that the tensors hold, in place."""
     if not all(isinstance(t, Pretended) for t in tensors):
         raise DeviceMismatch(f"{func}: no backend for a tensor on the CPU: {place(6)}")
-    made = func(*mapped(unwrap, args), **{name: mapped(unwrap, value) for name, value in kwargs.items()})
+    made = func(
+        *mapped(unwrap, args), **{name: mapped(unwrap, value) for name, value in kwargs.items()}
+    )
     return mapped(wrap, made)
 
 
@@ -287,13 +306,18 @@ def _target(func: Any, args: Any, kwargs: Any, tensors: list, on_gpu: list) -> b
             raise DeviceMismatch(f"{func}: tensors on two devices: {place(6)}")
         whole = torch.Tag.pointwise in func.tags or func._schema.name.startswith("aten::_foreach")
         if not whole and "fused" not in func._schema.name:
-            raise DeviceMismatch(f"{func}: a scalar on the CPU beside tensors on the GPU: {place(6)}")
+            raise DeviceMismatch(
+                f"{func}: a scalar on the CPU beside tensors on the GPU: {place(6)}"
+            )
         return True
     return bool(on_gpu) if kwargs.get("device") is None else is_gpu(kwargs["device"])
 
 
 def _indexed(func: Any, args: Any) -> bool:
-    own, indices = isinstance(args[0], Pretended), [i for i in args[1] if isinstance(i, torch.Tensor)]
+    own, indices = (
+        isinstance(args[0], Pretended),
+        [i for i in args[1] if isinstance(i, torch.Tensor)],
+    )
     if not own and any(isinstance(i, Pretended) for i in indices):
         raise DeviceMismatch(f"{func}: a CPU tensor is indexed by one on the GPU: {place(6)}")
     if own and any(i.dtype in (torch.bool, torch.uint8) for i in indices):
@@ -316,7 +340,11 @@ class Factories(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         collective = getattr(func, "namespace", "") == "c10d"
-        if collective or is_gpu(kwargs.get("device")) or any(issubclass(t, Pretended) for t in types):
+        if (
+            collective
+            or is_gpu(kwargs.get("device"))
+            or any(issubclass(t, Pretended) for t in types)
+        ):
             return run(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -352,11 +380,16 @@ def _attention(
     queries: Any, keys: Any, values: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    if not all(isinstance(t, Pretended) for t in (keys, values, *([] if attn_mask is None else [attn_mask]))):
+    if not all(
+        isinstance(t, Pretended)
+        for t in (keys, values, *([] if attn_mask is None else [attn_mask]))
+    ):
         raise DeviceMismatch(f"attention: tensors on two devices: {place(6)}")
     scores = queries @ keys.transpose(-1, -2) * (scale or queries.shape[-1] ** -0.5)
     if is_causal:
-        seen = torch.ones(queries.shape[-2], keys.shape[-2], dtype=torch.bool, device=queries.device).tril()
+        seen = torch.ones(
+            queries.shape[-2], keys.shape[-2], dtype=torch.bool, device=queries.device
+        ).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
@@ -370,7 +403,11 @@ LOWS: list[torch.dtype | None] = [None]  # what autocast casts to on the GPU, by
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """As CUDA's autocast does; float64 stays."""
-    plain = isinstance(value, Pretended) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    plain = isinstance(value, Pretended) and value.dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    )
     return value.to(dtype) if plain else value
 
 
@@ -393,9 +430,13 @@ def _autocasting() -> Iterator[None]:
         mock.patch.object(torch.autocast, "__enter__", begin),
         mock.patch.object(torch.autocast, "__exit__", end),
         mock.patch.object(
-            torch, "is_autocast_enabled", lambda *of: LOWS[-1] is not None if of == ("gpu",) else enabled(*of)
+            torch,
+            "is_autocast_enabled",
+            lambda *of: LOWS[-1] is not None if of == ("gpu",) else enabled(*of),
         ),
-        mock.patch.object(torch, "get_autocast_dtype", lambda of: LOWS[-1] if of == "gpu" else dtype(of)),
+        mock.patch.object(
+            torch, "get_autocast_dtype", lambda of: LOWS[-1] if of == "gpu" else dtype(of)
+        ),
     ):
         yield
 
@@ -422,7 +463,9 @@ def pretended_gpu() -> Iterator[collections.Counter]:
     """Inside, processes compute on the GPU; gives the count of waits, which starts at none."""
     global _ready
     if not _ready:
-        backend_registration._setup_privateuseone_for_python_backend("gpu", backend_module=Backend())
+        backend_registration._setup_privateuseone_for_python_backend(
+            "gpu", backend_module=Backend()
+        )
         _ready = True
     from training import distributed
 

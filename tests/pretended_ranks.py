@@ -30,7 +30,9 @@ def facts(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "sum": distributed.sum_(here.clone()).tolist(),
         "broadcast": distributed.broadcast_(here.clone()).tolist(),
-        "rows": distributed.gather_rows(torch.full((rank + 1, 2), float(rank), device=device))[:, 0].tolist(),
+        "rows": distributed.gather_rows(torch.full((rank + 1, 2), float(rank), device=device))[
+            :, 0
+        ].tolist(),
         "parts": distributed.gather_parts([torch.tensor([rank])]).tolist(),
         "on main": distributed.gather_on_main(f"of {rank}"),
         "largest": distributed.largest(rank),
@@ -52,12 +54,19 @@ def gan(folder: Path) -> dict[str, torch.Tensor]:
         mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
         return [Batch({"images": batch["images"][mine]}, batch.positions[mine])]
 
-    module, turns = tokenizer_turns(conv(kind="vector", num_codes=20, code_dim=8, init="normal"), **ADVERSARY_AT_ONCE)
-    return {name: value.cpu() for name, value in trained(folder, module, turns, part, compile_=False, steps=2).items()}
+    module, turns = tokenizer_turns(
+        conv(kind="vector", num_codes=20, code_dim=8, init="normal"), **ADVERSARY_AT_ONCE
+    )
+    return {
+        name: value.cpu()
+        for name, value in trained(folder, module, turns, part, compile_=False, steps=2).items()
+    }
 
 
 def run(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
     with pretended_gpu():
         found = facts(folder)
     torch.save(found, folder / f"rank-{rank}.pt")

@@ -23,7 +23,9 @@ from training.command import UserError
 from training.loop import Batch, LoopConfig, Loss, Turn, train
 
 CUDNN = torch.backends.cudnn
-SETTINGS = re.compile(r"allow_tf32|cudnn\.(benchmark|deterministic)|use_deterministic|set_float32_matmul|channels_last")
+SETTINGS = re.compile(
+    r"allow_tf32|cudnn\.(benchmark|deterministic)|use_deterministic|set_float32_matmul|channels_last"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,9 @@ def found_while_training(folder, loss=None, **loop):
 
     preview = lambda averaged, path, step: seen.append(settings())  # noqa: E731
     turns = [Turn("linear", module, looked, OPTIMIZER)]
-    train(config, Run.open(folder, config), turns, stream, seed=0, published=module, preview=preview)
+    train(
+        config, Run.open(folder, config), turns, stream, seed=0, published=module, preview=preview
+    )
     assert len(seen) == 3
     return seen
 
@@ -81,7 +85,11 @@ def test_a_deterministic_run_says_what_it_costs(tmp_path, capsys):
     before = settings()
     with pretended_gpu():
         for found in found_while_training(tmp_path, deterministic=True):
-            assert found["deterministic"] == (True, True) and not found["tried"] and not found["products"]
+            assert (
+                found["deterministic"] == (True, True)
+                and not found["tried"]
+                and not found["products"]
+            )
             assert found["workspace"] == ":4096:8"
     said = [line for line in capsys.readouterr().out.splitlines() if "loop.deterministic" in line]
     assert len(said) == 1 and "same bits" in said[0] and "slower" in said[0]
@@ -92,14 +100,18 @@ def test_what_has_no_deterministic_algorithm_is_one_line(tmp_path):
     """In torch's own words; of an error that is another the traceback stays."""
 
     def without(module):
-        return module.weight.clone().put_(torch.tensor([0], device=module.weight.device), module.weight[0, :1])
+        return module.weight.clone().put_(
+            torch.tensor([0], device=module.weight.device), module.weight[0, :1]
+        )
 
     def broken(module):
         raise RuntimeError("another")
 
     with pretended_gpu():
         found_while_training(tmp_path / "as it is", without)
-        with pytest.raises(UserError, match=r"loop\.deterministic: put_.* no deterministic algorithm.*false"):
+        with pytest.raises(
+            UserError, match=r"loop\.deterministic: put_.* no deterministic algorithm.*false"
+        ):
             found_while_training(tmp_path / "one", without, deterministic=True)
         with pytest.raises(RuntimeError, match="another"):
             found_while_training(tmp_path / "two", broken, deterministic=True)
@@ -112,7 +124,11 @@ def test_nothing_else_sets_them():
 
 
 def is_last(module):
-    weights = [part.weight for part in module.modules() if isinstance(part, nn.Conv2d) and min(part.weight.shape) > 1]
+    weights = [
+        part.weight
+        for part in module.modules()
+        if isinstance(part, nn.Conv2d) and min(part.weight.shape) > 1
+    ]
     return [weight.is_contiguous(memory_format=torch.channels_last) for weight in weights]
 
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from benchmarks.sampling import x_transformers_of
-from priors.backbone import Backbone, BackboneConfig, _angles, _place_ids, check_settings, cross_entropy
+from priors.backbone import (
+    Backbone,
+    BackboneConfig,
+    _angles,
+    _place_ids,
+    check_settings,
+    cross_entropy,
+)
 from tokenizer.interface import CodeLayout
 
 ONE_LEVEL = CodeLayout(((2, 3),), (7,))
@@ -18,9 +25,12 @@ TWO_LEVELS = CodeLayout(((1, 2), (2, 4)), (5, 9))
 GIVEN = CodeLayout(((2, 2),), (4,))
 NUM_CLASSES = 3
 OPTIONS = pytest.mark.parametrize(
-    ("positions", "conditioning"), list(itertools.product(("rotary", "learned"), ("prefix", "adaln")))
+    ("positions", "conditioning"),
+    list(itertools.product(("rotary", "learned"), ("prefix", "adaln"))),
 )
-LAYOUTS = pytest.mark.parametrize("layout", [ONE_LEVEL, TWO_LEVELS], ids=["one_level", "two_levels"])
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [ONE_LEVEL, TWO_LEVELS], ids=["one_level", "two_levels"]
+)
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
@@ -37,7 +47,11 @@ def make(
     """A small backbone in eval mode; `trained` stands for weights that say something, norms and biases too."""
     torch.manual_seed(seed)
     settings = {"dim": 32, "depth": 2, "heads": 2, **settings}
-    backbone = BackboneConfig(**settings).build(layout, NUM_CLASSES, causal=causal, given=given, timed=timed).eval()
+    backbone = (
+        BackboneConfig(**settings)
+        .build(layout, NUM_CLASSES, causal=causal, given=given, timed=timed)
+        .eval()
+    )
     if trained:
         for parameter in backbone.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -66,7 +80,10 @@ def per_position(logits: list[torch.Tensor]) -> list[torch.Tensor]:
 def changes(backbone: Backbone, codes: torch.Tensor, other: torch.Tensor, **known) -> list[bool]:
     """Whether the logits of each position differ between two sequences of codes; exactly or clearly."""
     labels = torch.ones(1, dtype=torch.int64)
-    pairs = zip(per_position(backbone(codes, labels, **known)), per_position(backbone(other, labels, **known)))
+    pairs = zip(
+        per_position(backbone(codes, labels, **known)),
+        per_position(backbone(other, labels, **known)),
+    )
     distances = [float((a - b).detach().abs().max()) for a, b in pairs]
     assert all(distance < 2e-6 or distance > 1e-5 for distance in distances)
     return [distance > 1e-5 for distance in distances]
@@ -76,10 +93,14 @@ def changes(backbone: Backbone, codes: torch.Tensor, other: torch.Tensor, **know
 @CAUSAL
 @OPTIONS
 def test_every_code_is_equally_likely_before_training(positions, conditioning, causal, layout):
-    backbone = make(layout, causal=causal, trained=False, positions=positions, conditioning=conditioning)
+    backbone = make(
+        layout, causal=causal, trained=False, positions=positions, conditioning=conditioning
+    )
     codes = random_codes(layout, 4)
     logits = backbone(codes, torch.arange(4))
-    assert [level.shape for level in logits] == [(4, n, k) for n, k in zip(layout.lengths, layout.num_codes)]
+    assert [level.shape for level in logits] == [
+        (4, n, k) for n, k in zip(layout.lengths, layout.num_codes)
+    ]
     assert all(level.dtype == torch.float32 and not level.any() for level in logits)
     nats = cross_entropy(layout, logits, codes).sum(1)
     torch.testing.assert_close(nats, torch.full((4,), layout.bits * math.log(2)))
@@ -88,7 +109,13 @@ def test_every_code_is_equally_likely_before_training(positions, conditioning, c
 @CAUSAL
 @OPTIONS
 def test_a_slot_has_unit_variance_before_training(positions, conditioning, causal):
-    settings = {"positions": positions, "conditioning": conditioning, "dim": 256, "depth": 1, "heads": 4}
+    settings = {
+        "positions": positions,
+        "conditioning": conditioning,
+        "dim": 256,
+        "depth": 1,
+        "heads": 4,
+    }
     layout = CodeLayout(((16, 16),), (64,))
     backbone, seen = make(layout, causal=causal, trained=False, **settings), []
     backbone.dropout.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -98,7 +125,9 @@ def test_a_slot_has_unit_variance_before_training(positions, conditioning, causa
 
 @CAUSAL
 def test_adaptive_blocks_are_the_identity_before_training(causal):
-    backbone = make(TWO_LEVELS, causal=causal, given=GIVEN, trained=False, conditioning="adaln", dropout=0.0)
+    backbone = make(
+        TWO_LEVELS, causal=causal, given=GIVEN, trained=False, conditioning="adaln", dropout=0.0
+    )
     seen = []
     backbone.dropout.register_forward_hook(lambda module, inputs, output: seen.append(output))
     backbone.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -109,7 +138,9 @@ def test_adaptive_blocks_are_the_identity_before_training(causal):
 @LAYOUTS
 @pytest.mark.parametrize("ordered", [False, True], ids=["raster", "ordered"])
 @OPTIONS
-def test_causal_logits_see_the_codes_of_slots_before_and_no_other(positions, conditioning, ordered, layout):
+def test_causal_logits_see_the_codes_of_slots_before_and_no_other(
+    positions, conditioning, ordered, layout
+):
     backbone = make(layout, causal=True, positions=positions, conditioning=conditioning)
     codes, order = random_codes(layout, 1), random_order(layout, 1) if ordered else None
     turn = list(range(layout.length)) if order is None else order[0].tolist()
@@ -117,7 +148,9 @@ def test_causal_logits_see_the_codes_of_slots_before_and_no_other(positions, con
         other = codes.clone()
         other[0, position] = (other[0, position] + 1) % 4
         seen = changes(backbone, codes, other, order=order)
-        assert [seen[later] for later in turn] == [False] * (slot + 1) + [True] * (layout.length - slot - 1)
+        assert [seen[later] for later in turn] == [False] * (slot + 1) + [True] * (
+            layout.length - slot - 1
+        )
 
 
 @LAYOUTS
@@ -141,13 +174,19 @@ def test_raster_is_an_order_like_any_other(positions, conditioning):
 
 
 @OPTIONS
-def test_a_slot_knows_which_position_it_predicts_and_where_its_code_comes_from(positions, conditioning):
+def test_a_slot_knows_which_position_it_predicts_and_where_its_code_comes_from(
+    positions, conditioning
+):
     """Two orders that hold the same codes in a slot tell apart what is to come, and where the codes stand."""
     backbone = make(ONE_LEVEL, causal=True, positions=positions, conditioning=conditioning)
     codes, labels = torch.full((2, 6), 3), torch.zeros(2, dtype=torch.int64)
-    first, second = backbone(codes, labels, order=torch.tensor([[0, 1, 2, 3, 4, 5], [5, 1, 2, 3, 4, 0]]))[0][:, 1]
+    first, second = backbone(
+        codes, labels, order=torch.tensor([[0, 1, 2, 3, 4, 5], [5, 1, 2, 3, 4, 0]])
+    )[0][:, 1]
     assert not torch.allclose(first, second, atol=1e-4)  # the code before is at 0, or at 5
-    first, second = backbone(codes, labels, order=torch.tensor([[0, 1, 2, 3, 4, 5], [0, 5, 2, 3, 4, 1]]))[0]
+    first, second = backbone(
+        codes, labels, order=torch.tensor([[0, 1, 2, 3, 4, 5], [0, 5, 2, 3, 4, 1]])
+    )[0]
     assert not torch.allclose(first[1], second[5], atol=1e-4)  # the target is 1, or 5
 
 
@@ -155,8 +194,14 @@ def test_a_slot_knows_which_position_it_predicts_and_where_its_code_comes_from(p
 @CAUSAL
 @OPTIONS
 def test_every_position_sees_every_given_code(positions, conditioning, causal, layout):
-    backbone = make(layout, causal=causal, given=GIVEN, positions=positions, conditioning=conditioning)
-    codes, labels, given = random_codes(layout, 1), torch.ones(1, dtype=torch.int64), random_codes(GIVEN, 1)
+    backbone = make(
+        layout, causal=causal, given=GIVEN, positions=positions, conditioning=conditioning
+    )
+    codes, labels, given = (
+        random_codes(layout, 1),
+        torch.ones(1, dtype=torch.int64),
+        random_codes(GIVEN, 1),
+    )
     plain = per_position(backbone(codes, labels, given=given))
     for position in range(GIVEN.length):
         other = given.clone()
@@ -170,23 +215,37 @@ def test_every_position_sees_every_given_code(positions, conditioning, causal, l
 @CAUSAL
 @OPTIONS
 def test_the_class_matters_and_rows_of_a_batch_do_not_meet(positions, conditioning, causal):
-    backbone = make(TWO_LEVELS, causal=causal, given=GIVEN, positions=positions, conditioning=conditioning)
+    backbone = make(
+        TWO_LEVELS, causal=causal, given=GIVEN, positions=positions, conditioning=conditioning
+    )
     codes, given = random_codes(TWO_LEVELS, 1).expand(4, -1), random_codes(GIVEN, 1).expand(4, -1)
-    whole = torch.cat([level.flatten(1) for level in backbone(codes, torch.arange(4), given=given)], 1)
-    assert float(torch.pdist(whole.detach()).min()) > 1e-3  # the unconditional label is one more class
+    whole = torch.cat(
+        [level.flatten(1) for level in backbone(codes, torch.arange(4), given=given)], 1
+    )
+    assert (
+        float(torch.pdist(whole.detach()).min()) > 1e-3
+    )  # the unconditional label is one more class
     alone = backbone(codes[2:3], torch.tensor([2]), given=given[2:3])
-    torch.testing.assert_close(torch.cat([level.flatten(1) for level in alone], 1), whole[2:3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat([level.flatten(1) for level in alone], 1), whole[2:3], atol=1e-5, rtol=0
+    )
 
 
 @CAUSAL
 @OPTIONS
 def test_every_weight_learns(positions, conditioning, causal):
-    backbone = make(TWO_LEVELS, causal=causal, given=GIVEN, positions=positions, conditioning=conditioning).train()
+    backbone = make(
+        TWO_LEVELS, causal=causal, given=GIVEN, positions=positions, conditioning=conditioning
+    ).train()
     codes = random_codes(TWO_LEVELS, 8)
     known = codes if causal else codes.masked_fill(torch.arange(TWO_LEVELS.length) % 2 == 0, -1)
     logits = backbone(known, torch.arange(8) % 4, given=random_codes(GIVEN, 8))
     cross_entropy(TWO_LEVELS, logits, codes).mean().backward()
-    assert [name for name, weight in backbone.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+    assert [
+        name
+        for name, weight in backbone.named_parameters()
+        if weight.grad is None or not weight.grad.any()
+    ] == []
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
@@ -194,8 +253,14 @@ def test_every_weight_of_a_timed_backbone_learns_and_rows_have_their_own_time(co
     backbone = make(TWO_LEVELS, causal=False, conditioning=conditioning, timed=True).train()
     codes, times = random_codes(TWO_LEVELS, 8), torch.linspace(0, 1, 8)
     known = codes.masked_fill(torch.arange(TWO_LEVELS.length) % 2 == 0, -1)
-    cross_entropy(TWO_LEVELS, backbone(known, torch.arange(8) % 4, time=times), codes).mean().backward()
-    assert [name for name, weight in backbone.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+    cross_entropy(
+        TWO_LEVELS, backbone(known, torch.arange(8) % 4, time=times), codes
+    ).mean().backward()
+    assert [
+        name
+        for name, weight in backbone.named_parameters()
+        if weight.grad is None or not weight.grad.any()
+    ] == []
     same, labels = known[:1].expand(8, -1), torch.ones(8, dtype=torch.int64)
     with torch.no_grad():
         whole = backbone.eval()(same, labels, time=times)[1].flatten(1)
@@ -217,10 +282,14 @@ def test_places_are_distinct(grids):
 def test_rotary_angles_are_rows_and_columns_in_units_of_the_finest_grid():
     angles = _angles(CodeLayout(((2, 3), (4, 6)), (2, 2)), 8)
     fine, coarse = angles[6:].view(4, 6, 8), angles[:6].view(2, 3, 8)
-    assert torch.equal(fine[..., 0], torch.arange(4.0)[:, None].expand(4, 6))  # radians of the fastest pair: the row
+    assert torch.equal(
+        fine[..., 0], torch.arange(4.0)[:, None].expand(4, 6)
+    )  # radians of the fastest pair: the row
     assert torch.equal(fine[..., 4], torch.arange(6.0).expand(4, 6))  # and the column
     assert torch.equal(angles[:, ::2], angles[:, 1::2])
-    means = fine.view(2, 2, 3, 2, 8).mean((1, 3))  # a coarse code stands amid the four fine ones under it
+    means = fine.view(2, 2, 3, 2, 8).mean(
+        (1, 3)
+    )  # a coarse code stands amid the four fine ones under it
     torch.testing.assert_close(coarse, means)
 
 
@@ -229,7 +298,10 @@ def test_rotated_products_depend_on_displacement_alone():
 
     angles = _angles(CodeLayout(((3, 5),), (2,)), 16)[None]
     query, key = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
-    queries, keys = (apply_rotary_pos_emb(side.expand(1, 15, 16), angles)[0].view(3, 5, 16) for side in (query, key))
+    queries, keys = (
+        apply_rotary_pos_emb(side.expand(1, 15, 16), angles)[0].view(3, 5, 16)
+        for side in (query, key)
+    )
     expected = queries[0, 0] @ keys[1, 2]
     torch.testing.assert_close(queries[1, 2] @ keys[2, 4], expected)
     assert not torch.isclose(queries[0, 0] @ keys[2, 1], expected, atol=1e-3)
@@ -238,7 +310,11 @@ def test_rotated_products_depend_on_displacement_alone():
 def test_a_causal_backbone_computes_what_x_transformers_does_of_its_weights():
     layout = CodeLayout(((3, 5),), (11,))
     backbone = make(layout, causal=True, positions="learned", depth=3, heads=4)
-    model, codes, labels = x_transformers_of(backbone), random_codes(layout, 5), torch.tensor([0, 1, 2, 3, 0])
+    model, codes, labels = (
+        x_transformers_of(backbone),
+        random_codes(layout, 5),
+        torch.tensor([0, 1, 2, 3, 0]),
+    )
     sequence = torch.cat([11 + labels[:, None], codes[:, :-1]], 1)
     theirs = model(sequence, sum_embeds=backbone.classes(labels)[:, None])
     torch.testing.assert_close(backbone(codes, labels)[0], theirs, atol=1e-4, rtol=0)
@@ -256,7 +332,10 @@ def test_a_backbone_copies():  # the loop averages a deep copy
         ({"dim": 30}, "dim=30"),
         ({"depth": 0}, "depth=0"),
         ({"dropout": 1.5}, "prior.backbone.dropout=1.5"),
-        ({"positions": "absolute"}, "prior.backbone.positions='absolute' is not one of rotary, learned"),
+        (
+            {"positions": "absolute"},
+            "prior.backbone.positions='absolute' is not one of rotary, learned",
+        ),
         ({"conditioning": "film"}, "prior.backbone.conditioning='film'"),
         ({"dim": 24}, "multiple of 4 for rotary"),
     ],

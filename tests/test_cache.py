@@ -48,8 +48,12 @@ def save_tokenizer(folder, source, seed=0, num_codes=16, **data):
     torch.manual_seed(seed)
     autoencoder = model.build(SIDE)
     with torch.no_grad():  # codes where features are
-        latents = autoencoder(torch.rand(64, 3, SIDE, SIDE) * 2 - 1).latents.movedim(1, -1).flatten(0, 2)
-    autoencoder.quantizer.codebook.copy_(latents.mean(0) + latents.std(0) * torch.randn(num_codes, 2))
+        latents = (
+            autoencoder(torch.rand(64, 3, SIDE, SIDE) * 2 - 1).latents.movedim(1, -1).flatten(0, 2)
+        )
+    autoencoder.quantizer.codebook.copy_(
+        latents.mean(0) + latents.std(0) * torch.randn(num_codes, 2)
+    )
     (folder / "weights").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     write_weights(folder / "weights" / "model.safetensors", autoencoder.state_dict(), {})
@@ -120,8 +124,12 @@ def test_manifest_and_files(root):
     manifest = encode_data(run(root)).manifest
     assert manifest["format"] == FORMAT and manifest["dtype"] == "<u2" and manifest["views"] == 1
     assert manifest["layout"] == {"grids": [[2, 2]], "num_codes": [16]}
-    assert manifest["tokenizer"]["weights_sha256"] == sha256(root / "tokenizer" / "weights" / "model.safetensors")
-    assert manifest["splits"]["train"]["count"] == 20 and manifest["splits"]["held_out"]["count"] == 4
+    assert manifest["tokenizer"]["weights_sha256"] == sha256(
+        root / "tokenizer" / "weights" / "model.safetensors"
+    )
+    assert (
+        manifest["splits"]["train"]["count"] == 20 and manifest["splits"]["held_out"]["count"] == 4
+    )
     assert [shard["count"] for shard in manifest["splits"]["train"]["shards"]] == [7, 7, 6]
     listed = {}
     for split in manifest["splits"].values():
@@ -152,12 +160,18 @@ def test_views_need_an_augmentation(root):
 
 @pytest.mark.parametrize("views", [10**6, 10**12, 10**25])
 def test_views_that_nothing_holds_leave_the_cache_that_is_there(root, monkeypatch, views):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**8))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**8)
+    )
     encode_data(run(root))
     before = files(root / "tokens")
-    with pytest.raises(UserError, match=rf"tokens: views={views} .* bytes of codes, .* free: lower views"):
+    with pytest.raises(
+        UserError, match=rf"tokens: views={views} .* bytes of codes, .* free: lower views"
+    ):
         encode_data(run(root, views=views))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**40, 0, 10**39))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**40, 0, 10**39)
+    )
     if views > 10**6:
         with pytest.raises(UserError, match=rf"tokens: views={views} .* bytes of memory"):
             encode_data(run(root, views=views))
@@ -173,7 +187,9 @@ def test_weights_that_cannot_be_loaded_leave_the_cache_that_is_there(root):
     assert files(root / "tokens") == before
 
 
-@pytest.mark.parametrize(("num_codes", "dtype"), [((16,), "<u2"), ((1 << 16,), "<u2"), ((4, (1 << 16) + 1), "<u4")])
+@pytest.mark.parametrize(
+    ("num_codes", "dtype"), [((16,), "<u2"), ((1 << 16,), "<u2"), ((4, (1 << 16) + 1), "<u4")]
+)
 def test_the_smallest_type_that_holds_every_code(num_codes, dtype):
     assert code_dtype(CodeLayout(((1,),) * len(num_codes), num_codes)) == np.dtype(dtype)
 
@@ -182,7 +198,11 @@ def test_a_large_codebook(root):
     save_tokenizer(root / "tokenizer", root / "images", num_codes=70_000)
     cache = encode_data(run(root))
     codes = cache.split("train").codes
-    assert codes.dtype == np.uint32 and cache.manifest["dtype"] == "<u4" and np.asarray(codes).max() > 1 << 16
+    assert (
+        codes.dtype == np.uint32
+        and cache.manifest["dtype"] == "<u4"
+        and np.asarray(codes).max() > 1 << 16
+    )
     cache.verify()
 
 
@@ -230,7 +250,9 @@ def test_an_interrupted_cache_is_completed_with_the_same_bytes(root, monkeypatch
     interrupted(monkeypatch, config, after)
     with pytest.raises(UserError, match="no finished token cache"):
         TokenCache.open(root / "tokens")
-    kept = {path: path.stat().st_mtime_ns for path in sorted((root / "tokens").glob("train-00000.*"))}
+    kept = {
+        path: path.stat().st_mtime_ns for path in sorted((root / "tokens").glob("train-00000.*"))
+    }
     (root / "tokens" / ".train-00001.codes.npy.1.tmp").write_bytes(b"left over")
     encode_data(config)
     if after >= 4:
@@ -255,7 +277,12 @@ def test_codes_of_another_tokenizer_are_refused_and_made_anew(root):
     with pytest.raises(UserError) as caught:
         TokenCache.open(root / "tokens").check_tokenizer()
     message = str(caught.value)
-    assert then[:8] in message and now[:8] in message and "run `make tokens` again" in message and "\n" not in message
+    assert (
+        then[:8] in message
+        and now[:8] in message
+        and "run `make tokens` again" in message
+        and "\n" not in message
+    )
     again = encode_data(run(root))
     again.check_tokenizer()
     assert not np.array_equal(np.asarray(again.split("train").codes), old)
@@ -277,10 +304,16 @@ def add(root):
 
 OTHER_IMAGES = {
     "overwritten": (redraw, r"names or contents of the (train|held_out) images have changed"),
-    "all overwritten": (lambda root: redraw(root, name="*.png"), "contents of the train images have changed"),
+    "all overwritten": (
+        lambda root: redraw(root, name="*.png"),
+        "contents of the train images have changed",
+    ),
     "added": (add, "images are now|names or contents"),
     "removed": (lambda root: (root / "images" / "dogs" / "5.png").unlink(), "images are now"),
-    "class renamed": (lambda root: (root / "images" / "dogs").rename(root / "images" / "eels"), "dogs is now eels"),
+    "class renamed": (
+        lambda root: (root / "images" / "dogs").rename(root / "images" / "eels"),
+        "dogs is now eels",
+    ),
 }
 
 
@@ -298,7 +331,9 @@ def test_codes_of_other_images_are_made_anew(root, capsys, change):
     capsys.readouterr()
     new = encode_data(run(root))
     said = capsys.readouterr().out.splitlines()[0]
-    assert re.match(rf"{root}/tokens: of other images \(.*({words}).*\): making it again", said), said
+    assert re.match(rf"{root}/tokens: of other images \(.*({words}).*\): making it again", said), (
+        said
+    )
     assert files(root / "tokens") == files(encode_data(run(root, name="straight")).folder)
     assert new.sha256 != identity and new.class_names == train.class_names
     for images in (train, held_out):
@@ -325,7 +360,9 @@ def test_images_that_change_while_they_are_encoded_are_refused(root, monkeypatch
         return encode_batch(*arguments)
 
     monkeypatch.setattr(BatchEncoder, "__call__", once)
-    with pytest.raises(UserError, match="images changed while it was encoded: run the same command again"):
+    with pytest.raises(
+        UserError, match="images changed while it was encoded: run the same command again"
+    ):
         encode_data(run(root))
     with pytest.raises(UserError, match="no finished token cache"):
         TokenCache.open(root / "tokens")
@@ -359,11 +396,16 @@ def test_a_cache_of_an_earlier_version_says_so(root, capsys):
     cache.verify()
     assert cache.sha256 == sha256(path)
     images = open_split(DataConfig(source=str(root / "images"), image_size=SIDE), "train")
-    with pytest.raises(UserError, match="an earlier version made it, which did not note of which images: run `make"):
+    with pytest.raises(
+        UserError, match="an earlier version made it, which did not note of which images: run `make"
+    ):
         cache.check_images(images)
     capsys.readouterr()
     encode_data(run(root)).check_images(images)
-    assert "an earlier version made it, which did not note of which images: making it again" in capsys.readouterr().out
+    assert (
+        "an earlier version made it, which did not note of which images: making it again"
+        in capsys.readouterr().out
+    )
 
 
 def test_other_settings_make_it_anew(root):
@@ -371,7 +413,9 @@ def test_other_settings_make_it_anew(root):
     assert encode_data(run(root, views=2)).manifest["views"] == 2
 
 
-@pytest.mark.parametrize("stranger", ["thesis.txt", "features.npy", "train-00000.codes.npy.bak", "photos"])
+@pytest.mark.parametrize(
+    "stranger", ["thesis.txt", "features.npy", "train-00000.codes.npy.bak", "photos"]
+)
 def test_a_folder_with_other_files_is_not_touched(root, stranger):
     (root / "tokens").mkdir()
     if stranger == "photos":
@@ -398,7 +442,9 @@ def test_files_of_others_stay_and_links_are_followed(root):
         "thesis.tmp", ".thesis.tmp", ".thesis.9.tmp", "train-00000.codes.npy.bak"
     }  # fmt: skip
     (root / "disk" / "train-00007.codes.npy").write_text("mine")
-    with pytest.raises(UserError, match=r"train-00007\.codes\.npy: no command here wrote it.*move it away"):
+    with pytest.raises(
+        UserError, match=r"train-00007\.codes\.npy: no command here wrote it.*move it away"
+    ):
         encode_data(run(root), fresh=True)
     assert TokenCache.open(root / "tokens").manifest["views"] == 2
 
@@ -413,7 +459,9 @@ def test_one_process_encodes_at_a_time(root, monkeypatch):
     refused, replace = [], encode.replace_file
 
     def others(path, data):
-        for fresh in (False, True) if path.name in ("unfinished.json", "train-00001.codes.npy") else ():
+        for fresh in (
+            (False, True) if path.name in ("unfinished.json", "train-00001.codes.npy") else ()
+        ):
             with pytest.raises(UserError, match="another process is writing to this token cache"):
                 encode_data(run(root), fresh=fresh)
             refused.append(path)
@@ -462,7 +510,10 @@ def flip(data):
 
 def test_a_missing_or_cut_file_is_refused_and_mended_by_the_remedy(root):
     good = files(encode_data(run(root)).folder)
-    for change in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
+    for change in (
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    ):
         path = root / "tokens" / shard_file("train", 1, "labels")
         change(path)
         with pytest.raises(UserError, match=r"train-00001\.labels\.npy.*run `make tokens` again"):
@@ -486,7 +537,9 @@ def test_a_code_that_is_none_is_found(root):
         cache.verify()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', json.dumps({"format": "tessera-tokens-0"})])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '"x"', json.dumps({"format": "tessera-tokens-0"})]
+)
 def test_a_damaged_manifest_is_refused(root, text):
     damaged(root, lambda data: text.encode(), "manifest.json")
     with pytest.raises(UserError, match=r"manifest\.json") as caught:
@@ -532,9 +585,13 @@ def test_rows_of_a_file(tmp_path, dtype, shape):
     np.testing.assert_array_equal(np.asarray(file), array)
     for places in ([], [3], [0, 1, 2], [6, 5, 5, 6, 0, 1]):
         if max(places, default=-1) < len(array):
-            np.testing.assert_array_equal(file[np.array(places, dtype=int)], array[np.array(places, dtype=int)])
+            np.testing.assert_array_equal(
+                file[np.array(places, dtype=int)], array[np.array(places, dtype=int)]
+            )
     if len(shape) > 1:
-        np.testing.assert_array_equal(np.asarray(file.merged()), array.reshape(shape[0] * shape[1], *shape[2:]))
+        np.testing.assert_array_equal(
+            np.asarray(file.merged()), array.reshape(shape[0] * shape[1], *shape[2:])
+        )
 
 
 def test_a_flipped_bit_in_a_header_is_one_line(tmp_path):
@@ -548,7 +605,11 @@ def test_a_flipped_bit_in_a_header_is_one_line(tmp_path):
         (tmp_path / "a.npy").write_bytes(data)
         try:
             found = NpyFile(tmp_path / "a.npy", "remedy")
-            assert found.shape != (10, 3) or found.dtype != array.dtype or np.array_equal(np.asarray(found), array)
+            assert (
+                found.shape != (10, 3)
+                or found.dtype != array.dtype
+                or np.array_equal(np.asarray(found), array)
+            )
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -603,9 +664,13 @@ def test_codes_in_low_precision_say_how_many_fp32_would_make_others(root, capsys
     shares = {split: share_of_others(full, low, split) for split in ("train", "held_out")}
     assert 0 < shares["train"] < 0.5 and low.precision == "bf16" and low.sha256 != full.sha256
     assert told == {
-        split: {"share": shares[split], "images": count} for split, count in (("train", 20), ("held_out", 4))
+        split: {"share": shares[split], "images": count}
+        for split, count in (("train", 20), ("held_out", 4))
     }
-    assert f"in bf16 {shares['train']:.2%} of the codes of 20 train images differ from those of fp32" in said
+    assert (
+        f"in bf16 {shares['train']:.2%} of the codes of 20 train images differ from those of fp32"
+        in said
+    )
     for asked in ("auto", "bf16"):  # whatever the machine, "auto" is content with what is there
         encode_data(run(root, views=2, precision=asked))
         assert "up to date" in capsys.readouterr().out
@@ -614,7 +679,9 @@ def test_codes_in_low_precision_say_how_many_fp32_would_make_others(root, capsys
     assert again.sha256 == full.sha256
     path = root / "tokens" / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != "precision"}))
+    path.write_text(
+        json.dumps({name: value for name, value in manifest.items() if name != "precision"})
+    )
     encode_data(run(root, views=2, precision="fp32"))  # of an earlier version, which knew no other
     assert "up to date" in capsys.readouterr().out
     path.write_text(json.dumps(manifest | {"precision": "fp8"}))
@@ -635,7 +702,9 @@ def test_numbers_that_a_precision_cannot_hold_are_refused_before_the_work(root, 
         return np.full((len(images), 4), -1 if encode.precision == "fp16" else 1)
 
     monkeypatch.setattr(BatchEncoder, "__call__", overflowing)
-    with pytest.raises(UserError, match="precision=fp16: the encoder's numbers overflow it: set precision=fp32"):
+    with pytest.raises(
+        UserError, match="precision=fp16: the encoder's numbers overflow it: set precision=fp32"
+    ):
         encode_data(run(root, precision="fp16"))
     assert not list((root / "tokens").glob("*.npy"))
 
@@ -656,17 +725,24 @@ def test_processes_that_read_change_nothing(unreadable):
     caches, said = [], []
     for workers in (0, 2):
         with pytest.warns(UserWarning, match="skipped") as warned:
-            caches.append(encode_data(run(unreadable, name=f"by-{workers}", views=2, workers=workers)))
+            caches.append(
+                encode_data(run(unreadable, name=f"by-{workers}", views=2, workers=workers))
+            )
         said.append([str(line.message) for line in warned])
     assert files(caches[0].folder) == files(caches[1].folder)
-    assert [sorted(line.split()[2] for line in lines) for lines in said] == [["1", "2"]] * 2  # of 3, at 1, 2, 4, ...
+    assert [sorted(line.split()[2] for line in lines) for lines in said] == [
+        ["1", "2"]
+    ] * 2  # of 3, at 1, 2, 4, ...
     assert not multiprocessing.active_children()
 
 
 def test_bad_images_that_others_meet_are_too_many_together(unreadable, monkeypatch):
     save_tokenizer(unreadable / "tokenizer", unreadable / "images", memory_mib=0, max_bad=0.1)
     monkeypatch.setattr(sources, "FEWEST_READS", 1)
-    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"too many of its \d+ train images"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UserError, match=r"too many of its \d+ train images"),
+    ):
         encode_data(run(unreadable, workers=2))
     assert not multiprocessing.active_children()
 
@@ -694,5 +770,7 @@ def test_no_process_outlives_the_encoding(unreadable, monkeypatch, event):
         encode_data(run(unreadable, views=40, workers=2))
     assert not multiprocessing.active_children()
     if event != "interrupted":
-        assert "process that reads images ahead is gone" in str(ended.value) and "lower workers" in str(ended.value)
+        assert "process that reads images ahead is gone" in str(
+            ended.value
+        ) and "lower workers" in str(ended.value)
     monkeypatch.undo()

@@ -42,7 +42,11 @@ class Config:
 
 
 def state_at(step: int) -> dict:
-    return {"step": step, "modules": {"a": {"weight": torch.full((100,), float(step))}}, "list": [1, (2.5, None)]}
+    return {
+        "step": step,
+        "modules": {"a": {"weight": torch.full((100,), float(step))}},
+        "list": [1, (2.5, None)],
+    }
 
 
 def saved(folder: Path, steps: list[int], keep: int = 9) -> Run:
@@ -53,7 +57,9 @@ def saved(folder: Path, steps: list[int], keep: int = 9) -> Run:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+    return sorted(
+        int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir()
+    )
 
 
 def hidden_in(folder: Path) -> list[Path]:
@@ -66,7 +72,11 @@ def hidden_in(folder: Path) -> list[Path]:
 def test_replace_file_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "made" / "file"
     replace_file(path, b"old")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(OSError) as caught:
         replace_file(path, b"new")
     assert caught.value.filename == str(path)
@@ -126,7 +136,9 @@ DAMAGE = {
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "cut manifest": lambda folder: os.truncate(folder / "manifest.json", 20),
     "other manifest": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "empty manifest": lambda folder: (folder / "manifest.json").write_text('{"files": {"state.pt": null}}'),
+    "empty manifest": lambda folder: (folder / "manifest.json").write_text(
+        '{"files": {"state.pt": null}}'
+    ),
     "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
     "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
 }
@@ -173,7 +185,12 @@ def test_a_hostile_checkpoint_is_not_executed(tmp_path, capsys):
     for number, payload in enumerate([Payload(trap), {"step": 2, "modules": [Payload(trap)]}]):
         folder = run.checkpoints / "step-00000002"
         torch.save(payload, folder / "state.pt", _use_new_zipfile_serialization=number == 0)
-        files = {"state.pt": {"sha256": sha256(folder / "state.pt"), "bytes": (folder / "state.pt").stat().st_size}}
+        files = {
+            "state.pt": {
+                "sha256": sha256(folder / "state.pt"),
+                "bytes": (folder / "state.pt").stat().st_size,
+            }
+        }
         (folder / "manifest.json").write_text(json.dumps({"step": 2, "files": files}))
         assert run.latest()["step"] == 1
         assert not trap.exists()
@@ -220,7 +237,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}"}
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    codes = [line for line in done.stdout.splitlines() if line.isdigit()]  # between lines of progress, if it is slow
+    codes = [
+        line for line in done.stdout.splitlines() if line.isdigit()
+    ]  # between lines of progress, if it is slow
     assert done.returncode == 0 and codes == ["2", "2", "2"], (done.stdout, done.stderr)
     save, publish, log = done.stderr.splitlines()
     for line, path in ((save, "step-00000002"), (publish, "model.safetensors")):
@@ -270,18 +289,26 @@ def test_absent_and_damaged_weights_are_named(tmp_path):
 
 def test_a_flipped_bit_in_weights_is_found(tmp_path):
     path = tmp_path / "weights" / "model.safetensors"
-    write_weights(path, {"a": torch.rand(100), "b": torch.arange(3, dtype=torch.bfloat16)}, {"step": "1"})
+    write_weights(
+        path, {"a": torch.rand(100), "b": torch.arange(3, dtype=torch.bfloat16)}, {"step": "1"}
+    )
     whole = path.read_bytes()
     for place in (len(whole) - 1, len(whole) - 200):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(UserError, match=r"model\.safetensors: damaged .*as written.*training command again"):
+        with pytest.raises(
+            UserError, match=r"model\.safetensors: damaged .*as written.*training command again"
+        ):
             load_weights(tmp_path)
     save_file({"a": torch.ones(2)}, path)  # by another program, without a checksum
     assert load_weights(tmp_path)["a"].sum() == 2
 
 
 def test_digest_is_canonical():
-    assert digest({"b": 1, "a": [1.5, None]}) == digest({"a": [1.5, None], "b": 1}) != digest({"a": [1.5], "b": 1})
+    assert (
+        digest({"b": 1, "a": [1.5, None]})
+        == digest({"a": [1.5, None], "b": 1})
+        != digest({"a": [1.5], "b": 1})
+    )
 
 
 # One configuration, one writer
@@ -289,7 +316,9 @@ def test_digest_is_canonical():
 
 def test_a_run_reopens_with_its_own_configuration(tmp_path):
     for _ in range(2):
-        run = Run.open(tmp_path / "run", Config(optimizer=OptimizerConfig(lr=1e-5, rates={"a.b": 3e-7})))
+        run = Run.open(
+            tmp_path / "run", Config(optimizer=OptimizerConfig(lr=1e-5, rates={"a.b": 3e-7}))
+        )
         del run
 
 
@@ -311,7 +340,9 @@ def test_another_configuration_is_refused_by_key(tmp_path, key, other):
     with pytest.raises(UserError) as caught:
         Run.open(tmp_path / "run", other)
     message = str(caught.value)
-    assert f"made with {key}=" in message and "--fresh" in message and str(tmp_path / "run") in message
+    assert (
+        f"made with {key}=" in message and "--fresh" in message and str(tmp_path / "run") in message
+    )
     assert (tmp_path / "run" / "config.yaml").read_bytes() == kept
     del caught
     assert Run.open(tmp_path / "run", other, fresh=True).latest() is None
@@ -322,7 +353,12 @@ def test_settings_that_move_no_weight_may_change(tmp_path):
     del run
     changes = {"log_every": 1, "save_every": 2, "preview_every": 3, "keep": 4, "workers": 5}
     assert {"root", *changes} <= FREE_KEYS
-    assert Run.open(tmp_path / "run", Config(root="elsewhere", loop=LoopConfig(**changes))).latest()["step"] == 1
+    assert (
+        Run.open(tmp_path / "run", Config(root="elsewhere", loop=LoopConfig(**changes))).latest()[
+            "step"
+        ]
+        == 1
+    )
 
 
 def test_fresh_starts_over(tmp_path):
@@ -393,7 +429,11 @@ def test_fresh_removes_only_what_a_run_here_made(tmp_path):
 
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "deep" / "run"):
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "run",
+        tmp_path / "file" / "deep" / "run",
+    ):
         with pytest.raises(UserError, match="file"):
             Run.open(folder, Config())
 
@@ -415,7 +455,9 @@ def test_a_run_that_lost_its_configuration_does_not_go_on_with_any_other(tmp_pat
     del run
     text = (folder / "config.yaml").read_bytes()
     (folder / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"config.yaml is not there, .*step-00000001 .*put it back, .*--fresh"):
+    with pytest.raises(
+        UserError, match=r"config.yaml is not there, .*step-00000001 .*put it back, .*--fresh"
+    ):
         Run.open(folder, config)
     assert not (folder / "config.yaml").exists()
     (folder / "config.yaml").write_bytes(text)
@@ -442,6 +484,8 @@ def test_other_inputs_are_refused_once_something_was_trained(tmp_path):
     run = Run.open(folder, Config(), inputs={"tokens": "b" * 64})  # nothing was trained yet
     run.save(1, {"step": 1}, keep=2)
     run._lock.close()
-    with pytest.raises(UserError, match=r"made from tokens bbbbbbbb…, which is now cccccccc…: .*--fresh"):
+    with pytest.raises(
+        UserError, match=r"made from tokens bbbbbbbb…, which is now cccccccc…: .*--fresh"
+    ):
         Run.open(folder, Config(), inputs={"tokens": "c" * 64})
     assert Run.open(folder, Config(), inputs={"tokens": "b" * 64}).latest()["step"] == 1

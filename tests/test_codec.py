@@ -31,11 +31,15 @@ from training.command import UserError
 SMALL = BackboneConfig(dim=16, depth=2, heads=2, dropout=0.0)
 PRIORS = {
     "transformer": (AutoregressiveConfig(backbone=SMALL), CodeLayout(((3, 3),), (11,))),
-    "two levels": (AutoregressiveConfig(backbone=SMALL, order="random"), CodeLayout(((1, 2), (2, 2)), (5, 300))),
+    "two levels": (
+        AutoregressiveConfig(backbone=SMALL, order="random"),
+        CodeLayout(((1, 2), (2, 2)), (5, 300)),
+    ),
     "pixelcnn": (PixelCNNConfig(channels=8, depth=2, kernel=3), CodeLayout(((3, 3),), (11,))),
     "hierarchical": (
         HierarchicalConfig(
-            top=AutoregressiveConfig(backbone=SMALL), bottom=PixelCNNConfig(channels=8, depth=1, kernel=3)
+            top=AutoregressiveConfig(backbone=SMALL),
+            bottom=PixelCNNConfig(channels=8, depth=1, kernel=3),
         ),
         CodeLayout(((1, 2), (2, 4)), (5, 9)),
     ),
@@ -46,7 +50,10 @@ NUM_CLASSES = 3
 def skewed(layout: CodeLayout, n: int, seed: int = 0) -> torch.Tensor:
     """Codes that use small numbers more."""
     generator = torch.Generator().manual_seed(seed)
-    levels = [(torch.rand(n, m, generator=generator) ** 3 * k).long() for m, k in zip(layout.lengths, layout.num_codes)]
+    levels = [
+        (torch.rand(n, m, generator=generator) ** 3 * k).long()
+        for m, k in zip(layout.lengths, layout.num_codes)
+    ]
     return torch.cat(levels, 1)
 
 
@@ -84,17 +91,24 @@ def test_tables_give_codes_back(layout, n):
         found = decode_tokens(data, model)
         assert torch.equal(found.codes, codes) and found.codes.dtype == torch.int64
         assert found.layout == layout and found.labels is None
-    assert torch.equal(decode_tokens(encode_tokens(codes, layout)).codes, codes), "a file with its table is enough"
+    assert torch.equal(decode_tokens(encode_tokens(codes, layout)).codes, codes), (
+        "a file with its table is enough"
+    )
 
 
 @pytest.mark.parametrize("num_codes", [2, 5, 1024, 65536])
 def test_payload_of_a_table_is_near_the_ideal(num_codes):
     layout = CodeLayout(((16, 16),), (num_codes,))
     codes = skewed(layout, 40)
-    own, split = TableModel.of_codes(codes, layout), TableModel.of_split([np.arange(num_codes)[::-1]], layout)
+    own, split = (
+        TableModel.of_codes(codes, layout),
+        TableModel.of_split([np.arange(num_codes)[::-1]], layout),
+    )
     counts = torch.bincount(codes.flatten(), minlength=num_codes).double()
     shares = counts[counts > 0] / counts.sum()
-    assert float(own.ideal_bits(codes).sum()) == pytest.approx(-float((shares * shares.log2()).sum()) * codes.numel())
+    assert float(own.ideal_bits(codes).sum()) == pytest.approx(
+        -float((shares * shares.log2()).sum()) * codes.numel()
+    )
     for model in (own, split):
         for some in (codes, codes[:1]):
             payload = len(TokenFile.from_bytes(encode_tokens(some, layout, model)).payload)
@@ -111,13 +125,20 @@ def test_header_is_short_and_the_table_little():
     assert len(file.table) < 2 * 1024
     alone = encode_tokens(codes[:1], layout, TableModel.of_split([np.ones(1024)], layout))
     assert len(alone) - len(TokenFile.from_bytes(alone).payload) < 40
-    assert len(data) <= 1.02 * float(TableModel.of_codes(codes, layout).ideal_bits(codes).sum()) / 8 + 48
+    assert (
+        len(data)
+        <= 1.02 * float(TableModel.of_codes(codes, layout).ideal_bits(codes).sum()) / 8 + 48
+    )
 
 
 def test_a_split_shares_out_mass_as_krichevsky_and_trofimov():
     layout = CodeLayout(((2,),), (3,))
-    bits = TableModel.of_split([np.array([7, 0, 1])], layout).ideal_bits(torch.tensor([[0, 1], [2, 2]]))
-    assert bits.tolist() == pytest.approx([-math.log2(7.5 / 9.5 * 0.5 / 9.5), -2 * math.log2(1.5 / 9.5)])
+    bits = TableModel.of_split([np.array([7, 0, 1])], layout).ideal_bits(
+        torch.tensor([[0, 1], [2, 2]])
+    )
+    assert bits.tolist() == pytest.approx(
+        [-math.log2(7.5 / 9.5 * 0.5 / 9.5), -2 * math.log2(1.5 / 9.5)]
+    )
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -133,7 +154,9 @@ def test_priors_give_codes_and_labels_back(name, labelled):
     assert encode_tokens(codes[:0], prior.layout, model, None if labels is None else labels[:0])
 
     conditions = torch.full((5,), NUM_CLASSES) if labels is None else labels
-    ideal = prior.nll(codes, conditions).nats / math.log(2) + (2 if labelled else 0)  # log2(classes + none)
+    ideal = prior.nll(codes, conditions).nats / math.log(2) + (
+        2 if labelled else 0
+    )  # log2(classes + none)
     torch.testing.assert_close(model.ideal_bits(codes, labels), ideal)
     payload = len(TokenFile.from_bytes(data).payload)
     assert float(ideal.sum()) / 8 - 1 <= payload <= 1.02 * float(ideal.sum()) / 8 + 8
@@ -156,7 +179,9 @@ def test_weights_of_a_prior_do_not_depend_on_batch_or_mode():
     assert np.array_equal(together, apart)
     full = exponentials(backbone(codes, labels)[0].detach().numpy())
     assert np.array_equal(together.swapaxes(0, 1), full), "slot by slot and all at once"
-    assert prior.training and next(prior.parameters()).dtype == torch.float32, "the caller's prior is left alone"
+    assert prior.training and next(prior.parameters()).dtype == torch.float32, (
+        "the caller's prior is left alone"
+    )
 
 
 @pytest.mark.parametrize("kind", ["table", "split", "prior"])
@@ -186,7 +211,9 @@ def test_another_model_is_refused():
         next(other.parameters()).view(-1)[0] += 1e-3
     tables = [TableModel.of_split([np.full(11, count)], layout) for count in (1, 2)]
     for wrong in (PriorModel(other), tables[0]):
-        with pytest.raises(UserError, match=f"was coded by the prior {model.sha256[:16]}…, not {wrong.kind}"):
+        with pytest.raises(
+            UserError, match=f"was coded by the prior {model.sha256[:16]}…, not {wrong.kind}"
+        ):
             decode_tokens(data, wrong)
     with pytest.raises(UserError, match="give that model"):
         decode_tokens(data)
@@ -215,7 +242,9 @@ def test_probabilities_that_differ_are_found_out():
 @pytest.mark.parametrize("shape", [(2,), (40, 3), (7, 1000), (3, 1 << 18)])
 def test_masses_share_out_everything(shape):
     generator = np.random.default_rng(0)
-    weights = (2.0 ** (32 * generator.random(shape))).astype(np.int64) * (generator.random(shape) < 0.7)
+    weights = (2.0 ** (32 * generator.random(shape))).astype(np.int64) * (
+        generator.random(shape) < 0.7
+    )
     weights[..., -1] = 1 << 32
     found = masses(weights)
     assert found.min() >= 1 and (found.sum(-1) == 1 << 24).all()

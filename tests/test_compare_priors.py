@@ -18,7 +18,13 @@ from tokenizer.data.sources import DataConfig
 from training.loop import LoopConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "digits_vqvae"
-LOOP = ["loop.steps=4", "loop.batch_size=8", "loop.log_every=2", "loop.save_every=4", "loop.preview_every=4"]
+LOOP = [
+    "loop.steps=4",
+    "loop.batch_size=8",
+    "loop.log_every=2",
+    "loop.save_every=4",
+    "loop.preview_every=4",
+]
 SMALL = "{kind: conv, channels: 16, residual_blocks: 1, residual_channels: 8%s}"
 BACKBONE = "backbone: {dim: 16, depth: 1, heads: 2}"
 PRIORS = {
@@ -36,11 +42,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert command("tokenizer.train", CONFIGS / "tokenizer.yaml", *where, *model, *data, *LOOP) == 0
     assert command("tokenizer.encode", CONFIGS / "tokens.yaml", *where) == 0
     for name, prior in PRIORS.items():
-        assert command("priors.train", CONFIGS / "prior.yaml", *where, f"name={name}", f"prior={prior}", *LOOP) == 0
-        assert command("generate.sample", root / name, "--num", 30, "--out", root / name / "samples") == 0
+        assert (
+            command(
+                "priors.train",
+                CONFIGS / "prior.yaml",
+                *where,
+                f"name={name}",
+                f"prior={prior}",
+                *LOOP,
+            )
+            == 0
+        )
+        assert (
+            command("generate.sample", root / name, "--num", 30, "--out", root / name / "samples")
+            == 0
+        )
     loop = LoopConfig(steps=2, batch_size=16, log_every=1, save_every=2, preview_every=2)
     data = DataConfig(source="digits", image_size=16)
-    train_extractor(ExtractorRun(name="digits-cnn", data=data, width=8, dim=16, loop=loop), root / "extractor")
+    train_extractor(
+        ExtractorRun(name="digits-cnn", data=data, width=8, dim=16, loop=loop), root / "extractor"
+    )
     return root
 
 
@@ -61,18 +82,26 @@ def test_a_row_for_each_prior_with_its_likelihood(root, capfd):
         figures = {figure["name"]: figure for figure in content[name]["figures"]}
         nll = figures[f"NLL ({kind}), nats/token"]
         found = priors.load(root / name).nll(codes, torch.as_tensor(split.labels)[places])
-        assert nll["n"] == 40 and nll["value"] == pytest.approx(float(found.nats.mean()) / 16, rel=1e-6)
+        assert nll["n"] == 40 and nll["value"] == pytest.approx(
+            float(found.nats.mean()) / 16, rel=1e-6
+        )
         bits = figures[f"rate, prior ({kind}), bits/image"]["value"]
         assert bits == pytest.approx(nll["value"] * 16 / np.log(2), rel=1e-9)
-        assert figures[f"rate, prior ({kind}), bits/pixel"]["value"] == pytest.approx(bits / 256, rel=1e-9)
-        assert content[name]["parameters"] == sum(p.numel() for p in priors.load(root / name).parameters())
+        assert figures[f"rate, prior ({kind}), bits/pixel"]["value"] == pytest.approx(
+            bits / 256, rel=1e-9
+        )
+        assert content[name]["parameters"] == sum(
+            p.numel() for p in priors.load(root / name).parameters()
+        )
     page = (root / "priors.md").read_text()
     assert "(exact)" in page and "(bound)" in page
     for picture in ("priors-seconds.svg", "priors-samples.png"):
         assert (root / "images" / picture).is_file() and picture in page
     before = {path: path.stat().st_mtime_ns for path in (root / "report").glob("*.json")}
     assert command("eval.run", "priors", root, "--num", 40) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in (root / "report").glob("*.json")}  # nothing again
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (root / "report").glob("*.json")
+    }  # nothing again
 
 
 def test_priors_that_were_not_trained_or_sampled_alike_do_not_compare(root, capfd):
@@ -104,7 +133,11 @@ def test_a_prior_that_was_named_and_is_not_there_is_one_line_before_the_work(roo
 
 def test_a_manifest_without_its_data_is_one_line(root, capfd):
     path = root / "tokens" / "manifest.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "data"}))
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in json.loads(path.read_text()).items() if key != "data"}
+        )
+    )
     for words in (
         ["eval.run", "codebook", root],
         ["generate.inpaint", root / "bounded", "held_out:0", "--border", 1],

@@ -26,19 +26,36 @@ from training.config import from_dict
 from training.loop import LoopConfig
 
 DATA = {"source": "digits", "image_size": 16}
-CONV = {"encoder": {"kind": "conv", "channels": 16, "stride": 4}, "decoder": {"kind": "conv", "channels": 16}}
+CONV = {
+    "encoder": {"kind": "conv", "channels": 16, "stride": 4},
+    "decoder": {"kind": "conv", "channels": 16},
+}
 VECTOR = {"kind": "vector", "num_codes": 16, "code_dim": 8}
 MODELS = {
     "plain": {"kind": "vqvae", **CONV, "quantizer": VECTOR},
     "larger": {"kind": "vqvae", **CONV, "quantizer": {**VECTOR, "num_codes": 64}},
-    "two-grids": {"kind": "vqvae2", **CONV, "top": VECTOR, "bottom": VECTOR, "channels": 16, "residual_channels": 8},
+    "two-grids": {
+        "kind": "vqvae2",
+        **CONV,
+        "top": VECTOR,
+        "bottom": VECTOR,
+        "channels": 16,
+        "residual_channels": 8,
+    },
 }
 QUICK = ("--batch-size", 50, "--num", 60)
 
 
 def train(root: Path, name: str, model: dict, **changes: object) -> None:
     loop = {"steps": 4, "batch_size": 8, "log_every": 2, "preview_every": 2, "ema_decay": 0.5}
-    raw = {"name": name, "root": str(root), "calibration_images": 64, "data": DATA, "model": model, "loop": loop}
+    raw = {
+        "name": name,
+        "root": str(root),
+        "calibration_images": 64,
+        "data": DATA,
+        "model": model,
+        "loop": loop,
+    }
     train_tokenizer(from_dict(TokenizerRun, raw | changes, "test"))
 
 
@@ -69,7 +86,10 @@ def table(page: Path) -> list[dict[str, str]]:
 
 
 def record_times(root: Path) -> dict[str, int]:
-    return {path.parts[-3]: path.stat().st_mtime_ns for path in root.glob("*/report/reconstruction.json")}
+    return {
+        path.parts[-3]: path.stat().st_mtime_ns
+        for path in root.glob("*/report/reconstruction.json")
+    }
 
 
 def test_a_tokenizers_own_folder_is_measured_on_its_own_split(root, monkeypatch, capsys):
@@ -80,12 +100,19 @@ def test_a_tokenizers_own_folder_is_measured_on_its_own_split(root, monkeypatch,
     record = json.loads((run / "report" / "reconstruction.json").read_text())
     figures = {figure["name"]: figure for figure in record["measurements"]}
     held_out = open_split(DataConfig(**DATA), "held_out")
-    assert figures["PSNR"]["n"] == len(held_out) and record["settings"]["data"] == held_out.identity()
+    assert (
+        figures["PSNR"]["n"] == len(held_out) and record["settings"]["data"] == held_out.identity()
+    )
     model = load(run)
     images = held_out.gather([(0, index) for index in range(len(held_out))])["images"]
-    pixels = [((part.clamp(-1, 1) + 1) * 127.5).round() for part in (images, model.decode(model.encode(images)))]
+    pixels = [
+        ((part.clamp(-1, 1) + 1) * 127.5).round()
+        for part in (images, model.decode(model.encode(images)))
+    ]
     error = (pixels[0] - pixels[1]).square().mean((1, 2, 3))
-    assert figures["PSNR"]["value"] == pytest.approx(float((10 * (255**2 / error).log10()).mean()), abs=1e-3)
+    assert figures["PSNR"]["value"] == pytest.approx(
+        float((10 * (255**2 / error).log10()).mean()), abs=1e-3
+    )
     for later in ("generation", "report"):
         with pytest.raises(UserError):
             evaluate(monkeypatch, later, run)
@@ -102,7 +129,9 @@ def test_a_row_for_each_run_with_its_records_figures(root, monkeypatch, capsys):
     assert [row["bits per image"] for row in rows.values()] == ["64", "80", "96"]
     assert rows["two-grids"]["codes per image"] == "4 + 16" and rows["two-grids"]["K"] == "2 × 16"
     assert rows["larger"]["codes per image"] == "16" and rows["larger"]["K"] == "64"
-    content = {run["name"]: run for run in json.loads((root / "quantizers.json").read_text())["runs"]}
+    content = {
+        run["name"]: run for run in json.loads((root / "quantizers.json").read_text())["runs"]
+    }
     for name, row in rows.items():
         record = json.loads((root / name / "report" / "reconstruction.json").read_text())
         figures = {figure["name"]: figure["value"] for figure in record["measurements"]}
@@ -117,7 +146,9 @@ def test_a_row_for_each_run_with_its_records_figures(root, monkeypatch, capsys):
             np.mean([figures[f"codebook usage{level}"] for level in levels]), abs=0.05
         )
         assert row["steps"] == "4" and float(row["s/step"]) > 0
-        assert content[name]["images_per_second"] == pytest.approx(8 / content[name]["seconds_per_step"])
+        assert content[name]["images_per_second"] == pytest.approx(
+            8 / content[name]["seconds_per_step"]
+        )
         assert [step for step, _ in content[name]["held_out_psnr"]] == [2, 4]
     assert not {head for row in rows.values() for head in row if head.startswith(("LPIPS", "rF"))}
     page = (root / "quantizers.md").read_text()
@@ -173,7 +204,15 @@ def test_another_held_out_split_is_another_condition(root, monkeypatch):
     train(root, "other", MODELS["plain"], data={**DATA, "held_out": 0.4})
     with pytest.raises(UserError, match=r"differ in data\.(source|held_out) "):
         evaluate(monkeypatch, "quantizers", root, *QUICK)
-    evaluate(monkeypatch, "quantizers", root, *QUICK, "--allow-differences", "data.source", "data.held_out")
+    evaluate(
+        monkeypatch,
+        "quantizers",
+        root,
+        *QUICK,
+        "--allow-differences",
+        "data.source",
+        "data.held_out",
+    )
     assert len(table(root / "quantizers.md")) == 4
 
 
@@ -185,19 +224,29 @@ def test_an_extractor_adds_a_column_and_no_row(root, monkeypatch):
     evaluate(monkeypatch, "quantizers", root, *QUICK, "--extractor", root / "extractor")
     rows = table(root / "quantizers.md")
     heads = [head for head in rows[0] if head.startswith("rFD[digits-cnn@")]
-    assert len(rows) == 3 and len(heads) == 1 and all(float(row[heads[0]].replace(",", "")) > 0 for row in rows)
+    assert (
+        len(rows) == 3
+        and len(heads) == 1
+        and all(float(row[heads[0]].replace(",", "")) > 0 for row in rows)
+    )
     assert "> Not FID" in (root / "quantizers.md").read_text()
 
 
 def test_user_mistakes_are_one_line(root, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no folder in it is a tokenizer's run"):
         evaluate(monkeypatch, "quantizers", tmp_path / "empty")
-    with pytest.raises(UserError, match=r"--allow-differences steps: is not one of data\.source, .*loop\.steps"):
+    with pytest.raises(
+        UserError, match=r"--allow-differences steps: is not one of data\.source, .*loop\.steps"
+    ):
         evaluate(monkeypatch, "quantizers", root, "--allow-differences", "steps")
 
 
 def test_counts_of_levels_and_tables():
-    assert [of_levels(counts) for counts in ([1024], [256] * 4, [64, 256])] == ["1,024", "4 × 256", "64 + 256"]
+    assert [of_levels(counts) for counts in ([1024], [256] * 4, [64, 256])] == [
+        "1,024",
+        "4 × 256",
+        "64 + 256",
+    ]
     assert table_of({"name": ["a", "long"], "x": ["1", "22"]}) == [
         "| name |  x |", "| ---- | -: |", "| a    |  1 |", "| long | 22 |",
     ]  # fmt: skip

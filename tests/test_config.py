@@ -80,7 +80,9 @@ def test_defaults_live_in_the_dataclasses(tmp_path):
 
 
 def test_the_file_then_the_command_line(tmp_path):
-    config = drawing(tmp_path, "title: a\nplace: {x: 1, span: [2, 3]}", "place.x=4", "title=b", "layer=top")
+    config = drawing(
+        tmp_path, "title: a\nplace: {x: 1, span: [2, 3]}", "place.x=4", "title=b", "layer=top"
+    )
     assert (config.title, config.layer, config.place) == ("b", "top", Place(4, (2.0, 3.0)))
 
 
@@ -105,21 +107,36 @@ def test_a_default_kind_keeps_its_defaults_and_another_has_its_own(tmp_path):
 
 def test_include_is_relative_and_overridden_key_by_key(tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "low.yaml").write_text("title: low\nplace: {x: 1, span: [0, 2]}\nshape: {kind: round}")
+    (tmp_path / "base" / "low.yaml").write_text(
+        "title: low\nplace: {x: 1, span: [0, 2]}\nshape: {kind: round}"
+    )
     (tmp_path / "base" / "mid.yaml").write_text("include: low.yaml\nplace: {x: 2}")
     config = drawing(tmp_path, "include: base/mid.yaml\ntitle: top\nshape: {color: blue}")
-    assert config == Drawing("top", target="out/picture", shape=Round(color="blue"), place=Place(2, (0.0, 2.0)))
+    assert config == Drawing(
+        "top", target="out/picture", shape=Round(color="blue"), place=Place(2, (0.0, 2.0))
+    )
 
 
 def test_configs_are_frozen(tmp_path):
     config = drawing(tmp_path, "title: a")
-    for part, key in ((config, "title"), (config.shape, "side"), (config.shape.corner, "radius"), (config.place, "x")):
+    for part, key in (
+        (config, "title"),
+        (config.shape, "side"),
+        (config.shape.corner, "radius"),
+        (config.place, "x"),
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, key, 1)
 
 
 def test_round_trip_through_yaml(tmp_path):
-    config = drawing(tmp_path, "title: a", "shape.kind=round", "place.weights={a.b: 1e-7, c: 2}", "place.span=[0.1,3]")
+    config = drawing(
+        tmp_path,
+        "title: a",
+        "shape.kind=round",
+        "place.weights={a.b: 1e-7, c: 2}",
+        "place.span=[0.1,3]",
+    )
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load(Drawing, tmp_path / "resolved.yaml") == config
     assert from_dict(Drawing, to_dict(config), "here") == config
@@ -135,7 +152,9 @@ TEXTS = ["pics #2", "007", "1e3", "yes", "null#", "1:30", "2024_01_05", "2024-01
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_is_taken_from_the_command_line_as_it_is_and_from_the_saved_file_again(tmp_path, text):
+def test_a_text_is_taken_from_the_command_line_as_it_is_and_from_the_saved_file_again(
+    tmp_path, text
+):
     config = drawing(tmp_path, "title: a", f"title={text}", f"shape.corner.color={text}")
     assert config.title == config.shape.corner.color == text
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
@@ -151,7 +170,9 @@ def test_any_text_survives_the_saved_file(tmp_path_factory, text):
     assert load(Drawing, saved) == config
 
 
-@pytest.mark.parametrize("text", ["007", "1e3", "yes", "1:30", "2024_01_05", "2024-01-05", "0x1f", ".inf", "True"])
+@pytest.mark.parametrize(
+    "text", ["007", "1e3", "yes", "1:30", "2024_01_05", "2024-01-05", "0x1f", ".inf", "True"]
+)
 def test_a_text_in_a_file_is_as_it_is_written(tmp_path, text):
     (tmp_path / "base.yaml").write_text(f"title: {text}\nshape: {{kind: round, color: {text}}}")
     config = drawing(tmp_path, f"include: base.yaml\nlayer: {text}")
@@ -215,15 +236,24 @@ def test_words_about_one_section_add_up_in_any_form(tmp_path):
         ["place={x: 3}", "place={flag: on}"],
         ["place.flag=on", "place={x: 4}", "place.x=3"],
     ):
-        assert drawing(tmp_path, "title: a\nplace: {span: [1, 2]}", *words).place == Place(3, (1.0, 2.0), {}, True)
-    shape = drawing(tmp_path, "title: a", "shape.corner.color=blue", "shape={corner: {radius: 2}, side: 4}").shape
+        assert drawing(tmp_path, "title: a\nplace: {span: [1, 2]}", *words).place == Place(
+            3, (1.0, 2.0), {}, True
+        )
+    shape = drawing(
+        tmp_path, "title: a", "shape.corner.color=blue", "shape={corner: {radius: 2}, side: 4}"
+    ).shape
     assert shape == Square(side=4, corner=Round(radius=2.0, color="blue"))
-    assert drawing(tmp_path, "title: a", "place.x=1", "place.x=2", "title=b", "title={c").title == "{c"
+    assert (
+        drawing(tmp_path, "title: a", "place.x=1", "place.x=2", "title=b", "title={c").title == "{c"
+    )
 
 
 def test_home_is_home_in_files_on_the_command_line_and_in_references(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/anna")
-    for config in (drawing(tmp_path, "title: a\nroot: ~/runs"), drawing(tmp_path, "title: a", "root=~/runs")):
+    for config in (
+        drawing(tmp_path, "title: a\nroot: ~/runs"),
+        drawing(tmp_path, "title: a", "root=~/runs"),
+    ):
         assert (config.root, config.target) == ("/home/anna/runs", "/home/anna/runs/picture")
     (tmp_path / "base.yaml").write_text("title: ~/a~/b")
     assert drawing(tmp_path, "include: base.yaml").title == "/home/anna/a~/b"
@@ -234,7 +264,9 @@ def test_home_is_home_in_files_on_the_command_line_and_in_references(tmp_path, m
     assert (parsed.run, parsed.out) == (Path("/home/anna/runs"), Path("/home/anna"))
 
 
-@pytest.mark.parametrize("inside", ["oc.env:SECRET", "oc.env:SECRET,x", "oc.create:{a: 1}", "eval:1", "", ".x", "a:b"])
+@pytest.mark.parametrize(
+    "inside", ["oc.env:SECRET", "oc.env:SECRET,x", "oc.create:{a: 1}", "eval:1", "", ".x", "a:b"]
+)
 def test_nothing_but_keys_is_referred_to(tmp_path, monkeypatch, inside):
     """A configuration that was downloaded reads nothing of this machine."""
     monkeypatch.setenv("SECRET", "hunter2")
@@ -243,7 +275,11 @@ def test_nothing_but_keys_is_referred_to(tmp_path, monkeypatch, inside):
     assert "hunter2" not in str(caught.value)
     raw = {"title": f"${{{inside}}}", "layer": "${root}"}
     config = from_dict(Drawing, raw, "manifest.json")
-    assert (config.title, config.layer, config.target) == (raw["title"], raw["layer"], "out/picture")
+    assert (config.title, config.layer, config.target) == (
+        raw["title"],
+        raw["layer"],
+        "out/picture",
+    )
     saved = to_yaml(config)
     assert "hunter2" not in saved and f"$${{{inside}}}" in saved
 
@@ -258,15 +294,24 @@ def test_references_stay_within_the_text_of_one_configuration(tmp_path):
 
 def test_aliases_end(tmp_path):
     assert drawing(tmp_path, "title: &a one\nroot: *a").root == "one"
-    rows = ["a0: &a0 [1]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    for text in ("\n".join(rows), "title: &a [*a]", "place: &p {x: *p}", "a: " + "{a: " * 900 + "1" + "}" * 900):
+    rows = ["a0: &a0 [1]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
+    ]
+    for text in (
+        "\n".join(rows),
+        "title: &a [*a]",
+        "place: &p {x: *p}",
+        "a: " + "{a: " * 900 + "1" + "}" * 900,
+    ):
         with pytest.raises(UserError, match=r"drawing.yaml: not readable as YAML"):
             drawing(tmp_path, text)
 
 
 def test_only_fields_that_say_so_take_numbers_below_zero(tmp_path):
     assert drawing(tmp_path, "title: a\nplace: {turns: [-1, 2]}").place.turns == (-1, 2)
-    with pytest.raises(UserError, match=rf"command line: place.turns: {-(2**63)} is not a number from {1 - 2**63}"):
+    with pytest.raises(
+        UserError, match=rf"command line: place.turns: {-(2**63)} is not a number from {1 - 2**63}"
+    ):
         drawing(tmp_path, "title: a", f"place.turns=[{-(2**63)}]")
 
 
@@ -275,7 +320,10 @@ def schemas() -> Iterator[type]:
     for module in list(sys.modules.values()):
         if module.__name__.split(".")[0] in ("training", "tokenizer", "priors"):
             for schema in vars(module).values():
-                if dataclasses.is_dataclass(schema) and getattr(schema, "__module__", "") == module.__name__:
+                if (
+                    dataclasses.is_dataclass(schema)
+                    and getattr(schema, "__module__", "") == module.__name__
+                ):
                     yield schema
 
 
@@ -289,7 +337,12 @@ def test_every_field_whose_comment_speaks_of_negative_numbers_takes_them():
     assert "DinoConfig.layers" in found
 
 
-SCHEMAS = {"tokenizer": TokenizerRun, "prior": PriorRun, "tokens": TokensRun, "encoder": PretrainRun}
+SCHEMAS = {
+    "tokenizer": TokenizerRun,
+    "prior": PriorRun,
+    "tokens": TokensRun,
+    "encoder": PretrainRun,
+}
 CONFIGS = [
     (path, schema)
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
@@ -298,7 +351,9 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("path", "schema"), CONFIGS, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+@pytest.mark.parametrize(
+    ("path", "schema"), CONFIGS, ids=lambda value: str(value).removeprefix(f"{ROOT}/")
+)
 def test_every_configuration_of_the_project_loads_and_round_trips(tmp_path, path, schema):
     config = load(schema, path)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -372,7 +427,10 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, text, override
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "stage1.yaml").write_text("")
-    with pytest.raises(UserError, match=r"stage.yaml: there is no such configuration file; did you mean .*stage1.yaml"):
+    with pytest.raises(
+        UserError,
+        match=r"stage.yaml: there is no such configuration file; did you mean .*stage1.yaml",
+    ):
         load(Drawing, tmp_path / "stage.yaml")
     with pytest.raises(UserError, match="there is no such configuration file"):
         load(Drawing, tmp_path)
@@ -391,7 +449,10 @@ def test_not_text_is_not_yaml(tmp_path):
 
 
 def test_overrides_are_nested_dictionaries():
-    assert read_overrides(["a.b=1", "a.c=[x, 1e-3]", "d="]) == {"a": {"b": "1", "c": "[x, 1e-3]"}, "d": ""}
+    assert read_overrides(["a.b=1", "a.c=[x, 1e-3]", "d="]) == {
+        "a": {"b": "1", "c": "[x, 1e-3]"},
+        "d": "",
+    }
 
 
 def test_mutated_configurations_give_a_config_or_a_user_error(tmp_path):
@@ -407,7 +468,11 @@ def test_mutated_configurations_give_a_config_or_a_user_error(tmp_path):
         text = yaml.safe_dump(raw)
         if number % 3 == 0:
             place = generator.randrange(len(text))
-            text = text[:place] + generator.choice(["", text[place] * 2, "{", ":", "'", "\n"]) + text[place + 1 :]
+            text = (
+                text[:place]
+                + generator.choice(["", text[place] * 2, "{", ":", "'", "\n"])
+                + text[place + 1 :]
+            )
         mutated = tmp_path / "mutated.yaml"
         mutated.write_text(text)
         try:
@@ -469,8 +534,14 @@ def test_every_command_fails_in_one_line(tmp_path, monkeypatch, capsys, schema):
     }
     (tmp_path / "x.yaml").write_text("name: x")
     for arguments, says in (
-        ([str(tmp_path / "x.yaml"), "rooot=1"], "error: command line: rooot: unknown key; did you mean root?\n"),
-        ([str(tmp_path / "y.yaml")], f"error: {tmp_path}/y.yaml: there is no such configuration file"),
+        (
+            [str(tmp_path / "x.yaml"), "rooot=1"],
+            "error: command line: rooot: unknown key; did you mean root?\n",
+        ),
+        (
+            [str(tmp_path / "y.yaml")],
+            f"error: {tmp_path}/y.yaml: there is no such configuration file",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -486,12 +557,32 @@ def test_every_command_fails_in_one_line(tmp_path, monkeypatch, capsys, schema):
         (UserError("two\nlines"), 2, "error: two lines"),
         (Interrupted("stopped at 3"), 130, "stopped at 3"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left on device", "/there"), 2, "error: cannot write /there: No space left on device"),
-        (OSError(36, "File name too long", "/there"), 2, "error: cannot open /there: File name too long"),
-        (OSError(13, "Permission denied", "/there"), 2, "error: cannot open /there: Permission denied"),
+        (
+            OSError(28, "No space left on device", "/there"),
+            2,
+            "error: cannot write /there: No space left on device",
+        ),
+        (
+            OSError(36, "File name too long", "/there"),
+            2,
+            "error: cannot open /there: File name too long",
+        ),
+        (
+            OSError(13, "Permission denied", "/there"),
+            2,
+            "error: cannot open /there: Permission denied",
+        ),
         (MemoryError(), 2, "error: out of memory: MemoryError: take"),
-        (RuntimeError("CUDA out of memory. Tried\nmore"), 2, "error: out of memory: CUDA out of memory. Tried: take"),
-        (ValueError("embedded null byte"), 2, "error: a path holds the character \\0: leave it out\n"),
+        (
+            RuntimeError("CUDA out of memory. Tried\nmore"),
+            2,
+            "error: out of memory: CUDA out of memory. Tried: take",
+        ),
+        (
+            ValueError("embedded null byte"),
+            2,
+            "error: a path holds the character \\0: leave it out\n",
+        ),
         (UserError("a\x1b[2Jb\u202ec"), 2, "error: a?[2Jb?c\n"),
     ],
 )
@@ -504,7 +595,9 @@ def test_exit_codes(capsys, error, code, says):
     assert caught.value.code == code and capsys.readouterr().err.startswith(says)
 
 
-@pytest.mark.parametrize("error", [OSError(9, "Bad file descriptor"), RuntimeError("shapes differ"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError(9, "Bad file descriptor"), RuntimeError("shapes differ"), KeyError("x")]
+)
 def test_our_own_bugs_keep_their_traceback(error):
     def main():
         raise error
@@ -523,7 +616,9 @@ class Built:
         return torch.empty(self.size, self.size), 1 / self.size
 
 
-def test_what_torch_says_of_a_setting_is_one_line_and_what_else_it_says_a_traceback(tmp_path, monkeypatch, capsys):
+def test_what_torch_says_of_a_setting_is_one_line_and_what_else_it_says_a_traceback(
+    tmp_path, monkeypatch, capsys
+):
     """Within a config's `build` the settings are to blame."""
     (tmp_path / "x.yaml").write_text("size: 3")
 

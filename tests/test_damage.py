@@ -28,13 +28,20 @@ FLIPS = 120
 def flips(data: bytes) -> list[bytes]:
     """Copies with one bit that is not as it was, all through; and cut ones."""
     places = np.linspace(0, len(data) - 1, FLIPS).astype(int).tolist()
-    changed = [data[:at] + bytes([data[at] ^ (1 << number % 8)]) + data[at + 1 :] for number, at in enumerate(places)]
+    changed = [
+        data[:at] + bytes([data[at] ^ (1 << number % 8)]) + data[at + 1 :]
+        for number, at in enumerate(places)
+    ]
     return [*changed, b"", data[:-1], data[: len(data) // 2], b"\x00" * len(data), data[::-1]]
 
 
 def a_record() -> Record:
     noise = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    figures = [Measurement("PSNR", 23.5, "dB", True, 10, "held-out", {"mean": "over images"}, interval=(23.0, 24.0))]
+    figures = [
+        Measurement(
+            "PSNR", 23.5, "dB", True, 10, "held-out", {"mean": "over images"}, interval=(23.0, 24.0)
+        )
+    ]
     arrays = {"shown": noise, "flat": np.zeros(5000), "ramp": np.arange(3000)}
     return Record("reconstruction", {"tokenizer": "a"}, figures, arrays, ["a note"])
 
@@ -51,15 +58,22 @@ def test_a_damaged_record_is_said_and_measured_again(tmp_path, capsys, suffix):
         said = capsys.readouterr().out
         if found is None:
             refused += 1
-            assert said.count("\n") <= 1 and (not said or ("warning" in said and str(tmp_path) in said))
+            assert said.count("\n") <= 1 and (
+                not said or ("warning" in said and str(tmp_path) in said)
+            )
         else:  # a bit that tells nothing, as of the time in an archive
             assert found.to_dict() == whole.to_dict() and found.arrays.keys() == whole.arrays.keys()
-            assert all(np.array_equal(found.arrays[name], whole.arrays[name]) for name in whole.arrays)
+            assert all(
+                np.array_equal(found.arrays[name], whole.arrays[name]) for name in whole.arrays
+            )
     assert refused > FLIPS // 2
     whole.save(tmp_path)
     assert Record.load(tmp_path, "reconstruction", whole.settings) is not None
     path.unlink()
-    assert Record.load(tmp_path, "reconstruction", whole.settings) is None and not capsys.readouterr().out
+    assert (
+        Record.load(tmp_path, "reconstruction", whole.settings) is None
+        and not capsys.readouterr().out
+    )
 
 
 def test_a_record_of_before_checksums_is_used(tmp_path: Path) -> None:
@@ -88,7 +102,9 @@ def test_a_damaged_reference_is_one_line(tmp_path: Path, kind: str) -> None:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
         else:
-            assert torch.equal(found.gaussian.mean, whole.gaussian.mean) and torch.equal(found.features, whole.features)
+            assert torch.equal(found.gaussian.mean, whole.gaussian.mean) and torch.equal(
+                found.features, whole.features
+            )
             assert torch.equal(found.gaussian.covariance, whole.gaussian.covariance)
     assert refused > FLIPS // 2
 
@@ -102,7 +118,9 @@ def test_a_damaged_reference_is_one_line(tmp_path: Path, kind: str) -> None:
     ],
 )  # fmt: skip
 def test_a_reference_that_lies_is_one_line(tmp_path: Path, wrong: dict) -> None:
-    write_reference(str(save(tmp_path / "samples.npz", arr_0=pixels(30))), tmp_path / "stats.npz", Means())
+    write_reference(
+        str(save(tmp_path / "samples.npz", arr_0=pixels(30))), tmp_path / "stats.npz", Means()
+    )
     with np.load(tmp_path / "stats.npz") as stored:
         arrays = {name: stored[name] for name in stored.files}
     save(tmp_path / "stats.npz", **arrays | wrong)
@@ -127,7 +145,9 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         read_arrays(tmp_path / "absent.npz")
 
 
-def test_a_damaged_index_of_a_tar_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_index_of_a_tar_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (shard,) = sorted(shards(tmp_path / "shards", counts=(5,)).iterdir())
     whole, kept = tar_index.index_of(shard), tar_index.kept_at(shard)
@@ -136,9 +156,13 @@ def test_a_damaged_index_of_a_tar_is_read_anew(tmp_path: Path, monkeypatch: pyte
         assert all(map(np.array_equal, tar_index.index_of(shard), whole))
 
 
-def test_damaged_weights_of_an_extractor_are_written_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_weights_of_an_extractor_are_written_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     data = DataConfig(source="digits", image_size=8)
-    config = ExtractorRun(data=data, width=8, dim=8, loop=LoopConfig(steps=2, batch_size=8, preview_every=9))
+    config = ExtractorRun(
+        data=data, width=8, dim=8, loop=LoopConfig(steps=2, batch_size=8, preview_every=9)
+    )
     folder, images = tmp_path / "extractor", open_split(data, "train")
     train_extractor(config, folder)
     weights = weights_path(folder)

@@ -20,7 +20,9 @@ from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8
 from training.command import UserError
 
 SIZE = 8
-RAMP = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE) * 4  # not symmetric under any turn
+RAMP = (
+    np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE) * 4
+)  # not symmetric under any turn
 COLOURS = np.stack([RAMP, 255 - RAMP, RAMP.T], axis=-1)  # (8, 8, 3)
 
 
@@ -71,7 +73,9 @@ def test_one_bit():
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_rescaled_not_clipped(kind):
     values = RAMP.astype(np.uint16) * 257 + 100
-    assert np.array_equal(pixels(encode(values, kind)), grey(np.rint(values / 257).astype(np.uint8)))
+    assert np.array_equal(
+        pixels(encode(values, kind)), grey(np.rint(values / 257).astype(np.uint8))
+    )
 
 
 def test_thirty_two_bits_and_floats():
@@ -98,7 +102,9 @@ def test_floats_around_white_are_no_other_range():
 @pytest.mark.parametrize("dark", [1, 0.3, 0.004])
 def test_dark_floats_up_to_one_stay_dark(dark):
     values = (RAMP / 255 * dark).astype(np.float32)
-    assert np.array_equal(pixels(encode(values, "TIFF")), grey(np.rint(values * 255).astype(np.uint8)))
+    assert np.array_equal(
+        pixels(encode(values, "TIFF")), grey(np.rint(values * 255).astype(np.uint8))
+    )
 
 
 def test_whole_numbers_up_to_255_are_levels_of_eight_bits():
@@ -145,7 +151,9 @@ def test_alpha_lies_on_white():
 def test_transparent_colour_of_an_rgb_png():
     expected = COLOURS.copy()
     expected[0, 0] = 255
-    assert np.array_equal(pixels(encode(COLOURS, transparency=tuple(COLOURS[0, 0].tolist()))), expected)
+    assert np.array_equal(
+        pixels(encode(COLOURS, transparency=tuple(COLOURS[0, 0].tolist()))), expected
+    )
 
 
 def test_cmyk():
@@ -182,7 +190,10 @@ def test_centre_square_and_antialiasing():
     assert (pixels(encode(wide.transpose(1, 0, 2))) == 200).all()
     stripes = np.tile(np.array([0, 255], dtype=np.uint8), (128, 64))
     assert np.abs(pixels(encode(stripes)).astype(int) - 127).max() <= 2
-    assert pixels(encode(np.full((1, 1), 9, dtype=np.uint8))).tolist() == np.full((8, 8, 3), 9).tolist()
+    assert (
+        pixels(encode(np.full((1, 1), 9, dtype=np.uint8))).tolist()
+        == np.full((8, 8, 3), 9).tolist()
+    )
 
 
 def test_fast_jpeg_decoding_agrees_with_a_full_one():
@@ -199,7 +210,11 @@ def test_fast_jpeg_decoding_agrees_with_a_full_one():
 def test_damaged_images_give_a_reason():
     whole = encode(COLOURS.repeat(9, 0))
     half = whole[: len(whole) // 2]
-    for data, reason in [(b"", "is empty"), (b"no image at all", "not an image"), (half, "trunc|broken")]:
+    for data, reason in [
+        (b"", "is empty"),
+        (b"no image at all", "not an image"),
+        (half, "trunc|broken"),
+    ]:
         with pytest.raises(BadImage, match=reason):
             pixels(data)
     flipped = bytearray(whole)
@@ -215,7 +230,9 @@ def test_a_shortage_of_memory_is_no_bad_image(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    with pytest.raises(BadImage, match="MemoryError"):  # there is memory: it is the image that asks for too much
+    with pytest.raises(
+        BadImage, match="MemoryError"
+    ):  # there is memory: it is the image that asks for too much
         pixels(encode(COLOURS))
     monkeypatch.setattr(transforms, "bytearray", load, raising=False)
     with pytest.raises(MemoryError):
@@ -224,11 +241,18 @@ def test_a_shortage_of_memory_is_no_bad_image(monkeypatch):
 
 def test_bombs_are_refused_before_decoding(monkeypatch):
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     def png(width, height):
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+        return (
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", header)
+            + chunk(b"IDAT", b"")
+            + chunk(b"IEND", b"")
+        )
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
     with pytest.raises(BadImage, match=r"9000x9000 is more than data\.max_pixels=64000000"):
@@ -259,7 +283,9 @@ def test_augmentations():
     for seed in range(20):
         moved = transforms.augment(image, "shift", seed)
         # One pixel each way at this size: the inside is a moved copy, the edge repeats it.
-        padded = torch.nn.functional.pad(image[None].float(), (1, 1, 1, 1), mode="replicate")[0].byte()
+        padded = torch.nn.functional.pad(image[None].float(), (1, 1, 1, 1), mode="replicate")[
+            0
+        ].byte()
         copies = [padded[:, y : y + SIZE, x : x + SIZE] for y in range(3) for x in range(3)]
         assert any(torch.equal(moved, copy) for copy in copies)
     assert torch.equal(transforms.augment(image, "none", 0), image)
@@ -277,7 +303,9 @@ def test_augmentation_depends_on_seed_epoch_and_index_only():
     again = open_split(config, "train", augment=True, seed=1).gather(keys[::-1])["images"]
     assert torch.equal(batch, again.flip(0))
     assert not torch.equal(batch[:8], batch[8:16])
-    assert not torch.equal(batch, open_split(config, "train", augment=True, seed=2).gather(keys)["images"])
+    assert not torch.equal(
+        batch, open_split(config, "train", augment=True, seed=2).gather(keys)["images"]
+    )
     plain = open_split(config, "train").gather(keys)["images"]
     assert torch.equal(plain[:8], plain[8:16])
 
@@ -330,7 +358,12 @@ def test_class_folders(tmp_path):
     (root / "notes.txt").write_text("not an image")
     (root / "cats" / "._000.png").write_bytes(b"left by another system")
     train, held_out = both(config_of(root))
-    assert (train.name, train.class_names, len(train), len(held_out)) == ("pets", ["cats", "dogs"], 16, 4)
+    assert (train.name, train.class_names, len(train), len(held_out)) == (
+        "pets",
+        ["cats", "dogs"],
+        16,
+        4,
+    )
     for images in (train, held_out):
         assert torch.equal(shades(images).long(), images.ids % 10 * 8 + images.labels)
         assert torch.equal(images.labels, images.ids // 10)
@@ -347,7 +380,9 @@ def test_split_does_not_move_with_the_folder_or_other_classes(tmp_path):
 
     first = names(write_folder(tmp_path / "one"))
     assert names(write_folder(tmp_path / "two")) == first
-    assert {n for n in names(write_folder(tmp_path / "two", classes=["birds"])) if "birds" not in n} == first
+    assert {
+        n for n in names(write_folder(tmp_path / "two", classes=["birds"])) if "birds" not in n
+    } == first
 
 
 def test_every_class_keeps_a_training_item(tmp_path):
@@ -400,9 +435,14 @@ def write_parquet(path, images, labels=None, class_names=None, row_group_size=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {"image": [{"bytes": data, "path": None} for data in images]}
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    table = pa.table({"image": pa.array(table["image"], kind)} | ({"label": labels} if labels else {}))
+    table = pa.table(
+        {"image": pa.array(table["image"], kind)} | ({"label": labels} if labels else {})
+    )
     if class_names:
-        features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
+        features = {
+            "image": {"_type": "Image"},
+            "label": {"names": class_names, "_type": "ClassLabel"},
+        }
         description = json.dumps({"info": {"features": features}})
         table = table.replace_schema_metadata({"huggingface": description})
     pq.write_table(table, path, row_group_size=row_group_size)
@@ -414,8 +454,12 @@ PLAIN = [encode(np.full((SIZE, SIZE), shade, dtype=np.uint8)) for shade in range
 
 def test_parquet_with_its_own_split(tmp_path):
     names = ["ankle boot", "bag", "coat"]
-    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", PLAIN[:7], [0, 1] * 3 + [0], names)
-    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", PLAIN[7:14], [1, 0] * 3 + [1], names)
+    write_parquet(
+        tmp_path / "data/train-00000-of-00002.parquet", PLAIN[:7], [0, 1] * 3 + [0], names
+    )
+    write_parquet(
+        tmp_path / "data/train-00001-of-00002.parquet", PLAIN[7:14], [1, 0] * 3 + [1], names
+    )
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", PLAIN[14:20], [2, 0] * 3, names)
     train, held_out = both(config_of(tmp_path))
     assert train.class_names == held_out.class_names == names
@@ -430,7 +474,10 @@ def test_single_parquet_file(tmp_path):
     train, held_out = both(config_of(path))
     assert (train.class_names, len(train), len(held_out)) == (["x", "y"], 16, 4)
     assert torch.equal(shades(train).long(), train.ids * 10)
-    assert open_split(config_of(write_parquet(tmp_path / "b.parquet", PLAIN)), "train").num_classes == 1
+    assert (
+        open_split(config_of(write_parquet(tmp_path / "b.parquet", PLAIN)), "train").num_classes
+        == 1
+    )
 
 
 def test_sets_above_the_memory_budget_are_decoded_as_they_are_read(tmp_path):
@@ -447,7 +494,9 @@ def test_hub(monkeypatch):
     import datasets
 
     def rows(start, stop):
-        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+        features = datasets.Features(
+            {"img": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])}
+        )
         images = [{"bytes": PLAIN[i], "path": None} for i in range(start, stop)]
         table = {"img": images, "label": [i % 2 for i in range(start, stop)]}
         return datasets.Dataset.from_dict(table, features=features)
@@ -455,7 +504,9 @@ def test_hub(monkeypatch):
     def load(name):
         if name != "someone/numbers":
             raise FileNotFoundError("no such\nthing")
-        return datasets.DatasetDict({"train": rows(0, 10), "test": rows(10, 15), "extra": rows(15, 20)})
+        return datasets.DatasetDict(
+            {"train": rows(0, 10), "test": rows(10, 15), "extra": rows(15, 20)}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     train, held_out = both(config_of("hub:someone/numbers"))
@@ -484,14 +535,19 @@ def test_bad_items_are_left_out_counted_and_listed(damaged):
     train = open_split(config_of(damaged), "train")
     again = open_split(config_of(damaged), "train")
     assert len(train) == 38 and torch.equal(train.ids, again.ids)
-    assert [line.split(":")[0] for line in train.bad] == ["train/cats/003.png", "train/dogs/000.png"]
+    assert [line.split(":")[0] for line in train.bad] == [
+        "train/cats/003.png",
+        "train/dogs/000.png",
+    ]
     assert "skipped 2 (train/cats/003.png: " in train.summary() and "\n" not in train.summary()
     assert open_split(config_of(damaged), "held_out").bad == []
     assert torch.equal(shades(train).long() % 2, train.labels)
 
 
 def test_too_many_bad_items_are_an_error(damaged):
-    with pytest.raises(UserError, match=r"too many of its 40 train images.*: 2 \(train/cats/003.png"):
+    with pytest.raises(
+        UserError, match=r"too many of its 40 train images.*: 2 \(train/cats/003.png"
+    ):
         open_split(config_of(damaged, max_bad=0.04), "train")
 
 
@@ -519,12 +575,19 @@ def test_a_reader_judges_by_what_it_read(tmp_path, monkeypatch):
     for number in range(4, 200, 10):
         (root / "a" / f"{number:03d}.png").write_bytes(b"damaged")
     part = [(0, index) for index in range(60)]
-    with pytest.warns(UserWarning, match="skipped 1"), pytest.raises(UserError, match=r"too many of its \d+ train"):
+    with (
+        pytest.warns(UserWarning, match="skipped 1"),
+        pytest.raises(UserError, match=r"too many of its \d+ train"),
+    ):
         open_split(config_of(tmp_path, memory_mib=0), "train").gather(part)
     patient = open_split(config_of(tmp_path, memory_mib=0, max_bad=0.2), "train")
     with pytest.warns(UserWarning) as lines:
         patient.gather(part)
-    assert len(patient.bad) == 6 and [str(line.message).split()[2] for line in lines] == ["1", "2", "4"]
+    assert len(patient.bad) == 6 and [str(line.message).split()[2] for line in lines] == [
+        "1",
+        "2",
+        "4",
+    ]
 
 
 def test_files_that_are_no_images_are_not_waited_for(tmp_path):
@@ -536,7 +599,9 @@ def test_files_that_are_no_images_are_not_waited_for(tmp_path):
         file.truncate(2**28 + 1)
     parts = both(config_of(root, max_bad=0.5))
     lines = {line.split(": ")[0]: line for part in parts for line in part.bad}
-    for number, reason in enumerate(["no regular file", "no regular file", "No such file", "more than 268435456"]):
+    for number, reason in enumerate(
+        ["no regular file", "no regular file", "No such file", "more than 268435456"]
+    ):
         assert reason in lines.pop(f"cats/90{number}.png")
     assert not lines and sum(map(len, parts)) == 60
 
@@ -583,6 +648,8 @@ def test_messages_name_value_and_remedy(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "text.parquet")
-    assert "has no column image: {bytes, path}, only text, label" in message(tmp_path / "text.parquet")
+    assert "has no column image: {bytes, path}, only text, label" in message(
+        tmp_path / "text.parquet"
+    )
     write_parquet(tmp_path / "float.parquet", PLAIN[:2], [0.5, 1.5])
     assert "labels are float, not class numbers" in message(tmp_path / "float.parquet")

@@ -19,7 +19,11 @@ GRID = (3, 3)
 
 
 def ours(grid=GRID, in_channels=6, stride=4, **changes):
-    return ViTDecoderConfig(**{**SIZE, **changes}).build(in_channels, stride, grid, nn.Identity()).eval()
+    return (
+        ViTDecoderConfig(**{**SIZE, **changes})
+        .build(in_channels, stride, grid, nn.Identity())
+        .eval()
+    )
 
 
 class Reference:
@@ -53,12 +57,17 @@ class Reference:
             ".mlp.fc1.": ".intermediate.dense.",
             ".mlp.fc2.": ".output.dense.",
         }
-        return {**renamed(self.decoder.state_dict(), names), "trainable_cls_token": self._class_token()}
+        return {
+            **renamed(self.decoder.state_dict(), names),
+            "trainable_cls_token": self._class_token(),
+        }
 
     @torch.no_grad()
     def images(self, vectors):
         """(B, 6, 3, 3) -> (B, 3, 12, 12) in [-1, 1]."""
-        tokens = torch.cat([self.before_class.expand(len(vectors), 1, -1), vectors.flatten(2).mT], 1)
+        tokens = torch.cat(
+            [self.before_class.expand(len(vectors), 1, -1), vectors.flatten(2).mT], 1
+        )
         logits = self.decoder(tokens, torch.arange(9).expand(len(vectors), -1)).logits
         pixels = logits.reshape(-1, 3, 3, 4, 4, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, 12, 12)
         pixels = pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
@@ -92,7 +101,10 @@ def as_safetensors(folder, weights):
 
 def as_training_checkpoint(folder, weights):
     worse = {f"module.decoder.{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
-    average = {"encoder.scale": torch.ones(3), **{f"decoder.{name}": tensor for name, tensor in weights.items()}}
+    average = {
+        "encoder.scale": torch.ones(3),
+        **{f"decoder.{name}": tensor for name, tensor in weights.items()},
+    }
     return pt(folder, {"step": 3, "model": worse, "ema": average})
 
 
@@ -122,7 +134,8 @@ FORMS = {
     "RAE safetensors": as_safetensors,
     "training checkpoint": as_training_checkpoint,
     "data-parallel": lambda folder, weights: pt(
-        folder, {"state_dict": {f"module.decoder.{name}": tensor for name, tensor in weights.items()}}
+        folder,
+        {"state_dict": {f"module.decoder.{name}": tensor for name, tensor in weights.items()}},
     ),
     "diffusers": as_diffusers,
 }
@@ -153,7 +166,9 @@ def test_normalisation_is_folded_exactly(reference, tmp_path):
     assert torch.equal(raw.decoder_pred.bias, reference.decoder.decoder_pred.bias)
     load_decoder(folded, path, MEAN, STD)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    torch.testing.assert_close(folded(vectors), 2 * (raw(vectors) * std + mean) - 1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        folded(vectors), 2 * (raw(vectors) * std + mean) - 1, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_positions_of_the_file_are_ours(reference):
@@ -185,9 +200,21 @@ def test_half_precision_is_read_into_float32(reference, tmp_path):
         (lambda w: w.update({"mask_token": torch.zeros(1)}), {}, r"mask_token has no place here"),
         (lambda w: None, {"depth": 3}, r"decoder_layers\.2\.layernorm_before\.weight is missing"),
         (lambda w: None, {"depth": 1}, r"decoder_layers\.1\..* has no place here: decoder\.preset"),
-        (lambda w: None, {"dim": 32}, r"trainable_cls_token is \(1, 1, 16\), and \(1, 1, 32\) here"),
-        (lambda w: None, {"mlp": 20}, r"intermediate\.dense\.weight is \(24, 16\), and \(20, 16\) here"),
-        (lambda w: None, {"in_channels": 5}, r"decoder_embed\.weight is \(16, 6\), and \(16, 5\) here"),
+        (
+            lambda w: None,
+            {"dim": 32},
+            r"trainable_cls_token is \(1, 1, 16\), and \(1, 1, 32\) here",
+        ),
+        (
+            lambda w: None,
+            {"mlp": 20},
+            r"intermediate\.dense\.weight is \(24, 16\), and \(20, 16\) here",
+        ),
+        (
+            lambda w: None,
+            {"in_channels": 5},
+            r"decoder_embed\.weight is \(16, 6\), and \(16, 5\) here",
+        ),
         (lambda w: None, {"stride": 2}, r"decoder_pred\.weight is \(48, 16\), and \(12, 16\) here"),
         (lambda w: w.pop("decoder_pred.weight"), {}, r"holds no decoder_pred\.weight"),
     ],
@@ -204,11 +231,15 @@ def test_misfits_are_named_and_nothing_is_written(change, decoder, message, refe
 
 def test_heads_are_checked_where_they_are_stated(reference, tmp_path):
     path = as_diffusers(tmp_path, reference.rae())
-    with pytest.raises(UserError, match=r"config\.json: the decoder has 2 heads, and 4 here: set decoder\.heads=2"):
+    with pytest.raises(
+        UserError, match=r"config\.json: the decoder has 2 heads, and 4 here: set decoder\.heads=2"
+    ):
         load_decoder(ours(heads=4), path, MEAN, STD)
     for damaged in ("{", "[]"):
         (path / "config.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"config\.json: it is not the JSON of a model's settings"):
+        with pytest.raises(
+            UserError, match=r"config\.json: it is not the JSON of a model's settings"
+        ):
             load_decoder(ours(heads=2), path, MEAN, STD)
 
 
@@ -233,7 +264,9 @@ def test_only_tensors_are_read(make, tmp_path, capsys):
 def test_a_path_must_say_which_file(reference, tmp_path):
     with pytest.raises(UserError, match=r"absent\.pt: there is no such file"):
         load_decoder(ours(), tmp_path / "absent.pt", MEAN, STD)
-    with pytest.raises(UserError, match=r"one \.safetensors or \.pt file is expected there, and it has none"):
+    with pytest.raises(
+        UserError, match=r"one \.safetensors or \.pt file is expected there, and it has none"
+    ):
         load_decoder(ours(), tmp_path, MEAN, STD)
     pt(tmp_path, reference.rae(), "a.pt")
     pt(tmp_path, reference.rae(), "b.pt")
@@ -246,7 +279,9 @@ def test_a_path_must_say_which_file(reference, tmp_path):
 
 def test_statistics_are_read(tmp_path):
     mean, var = torch.randn(6, 3, 3), torch.rand(6, 3, 3)
-    read_mean, read_var = load_statistics(pt(tmp_path, {"mean": mean.double(), "var": var, "count": 10}))
+    read_mean, read_var = load_statistics(
+        pt(tmp_path, {"mean": mean.double(), "var": var, "count": 10})
+    )
     assert read_mean.dtype == read_var.dtype == torch.float32
     torch.testing.assert_close(read_mean, mean)
     assert torch.equal(read_var, var)

@@ -26,7 +26,9 @@ from training.command import UserError
 
 NUM_CLASSES = 3
 LAYOUTS = pytest.mark.parametrize(
-    "layout", [CodeLayout(((2, 3),), (7,)), CodeLayout(((1, 2), (2, 2)), (5, 9))], ids=["one_level", "two_levels"]
+    "layout",
+    [CodeLayout(((2, 3),), (7,)), CodeLayout(((1, 2), (2, 2)), (5, 9))],
+    ids=["one_level", "two_levels"],
 )
 SMALL = BackboneConfig(dim=32, depth=2, heads=2, dropout=0.0)
 PRIORS = {
@@ -34,7 +36,12 @@ PRIORS = {
     "uniform": UniformConfig(backbone=SMALL, steps=8),
     "gidd": UniformConfig(backbone=SMALL, steps=8, mask_share=0.8),
     "mixture": UniformConfig(
-        backbone=SMALL, steps=8, mask_share=0.9, noise="mixture", parameterisation="posterior", cross_entropy=0.01
+        backbone=SMALL,
+        steps=8,
+        mask_share=0.9,
+        noise="mixture",
+        parameterisation="posterior",
+        cross_entropy=0.01,
     ),
 }
 KINDS = pytest.mark.parametrize("kind", PRIORS)
@@ -54,13 +61,22 @@ class Toy(nn.Module):
     joint = (0.6 * torch.randn(18, generator=torch.Generator().manual_seed(6)).double()).softmax(0)
     entropy = float(-(joint * joint.log()).sum())
 
-    def __init__(self, mask_share: float = 1.0, leave_one_out: bool = False, noise: str = "mixture") -> None:
+    def __init__(
+        self, mask_share: float = 1.0, leave_one_out: bool = False, noise: str = "mixture"
+    ) -> None:
         super().__init__()
-        self.mask_share, self.leave_one_out, self.noise, self.calls = mask_share, leave_one_out, noise, 0
+        self.mask_share, self.leave_one_out, self.noise, self.calls = (
+            mask_share,
+            leave_one_out,
+            noise,
+            0,
+        )
         self.sizes = self.sequences.amax(0) + 1
         self.grid = torch.cartesian_prod(*[torch.arange(-1, size) for size in self.sizes])
 
-    def forward(self, codes: Tensor, labels: Tensor, *, given: None = None, time: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self, codes: Tensor, labels: Tensor, *, given: None = None, time: Tensor | None = None
+    ) -> list[Tensor]:
         self.calls += 1
         if time is None or (time == time[0]).all():  # one table for all rows
             table = self.predict(self.grid, time if time is None else time[:1])
@@ -111,12 +127,16 @@ def index(codes: Tensor, sizes: Tensor) -> Tensor:
 def chi_square(codes: Tensor, toy: type[Toy], probabilities: Tensor | None = None) -> float:
     """Standard deviations above its mean of the statistic of draws from the toy's joint, or other `probabilities`."""
     probabilities = toy.joint if probabilities is None else probabilities
-    counts = torch.bincount(index(codes, toy.sequences.amax(0) + 1), minlength=len(toy.joint)).double()
+    counts = torch.bincount(
+        index(codes, toy.sequences.amax(0) + 1), minlength=len(toy.joint)
+    ).double()
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
     expected = probabilities[possible] * len(codes)
     freedom = len(expected) - 1
-    return float((((counts[possible] - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
+    return float(
+        (((counts[possible] - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
+    )
 
 
 @pytest.fixture
@@ -125,14 +145,18 @@ def quick_noise(monkeypatch):
 
     def noise(seed: int, ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * seed + stream)
-        return torch.rand((len(ids), *shape), generator=generator, dtype=torch.float64).clamp_min(1e-300)
+        return torch.rand((len(ids), *shape), generator=generator, dtype=torch.float64).clamp_min(
+            1e-300
+        )
 
     monkeypatch.setattr("priors.absorbing.uniform_noise", noise)
     monkeypatch.setattr("priors.diffusion.uniform_noise", noise)
     monkeypatch.setattr("priors.bounds.uniform_noise", noise)
 
 
-def draw_many(prior, options: SampleOptions, known: list[int] | None = None, count: int = COUNT) -> Tensor:
+def draw_many(
+    prior, options: SampleOptions, known: list[int] | None = None, count: int = COUNT
+) -> Tensor:
     known = None if known is None else torch.tensor(known).expand(count, -1)
     return prior.sample(torch.zeros(count, dtype=torch.int64), options, torch.arange(count), known)
 
@@ -149,7 +173,9 @@ def make(kind: str, layout: CodeLayout, trained: bool = True, **settings):
     torch.manual_seed(0)
     prior = dataclasses.replace(PRIORS[kind], **settings).build(layout, NUM_CLASSES)
     if trained:
-        modulations = [block.modulation for block in prior.backbone.blocks if block.modulation is not None]
+        modulations = [
+            block.modulation for block in prior.backbone.blocks if block.modulation is not None
+        ]
         for layer in (*prior.backbone.heads, *modulations):
             nn.init.normal_(layer.weight, std=0.2)
     return prior.eval()
@@ -183,7 +209,8 @@ def test_antithetic_times_fill_the_batch_and_belong_to_places():
     assert whole[:, 1].max() < 1
     assert torch.equal(whole[:, [0, 2, 3, 4]], uniform[:, [0, 2, 3, 4]])
     assert torch.equal(
-        torch.cat([antithetic(uniform[i : i + 16], positions[i : i + 16], 64) for i in (0, 16)]), whole[:32]
+        torch.cat([antithetic(uniform[i : i + 16], positions[i : i + 16], 64) for i in (0, 16)]),
+        whole[:32],
     )
     assert torch.equal((draws(None, torch.zeros(8, 3))[:, 1] * 8).long(), torch.arange(8))
 
@@ -201,7 +228,9 @@ def test_absorbing_bound_is_the_entropy_when_conditionals_are_exact():
     total = 0.0
     for mask in itertools.product([False, True], repeat=3):
         if any(mask):
-            nats = masked_nats(reading(Toy(), None), Toy().layout, Toy.sequences, torch.tensor(mask).expand(18, -1))
+            nats = masked_nats(
+                reading(Toy(), None), Toy().layout, Toy.sequences, torch.tensor(mask).expand(18, -1)
+            )
             total += float((Toy.joint * nats).sum()) / 3 / math.comb(3, sum(mask))
     assert total == pytest.approx(Toy.entropy, abs=1e-10)
 
@@ -228,19 +257,28 @@ def test_masks_are_independent_given_that_there_is_one(share):
     masked, chance = mask_some(uniform, torch.full((COUNT,), share, dtype=torch.float64))
     assert masked.any(1).all()
     torch.testing.assert_close(
-        chance[0], torch.tensor(-math.expm1(3 * math.log1p(-min(share, 1 - 1e-16))), dtype=torch.float64)
+        chance[0],
+        torch.tensor(-math.expm1(3 * math.log1p(-min(share, 1 - 1e-16))), dtype=torch.float64),
     )
     sizes = torch.bincount(masked.sum(1), minlength=4)[1:] / COUNT
-    expected = [math.comb(3, k) * share**k * (1 - share) ** (3 - k) / float(chance[0]) for k in (1, 2, 3)]
-    torch.testing.assert_close(sizes.double(), torch.tensor(expected, dtype=torch.float64), atol=5e-3, rtol=0)
-    torch.testing.assert_close(masked.double().mean(0), masked.double().mean().expand(3), atol=5e-3, rtol=0)
+    expected = [
+        math.comb(3, k) * share**k * (1 - share) ** (3 - k) / float(chance[0]) for k in (1, 2, 3)
+    ]
+    torch.testing.assert_close(
+        sizes.double(), torch.tensor(expected, dtype=torch.float64), atol=5e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        masked.double().mean(0), masked.double().mean().expand(3), atol=5e-3, rtol=0
+    )
 
 
 KNOWN = [-1, 2, -1]
 CONDITIONAL = Toy.joint * (Toy.sequences[:, 1] == 2) / Toy.joint[Toy.sequences[:, 1] == 2].sum()
 
 
-@pytest.mark.parametrize("name, steps", [("first_hitting", 0), ("ancestral", 100), ("remasking", 64)])
+@pytest.mark.parametrize(
+    "name, steps", [("first_hitting", 0), ("ancestral", 100), ("remasking", 64)]
+)
 def test_absorbing_samplers_draw_the_joint_and_the_conditional(name, steps, quick_noise):
     prior = AbsorbingPrior(Toy(), NUM_CLASSES, schedule="linear", eta=0.01)
     options = SampleOptions(sampler=name, steps=steps)
@@ -260,7 +298,9 @@ def test_plans_reveal_every_unknown_code_and_follow_the_schedule(name):
     prior, unknown = AbsorbingPrior(Toy(), NUM_CLASSES, steps=10, eta=0.3), torch.ones(500, 40) > 0
     unknown[:100, :20] = False
     masked = unknown
-    for step, move in enumerate(absorbing.SAMPLERS[name](prior, SampleOptions(), torch.arange(500), unknown)):
+    for step, move in enumerate(
+        absorbing.SAMPLERS[name](prior, SampleOptions(), torch.arange(500), unknown)
+    ):
         assert not (move.reveal & ~masked).any()
         again = torch.zeros_like(masked) if move.mask is None else move.mask
         assert not (again & (masked | ~unknown)).any()
@@ -289,7 +329,9 @@ def test_network_is_asked_only_when_a_code_is_revealed():
 # -- uniform and hybrid ------------------------------------------------------------------------------------------
 
 
-NOISES = pytest.mark.parametrize("mask_share, noise", [(0.0, "mixture"), (0.9, "mixture"), (0.7, "gidd")])
+NOISES = pytest.mark.parametrize(
+    "mask_share, noise", [(0.0, "mixture"), (0.9, "mixture"), (0.7, "gidd")]
+)
 
 
 def integrate(integrand) -> float:
@@ -301,7 +343,9 @@ def integrate(integrand) -> float:
     for x, w in zip((points + 1) / 2, weights / 2):
         below, above = x**4, (1 - x) ** 4
         slope = 4 * (x * (1 - x)) ** 3 / (below + above) ** 2
-        total += w * slope * integrand(torch.tensor([[below / (below + above)]], dtype=torch.float64))
+        total += (
+            w * slope * integrand(torch.tensor([[below / (below + above)]], dtype=torch.float64))
+        )
     return total
 
 
@@ -309,10 +353,14 @@ def uniform_prior(network: nn.Module, **settings) -> UniformPrior:
     return UniformPrior(network, NUM_CLASSES, **{"noise": "mixture", **settings})
 
 
-def expected_bound(parameterisation: str, network_leaves_one_out: bool, mask_share: float, noise: str) -> float:
+def expected_bound(
+    parameterisation: str, network_leaves_one_out: bool, mask_share: float, noise: str
+) -> float:
     """The bound of a prior whose network is a true one of either kind, summed over all codes and all noise."""
     toy = Toy(mask_share, network_leaves_one_out, noise)
-    prior = uniform_prior(toy, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+    prior = uniform_prior(
+        toy, mask_share=mask_share, noise=noise, parameterisation=parameterisation
+    )
     noisy = toy.grid if mask_share else toy.sequences
 
     rows, columns = len(noisy), len(Toy.sequences)
@@ -326,7 +374,9 @@ def expected_bound(parameterisation: str, network_leaves_one_out: bool, mask_sha
         for logit, (span, _) in zip(logits, toy.layout.spans()):
             posterior = logit.softmax(-1).repeat_interleave(columns, 0)
             speed = 1 / (time * (1 - time))
-            nats = nats + bound_rate(posterior, x[:, span], z[:, span], level, speed, prior.noise.power).sum(1)
+            nats = nats + bound_rate(
+                posterior, x[:, span], z[:, span], level, speed, prior.noise.power
+            ).sum(1)
         weights = Toy.joint * toy.noising(noisy, time[0]).prod(-1)
         return float((weights.flatten() * nats).sum())
 
@@ -335,7 +385,10 @@ def expected_bound(parameterisation: str, network_leaves_one_out: bool, mask_sha
 
 @NOISES
 def test_uniform_bound_is_the_entropy_for_its_own_parameterisation_only(mask_share, noise):
-    own = [expected_bound(*kind, mask_share, noise) for kind in (("leave_one_out", True), ("posterior", False))]
+    own = [
+        expected_bound(*kind, mask_share, noise)
+        for kind in (("leave_one_out", True), ("posterior", False))
+    ]
     assert own == pytest.approx([Toy.entropy, Toy.entropy], abs=1e-6)
     assert expected_bound("leave_one_out", False, mask_share, noise) > Toy.entropy + 0.1
     assert expected_bound("posterior", True, mask_share, noise) > Toy.entropy + 0.1
@@ -362,14 +415,20 @@ def test_bounds_of_one_code_have_the_known_values():
     def terms(time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         forward = (1 - time) * torch.eye(4, dtype=torch.float64) + time / 4  # q(z | x), rows are x
         weights = p[:, None] * forward
-        return weights, (weights / weights.sum(0)).T, *torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+        return (
+            weights,
+            (weights / weights.sum(0)).T,
+            *torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"),
+        )
 
     def duo(network: str):
         def at(time: Tensor) -> float:
             weights, posterior, x, z = terms(time)
             logits = (p.expand(4, 4) if network == "leave_one_out" else posterior).log()
             level = prior.noise.at(time)
-            evidence = prior._times_likelihood([logits[:, None]], torch.arange(4)[:, None], level)[0].softmax(-1)
+            evidence = prior._times_likelihood([logits[:, None]], torch.arange(4)[:, None], level)[
+                0
+            ].softmax(-1)
             x, z = x.flatten(), z.flatten()
             nats = bound_rate(evidence[z], x[:, None], z[:, None], level, 1 / (time * (1 - time)))
             return float((weights.flatten() * nats[:, 0]).sum())
@@ -393,14 +452,22 @@ class OneCode(nn.Module):
 
 EXACT = pytest.mark.parametrize(
     "mask_share, noise, parameterisation",
-    [(0.0, "mixture", "leave_one_out"), (0.9, "mixture", "posterior"), (0.7, "gidd", "leave_one_out")],
+    [
+        (0.0, "mixture", "leave_one_out"),
+        (0.9, "mixture", "posterior"),
+        (0.7, "gidd", "leave_one_out"),
+    ],
 )
 
 
 @EXACT
-def test_uniform_loss_and_likelihood_estimate_the_bound(mask_share, noise, parameterisation, quick_noise):
+def test_uniform_loss_and_likelihood_estimate_the_bound(
+    mask_share, noise, parameterisation, quick_noise
+):
     toy = Toy(mask_share, parameterisation == "leave_one_out", noise)
-    prior = uniform_prior(toy, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+    prior = uniform_prior(
+        toy, mask_share=mask_share, noise=noise, parameterisation=parameterisation
+    )
     torch.manual_seed(0)
     codes = toy_batch(50_000)
     loss = prior.loss(codes, codes[:, 0])
@@ -423,16 +490,22 @@ def test_cross_entropy_has_its_share():
         UniformConfig(cross_entropy=0.1)
 
 
-def bayes(posterior: Tensor, noisy: Tensor, q_now: Tensor, q_later: Tensor, onward: Tensor) -> Tensor:
+def bayes(
+    posterior: Tensor, noisy: Tensor, q_now: Tensor, q_later: Tensor, onward: Tensor
+) -> Tensor:
     """Mean over p(x | z_t), (K,), of q(z_s | z_t, x) = q(z_t | z_s) q(z_s | x) / q(z_t | x), for one z_t."""
     return sum(p * onward[:, noisy] * q_later[x] / q_now[x, noisy] for x, p in enumerate(posterior))
 
 
-def tables(noise: str, mask_share: float, size: int, t: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
+def tables(
+    noise: str, mask_share: float, size: int, t: float, s: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """q(z_t | x), q(z_s | x), (K, K + 1), and q(z_t | z_s), (K + 1, K + 1), the mask last, by solving for the last."""
 
     def marginal(time: float) -> tuple[float, Tensor]:
-        alpha, mask, code = probabilities(noise, mask_share, torch.tensor(time, dtype=torch.float64))
+        alpha, mask, code = probabilities(
+            noise, mask_share, torch.tensor(time, dtype=torch.float64)
+        )
         return alpha, torch.cat([(code / size).expand(size), mask[None]])
 
     eye = torch.eye(size + 1, dtype=torch.float64)
@@ -449,7 +522,9 @@ def tables(noise: str, mask_share: float, size: int, t: float, s: float) -> tupl
 def test_a_reverse_step_is_bayes_rule(s, mask_share, noise):
     t, size = 0.7, 3
     now, later, onward = tables(noise, mask_share, size, t, s)
-    posteriors = torch.rand(size + 1, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    posteriors = torch.rand(
+        size + 1, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     posteriors /= posteriors.sum(1, keepdim=True)
     schedule = (gidd if noise == "gidd" else mixture)(mask_share)
     levels = [schedule.at(torch.tensor(time, dtype=torch.float64)) for time in (t, s)]
@@ -470,7 +545,9 @@ class Labelled(nn.Module):
         self.toys = [Pair(mask_share, leave_one_out, noise), Pair(mask_share, leave_one_out, noise)]
         self.toys[1].joint = torch.tensor([0.05, 0.25, 0.1, 0.3, 0.1, 0.2], dtype=torch.float64)
 
-    def forward(self, codes: Tensor, labels: Tensor, *, given: None = None, time: Tensor) -> list[Tensor]:
+    def forward(
+        self, codes: Tensor, labels: Tensor, *, given: None = None, time: Tensor
+    ) -> list[Tensor]:
         both = [toy(codes, labels, time=time) for toy in self.toys]
         return [torch.where((labels < NUM_CLASSES)[:, None, None], *pair) for pair in zip(*both)]
 
@@ -485,8 +562,12 @@ def guided_step(network: Labelled, noisy: Tensor, t: float, s: float, scale: flo
         weights = toy.joint * toy.noising(noisy[None], torch.tensor([t])).prod(-1)[0]
         for position, size in enumerate((2, 3)):
             now, later, onward = tables(toy.noise, toy.mask_share, size, t, s)
-            own = torch.stack([weights[toy.sequences[:, position] == code].sum() for code in range(size)])
-            laws.append(bayes(own / own.sum(), int(noisy[position]) % (size + 1), now, later, onward))
+            own = torch.stack(
+                [weights[toy.sequences[:, position] == code].sum() for code in range(size)]
+            )
+            laws.append(
+                bayes(own / own.sum(), int(noisy[position]) % (size + 1), now, later, onward)
+            )
     steps = []
     for position, size in enumerate((2, 3)):
         conditional, unconditional = laws[position], laws[position + 2]
@@ -505,7 +586,9 @@ def guided_step(network: Labelled, noisy: Tensor, t: float, s: float, scale: flo
 def test_guidance_mixes_reverse_steps_as_udlm_does(t, s, mask_share, noise, parameterisation):
     """Of every z_t; by x_0 the two-code toy is off by 0.02 and more in total variation."""
     network = Labelled(mask_share, noise, parameterisation == "leave_one_out")
-    prior = uniform_prior(network, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+    prior = uniform_prior(
+        network, mask_share=mask_share, noise=noise, parameterisation=parameterisation
+    )
     noisy = network.toys[0].grid if mask_share else network.toys[0].sequences
     noisy = noisy[(noisy < 0).all(1)] if noise == "gidd" and t == 1 else noisy
     options, labels = SampleOptions(guidance=2.5), torch.zeros(len(noisy), dtype=torch.int64)
@@ -523,15 +606,21 @@ def test_guidance_mixes_reverse_steps_as_udlm_does(t, s, mask_share, noise, para
 def test_guided_samples_follow_the_guided_steps(mask_share, noise, parameterisation, quick_noise):
     """Two steps with s = 1.5, then 2, by the products of their tables."""
     network = Labelled(mask_share, noise, parameterisation == "leave_one_out")
-    prior = uniform_prior(network, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+    prior = uniform_prior(
+        network, mask_share=mask_share, noise=noise, parameterisation=parameterisation
+    )
     grid = network.toys[0].grid
-    law = network.toys[0].noising(grid, torch.ones(1))[:, 0].prod(-1)  # at t = 1, where x plays no part
+    law = (
+        network.toys[0].noising(grid, torch.ones(1))[:, 0].prod(-1)
+    )  # at t = 1, where x plays no part
     for t, s, scale in ((1.0, 0.5, 1.5), (0.5, 0.0, 2.0)):
         after = torch.zeros_like(law)
         for z, chance in zip(grid, law.tolist()):
             if chance > 0:
                 first, second = guided_step(network, z, t, s, scale)
-                after += chance * torch.outer(first.roll(1), second.roll(1)).flatten()  # the mask first, as in the grid
+                after += (
+                    chance * torch.outer(first.roll(1), second.roll(1)).flatten()
+                )  # the mask first, as in the grid
         law = after
     assert (law[(grid < 0).any(1)] == 0).all()
     drawn = draw_many(prior, SampleOptions(guidance=2.0, guidance_schedule="linear", steps=2))
@@ -548,16 +637,22 @@ class Blind(Pair):
 
 
 @EXACT
-def test_a_bound_is_finite_and_above_the_likelihood_of_its_model(mask_share, noise, parameterisation, quick_noise):
+def test_a_bound_is_finite_and_above_the_likelihood_of_its_model(
+    mask_share, noise, parameterisation, quick_noise
+):
     """The model's own likelihood is that of its jump process from t = 1 to LATEST, solved for, and of the codes read
     off there. A network without time has an infinite bound down to t = 0; that of a true network is tight."""
     for kind in (Blind, Pair):
         network = kind(mask_share, parameterisation == "leave_one_out", noise)
-        prior = uniform_prior(network, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+        prior = uniform_prior(
+            network, mask_share=mask_share, noise=noise, parameterisation=parameterisation
+        )
         nats, bound = solve(prior, network)
         assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-9)
         assert (bound > nats - 2e-5).all() and bound.isfinite().all()
-        excess = (Pair.joint * torch.stack([nats, bound])).sum(1) + float((Pair.joint * Pair.joint.log()).sum())
+        excess = (Pair.joint * torch.stack([nats, bound])).sum(1) + float(
+            (Pair.joint * Pair.joint.log()).sum()
+        )
         if kind is Pair:
             assert float(excess[0]) < 1e-6 and float(excess[1].abs()) < 1e-4
             continue
@@ -575,7 +670,9 @@ def test_what_is_lost_in_reading_codes_off_is_in_the_bound(
     monkeypatch.setattr("priors.uniform.LATEST", 0.7)
     monkeypatch.setitem(globals(), "LATEST", 0.7)
     network = Blind(mask_share, parameterisation == "leave_one_out", noise)
-    prior = uniform_prior(network, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+    prior = uniform_prior(
+        network, mask_share=mask_share, noise=noise, parameterisation=parameterisation
+    )
     _, bound = solve(prior, network)
     codes = Pair.sequences.repeat_interleave(2_000, 0)
     found = prior.nll(codes, codes[:, 0]).nats.view(6, -1).mean(1)
@@ -583,7 +680,9 @@ def test_what_is_lost_in_reading_codes_off_is_in_the_bound(
     torch.manual_seed(0)
     codes = Pair.sequences.repeat_interleave((Pair.joint * 60_000).long(), 0)
     codes = codes[torch.randperm(len(codes))]
-    assert float(prior.loss(codes, codes[:, 0]).total) * 2 == pytest.approx(float((Pair.joint * bound).sum()), rel=0.03)
+    assert float(prior.loss(codes, codes[:, 0]).total) * 2 == pytest.approx(
+        float((Pair.joint * bound).sum()), rel=0.03
+    )
 
 
 def solve(prior: UniformPrior, network: Pair) -> tuple[Tensor, Tensor]:
@@ -592,7 +691,10 @@ def solve(prior: UniformPrior, network: Pair) -> tuple[Tensor, Tensor]:
     first, last = math.log((1 - LATEST) / LATEST), 14.0
     step = (last - first) / count
     middles = last - step * (torch.arange(count).double() + 0.5)
-    law, bound = network.noising(grid, torch.ones(1, dtype=torch.float64))[:, 0].prod(-1), torch.zeros(6)
+    law, bound = (
+        network.noising(grid, torch.ones(1, dtype=torch.float64))[:, 0].prod(-1),
+        torch.zeros(6),
+    )
 
     def predicted(time: Tensor) -> list[Tensor]:
         logits = network(grid, None, **({"time": time.expand(len(grid))} if network.timed else {}))
@@ -627,7 +729,9 @@ def solve(prior: UniformPrior, network: Pair) -> tuple[Tensor, Tensor]:
         bound = bound + step * (weights[:, :, None] * terms).sum((1, 2))
         law = law @ torch.matrix_exp(step * (model - torch.diag(model.sum(1))))
     first_code, second_code = predicted(torch.tensor(1 - LATEST, dtype=torch.float64))
-    read = first_code[:, Pair.sequences[:, 0]] * second_code[:, Pair.sequences[:, 1]]  # p(x | z), (z, x)
+    read = (
+        first_code[:, Pair.sequences[:, 0]] * second_code[:, Pair.sequences[:, 1]]
+    )  # p(x | z), (z, x)
     weights = network.noising(grid, torch.tensor([1 - LATEST], dtype=torch.float64)).prod(-1)
     return -(law @ read).log(), bound - (weights * read.log()).sum(0)
 
@@ -642,11 +746,15 @@ def test_time_conditioning_reaches_the_entropy_that_a_network_without_it_cannot(
     times = torch.sigmoid(odds).repeat_interleave(9)[:, None]
     noisy, step = sequences.repeat(14, 1), float(odds[1] - odds[0])
     z, x = noisy.repeat_interleave(9, 0), sequences.repeat(len(noisy), 1)
-    chance = torch.where(z == x, 1 - times.repeat_interleave(9, 0) * 2 / 3, times.repeat_interleave(9, 0) / 3).prod(1)
+    chance = torch.where(
+        z == x, 1 - times.repeat_interleave(9, 0) * 2 / 3, times.repeat_interleave(9, 0) / 3
+    ).prod(1)
     found = {}
     for timed in (True, False):
         torch.manual_seed(0)
-        config = UniformConfig(backbone=BackboneConfig(32, 1, 2, dropout=0.0), time_conditioning=timed)
+        config = UniformConfig(
+            backbone=BackboneConfig(32, 1, 2, dropout=0.0), time_conditioning=timed
+        )
         prior = config.build(layout, NUM_CLASSES)
         level = prior.noise.at(times)
         wide = type(level)(*(part.repeat_interleave(9, 0) for part in level))
@@ -655,7 +763,9 @@ def test_time_conditioning_reaches_the_entropy_that_a_network_without_it_cannot(
         for _ in range(100):
             optimizer.zero_grad()
             logits = [each.double() for each in prior._predict(labels, None, noisy, times[:, 0])]
-            evidence = prior._times_likelihood(logits, noisy, level)[0].softmax(-1).repeat_interleave(9, 0)
+            evidence = (
+                prior._times_likelihood(logits, noisy, level)[0].softmax(-1).repeat_interleave(9, 0)
+            )
             rates = bound_rate(evidence, x, z, wide, torch.ones_like(wide.alpha))
             bound = step * (joint.repeat(len(noisy)) * chance * rates.sum(1)).sum()
             bound.backward()
@@ -665,13 +775,20 @@ def test_time_conditioning_reaches_the_entropy_that_a_network_without_it_cannot(
 
 
 @EXACT
-def test_uniform_samplers_draw_the_joint_and_the_conditional(mask_share, noise, parameterisation, quick_noise):
+def test_uniform_samplers_draw_the_joint_and_the_conditional(
+    mask_share, noise, parameterisation, quick_noise
+):
     def prior(toy: type[Toy]) -> UniformPrior:
         network = toy(mask_share, parameterisation == "leave_one_out", noise)
-        return uniform_prior(network, mask_share=mask_share, noise=noise, parameterisation=parameterisation)
+        return uniform_prior(
+            network, mask_share=mask_share, noise=noise, parameterisation=parameterisation
+        )
 
     assert chi_square(draw_many(prior(Pair), SampleOptions(steps=48), count=50_000), Pair) < 4
-    assert chi_square(draw_many(prior(Toy), SampleOptions(steps=8), KNOWN, 50_000), Toy, CONDITIONAL) < 4
+    assert (
+        chi_square(draw_many(prior(Toy), SampleOptions(steps=8), KNOWN, 50_000), Toy, CONDITIONAL)
+        < 4
+    )
 
 
 def test_a_mismatched_sampler_is_off_and_refused(quick_noise):
@@ -692,7 +809,9 @@ def test_weights_carry_their_parameterisation():
     make("uniform", layout, trained=False).load_state_dict(weights)
     with pytest.raises(UserError, match="trained with leave_one_out"):
         make("uniform", layout, parameterisation="posterior").load_state_dict(weights)
-    with pytest.raises(UserError, match=r"prior\.noise=mixture, but these weights were trained with gidd"):
+    with pytest.raises(
+        UserError, match=r"prior\.noise=mixture, but these weights were trained with gidd"
+    ):
         make("gidd", layout, noise="mixture").load_state_dict(make("gidd", layout).state_dict())
     assert int(weights["meaning"]) == 0  # as of weights from before there was a choice of noise
     assert int(make("mixture", layout).state_dict()["meaning"]) == 1
@@ -714,7 +833,9 @@ def samplers(kind: str) -> list[str]:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("kind", ["absorbing", "uniform"])  # for a posterior, indifference is no good start
+@pytest.mark.parametrize(
+    "kind", ["absorbing", "uniform"]
+)  # for a posterior, indifference is no good start
 def test_untrained_likelihood_is_that_of_uniform_codes(kind, layout):
     codes = random_codes(layout, 200)
     likelihood = make(kind, layout, trained=False).nll(codes, torch.arange(200) % 4)
@@ -724,44 +845,76 @@ def test_untrained_likelihood_is_that_of_uniform_codes(kind, layout):
 @LAYOUTS
 @KINDS
 def test_likelihood_does_not_depend_on_the_batch(kind, layout):
-    prior, codes, labels = make(kind, layout), random_codes(layout, 6), torch.tensor([0, 1, 2, 0, 1, 3])
+    prior, codes, labels = (
+        make(kind, layout),
+        random_codes(layout, 6),
+        torch.tensor([0, 1, 2, 0, 1, 3]),
+    )
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     whole = prior.nll(codes, labels).nats
-    torch.testing.assert_close(prior.nll(codes[order], labels[order]).nats, whole[order], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(prior.nll(codes[2:3], labels[2:3]).nats, whole[2:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        prior.nll(codes[order], labels[order]).nats, whole[order], rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        prior.nll(codes[2:3], labels[2:3]).nats, whole[2:3], rtol=1e-4, atol=1e-4
+    )
 
 
 @LAYOUTS
 @KINDS
 def test_loss_draws_belong_to_samples(kind, layout):
-    prior, codes, labels = make(kind, layout, label_dropout=0.1), random_codes(layout, 8), torch.arange(8) % 3
+    prior, codes, labels = (
+        make(kind, layout, label_dropout=0.1),
+        random_codes(layout, 8),
+        torch.arange(8) % 3,
+    )
     uniform = torch.rand(8, layout.length + 2, generator=torch.Generator().manual_seed(3))
     whole = prior.loss(codes, labels, uniform).total
-    halves = [prior.loss(codes[part], labels[part], uniform[part]).total for part in (slice(4), slice(4, 8))]
+    halves = [
+        prior.loss(codes[part], labels[part], uniform[part]).total
+        for part in (slice(4), slice(4, 8))
+    ]
     torch.testing.assert_close(sum(halves) / 2, whole)
     for extreme in (0.0, 1 - 2**-24):  # no number of [0, 1) is a problem
         loss = prior.loss(codes, labels, torch.full_like(uniform, extreme)).total
         loss.backward()
-        assert loss.isfinite() and all(p.grad.isfinite().all() for p in prior.parameters() if p.grad is not None)
+        assert loss.isfinite() and all(
+            p.grad.isfinite().all() for p in prior.parameters() if p.grad is not None
+        )
     dropped = uniform.clone()
     dropped[:, 0] = 0  # below label_dropout: the label no longer matters
-    assert torch.equal(prior.loss(codes, labels, dropped).total, prior.loss(codes, labels * 0, dropped).total)
+    assert torch.equal(
+        prior.loss(codes, labels, dropped).total, prior.loss(codes, labels * 0, dropped).total
+    )
 
 
 @LAYOUTS
 @KINDS
 def test_a_sample_depends_on_its_own_id_label_and_known_codes_only(kind, layout):
     prior, codes = make(kind, layout), random_codes(layout, 7)
-    labels, ids, order = torch.tensor([0, 1, 2, 0, 1, 2, 3]), torch.arange(7), torch.tensor([6, 2, 0, 4, 1, 3, 5])
-    known = torch.where(torch.rand(codes.shape, generator=torch.Generator().manual_seed(2)) < 0.5, codes, -1)
+    labels, ids, order = (
+        torch.tensor([0, 1, 2, 0, 1, 2, 3]),
+        torch.arange(7),
+        torch.tensor([6, 2, 0, 4, 1, 3, 5]),
+    )
+    known = torch.where(
+        torch.rand(codes.shape, generator=torch.Generator().manual_seed(2)) < 0.5, codes, -1
+    )
     known[0], known[1] = codes[0], -1  # all known, none known
     for name in samplers(kind):
-        options = SampleOptions(guidance=2.0, guidance_schedule="linear", seed=5, sampler=name, top_p=0.95)
+        options = SampleOptions(
+            guidance=2.0, guidance_schedule="linear", seed=5, sampler=name, top_p=0.95
+        )
         whole = prior.sample(labels, options, ids, known)
         layout.check(whole)
         assert torch.equal(whole[known >= 0], codes[known >= 0])
-        assert torch.equal(prior.sample(labels[order], options, ids[order], known[order]), whole[order])
-        single = [prior.sample(labels[i : i + 1], options, ids[i : i + 1], known[i : i + 1]) for i in (2, 4)]
+        assert torch.equal(
+            prior.sample(labels[order], options, ids[order], known[order]), whole[order]
+        )
+        single = [
+            prior.sample(labels[i : i + 1], options, ids[i : i + 1], known[i : i + 1])
+            for i in (2, 4)
+        ]
         assert torch.equal(torch.cat(single), whole[[2, 4]])
         assert torch.equal(prior.sample(labels[1:2], options, ids[1:2]), whole[1:2])
         assert not torch.equal(prior.sample(labels, options, ids + 7, known), whole)
@@ -785,7 +938,9 @@ def test_priors_are_given_codes_of_other_levels(kind):
     layout, top = CodeLayout(((2, 4),), (5,)), CodeLayout(((1, 2),), (9,))
     prior = PRIORS[kind].build(layout, NUM_CLASSES, given=top)
     codes, labels, given = random_codes(layout, 4), torch.arange(4), random_codes(top, 4)
-    modulations = [block.modulation for block in prior.backbone.blocks if block.modulation is not None]
+    modulations = [
+        block.modulation for block in prior.backbone.blocks if block.modulation is not None
+    ]
     for layer in (*prior.backbone.heads, *modulations):
         nn.init.normal_(layer.weight, std=0.5)
     prior.loss(codes, labels, given=given).total.backward()

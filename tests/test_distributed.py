@@ -30,9 +30,24 @@ def two_ranks(tmp_path_factory) -> Path:
     """The folder of one torchrun of toy.py: a run in fp64, a run in fp32, facts of each rank."""
     folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[1]
     toy = str(Path(__file__).with_name("toy.py"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", toy, "ranks", str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, cwd=root, env=environment)
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        toy,
+        "ranks",
+        str(folder),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, *launch], capture_output=True, text=True, cwd=root, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -49,8 +64,12 @@ def test_two_ranks_train_as_one_does(two_ranks, tmp_path, dtype, tolerance):
     ours, theirs = leaves(one), leaves(two)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
-    for line, other in zip(log_lines(tmp_path / "run"), log_lines(two_ranks / str(dtype)), strict=True):
+        torch.testing.assert_close(
+            theirs[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for line, other in zip(
+        log_lines(tmp_path / "run"), log_lines(two_ranks / str(dtype)), strict=True
+    ):
         assert line.keys() == other.keys()
         assert line == pytest.approx(other, abs=max(tolerance, 1e-9))
 
@@ -72,7 +91,12 @@ def test_one_process_needs_no_group():
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
     distributed.barrier()
     tensor = torch.tensor([1.0, 2.0])
-    for same in (distributed.sum_, distributed.mean_, distributed.gather_rows, distributed.broadcast_):
+    for same in (
+        distributed.sum_,
+        distributed.mean_,
+        distributed.gather_rows,
+        distributed.broadcast_,
+    ):
         assert same(tensor) is tensor
     assert tensor.tolist() == [1.0, 2.0]
     assert distributed.gather_parts([tensor, tensor + 2]).tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -84,14 +108,20 @@ def machine(monkeypatch):
     """Sets the GPUs of each kind that torch finds, and gives the groups that are made, as (backend, device)."""
     groups = []
 
-    def set_up(cuda: int = 0, xpu: int = 0, mps: bool = False, has_fp64: bool = True, backends: bool = True) -> list:
+    def set_up(
+        cuda: int = 0, xpu: int = 0, mps: bool = False, has_fp64: bool = True, backends: bool = True
+    ) -> list:
         for module, count in ((torch.cuda, cuda), (torch.xpu, xpu)):
             current = [0]
             monkeypatch.setattr(module, "is_available", lambda count=count: count > 0)
             monkeypatch.setattr(module, "device_count", lambda count=count: count)
-            monkeypatch.setattr(module, "set_device", lambda index, current=current: current.__setitem__(0, index))
+            monkeypatch.setattr(
+                module, "set_device", lambda index, current=current: current.__setitem__(0, index)
+            )
             monkeypatch.setattr(module, "current_device", lambda current=current: current[0])
-        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: SimpleNamespace(has_fp64=has_fp64))
+        monkeypatch.setattr(
+            torch.xpu, "get_device_properties", lambda index: SimpleNamespace(has_fp64=has_fp64)
+        )
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(dist, "is_backend_available", lambda name: backends)
         monkeypatch.setattr(dist, "rendezvous", lambda url: iter([("store", 1, 2)]))
@@ -125,7 +155,9 @@ def machine(monkeypatch):
         ({}, ("gloo", None)),
     ],
 )
-def test_processes_compute_on_the_gpus_there_are_and_join_in_their_way(machine, capsys, there, group):
+def test_processes_compute_on_the_gpus_there_are_and_join_in_their_way(
+    machine, capsys, there, group
+):
     groups = machine(**there)
     distributed.start()
     assert groups == [group] and str(distributed.device()) == (group[1] or "cpu")
@@ -136,7 +168,9 @@ def test_processes_compute_on_the_gpus_there_are_and_join_in_their_way(machine, 
 
 def test_too_few_gpus_and_a_torch_without_their_group_are_one_line(machine):
     machine(xpu=1)
-    with pytest.raises(UserError, match="process 1 of this machine has no GPU, of which there are 1"):
+    with pytest.raises(
+        UserError, match="process 1 of this machine has no GPU, of which there are 1"
+    ):
         distributed.start()
     machine(xpu=2, backends=False)
     with pytest.raises(UserError, match="without xccl"):
@@ -148,14 +182,20 @@ def test_draws_belong_to_positions(shape):
     whole = distributed.draw((1, 2, 3), torch.arange(32), shape)
     assert whole.shape == (32, *shape) and whole.dtype == torch.float32
     assert 0 <= whole.min() and whole.max() < 1
-    for parts in (torch.arange(32).chunk(2), torch.arange(32).chunk(7), torch.randperm(32).split(5)):
+    for parts in (
+        torch.arange(32).chunk(2),
+        torch.arange(32).chunk(7),
+        torch.randperm(32).split(5),
+    ):
         for positions in parts:
             assert torch.equal(distributed.draw((1, 2, 3), positions, shape), whole[positions])
     assert not torch.equal(distributed.draw((1, 2, 4), torch.arange(32), shape), whole)
     assert distributed.draw((1,), torch.arange(0), shape).shape == (0, *shape)
     exact = distributed.draw((1, 2, 3), torch.arange(32), shape, torch.float64)
     assert exact.dtype == torch.float64 and 0 < exact.min() and exact.max() < 1
-    assert torch.equal(distributed.draw((1, 2, 3), torch.tensor([9, 4]), shape, torch.float64), exact[[9, 4]])
+    assert torch.equal(
+        distributed.draw((1, 2, 3), torch.tensor([9, 4]), shape, torch.float64), exact[[9, 4]]
+    )
 
 
 def test_mix_known_values():
@@ -166,10 +206,17 @@ def test_mix_known_values():
 
 
 def test_mix_spreads():
-    numbers = {distributed.mix(seed, step, rank) for seed in range(10) for step in range(100) for rank in range(4)}
+    numbers = {
+        distributed.mix(seed, step, rank)
+        for seed in range(10)
+        for step in range(100)
+        for rank in range(4)
+    }
     assert len(numbers) == 4000 and all(0 <= number < 2**63 for number in numbers)
     assert distributed.mix(1, 2) != distributed.mix(2, 1) != distributed.mix(2, 1, 0)
-    flips = [(distributed.mix(0, step) ^ distributed.mix(0, step + 1)).bit_count() for step in range(200)]
+    flips = [
+        (distributed.mix(0, step) ^ distributed.mix(0, step + 1)).bit_count() for step in range(200)
+    ]
     assert 28 < sum(flips) / len(flips) < 35  # half of 63 bits
 
 
@@ -196,7 +243,9 @@ def test_uniform_numbers_are_uniform_and_of_their_rows():
     assert drawn.shape == (256, 1001) and 0 < drawn.min() and drawn.max() < 1
     counts = drawn.flatten().mul(64).long().bincount(minlength=64)
     expected = drawn.numel() / 64
-    assert 25 < ((counts - expected).square() / expected).sum() < 115  # chi-squared with 63 degrees of freedom
+    assert (
+        25 < ((counts - expected).square() / expected).sum() < 115
+    )  # chi-squared with 63 degrees of freedom
     for across in (drawn, drawn.T[:256]):
         correlation = torch.corrcoef(across).fill_diagonal_(0) * across.shape[1] ** 0.5
         assert correlation.abs().max() < 6 and 0.95 < correlation.std() < 1.05
@@ -223,7 +272,12 @@ def test_dropout_belongs_to_samples(dropouts):
     for parts in (positions.chunk(4), positions.flip(0).split(5)):
         for part in parts:
             assert torch.equal(masks((1, 2), part), whole[part])
-    others = [masks((1, 3), positions), masks((2, 2), positions), masks((1, 2), positions, 1), whole.roll(1, 0)]
+    others = [
+        masks((1, 3), positions),
+        masks((2, 2), positions),
+        masks((1, 2), positions, 1),
+        whole.roll(1, 0),
+    ]
     for other in others:  # independent masks agree on 10 of 16 elements
         assert 0.58 < (other == whole).double().mean() < 0.67
     assert whole.unique().tolist() == [0.0, pytest.approx(4 / 3)]
@@ -263,7 +317,9 @@ def test_one_compiled_dropout_serves_all_layers_and_steps():
     """In one graph, compiled once, with the masks that it has uncompiled."""
     import torch._dynamo
 
-    layers = [torch.nn.Sequential(torch.nn.Linear(8, 8), distributed.Dropout(0.25)) for _ in range(3)]
+    layers = [
+        torch.nn.Sequential(torch.nn.Linear(8, 8), distributed.Dropout(0.25)) for _ in range(3)
+    ]
     network, rows = torch.nn.Sequential(*layers), torch.randn(4, 6, 8, requires_grad=True)
     distributed.number_streams(network)
     compiled = [torch.compile(layer, backend="aot_eager", fullgraph=True) for layer in layers]
@@ -308,7 +364,14 @@ def test_means_over_the_batch_do_not_depend_on_micro_batches(tmp_path, accumulat
         turn = Turn("clusters", module, module.loss, ToyRun().optimizer, after_step=module.update)
         config = ToyRun(loop=settings)
         run = Run.open(tmp_path / str(parts), config)
-        train(settings, run, [turn], feed(Rows(), 8, seed=5, accumulate=parts), seed=7, published=module)
+        train(
+            settings,
+            run,
+            [turn],
+            feed(Rows(), 8, seed=5, accumulate=parts),
+            seed=7,
+            published=module,
+        )
         assert module.steps == [list(range(8))] * 9
         found.append(module.weight.detach())
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
@@ -322,14 +385,24 @@ def test_no_rehearsal_where_nothing_is_asked(tmp_path):
     assert seen == [step for step in range(3) for _ in range(4)]
 
 
-TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+TORCHRUN = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29512",
+}
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         *((name, None) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")),
-        *((name, text) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") for text in ("abc", "-1", "")),
+        *(
+            (name, text)
+            for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+            for text in ("abc", "-1", "")
+        ),
         ("WORLD_SIZE", "0"),
         ("RANK", "2"),
         ("MASTER_PORT", "65536"),
@@ -340,5 +413,8 @@ def test_an_environment_that_torchrun_did_not_make_is_one_line(monkeypatch, name
     """Schedulers and images set WORLD_SIZE, too."""
     for key, text in {**TORCHRUN, name: value}.items():
         monkeypatch.delenv(key, raising=False) if text is None else monkeypatch.setenv(key, text)
-    with pytest.raises(UserError, match=rf"WORLD_SIZE=.* {name} is .*: start them with torchrun, or unset WORLD_SIZE"):
+    with pytest.raises(
+        UserError,
+        match=rf"WORLD_SIZE=.* {name} is .*: start them with torchrun, or unset WORLD_SIZE",
+    ):
         distributed.start()

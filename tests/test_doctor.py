@@ -35,17 +35,23 @@ def test_absent_weights_say_file_hash_folder_and_command(nowhere: Path) -> None:
         found = doctor.examine_weights(name)
         assert found.state == doctor.ABSENT
         assert all(each in found.text for each in (weights.file, weights.sha256[0], str(nowhere)))
-        assert str(weights.place) in found.text and ("curl -Lfo" in found.text or "hf download" in found.text)
+        assert str(weights.place) in found.text and (
+            "curl -Lfo" in found.text or "hf download" in found.text
+        )
 
 
-def test_weights_are_known_by_hash_alone(nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_known_by_hash_alone(
+    nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = tmp_path / "mine.pth"
     given.write_bytes(b"weights")
     own = hashlib.sha256(b"weights").hexdigest()
     found = doctor.examine_weights("inception", given)
     assert found.state == doctor.OK and own in found.text and "not the published file" in found.text
     known = doctor.Finding("lpips-alex", doctor.OK, f"{given}, SHA-256 {own}")
-    monkeypatch.setitem(WEIGHTS, "lpips-alex", dataclasses.replace(WEIGHTS["lpips-alex"], sha256=(own,)))
+    monkeypatch.setitem(
+        WEIGHTS, "lpips-alex", dataclasses.replace(WEIGHTS["lpips-alex"], sha256=(own,))
+    )
     assert doctor.examine_weights("lpips-alex", given) == known
     monkeypatch.setenv("TESSERA_LPIPS_ALEX", str(given))
     assert doctor.examine_weights("lpips-alex") == known
@@ -71,7 +77,10 @@ def test_extractors_are_found_by_name_and_hash(tmp_path: Path) -> None:
     weights = tmp_path / "good" / "extractor" / "weights" / "model.safetensors"
     (tmp_path / "torn" / "extractor" / "weights" / "model.safetensors").write_bytes(b"torn")
     good, torn = doctor.examine_extractors(tmp_path)
-    assert good.state == doctor.OK and hashlib.sha256(weights.read_bytes()).hexdigest()[:8] in good.text
+    assert (
+        good.state == doctor.OK
+        and hashlib.sha256(weights.read_bytes()).hexdigest()[:8] in good.text
+    )
     assert torn.state == doctor.BROKEN and str(tmp_path / "torn") in torn.text
 
 
@@ -101,7 +110,10 @@ def test_the_command_ends_well_without_weights_and_with_2_when_broken(
     monkeypatch.setattr(doctor, "examine_packages", lambda: iter([fine]))
     assert command("eval.doctor", "--runs", tmp_path) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in [*WEIGHTS, "gpu", "disk", "python", "torchvision"]) and "BROKEN" not in said
+    assert (
+        all(name in said for name in [*WEIGHTS, "gpu", "disk", "python", "torchvision"])
+        and "BROKEN" not in said
+    )
     assert command("eval.doctor", "--runs", tmp_path, "--clip", tmp_path / "nothing") == 2
     captured = capsys.readouterr()
     assert "BROKEN" in captured.out and captured.err.count("\n") == 1
@@ -111,10 +123,14 @@ def test_the_command_ends_well_without_weights_and_with_2_when_broken(
     assert "inception" not in capsys.readouterr().out, "what imports torch is left alone"
 
 
-def test_packages_are_compared_with_what_the_project_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_compared_with_what_the_project_requires(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     wanted = ["torch>=2", "pillow<1", "absent-package>=1", 'ruff>=0.14; extra == "dev"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
     found = [*doctor.examine_packages()]
     assert [each.state for each in found] == [doctor.BROKEN, doctor.BROKEN, doctor.OK]
-    assert "pillow" in found[0].text and "absent-package" in found[1].text and "torch" in found[2].text
+    assert (
+        "pillow" in found[0].text and "absent-package" in found[1].text and "torch" in found[2].text
+    )
     assert not any("ruff" in each.text for each in found)

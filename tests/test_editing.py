@@ -41,7 +41,9 @@ class Blocks(nn.Module):
 
     def encode(self, images):
         sides = [images.shape[-1] // grid[0] for grid in self.layout.grids]
-        levels = [reduce(images, "b c (h p) (w q) -> b h w", "mean", p=side, q=side) for side in sides]
+        levels = [
+            reduce(images, "b c (h p) (w q) -> b h w", "mean", p=side, q=side) for side in sides
+        ]
         return self.layout.join([((level + 1) / 2 * 15).round().long() for level in levels])
 
     def decode(self, codes, layout=None):
@@ -64,7 +66,9 @@ class Noise:
 
 
 def picture(seed=0):
-    return torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def request(num=5, classes=(0, 1), **options):
@@ -72,14 +76,24 @@ def request(num=5, classes=(0, 1), **options):
 
 
 def test_codes_are_unknown_where_their_patch_touches_the_hole():
-    hole = box(SIZE, 7, 8, 2, 1)  # one pixel wide, over the border between rows 1 and 2 of the 4x4 grid
+    hole = box(
+        SIZE, 7, 8, 2, 1
+    )  # one pixel wide, over the border between rows 1 and 2 of the 4x4 grid
     assert unknown_codes(hole, ONE).view(4, 4).nonzero().tolist() == [[1, 2], [2, 2]]
     grown = unknown_codes(hole, ONE, 1).view(4, 4)
     assert grown[:, 1:].all() and not grown[:, 0].any()
     coarse, fine = TWO.split(unknown_codes(hole, TWO)[None])
-    assert coarse[0].nonzero().tolist() == [[0, 1], [1, 1]] and torch.equal(fine[0].flatten(), unknown_codes(hole, ONE))
-    odd = CodeLayout(((3, 5),), (9,))  # patches of 16/3 x 16/5 pixels: those that share a pixel both see it
-    assert unknown_codes(box(SIZE, 5, 0, 1, 16), odd).view(3, 5)[:, 0].tolist() == [True, True, False]
+    assert coarse[0].nonzero().tolist() == [[0, 1], [1, 1]] and torch.equal(
+        fine[0].flatten(), unknown_codes(hole, ONE)
+    )
+    odd = CodeLayout(
+        ((3, 5),), (9,)
+    )  # patches of 16/3 x 16/5 pixels: those that share a pixel both see it
+    assert unknown_codes(box(SIZE, 5, 0, 1, 16), odd).view(3, 5)[:, 0].tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_tokens_without_a_place_can_only_be_varied():
@@ -90,14 +104,21 @@ def test_tokens_without_a_place_can_only_be_varied():
 
 
 def test_holes():
-    assert box(SIZE, 1, 2, 3, 4).nonzero().min(0).values.tolist() == [1, 2] and box(SIZE, 1, 2, 3, 4).sum() == 12
+    assert (
+        box(SIZE, 1, 2, 3, 4).nonzero().min(0).values.tolist() == [1, 2]
+        and box(SIZE, 1, 2, 3, 4).sum() == 12
+    )
     assert border(SIZE, 3).sum() == 256 - 100 and not border(SIZE, 3)[3:13, 3:13].any()
     image = picture()
     moved, hole = shifted(image, 5, -2)
     assert torch.equal(moved[:, 5:, :-2], image[:, :-5, 2:])
     assert hole[:5].all() and hole[:, -2:].all() and not hole[5:, :-2].any()
     assert torch.equal(shifted(image, 0, 0)[0], image) and not shifted(image, 0, 0)[1].any()
-    for wrong in (lambda: box(SIZE, 8, 8, 9, 1), lambda: box(SIZE, -1, 0, 1, 1), lambda: border(SIZE, 8)):
+    for wrong in (
+        lambda: box(SIZE, 8, 8, 9, 1),
+        lambda: box(SIZE, -1, 0, 1, 1),
+        lambda: border(SIZE, 8),
+    ):
         with pytest.raises(UserError, match="16x16"):
             wrong()
     with pytest.raises(UserError, match="out of the frame"):
@@ -111,7 +132,9 @@ def test_a_blank_hole_takes_the_nearest_colours():
     image, hole = picture(), box(SIZE, 0, 4, 16, 4)
     filled = blank(image, hole)
     assert torch.equal(filled[:, ~hole], image[:, ~hole])
-    assert torch.equal(filled[:, :, 4], image[:, :, 3]) and torch.equal(filled[:, :, 7], image[:, :, 8])
+    assert torch.equal(filled[:, :, 4], image[:, :, 3]) and torch.equal(
+        filled[:, :, 7], image[:, :, 8]
+    )
     assert torch.equal(blank(image, torch.ones_like(hole)), image)
 
 
@@ -130,15 +153,23 @@ def test_known_codes_and_pixels_stay_exactly(layout):
     decoded = ((blocks.decode(torch.from_numpy(made.codes)) + 1) * 127.5).round()
     assert (pixels[:, :, hole] == decoded[:, :, hole]).all()
     plain = edit_image(prior, blocks, image, Edit(hole, composite=False), request(), batch_size=3)
-    assert (plain.codes == made.codes).all() and (plain.images.transpose(0, 3, 1, 2) == decoded.numpy()).all()
+    assert (plain.codes == made.codes).all() and (
+        plain.images.transpose(0, 3, 1, 2) == decoded.numpy()
+    ).all()
 
 
 def test_what_was_in_the_hole_plays_no_part_unless_some_is_kept():
     hole, image = box(SIZE, 4, 4, 8, 8), picture()
     other = torch.where(hole, picture(1), image)
-    made = [edit_image(Noise(), Blocks(), each, Edit(hole, dilate=0), request()) for each in (image, other)]
+    made = [
+        edit_image(Noise(), Blocks(), each, Edit(hole, dilate=0), request())
+        for each in (image, other)
+    ]
     assert (made[0].images == made[1].images).all() and (made[0].codes == made[1].codes).all()
-    kept = [edit_image(Noise(), Blocks(), each, Edit(hole, (0.5,), 0), request()) for each in (image, other)]
+    kept = [
+        edit_image(Noise(), Blocks(), each, Edit(hole, (0.5,), 0), request())
+        for each in (image, other)
+    ]
     assert (kept[0].codes != kept[1].codes).any()
 
 
@@ -162,11 +193,16 @@ def test_variations_keep_codes_and_no_batch_changes_them():
     own = Blocks().encode(image[None].float() / 127.5 - 1).numpy()
     assert ((whole.codes == own).sum(1) >= 8).all() and (whole.codes != own).any(1).all()
     for batch_size in (1, 4):
-        assert (edit_image(Noise(), Blocks(), image, edit, request(9), batch_size).images == whole.images).all()
+        assert (
+            edit_image(Noise(), Blocks(), image, edit, request(9), batch_size).images
+            == whole.images
+        ).all()
 
 
 def test_a_raster_prior_says_which_holes_it_can_fill():
-    prior = AutoregressiveConfig(backbone=BackboneConfig(dim=16, depth=1, heads=2)).build(ONE, 3).eval()
+    prior = (
+        AutoregressiveConfig(backbone=BackboneConfig(dim=16, depth=1, heads=2)).build(ONE, 3).eval()
+    )
     image, blocks = picture(), Blocks()
     with pytest.raises(UserError, match="beginning"):
         edit_image(prior, blocks, image, Edit(box(SIZE, 0, 0, 8, 16)), request(2))
@@ -178,7 +214,9 @@ def digits_root(root, patch, kind="masked"):
     """A root with a Blocks tokenizer, its tokens of 16 px digits, and a prior of a few steps."""
     for place in ("tokenizer.encode.load", "tokenizer.load"):
         patch.setattr(place, lambda folder: Blocks(), raising=False)
-    write_weights(root / "tokenizer" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {})
+    write_weights(
+        root / "tokenizer" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {}
+    )
     data = DataConfig(source="digits", image_size=16)
     (root / "tokenizer" / "config.yaml").write_text(to_yaml(TokenizerRun(data=data)))
     encode_data(TokensRun(root=str(root), tokenizer=str(root / "tokenizer")))
@@ -207,13 +245,20 @@ def test_command_fills_a_box_of_a_data_set_image(root, tmp_path, capsys):
     assert command("generate.inpaint", root, *words, "--out", out) == 0
     arrays, made_from = edited(out)
     original = np.asarray(Image.open(out / "original.png"))
-    assert arrays["arr_0"].shape == (2, 16, 16, 3) and len(set(arrays["arr_1"])) == 1 and arrays["arr_1"][0] < 10
+    assert (
+        arrays["arr_0"].shape == (2, 16, 16, 3)
+        and len(set(arrays["arr_1"])) == 1
+        and arrays["arr_1"][0] < 10
+    )
     assert (arrays["arr_0"][:, :, :4] == original[:, :4]).all() and made_from["dilate"] == 0
     masked = np.asarray(Image.open(out / "masked.png"))
     assert ((masked != original).any(-1) == box(SIZE, 4, 4, 8, 6).numpy()).all()
     assert len(list(out.glob("00000?-?.png"))) == 2 and (out / "grid.png").is_file()
     capsys.readouterr()
-    assert command("generate.inpaint", root, *words, "--out", out) == 0 and "current" in capsys.readouterr().out
+    assert (
+        command("generate.inpaint", root, *words, "--out", out) == 0
+        and "current" in capsys.readouterr().out
+    )
     assert command("generate.inpaint", root, *words, "--seed", 1, "--out", out) == 0
     assert "look at" in capsys.readouterr().out
 
@@ -232,7 +277,9 @@ def test_command_takes_pictures_and_masks(root, tmp_path):
     arrays, _ = edited(out)
     assert arrays["arr_1"].tolist() == [10]  # of no class, as nobody said which
     original = np.asarray(Image.open(out / "original.png"))
-    assert (arrays["arr_0"][0, :8] == original[:8]).all() and (arrays["arr_0"][0, 8:] != original[8:]).any()
+    assert (arrays["arr_0"][0, :8] == original[:8]).all() and (
+        arrays["arr_0"][0, 8:] != original[8:]
+    ).any()
     assert abs(original.astype(int) - rearrange(picture(), "c h w -> h w c").numpy()).mean() < 40
 
 
@@ -242,11 +289,16 @@ def test_command_swaps_classes_and_extends(root, tmp_path):
     assert command("generate.inpaint", root, *words) == 0
     arrays, made_from = edited(out)
     assert arrays["arr_1"].tolist() == [2, 7, 2, 7] and made_from["keep"] == [0.3]
-    assert command("generate.inpaint", root, "train:0", "--shift=-6,0", "--num", 1, "--out", out) == 0
+    assert (
+        command("generate.inpaint", root, "train:0", "--shift=-6,0", "--num", 1, "--out", out) == 0
+    )
     shifted_up, _ = edited(out)
     original = np.asarray(Image.open(out / "original.png"))
     assert (shifted_up["arr_0"][0, :10] == original[:10]).all()
-    assert command("generate.inpaint", root, "train:0", "--border", 2, "--no-composite", "--out", out) == 0
+    assert (
+        command("generate.inpaint", root, "train:0", "--border", 2, "--no-composite", "--out", out)
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +306,10 @@ def test_command_swaps_classes_and_extends(root, tmp_path):
     [
         (["held_out:3"], "nothing says what to make anew"),
         (["held_out:99999", "--border", "2"], "numbered from 0"),
-        (["nosuch.png", "--border", "2"], "nosuch.png: cannot be read as an image (No such file or directory)"),
+        (
+            ["nosuch.png", "--border", "2"],
+            "nosuch.png: cannot be read as an image (No such file or directory)",
+        ),
         (["held_out:3", "--box", "1,2,3"], "--box"),
         (["held_out:3", "--box", "10,2,30,3"], "within the image of 16x16"),
         (["held_out:3", "--border", "2", "--sampler", "nosuch"], "sampler is 'nosuch'"),
@@ -270,4 +325,7 @@ def test_command_errors_are_one_line(root, words, hint, tmp_path, capsys):
 def test_other_folders_are_left_alone(root, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
     assert command("generate.inpaint", root, "train:0", "--border", 2, "--out", tmp_path) == 2
-    assert "choose another --out" in capsys.readouterr().err and (tmp_path / "thesis.txt").read_text() == "precious"
+    assert (
+        "choose another --out" in capsys.readouterr().err
+        and (tmp_path / "thesis.txt").read_text() == "precious"
+    )

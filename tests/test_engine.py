@@ -40,10 +40,16 @@ LONG = CodeLayout(((9, 11),), (6,))  # longer than a chunk
 
 def decoded(backbone, codes, labels, order=None, given=None, **how) -> list[torch.Tensor]:
     """Logits of each slot, (B, num_codes) of its level, when the slots before it hold `codes`."""
-    decoding, previous, logits = Decoding(backbone, labels, order=order, given=given, **how), None, []
+    decoding, previous, logits = (
+        Decoding(backbone, labels, order=order, given=given, **how),
+        None,
+        [],
+    )
     for slot in range(backbone.layout.length):
         logits.append(decoding.step(slot, previous))
-        previous = codes[:, slot] if order is None else codes.gather(1, order[:, slot : slot + 1])[:, 0]
+        previous = (
+            codes[:, slot] if order is None else codes.gather(1, order[:, slot : slot + 1])[:, 0]
+        )
     return logits
 
 
@@ -57,7 +63,9 @@ def assert_agreement(backbone, device="cpu", ordered=False, **how) -> None:
         full = per_position(backbone(codes, labels, order=order, given=known))
     turn = torch.arange(layout.length).expand(5, -1) if order is None else order
     for slot, logits in enumerate(decoded(backbone, codes, labels, order, known, **how)):
-        expected = torch.stack([full[position][row] for row, position in enumerate(turn[:, slot].tolist())])
+        expected = torch.stack(
+            [full[position][row] for row, position in enumerate(turn[:, slot].tolist())]
+        )
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert float(expected.std()) > 0.1
@@ -69,21 +77,29 @@ def assert_agreement(backbone, device="cpu", ordered=False, **how) -> None:
 @OPTIONS
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_decoding_equals_full_logits(static, positions, conditioning, ordered, given, layout):
-    backbone = make(layout, causal=True, given=given, positions=positions, conditioning=conditioning)
+    backbone = make(
+        layout, causal=True, given=given, positions=positions, conditioning=conditioning
+    )
     assert_agreement(backbone, ordered=ordered, static=static)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
-@pytest.mark.parametrize("settings", [{"heads": 1}, {"heads": 8}, {"dim": 30, "heads": 2, "positions": "learned"}])
+@pytest.mark.parametrize(
+    "settings", [{"heads": 1}, {"heads": 8}, {"dim": 30, "heads": 2, "positions": "learned"}]
+)
 def test_decoding_of_many_slots_and_heads_of_any_size(settings, static):
     assert LONG.length > CHUNK
     assert_agreement(make(LONG, causal=True, given=GIVEN, **settings), static=static)
 
 
 @OPTIONS
-def test_decoding_with_large_matrices_in_the_processors_own_layout(positions, conditioning, monkeypatch):
+def test_decoding_with_large_matrices_in_the_processors_own_layout(
+    positions, conditioning, monkeypatch
+):
     monkeypatch.setattr(packed, "LARGE", 0)
-    backbone = make(TWO_LEVELS, causal=True, given=GIVEN, positions=positions, conditioning=conditioning)
+    backbone = make(
+        TWO_LEVELS, causal=True, given=GIVEN, positions=positions, conditioning=conditioning
+    )
     matrices = packed.pack(backbone, LABELS, len(LABELS)).blocks[0]
     assert matrices.up.reordered == torch.backends.mkldnn.is_available()
     assert not packed.pack(backbone, LABELS, packed.FEW + 1).blocks[0].up.reordered
@@ -116,7 +132,9 @@ def test_samples_are_those_of_full_logits(ordered):
     decoding = backbone.decoding(labels, order=order if ordered else None)
 
     def stepwise(slot: int, codes: torch.Tensor) -> torch.Tensor:
-        return decoding.step(slot, codes.gather(1, order[:, slot - 1 : slot])[:, 0] if slot else None)
+        return decoding.step(
+            slot, codes.gather(1, order[:, slot - 1 : slot])[:, 0] if slot else None
+        )
 
     drawn = sample(whole)
     assert torch.equal(sample(stepwise), drawn) and len(drawn.unique(dim=0)) > 40
@@ -149,13 +167,18 @@ def test_guidance_is_one_batch(positions, conditioning):
     both = decoded(backbone, codes.repeat(2, 1), torch.cat([LABELS, unconditional]))
     apart = [decoded(backbone, codes, labels) for labels in (LABELS, unconditional)]
     for slot in range(ONE_LEVEL.length):
-        torch.testing.assert_close(both[slot], torch.cat([side[slot] for side in apart]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            both[slot], torch.cat([side[slot] for side in apart]), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_the_cache_stays_where_it_is_and_a_row_is_written_once(static):
     backbone, codes = make(ONE_LEVEL, causal=True, given=GIVEN), random_codes(ONE_LEVEL, 5)
-    decoding, previous = Decoding(backbone, LABELS, given=random_codes(GIVEN, 5), static=static), None
+    decoding, previous = (
+        Decoding(backbone, LABELS, given=random_codes(GIVEN, 5), static=static),
+        None,
+    )
     addresses = [part.data_ptr() for pair in decoding.cache for part in pair]
     for slot in range(ONE_LEVEL.length):
         before = [part.clone() for pair in decoding.cache for part in pair]
@@ -179,11 +202,17 @@ def test_slots_come_in_order():
 def test_weights_are_read_when_decoding_begins_and_are_left_as_they_were():
     backbone, codes = make(TWO_LEVELS, causal=True).train(), random_codes(TWO_LEVELS, 5)
     addresses = {weight.data_ptr() for weight in backbone.parameters()}
-    assert not addresses & {part.data_ptr() for part in Decoding(backbone, LABELS).weights.tensors()}
+    assert not addresses & {
+        part.data_ptr() for part in Decoding(backbone, LABELS).weights.tensors()
+    }
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
     first = decoded(backbone, codes, LABELS)
-    assert backbone.training and all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
-    assert all(torch.equal(a, b) for a, b in zip(first, decoded(backbone, codes, LABELS)))  # no dropout
+    assert backbone.training and all(
+        torch.equal(value, state[name]) for name, value in backbone.state_dict().items()
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, decoded(backbone, codes, LABELS))
+    )  # no dropout
     with torch.no_grad():
         backbone.blocks[0].attention.to_v.weight.mul_(2)
     assert not torch.allclose(first[0], decoded(backbone, codes, LABELS)[0])
@@ -196,7 +225,9 @@ def test_no_rows_give_no_rows():
 
 @OPTIONS
 def test_autocast_sets_the_precision(positions, conditioning):
-    backbone = make(TWO_LEVELS, causal=True, given=GIVEN, positions=positions, conditioning=conditioning)
+    backbone = make(
+        TWO_LEVELS, causal=True, given=GIVEN, positions=positions, conditioning=conditioning
+    )
     codes, known = random_codes(TWO_LEVELS, 5), random_codes(GIVEN, 5)
     exact = decoded(backbone, codes, LABELS, given=known)
     with torch.autocast("cpu", torch.bfloat16):
@@ -246,7 +277,9 @@ def captured(monkeypatch) -> list[Tape]:
 @ORDERED
 @KNOWN
 @OPTIONS
-def test_graphs_are_captured_once_and_serve_later_batches(captured, positions, conditioning, given, ordered):
+def test_graphs_are_captured_once_and_serve_later_batches(
+    captured, positions, conditioning, given, ordered
+):
     """Batches differ in labels, orders, given codes, and the last in the network's weights, too."""
     backbone = make(LONG, causal=True, given=given, positions=positions, conditioning=conditioning)
     for batch in range(3):
@@ -287,7 +320,12 @@ def test_two_shapes_stay_and_the_least_recently_used_goes(captured):
 
     def captures(batch: int) -> int:
         before = len(captured)
-        decoded(backbone, random_codes(ONE_LEVEL, batch), torch.zeros(batch, dtype=torch.int64), static=True)
+        decoded(
+            backbone,
+            random_codes(ONE_LEVEL, batch),
+            torch.zeros(batch, dtype=torch.int64),
+            static=True,
+        )
         return len(captured) - before
 
     assert engine.KEPT == 2
@@ -330,7 +368,10 @@ def test_a_capture_lets_other_threads_allocate(monkeypatch):
     cuda = mock.MagicMock(CUDAGraph=Graph, graph=graph)
     monkeypatch.setattr(torch, "cuda", cuda)
     replay = engine.capture(lambda: steps.append(1) or len(steps), "pool")
-    assert asked == [(Graph, {"pool": "pool", "capture_error_mode": "thread_local"})] and len(steps) == 2
+    assert (
+        asked == [(Graph, {"pool": "pool", "capture_error_mode": "thread_local"})]
+        and len(steps) == 2
+    )
     assert [replay(), replay()] == [2, 2] and asked[1:] == ["replay", "replay"] and len(steps) == 2
 
 
@@ -340,7 +381,9 @@ def test_a_capture_lets_other_threads_allocate(monkeypatch):
 @OPTIONS
 def test_replayed_graphs_equal_full_logits(positions, conditioning, ordered, given):
     for layout in (TWO_LEVELS, LONG):
-        backbone = make(layout, causal=True, given=given, positions=positions, conditioning=conditioning)
+        backbone = make(
+            layout, causal=True, given=given, positions=positions, conditioning=conditioning
+        )
         backbone.to("cuda")
         for _ in range(2):  # the second batch meets the graphs of the first
             assert_agreement(backbone, "cuda", ordered=ordered)

@@ -58,7 +58,11 @@ def of(module, *shape, precision="fp32", learns_before=True, samples=1):
     """The count of a module's mean, on inputs (samples, *shape)."""
 
     def loss(samples):
-        return module(torch.empty(samples, *shape, device="meta", requires_grad=learns_before)).float().mean()
+        return (
+            module(torch.empty(samples, *shape, device="meta", requires_grad=learns_before))
+            .float()
+            .mean()
+        )
 
     return trace(loss, samples, precision, module, {})
 
@@ -68,14 +72,18 @@ def test_products_and_convolutions_by_hand():
     product = 2 * 3 * 11 * 7 * 5
     found = of(linear, 11, 7, samples=3)
     assert (found.forward, found.backward) == ({"fp32": product}, {"fp32": 2 * product})
-    assert of(linear, 11, 7, samples=3, learns_before=False).backward == {"fp32": product}  # of the weight alone
+    assert of(linear, 11, 7, samples=3, learns_before=False).backward == {
+        "fp32": product
+    }  # of the weight alone
     assert of(linear, 11, 7, samples=3, precision="bf16").forward == {"bf16": product}
 
     convolution = meta(lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1))
     whole = 2 * 8 * 3 * 9 * 10 * 6
     found = of(convolution, 3, 20, 12)
     assert (found.forward, found.backward) == ({"tf32": whole}, {"tf32": 2 * whole})
-    frozen = meta(lambda: nn.Sequential(nn.Conv2d(3, 8, 1).requires_grad_(False), nn.Conv2d(8, 2, 1)))
+    frozen = meta(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1).requires_grad_(False), nn.Conv2d(8, 2, 1))
+    )
     first, second = 2 * 3 * 8 * 16, 2 * 8 * 2 * 16
     found = of(frozen, 3, 4, 4, learns_before=False)
     assert (found.forward["tf32"], found.backward["tf32"]) == (first + second, second)
@@ -98,7 +106,9 @@ def test_a_vision_transformer_by_hand(again):
 
 def test_counts_lie_on_a_line():
     quantizer = SimVQConfig(num_codes=64, code_dim=8).build().to("meta")
-    decoder = meta(lambda: ViTDecoderConfig(dim=16, depth=2, heads=2, mlp=32).build(8, 4, (4, 4), None))
+    decoder = meta(
+        lambda: ViTDecoderConfig(dim=16, depth=2, heads=2, mlp=32).build(8, 4, (4, 4), None)
+    )
 
     def loss(samples):
         output = quantizer(torch.empty(samples, 8, 4, 4, device="meta", requires_grad=True))
@@ -117,7 +127,9 @@ def test_counts_lie_on_a_line():
 
 def kept_by_autograd(module, inputs, precision):
     """Bytes that a forward pass on the CPU leaves for the backward pass, without parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]
+    }
     kept = {}
 
     def pack(tensor):
@@ -137,7 +149,9 @@ def kept_by_autograd(module, inputs, precision):
 def test_activations_are_what_autograd_keeps(precision):
     config = ViTDecoderConfig(dim=64, depth=4, heads=4)
     true = kept_by_autograd(config.build(16, 4, (8, 8), None), torch.randn(2, 16, 8, 8), precision)
-    found = of(meta(lambda: config.build(16, 4, (8, 8), None)), 16, 8, 8, precision=precision, samples=2)
+    found = of(
+        meta(lambda: config.build(16, 4, (8, 8), None)), 16, 8, 8, precision=precision, samples=2
+    )
     assert true <= sum(found.kept.values()) < 1.08 * true  # input and output live, too
     assert found.peak > sum(found.kept.values())
 
@@ -152,7 +166,9 @@ def tokenizer_run(tmp_path, **changes):
             quantizer=SimVQConfig(num_codes=64, code_dim=16),
             decoder=ConvDecoderConfig(channels=64, residual_channels=32),
         ),
-        "objective": ObjectiveConfig(adversarial=0.5, discriminator=PatchConfig(channels=16, layers=2)),
+        "objective": ObjectiveConfig(
+            adversarial=0.5, discriminator=PatchConfig(channels=16, layers=2)
+        ),
         "loop": LoopConfig(steps=2, batch_size=8, save_every=2, preview_every=2, precision="fp32"),
         "calibration_images": 128,
     }
@@ -169,7 +185,9 @@ def test_the_operations_are_those_of_a_real_step(tmp_path):
         return 2 * features[0] * features[1] * codebook[0]
 
     total = 0
-    for turn, other in zip(turns_of(config, objective), (objective.discriminator, objective.autoencoder)):
+    for turn, other in zip(
+        turns_of(config, objective), (objective.discriminator, objective.autoencoder)
+    ):
         turn.module.train().requires_grad_(True)
         other.requires_grad_(False)
         mapping = {torch.ops.tessera.nearest: search}
@@ -180,13 +198,19 @@ def test_the_operations_are_those_of_a_real_step(tmp_path):
     assert sum(estimate.flops(1, 1).values()) == total
 
 
-def attention_by_products(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+def attention_by_products(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_
+):
     """softmax(Q K^T / sqrt(d)) V of (..., N, d), with the two products written out."""
     scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = (
+            scores.masked_fill(~attn_mask, -torch.inf)
+            if attn_mask.dtype == torch.bool
+            else scores + attn_mask
+        )
     return scores.softmax(-1) @ value
 
 
@@ -197,7 +221,9 @@ def test_the_operations_of_a_prior_are_those_of_a_real_step(kind, monkeypatch):
 
     def loss(prior, samples, device):
         codes = torch.zeros(samples, layout.length, dtype=torch.int64, device=device)
-        return prior.loss(codes, codes[:, 0], torch.rand(samples, layout.length + 2, device=device)).total
+        return prior.loss(
+            codes, codes[:, 0], torch.rand(samples, layout.length + 2, device=device)
+        ).total
 
     # Whether a torch counts its attention kernel of the CPU, and with what is computed again in its backward pass,
     # differs between versions; products are counted alike by all.
@@ -220,11 +246,18 @@ def test_states_take_what_the_estimate_says(tmp_path):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         gradients.append(sum(p.grad.nbytes for p in turn.module.parameters()))
-        moments += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+        moments += sum(
+            value.nbytes
+            for state in optimizer.state.values()
+            for value in state.values()
+            if value.ndim
+        )
     tensors = [*objective.autoencoder.parameters(), *objective.autoencoder.buffers()]
     average = Ema(objective.autoencoder, 0.9).module
     assert memory["autoencoder"] == sum(tensor.nbytes for tensor in tensors)
-    assert memory["average"] == sum(tensor.nbytes for tensor in [*average.parameters(), *average.buffers()])
+    assert memory["average"] == sum(
+        tensor.nbytes for tensor in [*average.parameters(), *average.buffers()]
+    )
     assert (memory["gradients"], memory["moments"]) == (max(gradients), moments)
 
 
@@ -235,13 +268,27 @@ def test_files_have_the_sizes_that_the_estimate_says(tmp_path):
     folder = tmp_path / "tokenizer" / "checkpoints" / "step-00000002"
     saved = sum(path.stat().st_size for path in folder.iterdir())
     assert estimate.checkpoint == pytest.approx(saved, rel=0.02)
-    assert estimate.published == pytest.approx(weights_path(tmp_path / "tokenizer").stat().st_size, rel=0.02)
+    assert estimate.published == pytest.approx(
+        weights_path(tmp_path / "tokenizer").stat().st_size, rel=0.02
+    )
 
 
 def toy(**changes):
     """Ten operations a sample at each rate; 100 parameters that learn, 60 of them in blocks."""
-    one = [Counter(bf16=5, tf32=5, fp32=5), Counter(bf16=5, tf32=5, fp32=5), Counter(), 1000.0, False]
-    two = [Counter(bf16=10, tf32=10, fp32=10), Counter(bf16=10, tf32=10, fp32=10), Counter(), 1900.0, False]
+    one = [
+        Counter(bf16=5, tf32=5, fp32=5),
+        Counter(bf16=5, tf32=5, fp32=5),
+        Counter(),
+        1000.0,
+        False,
+    ]
+    two = [
+        Counter(bf16=10, tf32=10, fp32=10),
+        Counter(bf16=10, tf32=10, fp32=10),
+        Counter(),
+        1900.0,
+        False,
+    ]
     settings = {
         "loop": LoopConfig(steps=100, batch_size=96, accumulate=2),
         "precision": "bf16",
@@ -269,8 +316,9 @@ def test_memory_of_one_and_of_many():
         "activations": 5500, "fetched": 240,
     }  # fmt: skip
     assert estimate.samples(64) is None
-    assert "loop.batch_size=96 cannot be shared by 64 GPUs x loop.accumulate=2: 128 could" in "\n".join(
-        estimate.describe(None)
+    assert (
+        "loop.batch_size=96 cannot be shared by 64 GPUs x loop.accumulate=2: 128 could"
+        in "\n".join(estimate.describe(None))
     )
     assert estimate.fitting(1, sum(alone.values())) == 2
     assert estimate.fitting(1, sum(alone.values()) - 1) == 4
@@ -280,7 +328,13 @@ def test_memory_of_one_and_of_many():
 def test_time_of_turns_that_begin_late(monkeypatch):
     monkeypatch.setattr("training.estimate.UTILISATION", 0.5)
     move = toy().moves[0]
-    estimate = toy(moves=[move, dataclasses.replace(move, start_step=40), dataclasses.replace(move, end_step=10)])
+    estimate = toy(
+        moves=[
+            move,
+            dataclasses.replace(move, start_step=40),
+            dataclasses.replace(move, end_step=10),
+        ]
+    )
     accelerator = Accelerator("one", 10.0, 5.0, 1.0, 1.0)
     a_step = 96 * 10 * (1 / 10 + 1 / 5 + 1) / 0.5
     assert estimate.seconds(1, accelerator) == pytest.approx((100 + 60 + 10) * a_step)
@@ -299,9 +353,13 @@ def test_configurations_find_what_makes_their_inputs(monkeypatch):
     tokens = made_by(TokenizerRun, "runs/digits/tokenizer-stage1")
     assert tokens.name == "tokenizer-stage1" and tokens.root == "runs/digits"
     assert made_by(TokenizerRun, "runs/nowhere/tokenizer-stage1") is None
-    codes = priors_dry_run.codes_of(load(PriorRun, CONFIGS / "digits" / "prior.yaml", ["tokens=runs/digits/tokens"]))
+    codes = priors_dry_run.codes_of(
+        load(PriorRun, CONFIGS / "digits" / "prior.yaml", ["tokens=runs/digits/tokens"])
+    )
     assert (codes.layout, codes.num_classes) == (CodeLayout(((5, 5),), (256,)), 10)
-    unknown = priors_dry_run.codes_of(load(PriorRun, CONFIGS / "digits" / "prior.yaml", ["tokens=/nowhere"]))
+    unknown = priors_dry_run.codes_of(
+        load(PriorRun, CONFIGS / "digits" / "prior.yaml", ["tokens=/nowhere"])
+    )
     assert unknown.origin.startswith("assumed")
 
 
@@ -322,11 +380,17 @@ def test_a_prior_prints_its_configuration_and_writes_nothing(tmp_path, monkeypat
 
 
 def test_the_preset_of_300_million_has_them():
-    config = load(PriorRun, CONFIGS / "imagenet" / "prior-300M.yaml", ["tokens=/nowhere", "prior.backbone.depth=1"])
+    config = load(
+        PriorRun,
+        CONFIGS / "imagenet" / "prior-300M.yaml",
+        ["tokens=/nowhere", "prior.backbone.depth=1"],
+    )
     network = priors_dry_run.plan(config).estimate.networks["prior"]
     assert 3.0e8 < network.trainable + 19 * network.shared_trainable < 3.1e8
     again = with_activations_again(config.prior)
-    assert again.backbone.gradient_checkpointing and not config.prior.backbone.gradient_checkpointing
+    assert (
+        again.backbone.gradient_checkpointing and not config.prior.backbone.gradient_checkpointing
+    )
     assert network.bytes < GIB and distributed.world() == 1
 
 
@@ -358,7 +422,9 @@ def test_precisions_are_planned_as_training_decides_them(tmp_path, monkeypatch):
     words = ["tokens=/nowhere", "prior.backbone.depth=1", "prior.backbone.dim=16"]
 
     def planned() -> str:
-        prior = priors_dry_run.plan(load(PriorRun, CONFIGS / "digits" / "prior.yaml", words)).estimate
+        prior = priors_dry_run.plan(
+            load(PriorRun, CONFIGS / "digits" / "prior.yaml", words)
+        ).estimate
         tokens = tokenizer_dry_run.plan(convolutional(tmp_path, precision="auto"))
         assert prior.precision == tokens.networks.precision == planned_precision("auto")
         assert (prior.moves[0].cost.of_each.forward["bf16"] > 0) == (prior.precision == "bf16")
@@ -366,10 +432,19 @@ def test_precisions_are_planned_as_training_decides_them(tmp_path, monkeypatch):
 
     assert planned().startswith("bf16, as loop.precision=auto takes on GPUs that have it")
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert planned() == "fp32, for this machine's GPU only emulates bf16 (loop.precision=bf16 asks for it)"
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert (
+        planned()
+        == "fp32, for this machine's GPU only emulates bf16 (loop.precision=bf16 asks for it)"
+    )
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert [planned_precision(asked) for asked in ("auto", "bf16", "fp32")] == ["bf16", "bf16", "fp32"]
+    assert [planned_precision(asked) for asked in ("auto", "bf16", "fp32")] == [
+        "bf16",
+        "bf16",
+        "fp32",
+    ]
 
 
 @pytest.mark.slow

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from eval.codebook import CodebookUsage, code_statistics, measure_codes, neighbour_information, position_entropy
+from eval.codebook import (
+    CodebookUsage,
+    code_statistics,
+    measure_codes,
+    neighbour_information,
+    position_entropy,
+)
 from eval.interface import Batch
 from eval.record import Origin
 from tokenizer.interface import CodeLayout
@@ -62,7 +68,9 @@ def test_information_of_a_markov_chain(flips):
     assert renamed.plug_in == pytest.approx(horizontal.plug_in, abs=1e-12)
 
 
-@pytest.mark.parametrize(("grid", "missing"), [((6,), "vertical"), ((1, 6), "vertical"), ((6, 1), "horizontal")])
+@pytest.mark.parametrize(
+    ("grid", "missing"), [((6,), "vertical"), ((1, 6), "vertical"), ((6, 1), "horizontal")]
+)
 def test_a_line_of_codes_has_one_direction(grid, missing):
     statistics = code_statistics(uniform(4, (50, 6)), CodeLayout((grid,), (4,)))[0]
     assert getattr(statistics, missing) is None
@@ -75,7 +83,12 @@ def test_entropy_belongs_to_places():
     codes = np.stack([np.full(4096, 5), np.arange(4096) % 8, np.arange(4096) % 2 * 7], axis=1)
     assert position_entropy(codes, 8) == pytest.approx([0, 3, 1], abs=1e-3)
     few = uniform(64, (200, 20))
-    plug_in = np.array([math.log2(200) - (c[c > 0] * np.log2(c[c > 0])).sum() / 200 for c in map(np.bincount, few.T)])
+    plug_in = np.array(
+        [
+            math.log2(200) - (c[c > 0] * np.log2(c[c > 0])).sum() / 200
+            for c in map(np.bincount, few.T)
+        ]
+    )
     corrected = position_entropy(few, 64)
     assert (plug_in < corrected).all() and (corrected <= 6 + 1e-12).all()
     assert abs(corrected.mean() - 6) < abs(plug_in.mean() - 6) / 2
@@ -83,14 +96,23 @@ def test_entropy_belongs_to_places():
 
 def test_figures_of_levels_are_those_of_the_metric():
     layout = CodeLayout(((2, 3), (4, 3)), (5, 9))
-    codes = np.concatenate([uniform(5, (300, 6)), np.sort(uniform(9, (300, 12), 1), axis=1)], axis=1)
-    found = {measurement.name: measurement for measurement in measure_codes(codes.astype(np.uint16), layout, ORIGIN)}
+    codes = np.concatenate(
+        [uniform(5, (300, 6)), np.sort(uniform(9, (300, 12), 1), axis=1)], axis=1
+    )
+    found = {
+        measurement.name: measurement
+        for measurement in measure_codes(codes.astype(np.uint16), layout, ORIGIN)
+    }
     metric = CodebookUsage(layout, ORIGIN)
     metric.update(Batch(torch.empty(0), torch.arange(300), codes=torch.from_numpy(codes)))
     for name, measurement in metric.compute().items():
         if not name.startswith("rate"):
             assert found.pop(name) == measurement
-    names = ("code entropy per position", "information, horizontal neighbours", "information, vertical neighbours")
+    names = (
+        "code entropy per position",
+        "information, horizontal neighbours",
+        "information, vertical neighbours",
+    )
     assert set(found) == {f"{name}, level {level}" for name in names for level in (1, 2)}
     assert abs(found["information, horizontal neighbours, level 1"].value) < 0.1
     assert found["information, horizontal neighbours, level 2"].value > 0.5
@@ -98,7 +120,9 @@ def test_figures_of_levels_are_those_of_the_metric():
     assert details["pairs"] == 300 * 9 and details["plug_in"] > details["shuffled"] > 0
     statistics = code_statistics(codes, layout)
     assert [level.histogram.sum() for level in statistics] == [300 * 6, 300 * 12]
-    assert statistics[1].position_entropy.mean() == found["code entropy per position, level 2"].value
+    assert (
+        statistics[1].position_entropy.mean() == found["code entropy per position, level 2"].value
+    )
 
 
 def test_no_codes_are_refused():

@@ -71,10 +71,15 @@ def test_distance_of_two_normal_samples_is_the_analytic_bias() -> None:
 @pytest.mark.parametrize("ranks", [(6, 6), (3, 6), (2, 4), (0, 6)])
 def test_commuting_covariances(ranks: tuple[int, int]) -> None:
     basis = torch.linalg.qr(normal(6, 6, 3)).Q
-    spectra = [torch.arange(1.0, 7).double() ** power * (torch.arange(6) < rank) for power, rank in zip((1, 2), ranks)]
+    spectra = [
+        torch.arange(1.0, 7).double() ** power * (torch.arange(6) < rank)
+        for power, rank in zip((1, 2), ranks)
+    ]
     means = normal(2, 6, 4)
     a, b = (Gaussian(m, basis @ torch.diag(s) @ basis.T) for m, s in zip(means, spectra))
-    expected = (means[0] - means[1]).square().sum() + (spectra[0].sqrt() - spectra[1].sqrt()).square().sum()
+    expected = (means[0] - means[1]).square().sum() + (
+        spectra[0].sqrt() - spectra[1].sqrt()
+    ).square().sum()
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
 
 
@@ -91,10 +96,14 @@ def test_frechet_is_torch_fidelitys(n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0, 6.0])
-def test_eigenvalues_are_taken_only_where_they_are_as_good_as_singular_values(spread: float) -> None:
+def test_eigenvalues_are_taken_only_where_they_are_as_good_as_singular_values(
+    spread: float,
+) -> None:
     scales = torch.logspace(0, -spread, 40, dtype=torch.float64)
     a, b = normal(40, 40, 1) * scales, normal(40, 40, 2) * scales
-    found = root_trace(*(Gaussian(torch.zeros(40).double(), factor.T @ factor) for factor in (a, b)))
+    found = root_trace(
+        *(Gaussian(torch.zeros(40).double(), factor.T @ factor) for factor in (a, b))
+    )
     assert float(found) == pytest.approx(float(torch.linalg.svdvals(a @ b.T).sum()), rel=1e-10)
 
 
@@ -211,10 +220,16 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
 
 def test_reported_manifolds_have_the_published_neighbours() -> None:
     """3 for precision and recall (Kynkäänniemi et al.), 5 for density and coverage (Naeem et al.), by plain loops."""
-    real, samples, train = normal(60, 3, 15).numpy(), 0.7 * normal(50, 3, 16).numpy(), normal(70, 3, 17).numpy()
+    real, samples, train = (
+        normal(60, 3, 15).numpy(),
+        0.7 * normal(50, 3, 16).numpy(),
+        normal(70, 3, 17).numpy(),
+    )
 
     def radius(points: np.ndarray, k: int) -> np.ndarray:
-        return np.array([sorted(np.linalg.norm(points - point, axis=1))[k] for point in points])  # itself is the 0th
+        return np.array(
+            [sorted(np.linalg.norm(points - point, axis=1))[k] for point in points]
+        )  # itself is the 0th
 
     def expected(rows: np.ndarray) -> dict[str, float]:
         distances = np.array([[np.linalg.norm(row - other) for other in real] for row in rows])
@@ -226,9 +241,13 @@ def test_reported_manifolds_have_the_published_neighbours() -> None:
             "coverage": dense.any(0).mean(),
         }
 
-    sides = [types.SimpleNamespace(features=torch.from_numpy(rows)) for rows in (samples, real, train)]
+    sides = [
+        types.SimpleNamespace(features=torch.from_numpy(rows)) for rows in (samples, real, train)
+    ]
     seen = types.SimpleNamespace(samples=sides[0], held_out=sides[1], train=sides[2])
-    origins = generation.Origins(*(Origin(name, {}, {}) for name in ("samples", "held-out", "train")))
+    origins = generation.Origins(
+        *(Origin(name, {}, {}) for name in ("samples", "held-out", "train"))
+    )
     extractor = types.SimpleNamespace(name="few", sha256="0" * 64, standard=False, settings={})
     enough = types.SimpleNamespace(suffice=lambda *_: True)
     found = {each.name: each for each in generation._manifolds(extractor, seen, origins, enough)}
@@ -251,7 +270,9 @@ def test_jackknife_does_not_depend_on_the_order_of_classes(order):
         return centres[labels] + torch.randn(600, 4, generator=generator, dtype=torch.float64)
 
     reference = Gaussian.of_features(torch.cat([draw() for _ in range(20)]))
-    among_draws = torch.tensor([frechet_distance(Gaussian.of_features(draw()), reference) for _ in range(30)]).std()
+    among_draws = torch.tensor(
+        [frechet_distance(Gaussian.of_features(draw()), reference) for _ in range(30)]
+    ).std()
     shuffled = draw()[torch.randperm(600, generator=generator)]
     unordered = frechet_jackknife(shuffled, reference).deviation
     ordered = frechet_jackknife(draw(), reference).deviation

@@ -30,7 +30,9 @@ def test_psnr_of_a_constant_offset(offset: int) -> None:
     images = torch.full((2, 3, 8, 8), 20, dtype=torch.uint8)
     found = psnr(squared_error(images + offset, images))
     assert found.tolist() == pytest.approx([20 * math.log10(255 / offset)] * 2)
-    assert torch.equal(squared_error(images, images + offset), squared_error(images + offset, images))
+    assert torch.equal(
+        squared_error(images, images + offset), squared_error(images + offset, images)
+    )
 
 
 def test_ssim_known_answers() -> None:
@@ -54,7 +56,9 @@ def test_ssim_is_the_definition() -> None:
     values = []
     for a, b in zip(x[0].numpy() / 255, y[0].numpy() / 255):
         mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
-        variance_a, variance_b = ((weights * c**2).sum() - m**2 for c, m in ((a, mean_a), (b, mean_b)))
+        variance_a, variance_b = (
+            (weights * c**2).sum() - m**2 for c, m in ((a, mean_a), (b, mean_b))
+        )
         covariance = (weights * a * b).sum() - mean_a * mean_b
         top = (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
         values.append(top / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
@@ -72,7 +76,9 @@ def test_paired_measures_means_and_keeps_order() -> None:
     assert torch.equal(rows["error"], squared_error(images, originals))
     found = paired.compute()
     assert set(found) == {"PSNR", "PSNR, pooled", "SSIM"}
-    assert found["PSNR"].value == math.inf and found["PSNR"].interval is None  # four images are exact
+    assert (
+        found["PSNR"].value == math.inf and found["PSNR"].interval is None
+    )  # four images are exact
     assert found["PSNR, pooled"].value == pytest.approx(float(psnr(rows["error"].mean())))
     assert {measurement.n for measurement in found.values()} == {5}
 
@@ -87,12 +93,16 @@ def test_lpips_known_answers() -> None:
     from PIL import Image
 
     def read(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(Image.open(SQUEEZE / name).convert("RGB")).copy()).permute(2, 0, 1)[None]
+        return torch.from_numpy(
+            np.asarray(Image.open(SQUEEZE / name).convert("RGB")).copy()
+        ).permute(2, 0, 1)[None]
 
     lpips = LPIPS("squeeze", SQUEEZE / "squeeze.backbone.pth")
     assert lpips.name == "LPIPS-squeeze"
     reference = read("ex_ref.png")
-    found = [float(lpips(read(name), reference)) for name in ("ex_p0.png", "ex_p1.png", "ex_ref.png")]
+    found = [
+        float(lpips(read(name), reference)) for name in ("ex_p0.png", "ex_p1.png", "ex_ref.png")
+    ]
     assert found == pytest.approx([0.7110, 0.1479, 0], abs=5e-5)
 
 
@@ -117,12 +127,21 @@ def test_lpips_is_the_packages(net: str, tmp_path: Path, monkeypatch: pytest.Mon
     """Bit for bit, on a trunk in torchvision's format; the classifiers, which neither uses, are left unset."""
     import lpips as package
 
-    for name in ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "normal_", "trunc_normal_"):
+    for name in (
+        "kaiming_uniform_",
+        "kaiming_normal_",
+        "xavier_uniform_",
+        "normal_",
+        "trunc_normal_",
+    ):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
     theirs = package.LPIPS(net=net, pretrained=True, pnet_rand=True, verbose=False).eval()
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for name, parameter in theirs.net.named_parameters():  # slice2.3.weight is torchvision's features.3.weight
+    for (
+        name,
+        parameter,
+    ) in theirs.net.named_parameters():  # slice2.3.weight is torchvision's features.3.weight
         spread = (2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.1
         parameter.data = spread * torch.randn(parameter.shape, generator=generator)
         state["features." + name.partition(".")[2]] = parameter.data
@@ -134,7 +153,9 @@ def test_lpips_is_the_packages(net: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(ours(x, y).float(), expected) and expected.min() > 0
     assert ours(x, x).tolist() == [0, 0]
     ours.network.train()
-    assert torch.equal(ours(x, y).float(), expected)  # no dropout in the heads, whatever a parent asks
+    assert torch.equal(
+        ours(x, y).float(), expected
+    )  # no dropout in the heads, whatever a parent asks
 
 
 def test_usage_known_answers() -> None:
@@ -160,7 +181,9 @@ def test_codebook_levels_and_rate() -> None:
     layout = CodeLayout(grids=((1, 2), (2, 2)), num_codes=(4, 16))
     metric = CodebookUsage(layout, Origin("held-out", {}, {}))
     ids = torch.arange(8)
-    codes = torch.cat([(ids[:, None] * 2 + torch.arange(2)) % 4, torch.zeros(8, 4, dtype=torch.int64)], 1)
+    codes = torch.cat(
+        [(ids[:, None] * 2 + torch.arange(2)) % 4, torch.zeros(8, 4, dtype=torch.int64)], 1
+    )
     for part in codes.split(3):
         metric.update(Batch(torch.empty(0), torch.arange(len(part)), codes=part))
     assert [counts.tolist() for counts in metric.histograms()] == [[4] * 4, [32] + [0] * 15]

@@ -14,7 +14,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 from eval.cmmd import cmmd
-from eval.extractors import WEIGHTS, Extraction, FeatureRows, Inception, Tower, figure_name, find_inception
+from eval.extractors import (
+    WEIGHTS,
+    Extraction,
+    FeatureRows,
+    Inception,
+    Tower,
+    figure_name,
+    find_inception,
+)
 from eval.frechet import Gaussian, frechet_distance
 from eval.in_domain import Classifier
 from eval.inception_score import inception_score
@@ -34,7 +42,9 @@ def normal(n: int, dim: int, seed: int) -> torch.Tensor:
 
 
 def random_images(n: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 # Kernel distances
@@ -45,7 +55,9 @@ def test_kid_is_torch_fidelitys() -> None:
 
     a, b = normal(90, 32, 0), normal(70, 32, 1) + 0.2
     ours = kernel_distance(a, b, subsets=7, subset_size=40)
-    theirs = kid_features_to_metric(a, b, kid_subsets=7, kid_subset_size=40, rng_seed=2020, verbose=False)
+    theirs = kid_features_to_metric(
+        a, b, kid_subsets=7, kid_subset_size=40, rng_seed=2020, verbose=False
+    )
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     assert ours.deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
     with pytest.raises(ValueError, match="70"):
@@ -54,7 +66,9 @@ def test_kid_is_torch_fidelitys() -> None:
 
 def test_kid_is_unbiased() -> None:
     """At 10 rows a biased estimate would be far above 0 throughout."""
-    found = torch.stack([polynomial_mmd(normal(10, 4, 2 * i), normal(10, 4, 2 * i + 1)) for i in range(400)])
+    found = torch.stack(
+        [polynomial_mmd(normal(10, 4, 2 * i), normal(10, 4, 2 * i + 1)) for i in range(400)]
+    )
     assert abs(float(found.mean())) < 3 * float(found.std()) / 400**0.5
     assert float(found.min()) < 0
 
@@ -135,13 +149,22 @@ def test_all_figures_are_torch_fidelitys(inception: Inception, tmp_path: Path) -
     score = inception_score(ours.probabilities, 3)
     assert score.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     kernel = kernel_distance(ours.features, other.features, 10, 20)
-    assert kernel.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)  # theirs is in float32
+    assert kernel.mean == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-4
+    )  # theirs is in float32
     exact = kid_features_to_metric(
-        ours.features.double(), other.features.double(), kid_subsets=10, kid_subset_size=20, verbose=False
+        ours.features.double(),
+        other.features.double(),
+        kid_subsets=10,
+        kid_subset_size=20,
+        verbose=False,
     )
     assert kernel.mean == pytest.approx(exact["kernel_inception_distance_mean"], rel=1e-6)
     share = manifold(ours.features, other.features)
-    assert (np.float32(share.precision), np.float32(share.recall)) == (theirs["precision"], theirs["recall"])
+    assert (np.float32(share.precision), np.float32(share.recall)) == (
+        theirs["precision"],
+        theirs["recall"],
+    )
 
 
 def save_tower(kind: str, folder: Path) -> Path:
@@ -150,7 +173,9 @@ def save_tower(kind: str, folder: Path) -> Path:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
     if kind == "dinov2":
-        transformers.Dinov2Model(transformers.Dinov2Config(image_size=70, mlp_ratio=2, **shape)).save_pretrained(folder)
+        transformers.Dinov2Model(
+            transformers.Dinov2Config(image_size=70, mlp_ratio=2, **shape)
+        ).save_pretrained(folder)
     else:
         vision = {**shape, "image_size": 42, "intermediate_size": 32, "projection_dim": 8}
         text = {**shape, "intermediate_size": 16, "vocab_size": 8, "projection_dim": 8}
@@ -165,8 +190,13 @@ def test_towers_follow_their_conventions(kind: str, tmp_path: Path) -> None:
     size, dim = {"dinov2": (224, 16), "clip": (42, 8)}[kind]
     images = random_images(3, 50)
     found = tower(images)
-    assert found.features.shape == (3, dim) == (3, tower.dim) and found.probabilities.shape == (3, 0)
-    picture = Image.fromarray(images[1].permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
+    assert found.features.shape == (3, dim) == (3, tower.dim) and found.probabilities.shape == (
+        3,
+        0,
+    )
+    picture = Image.fromarray(images[1].permute(1, 2, 0).numpy()).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
     mean, std = (values.view(3, 1, 1) for values in (tower.mean, tower.std))
     with torch.no_grad():
@@ -189,7 +219,9 @@ def test_a_tower_of_another_model_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_missing_weights_say_all_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_say_all_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = WEIGHTS["inception"]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv(weights.variable, raising=False)
@@ -197,7 +229,13 @@ def test_missing_weights_say_all_that_is_needed(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError) as raised:
         find_inception(tmp_path / "absent.pth")
     said = str(raised.value)
-    for part in (weights.file, weights.sha256[0], str(tmp_path / "hub" / "checkpoints"), "curl -Lfo", "absent.pth"):
+    for part in (
+        weights.file,
+        weights.sha256[0],
+        str(tmp_path / "hub" / "checkpoints"),
+        "curl -Lfo",
+        "absent.pth",
+    ):
         assert part in said
     weights.place.parent.mkdir(parents=True)
     weights.place.write_bytes(b"cached")
@@ -262,7 +300,12 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
         if child == 0:
             code = 1
             try:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+                os.environ |= {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "WORLD_SIZE": "2",
+                    "RANK": str(rank),
+                }
                 distributed.start()
                 mine = share or torch.tensor([place for place in range(60) if place % 3 != 1])
                 (tmp_path / f"{rank}.json").write_text(json.dumps(measure(mine, batch_size)))
@@ -287,8 +330,12 @@ def world():
     patterns = torch.rand(8, 3, 4, 4, generator=generator)
 
     def draw(n: int, classes: int = 8) -> torch.Tensor:
-        coarse = patterns[torch.arange(n) % classes] + 0.1 * torch.randn(n, 3, 4, 4, generator=generator)
-        images = F.interpolate(coarse, size=16, mode="bicubic") + 0.02 * torch.randn(n, 3, 16, 16, generator=generator)
+        coarse = patterns[torch.arange(n) % classes] + 0.1 * torch.randn(
+            n, 3, 4, 4, generator=generator
+        )
+        images = F.interpolate(coarse, size=16, mode="bicubic") + 0.02 * torch.randn(
+            n, 3, 16, 16, generator=generator
+        )
         return (255 * images).clamp(0, 255).byte()
 
     torch.manual_seed(0)

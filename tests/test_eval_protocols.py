@@ -79,11 +79,15 @@ def test_the_resize_of_clean_fid_is_its_own(size: int) -> None:
     images = pictures(3, 40, 4)
 
     def channel(pixels: np.ndarray) -> np.ndarray:
-        picture = Image.fromarray(pixels.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(pixels.astype(np.float32)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
         return np.asarray(picture).reshape(size, size, 1)
 
     theirs = [np.concatenate([channel(part) for part in picture], 2) for picture in images.numpy()]
-    assert size == 40 or (min(map(np.min, theirs)) < -5 and max(map(np.max, theirs)) > 260)  # clipping shows
+    assert size == 40 or (
+        min(map(np.min, theirs)) < -5 and max(map(np.max, theirs)) > 260
+    )  # clipping shows
     theirs = torch.from_numpy(np.stack(theirs).clip(0, 255)).permute(0, 3, 1, 2)
     assert torch.equal(resize_bicubic_float(images, size), theirs)
 
@@ -92,10 +96,14 @@ def test_scores_are_those_of_their_sources() -> None:
     """torch-fidelity's by its own function; ADM's by its evaluator's formula: runs of 5,000, the last one short."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    logits = 3 * torch.randn(11_003, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = 3 * torch.randn(
+        11_003, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     logits[:, 0] += torch.arange(len(logits)) / 2000  # order matters
     p = logits.softmax(1)
-    assert score_shuffled(p) == pytest.approx(isc_features_to_metric(logits)["inception_score_mean"], rel=1e-12)
+    assert score_shuffled(p) == pytest.approx(
+        isc_features_to_metric(logits)["inception_score_mean"], rel=1e-12
+    )
     scores = []
     for start in (0, 5000, 10_000):
         part = p[start : start + 5000].numpy()
@@ -109,12 +117,16 @@ def test_order_matters_to_adms_score_alone() -> None:
     by_class = torch.eye(4).repeat_interleave(5000, 0) * 0.96 + 0.01
     assert score_in_order(by_class) == pytest.approx(1)
     assert score_shuffled(by_class) > 3
-    assert score_in_order(by_class[:3000]) == pytest.approx(inception_score(by_class[:3000], 1).mean)
+    assert score_in_order(by_class[:3000]) == pytest.approx(
+        inception_score(by_class[:3000], 1).mean
+    )
 
 
 def test_protocols_differ_where_they_say() -> None:
     real, made = pictures(40, 33, 1), pictures(30, 33, 2)
-    floats = to_float(made) + torch.rand(made.shape, generator=torch.Generator().manual_seed(3)) / 127.5
+    floats = (
+        to_float(made) + torch.rand(made.shape, generator=torch.Generator().manual_seed(3)) / 127.5
+    )
 
     def figures(images: torch.Tensor, extractor: Patches) -> dict:
         found = emulate(list(PROTOCOLS), extractor, lambda: images.split(7), lambda: real.split(9))
@@ -124,7 +136,9 @@ def test_protocols_differ_where_they_say() -> None:
     found = figures(made, extractor)
     # Every image once by bilinear and once by bicubic: uint8 has nothing left to quantise.
     assert extractor.seen == 2 * (30 + 40)
-    direct = frechet_distance(*(Gaussian.of_features(extractor(side).features) for side in (made, real)))
+    direct = frechet_distance(
+        *(Gaussian.of_features(extractor(side).features) for side in (made, real))
+    )
     assert found["torch-fidelity"].distance == pytest.approx(direct)
     assert found["adm"].distance == found["llamagen"].distance == found["torch-fidelity"].distance
     assert found["clean-fid"].distance != pytest.approx(direct, rel=1e-2)
@@ -133,8 +147,12 @@ def test_protocols_differ_where_they_say() -> None:
 
     from_floats = figures(floats, Patches())
     assert from_floats["adm"].distance != pytest.approx(from_floats["llamagen"].distance, rel=1e-6)
-    assert from_floats["llamagen"].distance == pytest.approx(from_floats["torch-fidelity"].distance, rel=1e-3)
-    large = F.interpolate(floats, size=66, mode="bilinear")  # LlamaGen brings it to the references' 33 px
+    assert from_floats["llamagen"].distance == pytest.approx(
+        from_floats["torch-fidelity"].distance, rel=1e-3
+    )
+    large = F.interpolate(
+        floats, size=66, mode="bilinear"
+    )  # LlamaGen brings it to the references' 33 px
     other = figures(large, Patches())
     assert other["llamagen"].distance != pytest.approx(other["torch-fidelity"].distance, rel=1e-3)
 

@@ -55,7 +55,9 @@ def save(path: Path, **arrays: object) -> Path:
 
 def test_statistics_come_back_as_they_were(tmp_path: Path) -> None:
     images = pixels(57)
-    source = save(tmp_path / "samples.npz", arr_0=images, arr_1=np.arange(57))  # as generate.sample writes
+    source = save(
+        tmp_path / "samples.npz", arr_0=images, arr_1=np.arange(57)
+    )  # as generate.sample writes
     found = write_reference(str(source), tmp_path / "stats.npz", Means(), batch_size=10)
     direct = Moments.of(features(images))
     torch.testing.assert_close(found.gaussian.mean, direct.mean, rtol=1e-12, atol=0)
@@ -68,7 +70,9 @@ def test_statistics_come_back_as_they_were(tmp_path: Path) -> None:
         assert stored["mu"].shape == (12,) and stored["sigma"].shape == (12, 12)
 
 
-def test_rows_are_kept_evenly_and_not_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_kept_evenly_and_not_beyond_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reference, "KEPT_ROWS", 20)
     images = pixels(57)
     source = save(tmp_path / "samples.npz", arr_0=images)
@@ -80,7 +84,9 @@ def test_rows_are_kept_evenly_and_not_beyond_the_limit(tmp_path: Path, monkeypat
 
 
 def test_a_source_is_measured_at_the_size_that_was_asked(tmp_path: Path) -> None:
-    found = write_reference("digits", tmp_path / "digits.npz", Means(), split="held_out", image_size=8, num=40)
+    found = write_reference(
+        "digits", tmp_path / "digits.npz", Means(), split="held_out", image_size=8, num=40
+    )
     assert found.settings["reference_n"] == 40 and found.features.shape == (40, 12)
     with pytest.raises(UserError, match="--image-size"):
         write_reference("digits", tmp_path / "digits.npz", Means())
@@ -120,12 +126,19 @@ def test_images_of_another_size_are_refused_and_not_measured(tmp_path: Path) -> 
     for path, size in ((small, 8), (large, 16)):
         write_reference("digits", path, Means(), image_size=size, num=40)
     bare = save(tmp_path / "images.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
-    adm = save(tmp_path / "adm.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8), mu=np.zeros(12), sigma=np.eye(12))
+    adm = save(
+        tmp_path / "adm.npz",
+        arr_0=np.zeros((4, 16, 16, 3), np.uint8),
+        mu=np.zeros(12),
+        sigma=np.eye(12),
+    )
     unknown = save(tmp_path / "unknown.npz", mu=np.zeros(12), sigma=np.eye(12))
     assert read_reference(small, Means(), image_size=8).settings["reference_size"] == 8
     assert read_reference(unknown, STANDARD, image_size=8).settings["reference_size"] is None
     for path, extractor in ((large, Means()), (bare, Means()), (adm, STANDARD), (adm, Means())):
-        with pytest.raises(UserError, match=rf"{path.name}: .* are of 16 px, and 8 px are needed.*--image-size"):
+        with pytest.raises(
+            UserError, match=rf"{path.name}: .* are of 16 px, and 8 px are needed.*--image-size"
+        ):
             read_reference(path, extractor, image_size=8)
     with pytest.raises(UserError, match="16 px, and 8 px are needed"):
         write_reference(str(bare), tmp_path / "out.npz", Means(), image_size=8)
@@ -134,7 +147,13 @@ def test_images_of_another_size_are_refused_and_not_measured(tmp_path: Path) -> 
 
 def test_an_about_that_is_not_ours_is_refused_in_a_line(tmp_path: Path) -> None:
     good = {"mu": np.zeros(12), "sigma": np.eye(12)}
-    for about in ("[]", "3", "{}", '{"extractor": 3, "data": {}}', '{"extractor": {"extractor": "a"}, "data": []}'):
+    for about in (
+        "[]",
+        "3",
+        "{}",
+        '{"extractor": 3, "data": {}}',
+        '{"extractor": {"extractor": "a"}, "data": []}',
+    ):
         path = save(tmp_path / "about.npz", **good, about=np.array(about))
         with pytest.raises(UserError, match=r"about\.npz"):
             read_reference(path, Means())

@@ -80,10 +80,15 @@ def test_an_extractor_knows_its_rows_whatever_the_batch(tmp_path: Path) -> None:
     train_extractor(tiny_extractor("rotation"), tmp_path)
     extractor = InDomain(tmp_path)
     assert extractor.num_classes == 4
-    assert extractor.sha256 == hashlib.sha256((tmp_path / "weights/model.safetensors").read_bytes()).hexdigest()
+    assert (
+        extractor.sha256
+        == hashlib.sha256((tmp_path / "weights/model.safetensors").read_bytes()).hexdigest()
+    )
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     whole, parts = extractor(images), [extractor(part) for part in images.split(1)]
-    torch.testing.assert_close(whole.features, torch.cat([part.features for part in parts]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        whole.features, torch.cat([part.features for part in parts]), rtol=0, atol=1e-4
+    )
     torch.testing.assert_close(whole.probabilities.sum(1), torch.ones(6))
 
 
@@ -100,8 +105,14 @@ def measurement(**changes: object) -> Measurement:
 
 
 def test_settings_hash_depends_on_settings_and_not_on_values() -> None:
-    assert measurement().settings_hash == measurement(value=3.0, subject={"a": 1}, details={"b": 2}).settings_hash
-    assert measurement(settings={"a": 1, "b": 2}).settings_hash == measurement(settings={"b": 2, "a": 1}).settings_hash
+    assert (
+        measurement().settings_hash
+        == measurement(value=3.0, subject={"a": 1}, details={"b": 2}).settings_hash
+    )
+    assert (
+        measurement(settings={"a": 1, "b": 2}).settings_hash
+        == measurement(settings={"b": 2, "a": 1}).settings_hash
+    )
     changed = [measurement(n=8), measurement(split="train"), measurement(settings={"a": 1})]
     assert len({each.settings_hash for each in [measurement(), *changed]}) == 4
 
@@ -110,9 +121,15 @@ def test_records_are_kept_until_their_settings_change(tmp_path: Path) -> None:
     figures = [measurement(value=float("inf")), measurement(name="SSIM", interval=(0.1, 0.2))]
     record = Record("reconstruction", {"tokenizer": "a"}, figures, {"x": np.arange(3)}, ["a note"])
     record.save(tmp_path)
-    json.loads((tmp_path / "reconstruction.json").read_text(), parse_constant=pytest.fail)  # strict JSON
+    json.loads(
+        (tmp_path / "reconstruction.json").read_text(), parse_constant=pytest.fail
+    )  # strict JSON
     loaded = Record.load(tmp_path, "reconstruction", {"tokenizer": "a"})
-    assert loaded.measurements == figures and loaded.notes == record.notes and loaded.hash == record.hash
+    assert (
+        loaded.measurements == figures
+        and loaded.notes == record.notes
+        and loaded.hash == record.hash
+    )
     assert np.array_equal(loaded.arrays["x"], np.arange(3))
     assert Record.load(tmp_path, "reconstruction", {"tokenizer": "b"}) is None
     (tmp_path / "reconstruction.npz").write_bytes(b"PK torn")
@@ -131,18 +148,33 @@ def test_the_interval_of_a_share_is_wilsons_and_stays_within_all() -> None:
 
 
 def test_numbers_for_people() -> None:
-    shown = [number(value) for value in (0.0, 1.0, 0.98765, 12345.6, 0.0012345, 1e-9, 1e9, float("inf"))]
+    shown = [
+        number(value) for value in (0.0, 1.0, 0.98765, 12345.6, 0.0012345, 1e-9, 1e9, float("inf"))
+    ]
     assert shown == ["0", "1.000", "0.9877", "12,346", "0.001234", "1e-09", "1e+09", "∞"]
-    assert text_table([measurement()]).splitlines()[1].split() == ["PSNR", "25.00", "dB", "9", "held-out"]
+    assert text_table([measurement()]).splitlines()[1].split() == [
+        "PSNR",
+        "25.00",
+        "dB",
+        "9",
+        "held-out",
+    ]
 
 
 def synthetic_records() -> list[Record]:
     pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    arrays = {f"{which}_{side}": pictures for which in ("shown", "best", "worst") for side in ("originals", "images")}
+    arrays = {
+        f"{which}_{side}": pictures
+        for which in ("shown", "best", "worst")
+        for side in ("originals", "images")
+    }
     arrays |= {"best_psnr": np.arange(6.0), "worst_psnr": np.arange(6.0)}
     hostile = "<script>alert(1)</script>"
     settings = {"extractor": hostile, "extractor_sha256": "ab" * 32}
-    figures = [measurement(), measurement(name=f"rFD[{hostile}]", settings=settings, interval=(1.0, 2.0))]
+    figures = [
+        measurement(),
+        measurement(name=f"rFD[{hostile}]", settings=settings, interval=(1.0, 2.0)),
+    ]
     generated = {"samples": pictures, "sample_labels": np.array([0, 0, 1, 1, 1, 2])}
     generated |= {"agreement_right": np.array([2, 1]), "agreement_total": np.array([2, 3])}
     generated |= {"nearest_samples": pictures, "nearest_train": np.stack([pictures] * 3)}
@@ -150,13 +182,23 @@ def synthetic_records() -> list[Record]:
     codes = {"histogram_0": np.arange(32), "position_entropy_0": np.arange(6.0).reshape(2, 3)}
     rates = [
         measurement(name=name, value=value, unit=unit, settings={"rate": hostile})
-        for name, value, unit in (("rate, fixed", 80.0, "bits/image"), ("rate per pixel, fixed", 1.25, "bits/pixel"))
+        for name, value, unit in (
+            ("rate, fixed", 80.0, "bits/image"),
+            ("rate per pixel, fixed", 1.25, "bits/pixel"),
+        )
     ]
     return [
         Record("reconstruction", {"a": 1}, figures, arrays, ["Not FID, not IS: in-domain."], {}),
         Record("codebook", {"c": 3}, [figures[0]], codes, [], {}),
         Record("rate", {"d": 4}, rates, {}, [], {}),
-        Record("generation", {"b": 2}, [measurement(name="class agreement"), figures[1]], generated, [], {}),
+        Record(
+            "generation",
+            {"b": 2},
+            [measurement(name="class agreement"), figures[1]],
+            generated,
+            [],
+            {},
+        ),
     ]
 
 
@@ -170,7 +212,10 @@ def test_report_is_self_contained_and_a_no_op_when_current(tmp_path: Path) -> No
     names = ["<b>zero</b>", "one"]
     assert write_report(tmp_path, "toy", synthetic_records(), stages, names)
     page = (tmp_path / "report.html").read_text()
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)|https?://|url\(|@import|<script>alert|<b>zero""", page)
+    assert not re.search(
+        r"""(?:src|href)\s*=\s*["'](?!data:|#)|https?://|url\(|@import|<script>alert|<b>zero""",
+        page,
+    )
     assert page.count("<svg") == 5 and page.count("data:image/png;base64,") == 5
     assert "Not FID, not IS: in-domain." in page
     markdown = (tmp_path / "report.md").read_text()
@@ -198,7 +243,10 @@ def test_a_page_runs_its_own_script_alone_and_reads_without_it(tmp_path: Path) -
     assert targets and all(page.count(f'id="{target}"') == 1 for target in targets)
     static = page.replace(script, "")
     assert "<button" not in static and "<canvas" not in static and "hidden" not in static
-    assert all(f"<h2>{title}</h2>" in static for title in ("Rate", "Codebook", "Nearest training images", "Samples"))
+    assert all(
+        f"<h2>{title}</h2>" in static
+        for title in ("Rate", "Codebook", "Nearest training images", "Samples")
+    )
 
 
 def test_every_figure_stands_once_with_its_settings(tmp_path: Path) -> None:
@@ -241,12 +289,20 @@ def test_the_command_from_tokens_to_report(
     assert not {"FID", "rFID", "IS"} & set(figures)
     mark = next(name for name in figures if name.startswith("rFD"))[3:]
     expected = ["PSNR", "SSIM", "codebook usage", "perplexity", "rate, fixed", "class agreement"]
-    expected += [f"FD{mark} to held-out", f"FD{mark} to train", f"FD{mark} of real images", f"IS{mark}"]
+    expected += [
+        f"FD{mark} to held-out",
+        f"FD{mark} to train",
+        f"FD{mark} of real images",
+        f"IS{mark}",
+    ]
     expected += [f"{figure}{mark}" for figure in ("precision", "recall", "density", "coverage")]
     expected += [f"FD∞{mark} to train", f"KD{mark} to held-out", f"KD{mark} of real images"]
     expected += [f"nearer to train than held-out images{mark}", "code entropy per position"]
     assert set(expected) <= set(figures)
-    assert figures["PSNR"]["n"] == figures[f"rFD{mark}"]["n"] > 300 and figures["class agreement"]["n"] == 120
+    assert (
+        figures["PSNR"]["n"] == figures[f"rFD{mark}"]["n"] > 300
+        and figures["class agreement"]["n"] == 120
+    )
     assert figures["rate, fixed"]["value"] == 64
     assert figures[f"FD{mark} of real images"]["value"] < figures[f"FD{mark} to train"]["value"]
     made = (root / "report" / "report.html").read_bytes()
@@ -254,7 +310,9 @@ def test_the_command_from_tokens_to_report(
     assert "up to date" in capsys.readouterr().out
     assert (root / "report" / "report.html").read_bytes() == made
     record = json.loads((root / "report" / "generation.json").read_text())
-    (root / "samples" / "samples.json").write_text(json.dumps({"made_from": {"tokenizer_sha256": "f" * 64}}))
+    (root / "samples" / "samples.json").write_text(
+        json.dumps({"made_from": {"tokenizer_sha256": "f" * 64}})
+    )
     with pytest.raises(UserError, match="sample again"):
         evaluate(monkeypatch, "generation", root)
     (root / "samples" / "samples.json").unlink()
@@ -280,8 +338,12 @@ def test_a_judge_that_fails_on_real_images_is_called_out(accuracy):
     from eval.record import Origin
 
     labels = torch.tensor([0, 1] * 5)
-    seen = Extraction(torch.zeros(10, 2), torch.eye(2)[labels if accuracy == 1 else torch.zeros_like(labels)])
-    judge = SimpleNamespace(task="classes", name="cnn", num_classes=2, settings={"extractor": "cnn"})
+    seen = Extraction(
+        torch.zeros(10, 2), torch.eye(2)[labels if accuracy == 1 else torch.zeros_like(labels)]
+    )
+    judge = SimpleNamespace(
+        task="classes", name="cnn", num_classes=2, settings={"extractor": "cnn"}
+    )
     pipeline = SimpleNamespace(
         in_domain=judge,
         held_out=SimpleNamespace(labels=labels),
@@ -297,7 +359,9 @@ def test_a_judge_that_fails_on_real_images_is_called_out(accuracy):
         origins,
     )
     assert found.measurements[0].value == 100 * accuracy
-    assert bool(found.notes) == (accuracy < 0.8) and all("50 % of real" in note for note in found.notes)
+    assert bool(found.notes) == (accuracy < 0.8) and all(
+        "50 % of real" in note for note in found.notes
+    )
 
 
 def test_pages_do_not_replace_what_no_command_wrote(tmp_path: Path) -> None:
@@ -306,13 +370,19 @@ def test_pages_do_not_replace_what_no_command_wrote(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     write_report(tmp_path, "toy", synthetic_records(), [], ["zero", "one"])
     write_report(tmp_path, "another title", synthetic_records(), [], ["zero", "one"])
-    assert all((tmp_path / name).read_text() == "mine" for name in ("thesis.tex", "images/holiday.png"))
+    assert all(
+        (tmp_path / name).read_text() == "mine" for name in ("thesis.tex", "images/holiday.png")
+    )
     for name in ("report.md", "images/samples.png"):
         folder = tmp_path / name.partition(".")[0]
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("mine")
         with pytest.raises(UserError, match=f"{name}: no command here wrote it.*move it away"):
             write_report(folder, "toy", synthetic_records(), [], ["zero", "one"])
-        assert [path.read_text() for path in folder.rglob("*.*") if path.is_file() and path.name != ".lock"] == ["mine"]
+        assert [
+            path.read_text()
+            for path in folder.rglob("*.*")
+            if path.is_file() and path.name != ".lock"
+        ] == ["mine"]
     (tmp_path / ".lock").unlink()  # of a report of before there were lists
     assert write_report(tmp_path, "a third", synthetic_records(), [], ["zero", "one"])

@@ -62,7 +62,9 @@ def small_shards(monkeypatch):
 
 
 def data(root, **changes):
-    return DataConfig(source=str(root / "images"), image_size=SIZE, **{"augment": "flip_shift", **changes})
+    return DataConfig(
+        source=str(root / "images"), image_size=SIZE, **{"augment": "flip_shift", **changes}
+    )
 
 
 def run_config(root, out, /, steps=2, **changes):
@@ -87,7 +89,9 @@ def stored(root, out, *, encoder=None, source=None, augment="flip_shift", seed=0
     options = {"views": VIEWS, "dtype": "float32", **options}
     encoder = encoder or FoundationConfig(name=str(root / "encoder")).build(SIZE)
     images = open_split(source or data(root, augment=augment), "train", augment=True, seed=seed)
-    return StoredFeatures(images, encoder, FeaturesConfig(**options), augment=augment, seed=seed, root=out), encoder
+    return StoredFeatures(
+        images, encoder, FeaturesConfig(**options), augment=augment, seed=seed, root=out
+    ), encoder
 
 
 def files(store):
@@ -99,7 +103,11 @@ def figures(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = {line["step"]: {} for line in lines}
     for line in lines:
-        parts = {name: value for name, value in line.items() if name.startswith(("autoencoder.", "held_out."))}
+        parts = {
+            name: value
+            for name, value in line.items()
+            if name.startswith(("autoencoder.", "held_out."))
+        }
         steps[line["step"]] |= parts
     return steps
 
@@ -120,10 +128,16 @@ def test_features_belong_to_the_images_beside_them(root, tmp_path, dtype):
         batch = store.gather(asked)
         with torch.no_grad():
             expected = encoder(batch["images"])
-        assert batch["features"].shape == expected.shape and batch["features"].dtype == getattr(torch, dtype)
+        assert batch["features"].shape == expected.shape and batch["features"].dtype == getattr(
+            torch, dtype
+        )
         tolerance = 1e-6 if dtype == "float32" else 1e-3
-        torch.testing.assert_close(batch["features"].float(), expected, atol=tolerance, rtol=tolerance)
-        for name, value in store.images.gather([(epoch % VIEWS, index) for epoch, index in asked]).items():
+        torch.testing.assert_close(
+            batch["features"].float(), expected, atol=tolerance, rtol=tolerance
+        )
+        for name, value in store.images.gather(
+            [(epoch % VIEWS, index) for epoch, index in asked]
+        ).items():
             assert torch.equal(batch[name], value), name
     assert not torch.equal(store.gather(keys(0))["features"], store.gather(keys(1))["features"])
 
@@ -131,10 +145,15 @@ def test_features_belong_to_the_images_beside_them(root, tmp_path, dtype):
 def test_processes_that_read_images_change_nothing(root, tmp_path):
     alone, encoder = stored(root, tmp_path / "alone")
     alone.make(encoder)
-    for source, readers in ((data(root), 0), (data(root, memory_mib=0), 2)):  # pixels in memory need none
+    for source, readers in (
+        (data(root), 0),
+        (data(root, memory_mib=0), 2),
+    ):  # pixels in memory need none
         store, encoder = stored(root, tmp_path / f"{readers}", source=source)
         met = []
-        hook = encoder.register_forward_pre_hook(lambda *_, met=met: met.append(len(multiprocessing.active_children())))
+        hook = encoder.register_forward_pre_hook(
+            lambda *_, met=met: met.append(len(multiprocessing.active_children()))
+        )
         store.make(encoder, workers=2)
         hook.remove()
         assert max(met) == readers and not multiprocessing.active_children()
@@ -144,7 +163,9 @@ def test_processes_that_read_images_change_nothing(root, tmp_path):
 def test_numpy_reads_the_files(root, tmp_path):
     store, encoder = stored(root, tmp_path, dtype="float16")
     store.make(encoder)
-    rows = np.concatenate([np.load(path, mmap_mode="r") for path in sorted(store.folder.glob("*.npy"))])
+    rows = np.concatenate(
+        [np.load(path, mmap_mode="r") for path in sorted(store.folder.glob("*.npy"))]
+    )
     assert rows.shape == (COUNT, VIEWS, 4, 4, 16) and rows.dtype == "<f2"
     assert rows.nbytes == COUNT * store.bytes_per_image
     batch = store.gather(keys(1))["features"]
@@ -158,7 +179,9 @@ def test_numpy_reads_the_files(root, tmp_path):
 def test_training_from_features_is_training_from_images(root, tmp_path, monkeypatch):
     """Through the encoder and from float32 features: equal losses, as long as epochs have views of their own."""
     plain = run_config(root, tmp_path / "images", steps=8)
-    cached = run_config(root, tmp_path / "features", steps=8, features=FeaturesConfig(views=VIEWS, dtype="float32"))
+    cached = run_config(
+        root, tmp_path / "features", steps=8, features=FeaturesConfig(views=VIEWS, dtype="float32")
+    )
     train_tokenizer(plain)
     within = {"loss": False, "ran": 0, "losses": 0}
     loss, forward = Objective.autoencoder_loss, FoundationEncoder.forward
@@ -190,7 +213,9 @@ def test_training_from_features_is_training_from_images(root, tmp_path, monkeypa
 def test_half_precision_trains_alike(root, tmp_path):
     results = []
     for dtype in ("float16", "float32"):
-        config = run_config(root, tmp_path, name=dtype, features=FeaturesConfig(views=VIEWS, dtype=dtype))
+        config = run_config(
+            root, tmp_path, name=dtype, features=FeaturesConfig(views=VIEWS, dtype=dtype)
+        )
         loop = dataclasses.replace(config.loop, workers=int(dtype == "float16"))
         train_tokenizer(dataclasses.replace(config, loop=loop))
         results.append(figures(tmp_path / dtype)[1]["autoencoder.mse"])
@@ -278,7 +303,9 @@ def test_a_damaged_shard_is_made_again(root, tmp_path, damage):
     else:
         path.write_bytes(path.read_bytes()[: -1 if damage == "truncated" else 0])
     if damage != "another shape":
-        with pytest.raises(UserError, match=r"00001.npy: missing or damaged.*run the same command again"):
+        with pytest.raises(
+            UserError, match=r"00001.npy: missing or damaged.*run the same command again"
+        ):
             store.gather([(0, 64)])
     store.make(encoder)
     assert files(store) == before
@@ -314,7 +341,10 @@ def test_files_of_others_stay(root, tmp_path):
     (store.folder / "00001.npy").unlink()
     store.make(encoder)
     assert files(store) == before
-    assert all((store.folder / name).read_text() == "mine" for name in (".thesis.tmp", ".thesis.9.tmp", "notes.txt"))
+    assert all(
+        (store.folder / name).read_text() == "mine"
+        for name in (".thesis.tmp", ".thesis.9.tmp", "notes.txt")
+    )
 
 
 # what cannot be
@@ -325,7 +355,9 @@ def test_features_of_something_else_are_not_taken(root, tmp_path):
     save_encoder(root, "vit", seed=1)
     others = {
         "encoder": {"encoder": FoundationConfig(name=str(root)).build(SIZE)},
-        "its last norm": {"encoder": FoundationConfig(name=str(root / "encoder"), final_norm="plain").build(SIZE)},
+        "its last norm": {
+            "encoder": FoundationConfig(name=str(root / "encoder"), final_norm="plain").build(SIZE)
+        },
         "augmentation": {"augment": "flip"},
         "seed": {"seed": 1},
         "views": {"views": 3},
@@ -354,7 +386,9 @@ def test_a_run_does_not_go_on_with_other_images(root, tmp_path):
     config = run_config(root, tmp_path, data=data(tmp_path), features=FeaturesConfig(views=1))
     train_tokenizer(config)
     draw_images(tmp_path / "images", seed=2)
-    with pytest.raises(UserError, match=r"was made from other images: 158 files changed \(train/all/000\.png\)"):
+    with pytest.raises(
+        UserError, match=r"was made from other images: 158 files changed \(train/all/000\.png\)"
+    ):
         train_tokenizer(config)
 
 
@@ -362,7 +396,9 @@ def test_disk_space_is_checked_before(root, tmp_path, monkeypatch):
     store, encoder = stored(root, tmp_path)
     usage = type("Usage", (), {"free": COUNT * store.bytes_per_image - 1})
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=f"need {COUNT * 2048:,} bytes and {COUNT * 2048 - 1:,} are free"):
+    with pytest.raises(
+        UserError, match=f"need {COUNT * 2048:,} bytes and {COUNT * 2048 - 1:,} are free"
+    ):
         store.make(encoder)
     assert not files(store)
     usage.free += 1
@@ -380,8 +416,14 @@ def test_features_too_large_for_half_precision(root, tmp_path, monkeypatch):
 REFUSED = {
     "stage 2": ({"model": {"encoder": {"frozen": False}}}, "model.encoder.frozen=false"),
     "a conv encoder": ({"model": {"kind": "vqvae"}}, "vqvae learns its encoder"),
-    "VQ-VAE-2": ({"model": {"kind": "vqvae2", "encoder": {"kind": "foundation"}}}, "vqvae2 learns its encoder"),
-    "a teacher": ({"objective": {"distillation": 0.5}}, "objective.distillation=0.5 runs a teacher"),
+    "VQ-VAE-2": (
+        {"model": {"kind": "vqvae2", "encoder": {"kind": "foundation"}}},
+        "vqvae2 learns its encoder",
+    ),
+    "a teacher": (
+        {"objective": {"distillation": 0.5}},
+        "objective.distillation=0.5 runs a teacher",
+    ),
     "equal views": ({"data": {"augment": "none"}}, "all views are equal"),
     "no views": ({"features": {"views": 0}}, "features.views=0"),
     "other numbers": ({"features": {"dtype": "bfloat16"}}, "features.dtype='bfloat16'"),

@@ -25,12 +25,16 @@ from tokenizer.data.sources import DataConfig
 from training.command import UserError
 
 SCORES = {
-    "a Fréchet distance": lambda rows: frechet_distance(Gaussian.of_features(rows), Gaussian.of_features(rows + 1)),
+    "a Fréchet distance": lambda rows: frechet_distance(
+        Gaussian.of_features(rows), Gaussian.of_features(rows + 1)
+    ),
     "a distance at endless N": lambda rows: (
         frechet_infinity(rows, Gaussian.of_features(normal(30)), 15, len(rows) // 10).value
     ),
     "a kernel distance": lambda rows: kernel_distance(rows, normal(30), 3, len(rows) // 2).mean,
-    "a score of class probabilities": lambda rows: inception_score(rows.softmax(1), IS_SPLITS).mean - 1,
+    "a score of class probabilities": lambda rows: (
+        inception_score(rows.softmax(1), IS_SPLITS).mean - 1
+    ),
     "precision, recall, density and coverage": lambda rows: manifold(rows, rows + 0.1).coverage,
 }
 
@@ -43,7 +47,9 @@ def normal(n, seed=0):
 def test_each_figure_is_one_from_its_least_number_on(figure):
     score, least = SCORES[figure], LEAST[figure]
     assert np.isfinite(score(normal(least))) and score(normal(least)) != 0
-    if figure == "a score of class probabilities":  # some splits are of one image, whose score is 1 whatever it is
+    if (
+        figure == "a score of class probabilities"
+    ):  # some splits are of one image, whose score is 1 whatever it is
         parts = [inception_score(normal(1, seed).softmax(1), 1).mean for seed in range(3)]
         assert parts == pytest.approx([1, 1, 1])
     else:
@@ -94,23 +100,31 @@ def root(request, tmp_path_factory):
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 20])
 def test_a_report_of_few_images_gives_what_can_be_given(root, num_samples, monkeypatch, capsys):
     root, num = root
-    real = json.loads((root / "tokens" / "manifest.json").read_text())["splits"]["held_out"]["count"]
+    real = json.loads((root / "tokens" / "manifest.json").read_text())["splits"]["held_out"][
+        "count"
+    ]
     assert real == 1 if num == 2 else real > 20
     few(root, num_samples)
     evaluate(monkeypatch, "report", root, "--batch-size", 200)
     said = capsys.readouterr().out
     content = json.loads((root / "report" / "report.json").read_text(), parse_constant=pytest.fail)
     figures = {figure["name"].partition("[")[0]: figure for figure in content["figures"]}
-    assert {"PSNR", "codebook usage", "perplexity" if num == 2 else "class agreement"} <= set(figures)
+    assert {"PSNR", "codebook usage", "perplexity" if num == 2 else "class agreement"} <= set(
+        figures
+    )
     pair = {"FD": 2, "KD": 4, "precision": 6, "nearer to train than held-out images": 2}
     wanted = {name for name, least in pair.items() if min(num_samples, real) >= least}
     wanted |= {"IS"} if num_samples >= 20 or real >= 20 else set()
     names = {name for name in [*pair, "IS"] if name in figures}
-    assert names == wanted | ({"FD", "KD", "precision"} if real > 20 else set())  # of real images beside
+    assert names == wanted | (
+        {"FD", "KD", "precision"} if real > 20 else set()
+    )  # of real images beside
     for name, figure in figures.items():
         assert np.isfinite(float(figure["value"])) or name == "PSNR", figure
     assert (f"N = {num_samples} (samples) is too few for" in said) == (num_samples < 20)
-    assert ("N = 1 (held-out images) is too few for a Fréchet distance (at least 2)" in said) == (real == 1)
+    assert ("N = 1 (held-out images) is too few for a Fréchet distance (at least 2)" in said) == (
+        real == 1
+    )
     page = (root / "report" / "report.md").read_text()
     assert (f"N = {num_samples} (samples) is too few" in page) == (num_samples < 20)
 
@@ -118,12 +132,22 @@ def test_a_report_of_few_images_gives_what_can_be_given(root, num_samples, monke
 def test_every_other_command_takes_few_images(root, monkeypatch, capsys):
     root, num = root
     few(root, 2)
-    for words in (["reconstruction"], ["codebook"], ["rate"], ["generation", "--protocol", "adm", "torch-fidelity"]):
+    for words in (
+        ["reconstruction"],
+        ["codebook"],
+        ["rate"],
+        ["generation", "--protocol", "adm", "torch-fidelity"],
+    ):
         evaluate(monkeypatch, words[0], root, *words[1:])
     figures = json.loads((root / "report" / "protocols.json").read_text())["measurements"]
-    assert len(figures) == (0 if num == 2 else 2) and all(f["name"].startswith("FD") for f in figures)
+    assert len(figures) == (0 if num == 2 else 2) and all(
+        f["name"].startswith("FD") for f in figures
+    )
     said = capsys.readouterr().out
-    assert "N = 2 (samples) is too few for a score" in said or "N = 1 (train images) is too few for a Fréchet" in said
+    assert (
+        "N = 2 (samples) is too few for a score" in said
+        or "N = 1 (train images) is too few for a Fréchet" in said
+    )
 
 
 class Means:
@@ -145,7 +169,9 @@ def test_statistics_of_one_image_are_refused_in_a_line(tmp_path, capsys):
         with pytest.raises(UserError, match=r"N = 1 is too few for .*at least 2 are needed"):
             make()
     assert not (tmp_path / "out.npz").exists()
-    assert command("eval.run", "reference-stats", one, "--out", tmp_path / "out.npz", "--num", 1) == 2
+    assert (
+        command("eval.run", "reference-stats", one, "--out", tmp_path / "out.npz", "--num", 1) == 2
+    )
     assert capsys.readouterr().err.count("\n") == 1
     np.savez(one, arr_0=np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
     assert write_reference(str(one), tmp_path / "out.npz", Means()).settings["reference_n"] == 2

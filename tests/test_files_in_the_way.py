@@ -33,10 +33,15 @@ def test_no_record_takes_the_place_of_a_file_of_others(suffix, text, tmp_path):
     record = a_record()
     file = tmp_path / f"{record.kind}{suffix}"
     file.write_bytes(text)
-    for use in (lambda: Record.load(tmp_path, record.kind, record.settings), lambda: record.save(tmp_path)):
+    for use in (
+        lambda: Record.load(tmp_path, record.kind, record.settings),
+        lambda: record.save(tmp_path),
+    ):
         with pytest.raises(UserError, match="no command here wrote it"):
             use()
-    assert file.read_bytes() == text and not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+    assert file.read_bytes() == text and not [
+        path for path in tmp_path.iterdir() if "tmp" in path.name
+    ]
 
 
 def test_records_of_before_lists_are_replaced_and_listed_ones_whatever_they_hold(tmp_path):
@@ -73,7 +78,9 @@ def test_no_sweep_takes_the_place_of_a_file_of_others(name, tmp_path):
 
 
 def test_a_sweep_of_before_lists_goes_on(tmp_path):
-    (tmp_path / "sweep.json").write_text(json.dumps({"pipeline": "..", "varied": [], "combinations": ["a"]}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"pipeline": "..", "varied": [], "combinations": ["a"]})
+    )
     (tmp_path / "sweep.md").write_text("table")
     (tmp_path / "photo.jpg").write_text("photo")
     claim(tmp_path)
@@ -81,7 +88,9 @@ def test_a_sweep_of_before_lists_goes_on(tmp_path):
     assert SWEEP.made(tmp_path) and (tmp_path / "photo.jpg").read_text() == "photo"
 
 
-@pytest.mark.parametrize("arrays", [None, {"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, {"mu": 0, "sigma": 0}])
+@pytest.mark.parametrize(
+    "arrays", [None, {"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, {"mu": 0, "sigma": 0}]
+)
 def test_statistics_take_the_place_of_statistics_of_ours_alone(arrays, tmp_path):
     out = tmp_path / "images.npz"
     out.write_bytes(b"mine") if arrays is None else np.savez(out, **arrays)
@@ -114,7 +123,10 @@ def test_settings_that_cannot_be_drawn_leave_the_unfinished_samples_of_others(tm
     (shards / PLAN).write_text('{"seed": 0}')
     (shards / "000000000-000000050.npz").write_bytes(b"an hour's work")
     request = Request(4, (0,), SampleOptions(sampler="x"))
-    with pytest.raises(UserError, match="sampler is"), drawn(Broken(request), tmp_path, FILES, {"seed": 1}, 2, []):
+    with (
+        pytest.raises(UserError, match="sampler is"),
+        drawn(Broken(request), tmp_path, FILES, {"seed": 1}, 2, []),
+    ):
         pass
     assert (shards / "000000000-000000050.npz").read_bytes() == b"an hour's work"
     assert json.loads((shards / PLAN).read_text()) == {"seed": 0}
@@ -132,10 +144,17 @@ def test_numbers_beyond_all_sense_are_one_line():
         Edit(torch.ones(2, 2, dtype=torch.bool), dilate=10**12)
 
 
-LINES = ["[" * 100_000, '{"step": ' + "9" * 5000 + "}", '{"step": 1e400}', '{"step": 2, "loss": ' + "9" * 400 + "}"]
+LINES = [
+    "[" * 100_000,
+    '{"step": ' + "9" * 5000 + "}",
+    '{"step": 1e400}',
+    '{"step": 2, "loss": ' + "9" * 400 + "}",
+]
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_a_line_of_a_log_that_no_number_holds_is_passed_over(line, tmp_path):
-    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "loss": 2}}\n{line}\n{{"step": 3, "loss": 4}}\n')
+    (tmp_path / "log.jsonl").write_text(
+        f'{{"step": 1, "loss": 2}}\n{line}\n{{"step": 3, "loss": 4}}\n'
+    )
     assert read_log(tmp_path)["loss"] == [(1, 2.0), (3, 4.0)]

@@ -25,7 +25,11 @@ HIDDEN = (".tessera-staged", ".tessera-committed")
 def contents(path: Path) -> dict[str, str]:
     """Everything that a user sees in a folder."""
     found = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-    return {name: p.read_text() for name, p in found.items() if name != ".lock" and not name.startswith(".tessera")}
+    return {
+        name: p.read_text()
+        for name, p in found.items()
+        if name != ".lock" and not name.startswith(".tessera")
+    }
 
 
 def fill(folder: Path, files: dict[str, str]) -> None:
@@ -36,7 +40,12 @@ def fill(folder: Path, files: dict[str, str]) -> None:
 
 OLD = {"about.json": "old", "1.png": "old", "2.png": "old", "more/1.png": "old"}
 NEW = {"about.json": "new", "1.png": "new", "3.png": "new", "more/2.png": "new"}
-MINE = {"thesis.tmp": "mine", "notes.txt": "mine", ".about.json.x.tmp": "mine", "more/5.txt": "mine"}
+MINE = {
+    "thesis.tmp": "mine",
+    "notes.txt": "mine",
+    ".about.json.x.tmp": "mine",
+    "more/5.txt": "mine",
+}
 
 
 def make(path: Path, files: dict[str, str]) -> None:
@@ -49,7 +58,9 @@ def test_new_contents_replace_the_listed_ones_alone(tmp_path):
     fill(tmp_path / "out", MINE)
     make(tmp_path / "out", NEW)
     assert contents(tmp_path / "out") == NEW | MINE
-    assert os.listdir(tmp_path) == ["out"] and not any((tmp_path / "out" / name).exists() for name in HIDDEN)
+    assert os.listdir(tmp_path) == ["out"] and not any(
+        (tmp_path / "out" / name).exists() for name in HIDDEN
+    )
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
@@ -70,7 +81,10 @@ def test_a_file_in_the_way_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match=r"3\.png: no command here wrote it.*move it away"):
         make(tmp_path / "out", NEW)
     assert contents(tmp_path / "out") == OLD | {"3.png": "mine"}
-    with Folder(tmp_path / "out", PICTURES).taken() as folder, pytest.raises(UserError, match=r"3\.png"):
+    with (
+        Folder(tmp_path / "out", PICTURES).taken() as folder,
+        pytest.raises(UserError, match=r"3\.png"),
+    ):
         folder.note("3.png")
     assert contents(tmp_path / "out") == OLD | {"3.png": "mine"}
 
@@ -80,7 +94,9 @@ def test_clearing_leaves_what_is_not_listed_and_says_so(tmp_path, capsys):
     fill(tmp_path / "out", MINE)
     with Folder(tmp_path / "out", PICTURES).taken() as folder:
         folder.clear()
-    assert "stays: .about.json.x.tmp, notes.txt, thesis.tmp, more/5.txt\n" in capsys.readouterr().out
+    assert (
+        "stays: .about.json.x.tmp, notes.txt, thesis.tmp, more/5.txt\n" in capsys.readouterr().out
+    )
     assert contents(tmp_path / "out") == MINE
 
 
@@ -90,9 +106,14 @@ def test_a_link_where_a_file_was_written_is_neither_followed_nor_replaced(tmp_pa
     (tmp_path / "out" / "1.png").unlink()
     (tmp_path / "out" / "1.png").symlink_to("../precious")
     for attempt in (lambda folder: folder.note("1.png"), lambda folder: folder.clear()):
-        with Folder(tmp_path / "out", PICTURES).taken() as folder, pytest.raises(UserError, match=r"1\.png"):
+        with (
+            Folder(tmp_path / "out", PICTURES).taken() as folder,
+            pytest.raises(UserError, match=r"1\.png"),
+        ):
             attempt(folder)
-    assert (tmp_path / "out" / "1.png").is_symlink() and (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "out" / "1.png").is_symlink() and (
+        tmp_path / "precious"
+    ).read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["../precious", "more/../../precious", "precious", "link/1.png"])
@@ -102,15 +123,22 @@ def test_a_list_that_lies_removes_nothing_else(tmp_path, name):
         (folder / "precious").write_text("mine")
     (tmp_path / "elsewhere" / "1.png").write_text("mine")
     (tmp_path / "out" / "link").symlink_to("../elsewhere")
-    (tmp_path / "out" / ".lock").write_text(f"tessera-files-1 set of pictures\n+{name}\n+{tmp_path}/precious\n")
+    (tmp_path / "out" / ".lock").write_text(
+        f"tessera-files-1 set of pictures\n+{name}\n+{tmp_path}/precious\n"
+    )
     with Folder(tmp_path / "out", PICTURES).taken() as folder:
         folder.clear()
     committed = tmp_path / "out" / ".tessera-committed"
     committed.mkdir()
-    (committed / ".names").write_text(f'{{"names": [], "gone": ["../precious", "{name}"], "last": null}}')
+    (committed / ".names").write_text(
+        f'{{"names": [], "gone": ["../precious", "{name}"], "last": null}}'
+    )
     with pytest.raises(UserError, match=r"damaged .*outside the folder"):
         settle(tmp_path / "out")
-    assert all((folder / "precious").exists() for folder in (tmp_path, tmp_path / "out", tmp_path / "elsewhere"))
+    assert all(
+        (folder / "precious").exists()
+        for folder in (tmp_path, tmp_path / "out", tmp_path / "elsewhere")
+    )
     assert (tmp_path / "elsewhere" / "1.png").exists()
 
 
@@ -199,7 +227,9 @@ def replace_whole(path: Path, files: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("work", [make, replace_whole])
 @pytest.mark.parametrize("linked", [False, True])
-def test_whenever_a_process_dies_the_old_or_the_new_contents_are_back(tmp_path, monkeypatch, work, linked):
+def test_whenever_a_process_dies_the_old_or_the_new_contents_are_back(
+    tmp_path, monkeypatch, work, linked
+):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     point, seen, kept = 0, set(), MINE if work is make else {}
     while True:
@@ -259,7 +289,9 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path):
     make(out, OLD)
     fill(out, MINE)
     environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}"}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(out)], env=environment, capture_output=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not is_settled(out) and not (out / "about.json").exists()
     with Folder(out, PICTURES).taken():
@@ -286,14 +318,19 @@ def test_a_folder_has_one_writer(tmp_path):
             Folder(tmp_path / "out", PICTURES).take()
     with atomic_folder(tmp_path / "out") as staged:
         fill(staged, NEW)
-        with pytest.raises(UserError, match="another process is writing"), atomic_folder(tmp_path / "out"):
+        with (
+            pytest.raises(UserError, match="another process is writing"),
+            atomic_folder(tmp_path / "out"),
+        ):
             pass
     assert contents(tmp_path / "out") == NEW
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_where_there_are_no_locks_it_is_said_once(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
+    )
     make(tmp_path / "out", NEW)
     assert contents(tmp_path / "out") == NEW
     said = capsys.readouterr().out
@@ -338,7 +375,9 @@ def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
 
 
 @pytest.mark.parametrize("work", [make, replace_whole])
-def test_a_request_to_stop_at_any_point_leaves_the_old_or_the_new_at_once(tmp_path, monkeypatch, work):
+def test_a_request_to_stop_at_any_point_leaves_the_old_or_the_new_at_once(
+    tmp_path, monkeypatch, work
+):
     """As SIGTERM between two renamings: one call is interrupted, and what cleans up after it is not."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     point, seen, kept = 0, set(), MINE if work is make else {}
@@ -364,7 +403,11 @@ def test_a_request_to_stop_at_any_point_leaves_the_old_or_the_new_at_once(tmp_pa
                 work(path, NEW)
         except KeyboardInterrupt:
             assert contents(path) in (OLD | kept, NEW | kept), point
-            assert is_settled(path) and not (path / ".tessera-staged").exists() and os.listdir(path.parent) == ["out"]
+            assert (
+                is_settled(path)
+                and not (path / ".tessera-staged").exists()
+                and os.listdir(path.parent) == ["out"]
+            )
             seen.add((path / "about.json").read_text())
             point += 1
         else:

@@ -81,7 +81,13 @@ def settings(root):
     raw = {
         "root": str(root),
         "prior": {"backbone": {"dim": 16, "depth": 1, "heads": 2, "dropout": 0.0}},
-        "loop": {"steps": 60, "batch_size": 30, "save_every": 60, "preview_every": 30, "ema_decay": 0.9},
+        "loop": {
+            "steps": 60,
+            "batch_size": 30,
+            "save_every": 60,
+            "preview_every": 30,
+            "ema_decay": 0.9,
+        },
         "optimizer": {"lr": 0.01, "warmup_steps": 5},
     }
     return from_dict(PriorRun, raw, "test")
@@ -104,8 +110,13 @@ def test_settings_that_cannot_be_trained_with_do_not_cost_the_prior_that_fresh_w
     before = {path: path.read_bytes() for path in (root / "prior").rglob("*") if path.is_file()}
     other = settings(root)
     with pytest.raises(UserError, match="cannot be shared evenly"):
-        train_prior(dataclasses.replace(other, loop=dataclasses.replace(other.loop, accumulate=7)), fresh=True)
-    assert {path: path.read_bytes() for path in (root / "prior").rglob("*") if path.is_file()} == before
+        train_prior(
+            dataclasses.replace(other, loop=dataclasses.replace(other.loop, accumulate=7)),
+            fresh=True,
+        )
+    assert {
+        path: path.read_bytes() for path in (root / "prior").rglob("*") if path.is_file()
+    } == before
 
 
 def test_training_writes_what_generation_needs(root):
@@ -114,7 +125,9 @@ def test_training_writes_what_generation_needs(root):
     assert record.layout == LAYOUT and record.class_names == NAMES
     assert record.tokenizer_folder(run) == (root / "tokenizer").resolve()
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    held_out = [line["held_out.nats_per_token"] for line in lines if "held_out.nats_per_token" in line]
+    held_out = [
+        line["held_out.nats_per_token"] for line in lines if "held_out.nats_per_token" in line
+    ]
     assert len(held_out) == 2 and held_out[-1] < min(held_out[0], 0.5)
     assert (run / "previews" / "step-00000060.png").is_file()
     assert find_prior(root) == find_prior(run) == run
@@ -132,7 +145,10 @@ def test_samples_are_of_their_class_and_do_not_depend_on_the_batch_size(root):
         assert (again.images == whole.images).all() and (again.codes == whole.codes).all()
     fewer = draw_samples(prior, Painter(), request(num=5), 7)
     assert (fewer.images == whole.images[:5]).all()
-    assert class_grid(whole, 3).size == class_grid(draw_samples(prior, Painter(), request(18), 7), 3).size
+    assert (
+        class_grid(whole, 3).size
+        == class_grid(draw_samples(prior, Painter(), request(18), 7), 3).size
+    )
 
 
 def test_output_is_whole_current_and_ours_only(root, tmp_path, capsys):
@@ -156,7 +172,10 @@ def test_output_is_whole_current_and_ours_only(root, tmp_path, capsys):
     assert {name: (out / name).read_bytes() for name in pictures} == pictures
     assert (out / "samples.npz").stat().st_mtime_ns == made
     write_samples(run, read_record(run), request(num=4, seed=1), out, 8)
-    assert len(np.load(out / "samples.npz")["arr_1"]) == 4 and not (out / "000002-T-shirt.png").exists()
+    assert (
+        len(np.load(out / "samples.npz")["arr_1"]) == 4
+        and not (out / "000002-T-shirt.png").exists()
+    )
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("precious")
@@ -172,7 +191,10 @@ def test_finished_run_says_so_and_changes_are_refused(root, tmp_path, capsys):
     whole = published.read_bytes()
     published.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     train_prior(settings(root))
-    assert "damaged: it is written again" in capsys.readouterr().out and published.read_bytes() == whole
+    assert (
+        "damaged: it is written again" in capsys.readouterr().out
+        and published.read_bytes() == whole
+    )
     manifest = root / "tokens" / "manifest.json"
     weights = root / "tokenizer" / "weights" / "model.safetensors"
     kept = manifest.read_bytes(), weights.read_bytes()
@@ -182,7 +204,9 @@ def test_finished_run_says_so_and_changes_are_refused(root, tmp_path, capsys):
             train_prior(settings(root))
         save_file({"w": torch.ones(1)}, weights)
         with pytest.raises(UserError, match="make the tokens again"):
-            write_samples(root / "prior", read_record(root / "prior"), request(), tmp_path / "out", 8)
+            write_samples(
+                root / "prior", read_record(root / "prior"), request(), tmp_path / "out", 8
+            )
         assert not (tmp_path / "out").exists()
     finally:
         manifest.write_bytes(kept[0])
@@ -244,7 +268,11 @@ def test_one_rule_reads_every_item(text, names, wanted):
         ("cat,", ["cat", "dog"], "an item is empty"),
         ("@cat", ["cat"], "after @ comes a number"),
         ("99999999999999999999-99999999999999999999", ["a"], "0 to 0"),
-        ("\u0663", ["a", "b", "c", "d"], "there is no such class"),  # a digit three, but not an ASCII one
+        (
+            "\u0663",
+            ["a", "b", "c", "d"],
+            "there is no such class",
+        ),  # a digit three, but not an ASCII one
     ],
 )
 def test_what_can_be_read_in_several_ways_or_none_is_refused_with_the_remedy(text, names, remedy):
@@ -259,31 +287,64 @@ def test_every_option_has_a_flag():
     parser = argparse.ArgumentParser()
     add_sampling_options(parser)
     assert sampling_options(parser.parse_args([]), default) == default
-    words = ["--guidance-schedule", "power_cosine", "--guidance-power", "1.2", "--sampler", "raster", "--top-k", "3"]
-    wanted = {"guidance_schedule": "power_cosine", "guidance_power": 1.2, "sampler": "raster", "top_k": 3}
-    assert sampling_options(parser.parse_args(words), default) == dataclasses.replace(default, **wanted)
-    with pytest.raises(UserError, match="guidance-schedule is late: it must be one of constant, linear"):
+    words = [
+        "--guidance-schedule",
+        "power_cosine",
+        "--guidance-power",
+        "1.2",
+        "--sampler",
+        "raster",
+        "--top-k",
+        "3",
+    ]
+    wanted = {
+        "guidance_schedule": "power_cosine",
+        "guidance_power": 1.2,
+        "sampler": "raster",
+        "top_k": 3,
+    }
+    assert sampling_options(parser.parse_args(words), default) == dataclasses.replace(
+        default, **wanted
+    )
+    with pytest.raises(
+        UserError, match="guidance-schedule is late: it must be one of constant, linear"
+    ):
         sampling_options(parser.parse_args(["--guidance-schedule", "late"]), default)
 
 
 def test_a_wrong_sampler_is_one_line_that_names_the_priors(root, tmp_path, capsys):
-    assert command("generate.sample", root, "--sampler", "rastre", "--out", tmp_path / "out", "--num", 3) == 2
+    assert (
+        command(
+            "generate.sample", root, "--sampler", "rastre", "--out", tmp_path / "out", "--num", 3
+        )
+        == 2
+    )
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "'rastre'" in error and "raster" in error.replace("rastre", "")
+    assert (
+        error.count("\n") == 1 and "'rastre'" in error and "raster" in error.replace("rastre", "")
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_unconditional_samples_are_of_no_class(root, tmp_path):
     out = tmp_path / "out"
-    assert command("generate.sample", root, "--unconditional", "--num", 4, "--png", "--out", out) == 0
+    assert (
+        command("generate.sample", root, "--unconditional", "--num", 4, "--png", "--out", out) == 0
+    )
     assert np.load(out / "samples.npz")["arr_1"].tolist() == [3] * 4
     assert (out / "000003-unconditional.png").is_file()
-    assert command("generate.sample", root, "--unconditional", "--classes", "cat", "--out", out) == 2
+    assert (
+        command("generate.sample", root, "--unconditional", "--classes", "cat", "--out", out) == 2
+    )
 
 
 def test_a_long_label_is_cut_in_the_names_of_files(root, tmp_path):
-    record = dataclasses.replace(read_record(root / "prior"), class_names=["a" * 300, "ä" * 300, "c/\ud800"])
-    write_samples(root / "prior", record, dataclasses.replace(request(num=3), png=True), tmp_path / "out", 8)
+    record = dataclasses.replace(
+        read_record(root / "prior"), class_names=["a" * 300, "ä" * 300, "c/\ud800"]
+    )
+    write_samples(
+        root / "prior", record, dataclasses.replace(request(num=3), png=True), tmp_path / "out", 8
+    )
     names = sorted(path.name for path in (tmp_path / "out").glob("0*.png"))
     assert [name[:9] for name in names] == ["000000-aa", "000001-ää", "000002-c_"]
     assert all(150 < len(name.encode()) <= 255 for name in names[:2])
@@ -342,7 +403,9 @@ def test_samples_of_another_precision_are_others(root, tmp_path, monkeypatch, ca
     def drawn(precision):
         low.clear()
         capsys.readouterr()
-        write_samples(run, read_record(run), dataclasses.replace(request(), precision=precision), out, 20)
+        write_samples(
+            run, read_record(run), dataclasses.replace(request(), precision=precision), out, 20
+        )
         facts = json.loads((out / "samples.json").read_text())
         said = "current" if "current" in capsys.readouterr().out else {*low}
         return said, facts["precision"], facts["made_from"].get("precision")
@@ -350,10 +413,17 @@ def test_samples_of_another_precision_are_others(root, tmp_path, monkeypatch, ca
     assert drawn("bf16") == ({True}, "bf16", "bf16")
     for asked in ("bf16", "auto"):  # which would be fp32 here, and is content with what is there
         assert drawn(asked) == ("current", "bf16", "bf16")
-    assert drawn("fp32") == ({False}, "fp32", None)  # known by what samples of earlier versions are known by
+    assert drawn("fp32") == (
+        {False},
+        "fp32",
+        None,
+    )  # known by what samples of earlier versions are known by
     assert drawn("auto") == ("current", "fp32", None)
     assert drawn("bf16") == ({True}, "bf16", "bf16")
-    assert command("generate.sample", root, "--precision", "fp8") == 2 and "fp8" in capsys.readouterr().err
+    assert (
+        command("generate.sample", root, "--precision", "fp8") == 2
+        and "fp8" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("which", ["prior", "tokenizer"])
@@ -366,13 +436,17 @@ def test_numbers_that_fp16_cannot_hold_draw_nothing(root, tmp_path, which):
             prior.backbone.heads[0].weight *= 1e6
         else:
             painter.decode = lambda codes: torch.full((len(codes), 3, 2, 2), torch.inf)
-    with pytest.raises(UserError, match=f"--precision fp16: numbers of the {which} overflow it: take bf16 or fp32"):
+    with pytest.raises(
+        UserError, match=f"--precision fp16: numbers of the {which} overflow it: take bf16 or fp32"
+    ):
         draw_samples(prior, painter, wanted, 20)
 
 
 def test_a_sweep_finds_its_samples_on_any_machine(root, tmp_path, monkeypatch):
     names = []
-    monkeypatch.setattr("generate.images.write_samples", lambda *arguments: names.append(arguments[3].name))
+    monkeypatch.setattr(
+        "generate.images.write_samples", lambda *arguments: names.append(arguments[3].name)
+    )
     for index, precision in enumerate(("auto", "fp32", "bf16")):
         wanted = dataclasses.replace(request(), precision=precision)
         sample_all(root / "prior", [wanted], [], tmp_path / f"{index}", 8)

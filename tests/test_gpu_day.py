@@ -47,7 +47,10 @@ def test_every_part_has_its_turn_and_only_what_is_not_done_another(parts, tmp_pa
     for name in SCRIPTS:
         monkeypatch.setitem(SCRIPTS, name, "")
     assert gpu_day.run_all(tmp_path, toy=False)
-    assert parts == ["prior", "codes", "tokenizer"] and "failed" not in (tmp_path / "table.md").read_text()
+    assert (
+        parts == ["prior", "codes", "tokenizer"]
+        and "failed" not in (tmp_path / "table.md").read_text()
+    )
 
 
 def test_no_part_begins_after_the_end(parts, tmp_path):
@@ -57,7 +60,11 @@ def test_no_part_begins_after_the_end(parts, tmp_path):
 
 def test_results_are_those_of_the_last_try_and_a_cut_line_is_none(tmp_path):
     results = gpu_day.Results(tmp_path)
-    for line in ({"status": "begun"}, gpu_day.found("rate", 1.0, "x", 2), {"status": "failed", "message": "?"}):
+    for line in (
+        {"status": "begun"},
+        gpu_day.found("rate", 1.0, "x", 2),
+        {"status": "failed", "message": "?"},
+    ):
         results.write("search", line)
     results.write("search", {"status": "begun"})
     results.write("search", gpu_day.found("rate", 3.0, "x", 2))

@@ -35,7 +35,9 @@ class Table(nn.Module):
         sizes = [torch.arange(size) for _, size in layout.spans() for _ in range(layout.length)]
         self.sequences = torch.cartesian_prod(*sizes).view(-1, layout.length)
         generator = torch.Generator().manual_seed(len(self.sequences))
-        self.table = (1.5 * torch.randn(rows, len(self.sequences), generator=generator).double()).log_softmax(-1)
+        self.table = (
+            1.5 * torch.randn(rows, len(self.sequences), generator=generator).double()
+        ).log_softmax(-1)
 
     def rows(self, count, given):
         return self.table[torch.zeros(count, dtype=torch.int64) if given is None else given[:, 0]]
@@ -57,8 +59,12 @@ class Table(nn.Module):
         if known is not None:
             agrees = ((known[:, None] == self.sequences) | (known[:, None] < 0)).all(-1)
             logits = logits.masked_fill(~agrees, -torch.inf)
-        generator = torch.Generator().manual_seed(options.seed)  # rows by seed and id alone, all at once
-        noise = torch.rand(int(sample_ids.max()) + 1, logits.shape[1], generator=generator, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(
+            options.seed
+        )  # rows by seed and id alone, all at once
+        noise = torch.rand(
+            int(sample_ids.max()) + 1, logits.shape[1], generator=generator, dtype=torch.float64
+        )
         return self.sequences[categorical(logits, -torch.log(-torch.log(noise[sample_ids])))]
 
 
@@ -70,7 +76,9 @@ def joint(prior):
     """All 12 sequences and their true probabilities."""
     sequences = torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(2))
     first, second = prior.top.table, prior.bottom.table
-    return sequences, (first[0, sequences[:, 0]] + second[sequences[:, 0], 2 * sequences[:, 1] + sequences[:, 2]]).exp()
+    return sequences, (
+        first[0, sequences[:, 0]] + second[sequences[:, 0], 2 * sequences[:, 1] + sequences[:, 2]]
+    ).exp()
 
 
 def chi_square(drawn, sequences, probabilities):
@@ -80,7 +88,9 @@ def chi_square(drawn, sequences, probabilities):
     counts = (drawn[:, None] == sequences).all(-1).double().sum(0)
     assert counts.sum() == len(drawn)
     expected = len(drawn) * probabilities
-    return float(((counts - expected) ** 2 / expected).sum()), chi2.ppf(1 - 1e-4, len(sequences) - 1)
+    return float(((counts - expected) ** 2 / expected).sum()), chi2.ppf(
+        1 - 1e-4, len(sequences) - 1
+    )
 
 
 def test_likelihood_is_the_chain_rule():
@@ -109,11 +119,15 @@ def test_samples_follow_the_joint_although_both_levels_draw_with_the_same_ids():
 def test_known_codes_are_split_by_level_and_kept():
     prior, count = toy(), 40_000
     labels, ids = torch.zeros(count, dtype=torch.int64), torch.arange(count)
-    drawn = prior.sample(labels, SampleOptions(seed=3), ids, torch.tensor([[1, -1, 0]]).expand(count, -1))
+    drawn = prior.sample(
+        labels, SampleOptions(seed=3), ids, torch.tensor([[1, -1, 0]]).expand(count, -1)
+    )
     assert (drawn[:, 0] == 1).all() and (drawn[:, 2] == 0).all()
     sequences, probabilities = joint(prior)
     allowed = (sequences[:, 0] == 1) & (sequences[:, 2] == 0)
-    found, limit = chi_square(drawn, sequences[allowed], probabilities[allowed] / probabilities[allowed].sum())
+    found, limit = chi_square(
+        drawn, sequences[allowed], probabilities[allowed] / probabilities[allowed].sum()
+    )
     assert found < limit
 
 
@@ -126,7 +140,9 @@ def test_loss_is_per_token_and_its_draws_are_dealt_out():
     assert set(loss.parts) == {"top_nats_per_token", "bottom_nats_per_token"}
     top, bottom = prior.top.told, prior.bottom.told
     assert top["given"] is None and torch.equal(bottom["given"], codes[:, :1])  # the true top
-    assert torch.equal(top["uniform"], uniform[:, :3]) and torch.equal(bottom["uniform"][:, 2:], uniform[:, 3:])
+    assert torch.equal(top["uniform"], uniform[:, :3]) and torch.equal(
+        bottom["uniform"][:, 2:], uniform[:, 3:]
+    )
     assert torch.equal(bottom["uniform"][:, 0], uniform[:, 0])  # a label is dropped for both
     times = bottom["uniform"][:, 1]
     assert ((times >= 0) & (times < 1)).all() and not torch.equal(times, uniform[:, 1])
@@ -135,9 +151,13 @@ def test_loss_is_per_token_and_its_draws_are_dealt_out():
 def test_each_level_has_its_own_sampler():
     prior, one = toy(), torch.zeros(1, dtype=torch.int64)
     prior.sample(one, SampleOptions(sampler="/slow", steps=3), one)
-    assert prior.top.told["options"].sampler == "" and prior.bottom.told["options"].sampler == "slow"
+    assert (
+        prior.top.told["options"].sampler == "" and prior.bottom.told["options"].sampler == "slow"
+    )
     assert prior.top.told["options"].steps == prior.bottom.told["options"].steps == 3
-    with pytest.raises(UserError, match="bottom grid's prior: sampler is 'quick': this prior has slow"):
+    with pytest.raises(
+        UserError, match="bottom grid's prior: sampler is 'quick': this prior has slow"
+    ):
         prior.sample(one, SampleOptions(sampler="slow/quick"), one)
     with pytest.raises(UserError, match="TOP/BOTTOM"):
         prior.sample(one, SampleOptions(sampler="slow"), one)
@@ -145,9 +165,14 @@ def test_each_level_has_its_own_sampler():
 
 def test_grids_are_told_apart_and_depths_are_not():
     levels = CodeLayout(((2, 2), (2, 2), (4, 4)), (5, 6, 7))
-    assert grids_apart(levels) == [CodeLayout(((2, 2), (2, 2)), (5, 6)), CodeLayout(((4, 4),), (7,))]
+    assert grids_apart(levels) == [
+        CodeLayout(((2, 2), (2, 2)), (5, 6)),
+        CodeLayout(((4, 4),), (7,)),
+    ]
     for grids in (((4, 4),), ((4, 4), (4, 4)), ((1, 1), (2, 2), (4, 4))):
-        with pytest.raises(UserError, match=r"coarse grid and a fine one.*choose another prior\.kind"):
+        with pytest.raises(
+            UserError, match=r"coarse grid and a fine one.*choose another prior\.kind"
+        ):
             HierarchicalConfig().build(CodeLayout(grids, (5,) * len(grids)), NUM_CLASSES)
 
 
@@ -162,7 +187,9 @@ def test_families_are_named_in_the_file():
     assert (config.top.kind, config.top.backbone.dim) == ("autoregressive", 32)
     assert (config.bottom.kind, config.bottom.steps) == ("absorbing", 5)
     assert from_dict(RunConfig, {"prior": to_dict(config)}, "again").prior == config
-    with pytest.raises(UserError, match=r"prior\.bottom\.kind: unknown kind 'hierarchical'.*one of autoregressive"):
+    with pytest.raises(
+        UserError, match=r"prior\.bottom\.kind: unknown kind 'hierarchical'.*one of autoregressive"
+    ):
         from_dict(RunConfig, {"prior": {"bottom": {"kind": "hierarchical"}}}, "prior.yaml")
 
 
@@ -170,7 +197,11 @@ def build(top, bottom, layout=REAL):
     """A small prior of two families, with weights that say something."""
 
     def small(kind):
-        sizes = {"channels": 8, "depth": 2} if kind == "pixelcnn" else {"backbone": {"dim": 16, "depth": 1, "heads": 2}}
+        sizes = (
+            {"channels": 8, "depth": 2}
+            if kind == "pixelcnn"
+            else {"backbone": {"dim": 16, "depth": 1, "heads": 2}}
+        )
         return {"kind": kind, **sizes}
 
     torch.manual_seed(0)
@@ -188,12 +219,22 @@ def random_codes(count):
     return torch.cat([torch.randint(k, (count, n), generator=generator) for n, k in sizes], 1)
 
 
-PAIRS = [(kind, other) for kind in FAMILIES for other in FAMILIES if "masked" in (kind, other) or kind == other]
+PAIRS = [
+    (kind, other)
+    for kind in FAMILIES
+    for other in FAMILIES
+    if "masked" in (kind, other) or kind == other
+]
 
 
 @pytest.mark.parametrize(("top", "bottom"), PAIRS)
 def test_any_two_families_go_together(top, bottom):
-    prior, codes, labels, ids = build(top, bottom), random_codes(6), torch.arange(6) % 4, torch.arange(6)
+    prior, codes, labels, ids = (
+        build(top, bottom),
+        random_codes(6),
+        torch.arange(6) % 4,
+        torch.arange(6),
+    )
     uniform = torch.rand(6, REAL.length + 2, generator=torch.Generator().manual_seed(2))
     prior.loss(codes, labels, uniform).total.backward()
     assert all(parameter.grad is not None for parameter in prior.parameters())
@@ -207,23 +248,35 @@ def test_any_two_families_go_together(top, bottom):
 
 @pytest.mark.parametrize("bottom", FAMILIES)
 def test_the_bottom_hangs_on_the_top(bottom):
-    prior, codes, labels = build("masked", bottom), random_codes(4), torch.zeros(4, dtype=torch.int64)
+    prior, codes, labels = (
+        build("masked", bottom),
+        random_codes(4),
+        torch.zeros(4, dtype=torch.int64),
+    )
     changed = codes.clone()
     changed[:, :4] = (changed[:, :4] + 1) % 5
-    given, other = (prior.bottom.nll(codes[:, 4:], labels, given=each[:, :4]).nats for each in (codes, changed))
+    given, other = (
+        prior.bottom.nll(codes[:, 4:], labels, given=each[:, :4]).nats for each in (codes, changed)
+    )
     assert not torch.allclose(given, other)
 
 
 def test_exact_families_sum_to_one():
     layout = CodeLayout(((1, 1), (1, 2)), (2, 3))
     codes = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(3))
-    likelihood = build("autoregressive", "pixelcnn", layout).nll(codes, torch.ones(18, dtype=torch.int64))
-    assert likelihood.kind == "exact" and float((-likelihood.nats).exp().sum()) == pytest.approx(1, abs=1e-5)
+    likelihood = build("autoregressive", "pixelcnn", layout).nll(
+        codes, torch.ones(18, dtype=torch.int64)
+    )
+    assert likelihood.kind == "exact" and float((-likelihood.nats).exp().sum()) == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 def test_holes_are_filled_as_far_as_both_families_can():
     codes, labels, ids = random_codes(5), torch.zeros(5, dtype=torch.int64), torch.arange(5)
-    known = codes.masked_fill(torch.rand(codes.shape, generator=torch.Generator().manual_seed(3)) < 0.5, -1)
+    known = codes.masked_fill(
+        torch.rand(codes.shape, generator=torch.Generator().manual_seed(3)) < 0.5, -1
+    )
     drawn = build("masked", "absorbing").sample(labels, SampleOptions(steps=3), ids, known)
     assert torch.equal(drawn[known >= 0], codes[known >= 0])
     raster = build("autoregressive", "masked")
@@ -235,7 +288,9 @@ def test_holes_are_filled_as_far_as_both_families_can():
 
 
 def test_schedules_of_the_families_go_on():
-    config = HierarchicalConfig(top=FAMILIES["autoregressive"](order="annealed", anneal_end_step=10))
+    config = HierarchicalConfig(
+        top=FAMILIES["autoregressive"](order="annealed", anneal_end_step=10)
+    )
     prior = config.build(REAL, NUM_CLASSES)
     prior.update(4, True)
     assert int(prior.top.next_step) == 5

@@ -46,14 +46,18 @@ def reads(monkeypatch):
     """The names of the files that are read to know them."""
     names, read = [], digests._read_digest
     monkeypatch.setattr(
-        digests, "_read_digest", lambda path, *rest: names.append(os.path.basename(path)) or read(path, *rest)
+        digests,
+        "_read_digest",
+        lambda path, *rest: names.append(os.path.basename(path)) or read(path, *rest),
     )
     return names
 
 
 def png(shade):
     buffer = io.BytesIO()
-    Image.fromarray(np.full((SIZE, SIZE, 3), shade, dtype=np.uint8)).save(buffer, "PNG", compress_level=0)
+    Image.fromarray(np.full((SIZE, SIZE, 3), shade, dtype=np.uint8)).save(
+        buffer, "PNG", compress_level=0
+    )
     return buffer.getvalue()
 
 
@@ -70,7 +74,10 @@ def write_tars(root):
     for shard in range(2):
         with tarfile.open(root / f"{shard}.tar", "w") as tar:
             for number in range(5):
-                for name, data in ((f"{number}.png", png(shard * 5 + number)), (f"{number}.cls", b"%d" % (number % 2))):
+                for name, data in (
+                    (f"{number}.png", png(shard * 5 + number)),
+                    (f"{number}.cls", b"%d" % (number % 2)),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -84,7 +91,9 @@ def write_parquet(root):
     root.mkdir(exist_ok=True)
     for name, first in (("train-0", 0), ("test-0", 6)):
         images = [{"bytes": png(first + number), "path": None} for number in range(6)]
-        pq.write_table(pa.table({"image": images, "label": ["a", "b"] * 3}), root / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"image": images, "label": ["a", "b"] * 3}), root / f"{name}.parquet"
+        )
     return root
 
 
@@ -126,7 +135,9 @@ def swap(root):
 def write_saved(root):
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
     images = [{"bytes": png(number), "path": None} for number in range(10)]
     rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 5}, features=features)
     datasets.DatasetDict({"train": rows}).save_to_disk(str(root))
@@ -137,14 +148,18 @@ CHANGES = {
     "overwritten": overwrite,
     "swapped": swap,
     "added": lambda root: (root / "cats" / "new.png").write_bytes(png(50)),
-    "added of the same contents": lambda root: shutil.copy(root / "cats" / "1.png", root / "cats" / "9.png"),
+    "added of the same contents": lambda root: shutil.copy(
+        root / "cats" / "1.png", root / "cats" / "9.png"
+    ),
     "removed": lambda root: (root / "dogs" / "2.png").unlink(),
     "renamed": lambda root: (root / "dogs" / "2.png").rename(root / "dogs" / "zwei.png"),
     "of another class": lambda root: (root / "dogs" / "2.png").rename(root / "cats" / "dog.png"),
     "class renamed": lambda root: (root / "dogs").rename(root / "wolves"),
     "class added": lambda root: write_images(root, ["birds"]),
     "class removed": lambda root: shutil.rmtree(root / "dogs"),
-    "became unreadable": lambda root: (root / "cats" / "1.png").unlink() or (root / "cats" / "1.png").mkdir(),
+    "became unreadable": lambda root: (
+        (root / "cats" / "1.png").unlink() or (root / "cats" / "1.png").mkdir()
+    ),
 }
 
 
@@ -171,7 +186,12 @@ def test_which_images_are_held_out_is_part_of_it(tmp_path):
     assert identities(tmp_path / "set", held_out=0.2) != identities(tmp_path / "set", held_out=0.4)
 
 
-WRITERS = {"folder": write_images, "tars": write_tars, "parquet": write_parquet, "saved": write_saved}
+WRITERS = {
+    "folder": write_images,
+    "tars": write_tars,
+    "parquet": write_parquet,
+    "saved": write_saved,
+}
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -210,17 +230,24 @@ def test_rows_of_the_hub(tmp_path, trusting, monkeypatch):
 
     def write(folder, shade):
         images = [{"bytes": png(shade + number), "path": None} for number in range(10)]
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+        )
         rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 5}, features=features)
         datasets.DatasetDict({"train": rows}).save_to_disk(str(folder))
 
     def identity_of(folder):
-        monkeypatch.setattr(datasets, "load_dataset", lambda name, **rest: datasets.load_from_disk(str(folder)))
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda name, **rest: datasets.load_from_disk(str(folder))
+        )
         read = []
         monkeypatch.setattr(
-            "tokenizer.data.hub.HubListing.read", lambda self, item, of=read_row: read.append(item) or of(self, item)
+            "tokenizer.data.hub.HubListing.read",
+            lambda self, item, of=read_row: read.append(item) or of(self, item),
         )
-        return [each.sha256 for each in take_inventories(config_of("hub:some/rows")).values()], len(read)
+        return [each.sha256 for each in take_inventories(config_of("hub:some/rows")).values()], len(
+            read
+        )
 
     from tokenizer.data.hub import HubListing
 
@@ -278,7 +305,9 @@ def test_what_is_kept_may_be_damaged_or_lost(tmp_path, trusting, reads, cache):
     assert kept.read_bytes() == whole
 
 
-def test_where_nothing_can_be_kept_it_is_said_and_goes_on(tmp_path, trusting, reads, monkeypatch, capsys):
+def test_where_nothing_can_be_kept_it_is_said_and_goes_on(
+    tmp_path, trusting, reads, monkeypatch, capsys
+):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     root = write_images(tmp_path / "set")
@@ -364,7 +393,9 @@ def test_ranks_share_the_reading_and_must_see_the_same(tmp_path):
         (tmp_path / name).write_bytes(b"x" * number)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=of_rank, args=(rank, tmp_path, names, results)) for rank in range(2)]
+    processes = [
+        context.Process(target=of_rank, args=(rank, tmp_path, names, results)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     found = sorted(results.get(timeout=60) for _ in processes)
@@ -458,11 +489,16 @@ def test_a_run_goes_on_where_its_images_moved_to(trained, capsys):
     folder, source = trained
     there = source.rename(source.with_name("photos"))
     assert begin(folder, there).latest()["step"] == 1
-    assert f"data.source was {source} and is {there}, which is the same: it goes on" in capsys.readouterr().out
+    assert (
+        f"data.source was {source} and is {there}, which is the same: it goes on"
+        in capsys.readouterr().out
+    )
     assert f"source: {there}" in (folder / "config.yaml").read_text()
     assert "was made with width=8, and now it is 9" in refused(folder, there, width=9)
     CHANGES["overwritten"](there)
-    assert "1 file changed (cats/1.png)" in refused(folder, there.rename(source.with_name("pictures")))
+    assert "1 file changed (cats/1.png)" in refused(
+        folder, there.rename(source.with_name("pictures"))
+    )
 
 
 def test_a_run_of_an_earlier_version_says_that_it_cannot_tell(trained, capsys):
@@ -472,9 +508,16 @@ def test_a_run_of_an_earlier_version_says_that_it_cannot_tell(trained, capsys):
         run = begin(folder, source)
         assert run.latest()["step"] == 1
         run._lock.close()
-        unknown = "did not note its train images and held_out images: it goes on" if "{" in left else "is not compared"
+        unknown = (
+            "did not note its train images and held_out images: it goes on"
+            if "{" in left
+            else "is not compared"
+        )
         assert capsys.readouterr().out.count(unknown) == 1
-        assert json.loads((folder / "inputs.json").read_text()).keys() >= {"train images", "held_out images"}
+        assert json.loads((folder / "inputs.json").read_text()).keys() >= {
+            "train images",
+            "held_out images",
+        }
     (folder / "inputs.json").write_text("{}")
     said = refused(folder, source.rename(source.with_name("photos")))
     assert "was made with data.source=" in said  # nothing says that it is the same

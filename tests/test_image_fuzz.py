@@ -43,7 +43,10 @@ def seeds():
         ("jpg", encode(picture, "JPEG", progressive=True)),
         ("jpg", encode(picture.convert("L"), "JPEG")),
         ("jpg", encode(picture.convert("CMYK"), "JPEG")),
-        *(("png", encode(picture.convert(mode), "PNG", exif=rotated)) for mode in ("RGB", "RGBA", "LA", "P", "1")),
+        *(
+            ("png", encode(picture.convert(mode), "PNG", exif=rotated))
+            for mode in ("RGB", "RGBA", "LA", "P", "1")
+        ),
         ("png", encode(grey16, "PNG")),
         ("png", encode(picture, "PNG", **frames)),
         ("webp", encode(picture, "WEBP", exif=rotated)),
@@ -53,7 +56,10 @@ def seeds():
         ("gif", encode(picture, "GIF", **frames)),
         ("bmp", encode(picture, "BMP")),
         ("bmp", encode(picture.convert("P"), "BMP")),
-        *(("tif", encode(picture, "TIFF", compression=name)) for name in (None, "tiff_lzw", "tiff_deflate", "jpeg")),
+        *(
+            ("tif", encode(picture, "TIFF", compression=name))
+            for name in (None, "tiff_lzw", "tiff_deflate", "jpeg")
+        ),
         ("tif", encode(picture.convert("1"), "TIFF", compression="group4")),
         ("tif", encode(grey16, "TIFF", tile=(16, 16))),
         ("tif", encode(picture, "TIFF", **frames)),
@@ -88,7 +94,9 @@ def splice(data, others, random):
     """The start of this file, the rest of another."""
     other = others[random.integers(len(others))]
     start = int(random.integers(4, min(len(data), len(other))))
-    return data[:start] + other[start if random.random() < 0.5 else int(random.integers(len(other))) :]
+    return (
+        data[:start] + other[start if random.random() < 0.5 else int(random.integers(len(other))) :]
+    )
 
 
 def repeat(data, others, random):
@@ -139,7 +147,9 @@ print(json.dumps({"counts": counts, "seconds": time.monotonic() - started}))
 def read(folder):
     """Figures of a process that reads every file of a folder, decoded at the start and again as they are asked for."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     figures = json.loads(done.stdout.splitlines()[-1])
     (decoded, refused), (listed, refused_again) = figures["counts"]
@@ -161,7 +171,9 @@ def test_a_sample_of_mutations(tmp_path):
     figures = read(tmp_path / "images")
     assert figures["decoded"] + figures["refused"] == count
     assert figures["refused"] > count / 4 and figures["decoded"] > count / 10
-    with pytest.raises(UserError, match=r"too many of its \d+ train images cannot be used: \d+ .* and \d+ more"):
+    with pytest.raises(
+        UserError, match=r"too many of its \d+ train images cannot be used: \d+ .* and \d+ more"
+    ):
         open_split(DataConfig(source=str(tmp_path / "images"), image_size=32), "train")
 
 
@@ -173,7 +185,9 @@ def test_thousands_of_mutations(tmp_path, capsys):
     figures = read(tmp_path / "images")
     assert figures["decoded"] + figures["refused"] == count
     with capsys.disabled():
-        print(f"\n{count} mutated images: {figures}, 0 crashes, {time.monotonic() - started:.0f} s in all")
+        print(
+            f"\n{count} mutated images: {figures}, 0 crashes, {time.monotonic() - started:.0f} s in all"
+        )
 
 
 # Bombs
@@ -194,18 +208,35 @@ def tiff(width, height, pages=1, tile=None, data=b""):
     """Grey of 8 bits, by deflate; every page has the same data and leads to the next, the last to the first."""
     data = zlib.compress(data or bytes(1000))
     size = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1}
-    places = {322: tile[0], 323: tile[1], 324: 8, 325: len(data)} if tile else {273: 8, 278: height, 279: len(data)}
+    places = (
+        {322: tile[0], 323: tile[1], 324: 8, 325: len(data)}
+        if tile
+        else {273: 8, 278: height, 279: len(data)}
+    )
     entries = sorted((size | places).items())
-    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in entries)
+    directory = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, v) for tag, v in entries
+    )
     first, length = 8 + len(data), len(directory) + 4
     nexts = [first + length * (page + 1) for page in range(pages - 1)] + [first]
-    return b"II*\0" + struct.pack("<I", first) + data + b"".join(directory + struct.pack("<I", n) for n in nexts)
+    return (
+        b"II*\0"
+        + struct.pack("<I", first)
+        + data
+        + b"".join(directory + struct.pack("<I", n) for n in nexts)
+    )
 
 
 def gif(screen, frame, frames=1):
     """Squares, of which each frame holds one pixel."""
     image = b"\x2c" + struct.pack("<HHHHB", 0, 0, frame, frame, 0) + b"\x02\x02\x44\x01\x00"
-    return b"GIF89a" + struct.pack("<HHBBB", screen, screen, 0x80, 0, 0) + bytes(6) + image * frames + b"\x3b"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", screen, screen, 0x80, 0, 0)
+        + bytes(6)
+        + image * frames
+        + b"\x3b"
+    )
 
 
 def text_chunks(count):
@@ -218,7 +249,9 @@ BOMBS = {
     "png-30000": lambda: png(30_000, 30_000, lines=100),
     "png-9000": lambda: png(9_000, 9_000, lines=3_000),
     "png-texts": lambda: png(8, 8, *text_chunks(500), lines=8),
-    "png-profile": lambda: png(8, 8, chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2**26), 9)), lines=8),
+    "png-profile": lambda: png(
+        8, 8, chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2**26), 9)), lines=8
+    ),
     "gif-screen": lambda: gif(60_000, 1),
     "gif-frame": lambda: gif(8, 60_000),
     "gif-frames": lambda: gif(64, 1, frames=20_000),
@@ -226,8 +259,12 @@ BOMBS = {
     "tiff-pages": lambda: tiff(16, 16, pages=15_000),
     "tiff-tile": lambda: tiff(16, 16, tile=(30_000, 30_000)),
     "tiff-tile-whole": lambda: tiff(16, 16, tile=(9_000, 9_000), data=bytes(9_000**2)),
-    "webp-canvas": lambda: b"RIFF\x1a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x3f\0" * 2 + bytes(4),
-    "bmp-picture": lambda: b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 40_000, 40_000, 1, 24, *[0] * 6),
+    "webp-canvas": lambda: (
+        b"RIFF\x1a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x3f\0" * 2 + bytes(4)
+    ),
+    "bmp-picture": lambda: (
+        b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 40_000, 40_000, 1, 24, *[0] * 6)
+    ),
     "ppm-picture": lambda: b"P6 50000 50000 255\n" + bytes(100),
 }
 
@@ -254,7 +291,9 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory are Linux's")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory are Linux's"
+)
 def test_bombs_are_refused_in_little_memory(tmp_path):
     paths = [tmp_path / name for name in BOMBS]
     for path in paths:
@@ -270,4 +309,6 @@ def test_bombs_are_refused_in_little_memory(tmp_path):
     assert rises.keys() == BOMBS.keys() and max(rises.values()) < LIMIT_MIB, rises
     results = {Path(path).name: result for path, _, _, result in rows}
     decodable = {"gif-frames", "tiff-pages", "png-profile", "png-texts"}
-    assert all(result != "decoded" for name, result in results.items() if name not in decodable), results
+    assert all(result != "decoded" for name, result in results.items() if name not in decodable), (
+        results
+    )

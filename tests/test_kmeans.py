@@ -22,7 +22,9 @@ def seeds(rows, num_codes, seed):
 # sums by code
 
 
-@pytest.mark.parametrize(("num_rows", "dim", "num_codes"), [(500, 7, 30), (40, 3, 900), (0, 3, 4), (100, 0, 9)])
+@pytest.mark.parametrize(
+    ("num_rows", "dim", "num_codes"), [(500, 7, 30), (40, 3, 900), (0, 3, 4), (100, 0, 9)]
+)
 def test_sums_are_those_of_each_code(num_rows, dim, num_codes):
     rows, codes = torch.randn(num_rows, dim), torch.randint(-1, num_codes, (num_rows,))
     rows[codes < 0] = float("nan")
@@ -59,7 +61,9 @@ def test_centres_are_means_of_what_is_nearest_to_them(monkeypatch, cosine):
     centres = kmeans(rows, 6, seed=1, iterations=60, cosine=cosine)
     seen = F.normalize(rows, dim=1) if cosine else rows
     codes = torch.cdist(seen, centres).argmin(1)
-    torch.testing.assert_close(centres, torch.stack([seen[codes == code].mean(0) for code in range(6)]))
+    torch.testing.assert_close(
+        centres, torch.stack([seen[codes == code].mean(0) for code in range(6)])
+    )
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -76,7 +80,11 @@ def test_kmeans_does_not_depend_on_chunks(monkeypatch, cosine):
 @pytest.mark.parametrize(("num_codes", "rounds"), [(8192, 10), (8193, 3)])
 def test_lloyds_iterations_are_fewer_for_many_codes(monkeypatch, num_codes, rounds):
     rows = torch.zeros(num_codes, 1)
-    found = rows, torch.arange(num_codes), torch.zeros(num_codes)  # centres, each row's code, its distance
+    found = (
+        rows,
+        torch.arange(num_codes),
+        torch.zeros(num_codes),
+    )  # centres, each row's code, its distance
     moves, sums = [], module.segment_sums
     monkeypatch.setattr(module, "CHUNK", num_codes)
     monkeypatch.setattr(module, "_seed_centres", lambda *_: found)
@@ -143,7 +151,9 @@ def test_kmeans_reads_no_more_rows_than_it_has_to(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 100)
     monkeypatch.setattr(module, "ROWS_PER_CODE", 10)
     asked, nearest = [], search.nearest
-    monkeypatch.setattr(search, "nearest", lambda rows, book: asked.append(len(rows)) or nearest(rows, book))
+    monkeypatch.setattr(
+        search, "nearest", lambda rows, book: asked.append(len(rows)) or nearest(rows, book)
+    )
     for num_rows, num_codes, read in ((90, 4, 90), (300, 4, 100), (300, 20, 200)):
         asked.clear()
         assert kmeans(torch.randn(num_rows, 2), num_codes, seed=0).shape == (num_codes, 2)
@@ -152,7 +162,9 @@ def test_kmeans_reads_no_more_rows_than_it_has_to(monkeypatch):
 
 def test_kmeans_lowers_the_error_of_its_seeds():
     rows = torch.randn(3000, 8)
-    assert squared_error(rows, kmeans(rows, 200, seed=0)) < 0.85 * squared_error(rows, seeds(rows, 200, 0)[0])
+    assert squared_error(rows, kmeans(rows, 200, seed=0)) < 0.85 * squared_error(
+        rows, seeds(rows, 200, 0)[0]
+    )
 
 
 # codes that many images have
@@ -183,7 +195,9 @@ def test_few_common_codes_are_of_a_single_image(cosine):
 def test_common_codes_of_rows_without_images_are_met_evenly():
     rows = torch.cat([torch.randn(4000, 3), 6 + torch.randn(40, 3)])
     counts = torch.bincount(search.nearest(rows, common(rows, 64, 0)), minlength=64)
-    at_random = torch.bincount(search.nearest(rows, rows[torch.randperm(len(rows))[:64]]), minlength=64)
+    at_random = torch.bincount(
+        search.nearest(rows, rows[torch.randperm(len(rows))[:64]]), minlength=64
+    )
     assert counts.min() > 2 * at_random.min() and counts.min() > 0.4 * counts.float().mean()
 
 
@@ -255,4 +269,6 @@ def test_segment_sums_of_more_codes_than_rows_and_of_no_columns(num_rows, num_co
     counts, sums = segment_sums(rows, codes, num_codes)
     torch.set_num_threads(threads)
     assert torch.equal(counts, torch.bincount(codes, minlength=num_codes).float())
-    torch.testing.assert_close(sums, torch.zeros(num_codes, dim).index_add_(0, codes, rows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        sums, torch.zeros(num_codes, dim).index_add_(0, codes, rows), atol=1e-5, rtol=1e-5
+    )

@@ -14,7 +14,13 @@ import tokenizer
 from tokenizer.cache import TokenCache
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "digits_vqvae"
-LOOP = ["loop.steps=4", "loop.batch_size=8", "loop.log_every=2", "loop.save_every=4", "loop.preview_every=4"]
+LOOP = [
+    "loop.steps=4",
+    "loop.batch_size=8",
+    "loop.log_every=2",
+    "loop.save_every=4",
+    "loop.preview_every=4",
+]
 SMALL = "{kind: conv, channels: 16, stride: %d, residual_blocks: 1, residual_channels: 8}"
 VECTOR = "{kind: vector, num_codes: 12, code_dim: 4}"
 MODELS = {
@@ -29,10 +35,18 @@ MODELS = {
 def test_a_pipeline_of_several_levels(name, prior, tmp_path):
     quantizer, (grids, sizes) = MODELS[name]
     stride = 2 if name == "vqvae2" else 4
-    where, decoder = [f"root={tmp_path}"], "{kind: conv, channels: 16, residual_blocks: 1, residual_channels: 8}"
+    where, decoder = (
+        [f"root={tmp_path}"],
+        "{kind: conv, channels: 16, residual_blocks: 1, residual_channels: 8}",
+    )
     model = [f"model.encoder={SMALL % stride}", f"model.decoder={decoder}"]
     if name == "vqvae2":
-        model += ["model.kind=vqvae2", f"model.top={quantizer}", f"model.bottom={quantizer}", "model.channels=16"]
+        model += [
+            "model.kind=vqvae2",
+            f"model.top={quantizer}",
+            f"model.bottom={quantizer}",
+            "model.channels=16",
+        ]
     else:
         model += [f"model.quantizer={quantizer}"]
     data = ["data.image_size=16", "calibration_images=32"]

@@ -36,7 +36,9 @@ def found(source: Path, **options: str) -> dict[str, str | None]:
 
 
 def notes(source: Path | str, **options: str) -> str:
-    images = open_split(DataConfig(source=str(source), image_size=SIZE, max_bad=1, **options), "train")
+    images = open_split(
+        DataConfig(source=str(source), image_size=SIZE, max_bad=1, **options), "train"
+    )
     return "\n".join(images.notes)
 
 
@@ -44,7 +46,11 @@ def notes(source: Path | str, **options: str) -> str:
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
-    write(tmp_path, *(f"train/n0{c}/images/n0{c}_{i}.JPEG" for c in range(3) for i in range(4)), kind="JPEG")
+    write(
+        tmp_path,
+        *(f"train/n0{c}/images/n0{c}_{i}.JPEG" for c in range(3) for i in range(4)),
+        kind="JPEG",
+    )
     write(tmp_path, *(f"val/images/val_{i}.JPEG" for i in range(6)), kind="JPEG")
     write(tmp_path, *(f"test/images/test_{i}.JPEG" for i in range(5)), kind="JPEG")
     (tmp_path / "train" / "n00" / "n00_boxes.txt").write_text("n00_0.JPEG\t0\t0\t62\t62\n")
@@ -55,13 +61,16 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     assert {key: name for key, name in classes.items() if key[0] == "|"} == {
         f"|val/images/val_{i}.JPEG": f"n0{i % 3}" for i in range(6)
     }
-    assert len(classes) == 18 and all(classes[f"train/n0{c}/images/n0{c}_0.JPEG"] == f"n0{c}" for c in range(3))
+    assert len(classes) == 18 and all(
+        classes[f"train/n0{c}/images/n0{c}_0.JPEG"] == f"n0{c}" for c in range(3)
+    )
     said = notes(tmp_path)
     assert "passed over 5 images beside train and val: test/ (5)" in said
     assert "passed over 2 files of other kinds (.txt 2)" in said and "alone" not in said
     (tmp_path / "val" / "val_annotations.txt").unlink()
-    assert "1 classes are in the held-out split alone, so that nothing trains on them: images (6 images)" in notes(
-        tmp_path
+    assert (
+        "1 classes are in the held-out split alone, so that nothing trains on them: images (6 images)"
+        in notes(tmp_path)
     )
 
 
@@ -76,7 +85,9 @@ def test_coco(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
     classes = found(tmp_path)
     assert set(classes.values()) == {"all"} and len(classes) == 16
-    assert sorted(key for key in classes if key[0] == "|") == [f"|val2017/{i:012d}.jpg" for i in range(6)]
+    assert sorted(key for key in classes if key[0] == "|") == [
+        f"|val2017/{i:012d}.jpg" for i in range(6)
+    ]
     write(tmp_path, "train2014/1.jpg", "val2014/1.jpg", kind="JPEG")
     with pytest.raises(UserError, match="holds train2014, train2017, which are the same split"):
         found(tmp_path)
@@ -84,10 +95,17 @@ def test_coco(tmp_path: Path) -> None:
 
 def test_folders_of_images_within_others(tmp_path: Path) -> None:
     for wrapper in ("images/", "tiny/tiny-200/"):
-        write(tmp_path / wrapper[:4], f"{wrapper}train/a/1.png", f"{wrapper}val/a/2.png", f"{wrapper}train/b/1.png")
+        write(
+            tmp_path / wrapper[:4],
+            f"{wrapper}train/a/1.png",
+            f"{wrapper}val/a/2.png",
+            f"{wrapper}train/b/1.png",
+        )
         (tmp_path / wrapper[:4] / "labels").mkdir()
         (tmp_path / wrapper[:4] / "labels" / "1.txt").write_text("0 0 0 1 1")
-        classes = {key.replace(wrapper, ""): name for key, name in found(tmp_path / wrapper[:4]).items()}
+        classes = {
+            key.replace(wrapper, ""): name for key, name in found(tmp_path / wrapper[:4]).items()
+        }
         assert classes == {"train/a/1.png": "a", "train/b/1.png": "b", "|val/a/2.png": "a"}
 
 
@@ -113,7 +131,15 @@ def test_a_split_without_images_is_no_reason_to_hold_out_others(tmp_path: Path) 
 
 
 def test_what_is_beside_the_splits_is_said(tmp_path: Path) -> None:
-    write(tmp_path, "train/a/1.png", "train/a/2.png", "test/a/1.png", "extra/a/1.png", "extra/b/1.png", "cover.png")
+    write(
+        tmp_path,
+        "train/a/1.png",
+        "train/a/2.png",
+        "test/a/1.png",
+        "extra/a/1.png",
+        "extra/b/1.png",
+        "cover.png",
+    )
     assert "passed over 3 images beside train and test: cover.png, extra/ (2)" in notes(tmp_path)
 
 
@@ -140,16 +166,21 @@ def test_pictures_that_are_not_read_are_counted(tmp_path: Path) -> None:
     for name in ("a/5.heic", "a/6.HEIF", "b/7.heic", "b/8.jxl"):
         (tmp_path / name).write_bytes(b"picture")
     assert len(found(tmp_path)) == 6
-    assert "passed over 4 pictures of kinds that are not read here (.heic 2, .heif 1, .jxl 1; a/5.heic" in notes(
-        tmp_path
+    assert (
+        "passed over 4 pictures of kinds that are not read here (.heic 2, .heif 1, .jxl 1; a/5.heic"
+        in notes(tmp_path)
     )
-    with pytest.raises(UserError, match=r"holds no images .*; it holds \.heic 1, \.jxl 1: give images"):
+    with pytest.raises(
+        UserError, match=r"holds no images .*; it holds \.heic 1, \.jxl 1: give images"
+    ):
         for path in tmp_path.glob("b/*.png"):
             path.unlink()
         found(tmp_path / "b")
 
 
-def test_folders_that_cannot_be_entered_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_entered_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, "a/1.png", "a/2.png", "b/1.png")
     scandir = os.scandir
 
@@ -169,9 +200,15 @@ def test_two_links_to_one_folder(tmp_path: Path) -> None:
     (root / "a" / "one").symlink_to(tmp_path / "elsewhere")
     (root / "a" / "two").symlink_to(tmp_path / "elsewhere")
     (root / "a" / "deep").symlink_to(tmp_path / "elsewhere" / "deep")
-    assert set(found(root)) == {"a/0.png", "c/3.png", "a/deep/2.png", "a/one/1.png"}  # each image once
-    assert "passed over 2 links to folders that are listed already (a/one/deep is a/deep, a/two is a/one)" in notes(
-        root
+    assert set(found(root)) == {
+        "a/0.png",
+        "c/3.png",
+        "a/deep/2.png",
+        "a/one/1.png",
+    }  # each image once
+    assert (
+        "passed over 2 links to folders that are listed already (a/one/deep is a/deep, a/two is a/one)"
+        in notes(root)
     )
     (root / "b").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"root: b and a/one are the same folder.*two classes"):
@@ -222,24 +259,40 @@ def test_metadata_of_the_whole_folder_and_of_none(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\na/0.png,a caption\n")
     assert found(tmp_path) == {"a/0.png": "a", "a/1.png": "a", "b/0.png": "b"}
     assert "metadata.csv holds no labels, only text" in notes(tmp_path)
-    (tmp_path / "metadata.csv").write_text("file_name,kind,fine_label,coarse_label\na/0.png,k,x,y\nb/0.png,k,z,y\n")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,kind,fine_label,coarse_label\na/0.png,k,x,y\nb/0.png,k,z,y\n"
+    )
     with pytest.raises(
-        UserError, match=r"metadata.csv has 2 columns that may be its labels, fine_label, coarse_label: "
+        UserError,
+        match=r"metadata.csv has 2 columns that may be its labels, fine_label, coarse_label: ",
     ):
         found(tmp_path)
-    assert found(tmp_path, label_column="coarse_label") == {"a/0.png": "y", "a/1.png": None, "b/0.png": "y"}
+    assert found(tmp_path, label_column="coarse_label") == {
+        "a/0.png": "y",
+        "a/1.png": None,
+        "b/0.png": "y",
+    }
     assert found(tmp_path, label_column="kind") == {"a/0.png": "k", "a/1.png": None, "b/0.png": "k"}
     assert set(found(tmp_path, label_column="none").values()) == {"all"}
-    with pytest.raises(UserError, match=r"data\.label_column=sort: .*metadata.csv has only kind, fine_label"):
+    with pytest.raises(
+        UserError, match=r"data\.label_column=sort: .*metadata.csv has only kind, fine_label"
+    ):
         found(tmp_path, label_column="sort")
     (tmp_path / "metadata.csv").unlink()
-    with pytest.raises(UserError, match=r"data\.label_column=kind: .* has no metadata\.csv or metadata\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"data\.label_column=kind: .* has no metadata\.csv or metadata\.jsonl"
+    ):
         found(tmp_path, label_column="kind")
 
 
 @pytest.mark.parametrize(
     "name, text",
-    [("metadata.jsonl", "{"), ("metadata.jsonl", "[1]"), ("metadata.jsonl", "[" * 100_000), ("metadata.csv", 'a,"b')],
+    [
+        ("metadata.jsonl", "{"),
+        ("metadata.jsonl", "[1]"),
+        ("metadata.jsonl", "[" * 100_000),
+        ("metadata.csv", 'a,"b'),
+    ],
 )
 def test_damaged_metadata_is_one_line(tmp_path: Path, name: str, text: str) -> None:
     write(tmp_path, "a/0.png")
@@ -257,25 +310,33 @@ def test_metadata_that_contradicts_itself_or_leads_outside(tmp_path: Path) -> No
     )
     assert found(tmp_path) == {"a/0.png": "x", "a/1.png": None}
     (tmp_path / "a" / "metadata.csv").write_text("file_name,label\n0.png,y\n")
-    with pytest.raises(UserError, match=r"/metadata\..* and another file give a/0\.png different classes"):
+    with pytest.raises(
+        UserError, match=r"/metadata\..* and another file give a/0\.png different classes"
+    ):
         found(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 @pytest.mark.parametrize("other", ["a/0.png", "./a/0.png"])
-def test_a_file_that_says_two_things_of_an_image_is_refused(tmp_path: Path, name: str, other: str) -> None:
+def test_a_file_that_says_two_things_of_an_image_is_refused(
+    tmp_path: Path, name: str, other: str
+) -> None:
     write(tmp_path, "a/0.png", "a/1.png")
     rows = [("a/0.png", "x"), ("a/1.png", "y"), (other, "x")]
 
     def put(rows: list[tuple[str, str]]) -> None:
         as_csv = "".join(f"{image},{label}\n" for image, label in [("file_name", "label"), *rows])
-        as_json = "".join(json.dumps({"file_name": image, "label": label}) + "\n" for image, label in rows)
+        as_json = "".join(
+            json.dumps({"file_name": image, "label": label}) + "\n" for image, label in rows
+        )
         (tmp_path / name).write_text(as_csv if name.endswith("csv") else as_json)
 
     put(rows)  # twice the same: no doubt
     assert found(tmp_path) == {"a/0.png": "x", "a/1.png": "y"}
     put([*rows, (other, "z")])
-    with pytest.raises(UserError, match=rf"{name} gives a/0\.png different classes: keep one of them"):
+    with pytest.raises(
+        UserError, match=rf"{name} gives a/0\.png different classes: keep one of them"
+    ):
         found(tmp_path)
 
 
@@ -289,18 +350,26 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_names_of_digits_are_names(tmp_path: Path) -> None:
     """Zip codes and numbered classes (001.Albatross without its bird): 007 is neither 7 nor 07."""
     write(tmp_path, *(f"{number}.png" for number in range(4)))
-    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,007\n1.png,7\n2.png,07\n3.png,10\n")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,label\n0.png,007\n1.png,7\n2.png,07\n3.png,10\n"
+    )
     assert list(found(tmp_path).values()) == ["007", "7", "07", "10"]
-    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,10\n1.png,9\n2.png,-1\n3.png,0\n")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,label\n0.png,10\n1.png,9\n2.png,-1\n3.png,0\n"
+    )
     assert open_listing(str(tmp_path), 0).class_names == ["0", "9", "10"]
 
 
 def test_lines_of_label_files_end_where_their_formats_say(tmp_path: Path) -> None:
     """JSON and names of files may hold U+2028 and U+0085, at which Python's splitlines divides text, too."""
     write(tmp_path, "train/a/0.png", "train/b/0.png", "val/0.png", "val/x\u0085y\u2028.png")
-    (tmp_path / "val" / "val_annotations.txt").write_bytes("0.png\ta\r\nx\u0085y\u2028.png\tb\r\n".encode())
+    (tmp_path / "val" / "val_annotations.txt").write_bytes(
+        "0.png\ta\r\nx\u0085y\u2028.png\tb\r\n".encode()
+    )
     assert found(tmp_path)["|val/x\u0085y\u2028.png"] == "b"
-    rows = [{"file_name": f"{name}/0.png", "label": name, "text": "x\u2028y\u0085z"} for name in "ab"]
+    rows = [
+        {"file_name": f"{name}/0.png", "label": name, "text": "x\u2028y\u0085z"} for name in "ab"
+    ]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "train" / "metadata.jsonl").write_bytes(text.encode())
     assert found(tmp_path)["train/b/0.png"] == "b"
@@ -310,7 +379,9 @@ def test_lines_of_label_files_end_where_their_formats_say(tmp_path: Path) -> Non
 def test_a_label_file_that_is_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
     write(tmp_path, "a/0.png")
     os.mkfifo(tmp_path / "a" / name)
-    with pytest.raises(UserError, match=f"{name} cannot be read .*no regular file.*: mend or remove it"):
+    with pytest.raises(
+        UserError, match=f"{name} cannot be read .*no regular file.*: mend or remove it"
+    ):
         found(tmp_path)
 
 
@@ -320,7 +391,10 @@ def test_classes_without_images_are_said(tmp_path: Path) -> None:
     assert "1 folders hold no images, and are no classes: birds" in notes(tmp_path)
     write(tmp_path / "birds" / "more", "0.png")
     assert "hold no images" not in notes(tmp_path)
-    write(tmp_path / "set", *(f"{part}/{name}/0.png" for part in ("train", "val") for name in ("cats", "dogs")))
+    write(
+        tmp_path / "set",
+        *(f"{part}/{name}/0.png" for part in ("train", "val") for name in ("cats", "dogs")),
+    )
     (tmp_path / "set" / "train" / "birds").mkdir()
     assert "1 folders hold no images, and are no classes: train/birds" in notes(tmp_path / "set")
 
@@ -358,25 +432,37 @@ def table(path: Path, **columns: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["labels", "fine_label", "class", "classId", "category", "target", "superCategory"])
+@pytest.mark.parametrize(
+    "name", ["labels", "fine_label", "class", "classId", "category", "target", "superCategory"]
+)
 def test_columns_that_hold_labels_by_their_names(tmp_path: Path, name: str) -> None:
     path = table(tmp_path / "a.parquet", **{name: [0, 1, 2] * 2, "text": ["a caption"] * 6})
     assert open_listing(str(path), 0).labels.tolist() == [0, 1, 2] * 2
 
 
 def test_several_columns_of_labels_are_refused_and_one_is_chosen(tmp_path: Path) -> None:
-    path = table(tmp_path / "a.parquet", fine_label=[0, 1, 2] * 2, coarse_label=["x", "y"] * 3, depth=[0.5] * 6)
+    path = table(
+        tmp_path / "a.parquet",
+        fine_label=[0, 1, 2] * 2,
+        coarse_label=["x", "y"] * 3,
+        depth=[0.5] * 6,
+    )
     with pytest.raises(
-        UserError, match=r"a.parquet has 2 columns that may be its labels, fine_label, coarse_label: choose"
+        UserError,
+        match=r"a.parquet has 2 columns that may be its labels, fine_label, coarse_label: choose",
     ):
         open_listing(str(path), 0)
     assert found(path, label_column="coarse_label") == {str(i): "xy"[i % 2] for i in range(6)}
     assert set(found(path, label_column="none").values()) == {"all"}
     with pytest.raises(
-        UserError, match=r"data\.label_column=fine: .*a.parquet has only fine_label, coarse_label, depth"
+        UserError,
+        match=r"data\.label_column=fine: .*a.parquet has only fine_label, coarse_label, depth",
     ):
         found(path, label_column="fine")
-    with pytest.raises(UserError, match=r"labels are float, .*: choose another column with data.label_column, or none"):
+    with pytest.raises(
+        UserError,
+        match=r"labels are float, .*: choose another column with data.label_column, or none",
+    ):
         found(path, label_column="depth")
 
 
@@ -385,9 +471,9 @@ def test_labels_that_are_none_or_minus_one(tmp_path: Path) -> None:
 
     for place, labels in enumerate([[None] * 6, [-1] * 6, pa.nulls(6)]):
         path = table(tmp_path / f"{place}.parquet", label=labels)
-        assert set(found(path).values()) == {"all"} and "column label holds no label: all images are of one" in notes(
-            path
-        )
+        assert set(found(path).values()) == {
+            "all"
+        } and "column label holds no label: all images are of one" in notes(path)
     assert list(found(table(tmp_path / "a.parquet", label=[4, -1, 4, None, 7, 7])).values()) == [
         "4",
         None,
@@ -396,7 +482,10 @@ def test_labels_that_are_none_or_minus_one(tmp_path: Path) -> None:
         "7",
         "7",
     ]
-    assert set(found(table(tmp_path / "b.parquet", label=[True, False] * 3)).values()) == {"True", "False"}
+    assert set(found(table(tmp_path / "b.parquet", label=[True, False] * 3)).values()) == {
+        "True",
+        "False",
+    }
     named = write_parquet(tmp_path / "c.parquet", PLAIN[:3], [-1, 0, 1], ["x", "y"])
     assert list(found(named).values()) == [None, "x", "y"]
 
@@ -408,14 +497,22 @@ def test_the_column_of_images_can_be_chosen(tmp_path: Path) -> None:
     other = pa.array([{"bytes": data, "path": None} for data in PLAIN[6:12]], kind)
     path = table(tmp_path / "a.parquet", mask=other, jpg=pa.array(PLAIN[12:18]))
     read = {
-        name: open_listing(str(path), 10**9, DataConfig(image_column=name).choice).read(2) for name in ("mask", "jpg")
+        name: open_listing(str(path), 10**9, DataConfig(image_column=name).choice).read(2)
+        for name in ("mask", "jpg")
     }
-    assert read == {"mask": PLAIN[8], "jpg": PLAIN[14]} and open_listing(str(path), 0).read(2) == PLAIN[2]
+    assert (
+        read == {"mask": PLAIN[8], "jpg": PLAIN[14]}
+        and open_listing(str(path), 0).read(2) == PLAIN[2]
+    )
     assert "images are taken from column image; passed over: mask" in notes(path)
-    with pytest.raises(UserError, match=r"data\.image_column=depth: .*a.parquet has only image, mask, jpg"):
+    with pytest.raises(
+        UserError, match=r"data\.image_column=depth: .*a.parquet has only image, mask, jpg"
+    ):
         found(path, image_column="depth")
     path = table(tmp_path / "b.parquet", text=["a"] * 6)
-    with pytest.raises(UserError, match=r"data\.image_column=text: .* it holds string, neither bytes"):
+    with pytest.raises(
+        UserError, match=r"data\.image_column=text: .* it holds string, neither bytes"
+    ):
         found(path, image_column="text")
 
 
@@ -456,12 +553,18 @@ def saved(folder: Path, parts: dict[str, int] | int) -> Path:
     import datasets
 
     def rows(count: int) -> datasets.Dataset:
-        features = datasets.Features({"img": datasets.Image(), "labels": datasets.ClassLabel(names=["even", "odd"])})
+        features = datasets.Features(
+            {"img": datasets.Image(), "labels": datasets.ClassLabel(names=["even", "odd"])}
+        )
         images = [{"bytes": data, "path": None} for data in PLAIN[:count]]
         table = {"img": images, "labels": [i % 2 for i in range(count)]}
         return datasets.Dataset.from_dict(table, features=features)
 
-    made = rows(parts) if isinstance(parts, int) else datasets.DatasetDict({n: rows(c) for n, c in parts.items()})
+    made = (
+        rows(parts)
+        if isinstance(parts, int)
+        else datasets.DatasetDict({n: rows(c) for n, c in parts.items()})
+    )
     options = {"num_shards": 2} if isinstance(parts, int) else {}
     made.save_to_disk(str(folder), **options)
     return folder
@@ -470,17 +573,30 @@ def saved(folder: Path, parts: dict[str, int] | int) -> Path:
 def test_saved_data_sets(tmp_path: Path) -> None:
     single = saved(tmp_path / "single", 9)
     listing = open_listing(str(single), 0)
-    assert [listing.read(i) for i in range(9)] == PLAIN[:9] and listing.labels.tolist() == [i % 2 for i in range(9)]
-    assert listing.class_names == ["even", "odd"] and listing.held_out is None and listing.where(3) == "single row 3"
+    assert [listing.read(i) for i in range(9)] == PLAIN[:9] and listing.labels.tolist() == [
+        i % 2 for i in range(9)
+    ]
+    assert (
+        listing.class_names == ["even", "odd"]
+        and listing.held_out is None
+        and listing.where(3) == "single row 3"
+    )
     split = saved(tmp_path / "split", {"train": 6, "test": 4, "extra": 3})
     parts = [
-        open_split(config_of(split, memory_mib=memory), name) for memory in (100, 0) for name in ("train", "held_out")
+        open_split(config_of(split, memory_mib=memory), name)
+        for memory in (100, 0)
+        for name in ("train", "held_out")
     ]
     assert [len(part) for part in parts] == [6, 4] * 2 and parts[0].class_names == ["even", "odd"]
-    assert parts[2].gather([(0, 1)])["ids"].tolist() == [1] and "passed over extra: test is held out" in parts[0].notes
+    assert (
+        parts[2].gather([(0, 1)])["ids"].tolist() == [1]
+        and "passed over extra: test is held out" in parts[0].notes
+    )
 
 
-@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "a/b.arrow", "", "..", 3, None])
+@pytest.mark.parametrize(
+    "name", ["../outside.arrow", "/etc/passwd", "a/b.arrow", "", "..", 3, None]
+)
 def test_saved_data_sets_that_lie_are_one_line(tmp_path: Path, name: object) -> None:
     root = saved(tmp_path / "set", 4)
     (tmp_path / "outside.arrow").write_bytes((root / "data-00000-of-00002.arrow").read_bytes())
@@ -515,7 +631,9 @@ def test_settings_that_a_source_has_no_use_for_are_refused(tmp_path: Path) -> No
         (table(tmp_path.parent / f"{tmp_path.name}-table" / "a.parquet"), {"hub_config": "x"}),
     ]:
         ((field, value),) = options.items()
-        with pytest.raises(UserError, match=rf"data\.{field}={value}: data\.source=.* has no use for it"):
+        with pytest.raises(
+            UserError, match=rf"data\.{field}={value}: data\.source=.* has no use for it"
+        ):
             found(source, **options)
 
 
@@ -527,33 +645,50 @@ def test_a_data_set_of_the_hub_with_choices(monkeypatch: pytest.MonkeyPatch) -> 
     def load(*names: str, **options: str) -> object:
         asked.append((names, options))
         if len(names) == 1:
-            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"
+            )
         label = datasets.ClassLabel(names=["x", "y"])
         features = datasets.Features(
             {"img": datasets.Image(), "mask": datasets.Image(), "label_a": label, "label_b": label}
         )
         images = [{"bytes": data, "path": None} for data in PLAIN[:4]]
-        rows = {"img": images, "mask": images[::-1], "label_a": [0, 1, -1, None], "label_b": [1, 1, 0, 0]}
+        rows = {
+            "img": images,
+            "mask": images[::-1],
+            "label_a": [0, 1, -1, None],
+            "label_b": [1, 1, 0, 0],
+        }
         return datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(
-        UserError, match=r"hub:o/n cannot be loaded .*configs: \['a', 'b'\]\): choose one with data.hub_config"
+        UserError,
+        match=r"hub:o/n cannot be loaded .*configs: \['a', 'b'\]\): choose one with data.hub_config",
     ):
         open_listing("hub:o/n", 0)
     with pytest.raises(UserError, match=r"only img, mask: name one with data\.image_column"):
         found("hub:o/n", hub_config="a")
     with pytest.raises(UserError, match="has 2 columns that may be its labels, label_a, label_b"):
         found("hub:o/n", hub_config="a", image_column="img")
-    options = {"hub_config": "a", "hub_revision": "v2", "image_column": "mask", "label_column": "label_a"}
+    options = {
+        "hub_config": "a",
+        "hub_revision": "v2",
+        "image_column": "mask",
+        "label_column": "label_a",
+    }
     assert list(found("hub:o/n", **options).values()) == ["x", "y", None, None]
     assert asked[-1] == (("o/n", "a"), {"revision": "v2"})
     listing = open_listing("hub:o/n", 0, DataConfig(**options).choice)
-    assert listing.read(0) == PLAIN[3] and listing.notes == ["images are taken from column mask; passed over: img"]
+    assert listing.read(0) == PLAIN[3] and listing.notes == [
+        "images are taken from column mask; passed over: img"
+    ]
 
 
 @pytest.mark.parametrize("change", ["cut", "removed", "written"])
-def test_a_saved_file_that_changes_while_it_is_read_is_one_line(tmp_path: Path, change: str) -> None:
+def test_a_saved_file_that_changes_while_it_is_read_is_one_line(
+    tmp_path: Path, change: str
+) -> None:
     """It is mapped: a page beyond a new end would end the process by SIGBUS, so a process of its own reads it."""
     folder = saved(tmp_path / "saved", 9)
     code = f"""if True:
@@ -574,7 +709,9 @@ def test_a_saved_file_that_changes_while_it_is_read_is_one_line(tmp_path: Path, 
         except BadImage as error:
             print(error)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(".arrow has changed since this run began\n")
 
@@ -603,6 +740,11 @@ def test_folders_of_downloads_are_no_classes(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text('{"status": "success"}')
         (tmp_path / f"{name}.txt").write_text("a caption")
     assert set(found(tmp_path).values()) == {"all"}
-    assert "folders 00000, 00001, 00002 number img2dataset's downloads, and are no classes" in notes(tmp_path)
-    (tmp_path / f"{names[0]}.json").unlink()  # without them such folders may be classes, as GTSRB's are
+    assert (
+        "folders 00000, 00001, 00002 number img2dataset's downloads, and are no classes"
+        in notes(tmp_path)
+    )
+    (
+        tmp_path / f"{names[0]}.json"
+    ).unlink()  # without them such folders may be classes, as GTSRB's are
     assert set(found(tmp_path).values()) == {"00000", "00001", "00002"}

@@ -54,7 +54,9 @@ def state(quantizer):
 
 
 def entropy(probabilities):
-    return -(probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()).sum(-1)
+    return -(
+        probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+    ).sum(-1)
 
 
 def signs(bits):
@@ -74,7 +76,11 @@ def test_lookup_gives_what_forward_gave(config, mode):
     assert output.loss.shape == () and {"usage", "perplexity"} <= output.parts.keys()
     assert all(part.shape == () for part in output.parts.values())
     (num_codes,) = quantizer.num_codes
-    assert quantizer.dim == DIM and 0 <= int(output.codes.min()) and int(output.codes.max()) < num_codes
+    assert (
+        quantizer.dim == DIM
+        and 0 <= int(output.codes.min())
+        and int(output.codes.max()) < num_codes
+    )
     mixtures = isinstance(config, GumbelConfig) and not config.hard and mode == "train"
     assert torch.equal(quantizer.lookup(output.codes), output.vectors) != mixtures
 
@@ -128,7 +134,9 @@ def test_the_size_of_chunks_changes_nothing(config, monkeypatch):
         quantizer, given = build(config).train(not noisy), features().requires_grad_()
         output = quantizer(given)
         (output.vectors.square().sum() + output.loss).backward()
-        results.append([output.vectors, output.loss, given.grad, *(p.grad for p in quantizer.parameters())])
+        results.append(
+            [output.vectors, output.loss, given.grad, *(p.grad for p in quantizer.parameters())]
+        )
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
 
@@ -150,7 +158,9 @@ def test_update_adds_up_micro_batches_and_a_skipped_step_leaves_no_trace(config)
                 quantizer(batch)
         quantizer.update(1, True)
     assert float(whole.statistics.usage.sum()) == 48
-    assert all(torch.equal(tensor, parts.state_dict()[name]) for name, tensor in state(whole).items())
+    assert all(
+        torch.equal(tensor, parts.state_dict()[name]) for name, tensor in state(whole).items()
+    )
 
 
 def test_evaluation_gathers_nothing(config):
@@ -171,7 +181,9 @@ def test_state_goes_on_where_it_stopped(config):
         outputs.append(quantizer(features(seed=9)))
         quantizer.update(3, True)
     assert torch.equal(outputs[0].vectors, outputs[1].vectors)
-    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in state(first).items())
+    assert all(
+        torch.equal(tensor, second.state_dict()[name]) for name, tensor in state(first).items()
+    )
 
 
 def test_initialise_changes_only_what_was_asked_for(config):
@@ -217,7 +229,8 @@ def test_the_outermost_values_are_taken():
 
 
 @pytest.mark.parametrize(
-    ("config", "raw"), [(FSQConfig, {"levels": [3, 4]}), (LookupFreeConfig, {"bits": 3}), (BSQConfig, {"bits": 3})]
+    ("config", "raw"),
+    [(FSQConfig, {"levels": [3, 4]}), (LookupFreeConfig, {"bits": 3}), (BSQConfig, {"bits": 3})],
 )
 def test_configurations_come_from_files(config, raw):
     quantizer = configuration.from_dict(config, raw, "a.yaml").build()
@@ -227,7 +240,9 @@ def test_configurations_come_from_files(config, raw):
 # finite scalar quantization
 
 
-@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (3,), (4, 4, 4), (7, 5, 9), (8, 6, 3, 5, 10), (16, 15, 999)])
+@pytest.mark.parametrize(
+    "levels", [(8, 5, 5, 5), (3,), (4, 4, 4), (7, 5, 9), (8, 6, 3, 5, 10), (16, 15, 999)]
+)
 def test_fsq_is_that_of_vector_quantize_pytorch(levels):
     theirs = pytest.importorskip("vector_quantize_pytorch").FSQ(list(levels))
     ours = FSQConfig(levels=levels).build()
@@ -237,13 +252,18 @@ def test_fsq_is_that_of_vector_quantize_pytorch(levels):
         assert torch.equal(output.codes[:, 0], codes.long())
         torch.testing.assert_close(output.vectors, vectors, atol=1e-6, rtol=0)
         weights = torch.randn_like(vectors)
-        gradients = [torch.autograd.grad((made * weights).sum(), given)[0] for made in (output.vectors, vectors)]
+        gradients = [
+            torch.autograd.grad((made * weights).sum(), given)[0]
+            for made in (output.vectors, vectors)
+        ]
         torch.testing.assert_close(*gradients)
 
 
 def test_fsq_levels_and_digits_are_known():
     quantizer = FSQConfig(levels=(4, 3)).build()
-    ends = quantizer(torch.tensor([[-9.0, -9.0], [9.0, 9.0], [0.0, 0.0], [9.0, -9.0]])[:, :, None, None])
+    ends = quantizer(
+        torch.tensor([[-9.0, -9.0], [9.0, 9.0], [0.0, 0.0], [9.0, -9.0]])[:, :, None, None]
+    )
     assert ends.codes.flatten().tolist() == [0, 11, 2 + 4 * 1, 3]
     assert ends.vectors.flatten(1).tolist() == [[-1, -1], [0.5, 1], [0, 0], [0.5, -1]]
     assert float(ends.loss) == 0
@@ -255,7 +275,9 @@ def test_fsq_levels_and_digits_are_known():
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("bits", [1, 3, 10])
 def test_codes_are_those_of_vector_quantize_pytorch(bits, spherical):
-    theirs = pytest.importorskip("vector_quantize_pytorch").LFQ(dim=bits, spherical=spherical).eval()
+    theirs = (
+        pytest.importorskip("vector_quantize_pytorch").LFQ(dim=bits, spherical=spherical).eval()
+    )
     ours = LookupFreeConfig(bits=bits, spherical=spherical).build()
     given = features(dim=bits, batch=50)
     output, expected = ours(given), theirs(given)
@@ -267,7 +289,9 @@ def test_codes_are_those_of_vector_quantize_pytorch(bits, spherical):
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
 def test_entropies_and_their_gradients_are_those_of_all_codes(bits, spherical, temperature):
-    config = LookupFreeConfig(bits=bits, spherical=spherical, temperature=temperature, commitment=0.0, entropy=1.0)
+    config = LookupFreeConfig(
+        bits=bits, spherical=spherical, temperature=temperature, commitment=0.0, entropy=1.0
+    )
     given = features(dim=bits, scale=0.3).requires_grad_()
     output = dataclasses.replace(config, diversity=0.7).build()(given)
     (gradient,) = torch.autograd.grad(output.loss, given)
@@ -282,7 +306,9 @@ def test_entropies_and_their_gradients_are_those_of_all_codes(bits, spherical, t
         batch = entropy(torch.stack([ones, 1 - ones], dim=1)).sum()
     else:
         batch = entropy(mean)
-    torch.testing.assert_close(output.parts["sample_entropy"].double(), sample, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        output.parts["sample_entropy"].double(), sample, atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(output.parts["batch_entropy"].double(), batch, atol=1e-5, rtol=1e-5)
     (expected,) = torch.autograd.grad(sample - 0.7 * batch, given)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
@@ -365,7 +391,9 @@ def test_bsq_is_that_of_its_authors(step):
 
 
 def test_the_boost_of_entropies_is_kept_and_a_skipped_step_leaves_it():
-    quantizer, again = (BSQConfig(bits=3, entropy_boost=2.0, entropy_boost_steps=4).build().train() for _ in "ab")
+    quantizer, again = (
+        BSQConfig(bits=3, entropy_boost=2.0, entropy_boost_steps=4).build().train() for _ in "ab"
+    )
     seen = []
     for step in range(6):
         seen.append(float(quantizer.boost))
@@ -396,7 +424,9 @@ def test_bits_pass_gradients_by_and_the_sphere_projects_them():
     output = build(CASES["bsq"])(given)
     output.vectors.square().mul(torch.arange(4.0)[:, None, None]).sum().backward()
     torch.testing.assert_close(output.vectors.norm(dim=1), torch.ones(6, 3, 2))
-    torch.testing.assert_close((given.grad * given.detach()).sum(1), torch.zeros(6, 3, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        (given.grad * given.detach()).sum(1), torch.zeros(6, 3, 2), atol=1e-6, rtol=0
+    )
 
 
 # index backpropagation
@@ -416,7 +446,9 @@ def ibq_by_hand(given, book, config):
     return vectors, codes, loss + config.entropy * (entropy(q).mean() - entropy(q.mean(0)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"entropy": 0.0}, {"temperature": 3.0, "attraction": 0.6, "entropy": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"entropy": 0.0}, {"temperature": 3.0, "attraction": 0.6, "entropy": 0.5}]
+)
 def test_ibq_is_the_papers_equations(monkeypatch, changes):
     monkeypatch.setattr(search, "BUDGET", 12 * 5)  # five rows at once
     config = dataclasses.replace(CASES["ibq"], **changes)
@@ -428,7 +460,9 @@ def test_ibq_is_the_papers_equations(monkeypatch, changes):
     torch.testing.assert_close(to_rows(output.vectors).double(), vectors)
     torch.testing.assert_close(output.loss.double(), loss)
     weights = torch.randn(36, DIM)
-    ours = torch.autograd.grad((to_rows(output.vectors) * weights).sum() + output.loss, [given, quantizer.codebook])
+    ours = torch.autograd.grad(
+        (to_rows(output.vectors) * weights).sum() + output.loss, [given, quantizer.codebook]
+    )
     theirs = torch.autograd.grad((vectors * weights).sum() + loss, [given, book])
     for mine, expected in zip(ours, theirs):
         torch.testing.assert_close(mine.double(), expected.double(), atol=1e-5, rtol=1e-4)
@@ -500,9 +534,13 @@ def test_gumbel_is_torchs_gumbel_softmax(kind, monkeypatch):
     torch.manual_seed(7)
     output = quantizer(given)
     torch.manual_seed(7)
-    noise = -distributed.uniform(quantizer.stream.keys(len(given), given[0, 0].numel()), quantizer.num_codes[0]).log()
+    noise = -distributed.uniform(
+        quantizer.stream.keys(len(given), given[0, 0].numel()), quantizer.num_codes[0]
+    ).log()
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda tensor: tensor.copy_(noise))
-    weights = F.gumbel_softmax(quantizer.logits(to_rows(given)), tau=0.5, hard=kind == "gumbel-hard")
+    weights = F.gumbel_softmax(
+        quantizer.logits(to_rows(given)), tau=0.5, hard=kind == "gumbel-hard"
+    )
     expected = weights @ quantizer.codebook
     torch.testing.assert_close(to_rows(output.vectors), expected)
     assert torch.equal(output.codes.flatten(), weights.argmax(1))
@@ -522,7 +560,11 @@ def test_gumbel_noise_follows_the_global_generator():
 
 
 def test_temperature_falls_exponentially_and_stays():
-    quantizer = GumbelConfig(num_codes=4, code_dim=DIM, anneal_steps=4, temperature_end=0.0625).build().train()
+    quantizer = (
+        GumbelConfig(num_codes=4, code_dim=DIM, anneal_steps=4, temperature_end=0.0625)
+        .build()
+        .train()
+    )
     seen = [float(quantizer.temperature)]
     for step in range(6):
         quantizer.update(step, True)

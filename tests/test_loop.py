@@ -36,7 +36,11 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
 
 
 def moved(before: dict[str, Tensor], module: nn.Module) -> set[str]:
-    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    return {
+        name
+        for name, tensor in module.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
 
 
 # Resume
@@ -71,7 +75,13 @@ def test_kill_9_at_file_boundaries_resumes_bit_equal(tmp_path):
     """Killed at every third touch of the run's files; nothing temporary stays behind."""
     command = [sys.executable, str(Path(__file__).with_name("toy.py")), "kill", str(tmp_path), "3"]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["failed"] == {}, done.stderr
@@ -162,7 +172,10 @@ def test_a_turn_leaves_no_gradient_in_another(tmp_path):
 
         def loss(batch, step, inner=generator_loss, weight=weight, toy=toy):
             made = inner(batch, step)
-            return Loss(made.total + weight * toy.discriminator(toy.generator(batch["rows"])).mean(), made.parts)
+            return Loss(
+                made.total + weight * toy.discriminator(toy.generator(batch["rows"])).mean(),
+                made.parts,
+            )
 
         toy.turns = [dataclasses.replace(turn, optimizer=optimizer) for turn in toy.turns]
         toy.turns[0] = dataclasses.replace(toy.turns[0], loss=loss)
@@ -181,11 +194,16 @@ def test_a_turn_waits_for_its_start_step(tmp_path):
 
     toy.turns[1] = dataclasses.replace(toy.turns[1], after_step=after_step)
     rates = []
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
     toy.train(tmp_path / "run")
     hook.remove()
     assert seen == [(step, True) for step in range(4, LOOP.steps)]
-    own = [toy.config.optimizer.lr * toy.config.optimizer.factor(step, LOOP.steps - 4) for step in range(5)]
+    own = [
+        toy.config.optimizer.lr * toy.config.optimizer.factor(step, LOOP.steps - 4)
+        for step in range(5)
+    ]
     assert rates[5::2] == own  # its schedule begins there too
 
 
@@ -193,7 +211,13 @@ def test_frozen_parameters_stay(tmp_path):
     toy = Toy(ToyRun())
     before = copied(toy.generator)
     averaged = toy.train(tmp_path / "run")
-    assert moved(before, toy.generator) == {"last.weight", "last.bias", "mean", "picked", "num_updates"}
+    assert moved(before, toy.generator) == {
+        "last.weight",
+        "last.bias",
+        "mean",
+        "picked",
+        "num_updates",
+    }
     assert moved(before, averaged) == {"last.weight", "last.bias", "mean", "picked", "num_updates"}
 
 
@@ -234,7 +258,9 @@ def test_gradients_are_clipped_to_a_norm(tmp_path, clip):
     norms, clipped = [], []
 
     def loss(module):
-        module.weight.register_post_accumulate_grad_hook(lambda weight: norms.append(float(weight.grad.norm())))
+        module.weight.register_post_accumulate_grad_hook(
+            lambda weight: norms.append(float(weight.grad.norm()))
+        )
         return module.loss
 
     def before_step(optimizer, *arguments):
@@ -272,7 +298,9 @@ def test_bad_steps_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path):
     config = loop(steps=20, save_every=4, max_bad_steps=3)
     with pytest.raises(UserError, match=r"3 steps in a row .* step 9: .*optimizer\.lr"):
         train_quadratic(tmp_path / "run", config, broken_at({1, 2, 6, 7, 8}))
-    assert Run(tmp_path / "run", None).latest()["step"] == 8  # whole: the bad steps before it moved nothing
+    assert (
+        Run(tmp_path / "run", None).latest()["step"] == 8
+    )  # whole: the bad steps before it moved nothing
     assert all(torch.isfinite(tensor).all() for tensor in load_weights(tmp_path / "run").values())
 
 
@@ -293,7 +321,10 @@ def test_optimizer_groups_by_rate_and_decay():
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     module[0].bias.requires_grad_(False)
     optimizer = OptimizerConfig(lr=1.0, weight_decay=0.5, rates={"1.": 0.25}).build(module)
-    found = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups}
+    found = {
+        (group["lr"], group["weight_decay"]): len(group["params"])
+        for group in optimizer.param_groups
+    }
     assert found == {(1.0, 0.5): 1, (0.25, 0.5): 1, (0.25, 0.0): 1}
     with pytest.raises(UserError, match=r"rates: encoder begins the name of no trainable"):
         OptimizerConfig(rates={"encoder": 1.0}).build(module)
@@ -302,7 +333,10 @@ def test_optimizer_groups_by_rate_and_decay():
 def test_the_average_follows_parameters_and_buffers():
     source = Generator(0.0)
     ema = Ema(source, decay=0.5)
-    assert not any(parameter.requires_grad for parameter in ema.module.parameters()) and not ema.module.training
+    assert (
+        not any(parameter.requires_grad for parameter in ema.module.parameters())
+        and not ema.module.training
+    )
     start = copied(ema.module)
     with torch.no_grad():
         source.last.weight.add_(1.0)
@@ -349,10 +383,17 @@ def test_tensorboard_sees_each_step_once_after_a_crash(tmp_path):
         log.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("turn/loss")] == [(1, 1), (2, 2), (3, 4), (4, 5)]
+    assert [(event.step, event.value) for event in events.Scalars("turn/loss")] == [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (4, 5),
+    ]
 
 
-@pytest.mark.parametrize("wrong", [{"precision": "fp8"}, {"steps": 0}, {"accumulate": 0}, {"keep": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"precision": "fp8"}, {"steps": 0}, {"accumulate": 0}, {"keep": 0}]
+)
 def test_a_loop_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match=rf"loop\.{next(iter(wrong))}="):
         LoopConfig(**wrong)
@@ -385,5 +426,7 @@ def test_a_collective_of_a_tensor_elsewhere_is_a_fault(monkeypatch):
 @pytest.mark.parametrize("own, low", [(True, True), (False, False)])
 def test_bf16_only_where_a_gpu_has_its_own(monkeypatch, own, low):
     """Those before Ampere say that they support it, and emulate it."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation
+    )
     assert has_bf16(torch.device("cuda")) is low and not has_bf16(torch.device("cpu"))

@@ -17,9 +17,18 @@ ALL = ["CONFIG", "DATA", "RUN", "NUM", "STEPS", "FRESH", "NPROC", "LPIPS", "OUT"
 def make(
     *words: str, cwd: Path = PROJECT, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in (*ALL, "MAKEFLAGS", "MAKELEVEL")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*ALL, "MAKEFLAGS", "MAKELEVEL")
+    }
     return subprocess.run(
-        ["make", *words], cwd=cwd, capture_output=True, text=True, check=False, env=kept | (environment or {})
+        ["make", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=kept | (environment or {}),
     )
 
 
@@ -49,7 +58,10 @@ def calls(place: Path, *words: str, environment: dict[str, str] | None = None) -
 
 def test_help_has_a_line_for_every_target_and_variable():
     text = (PROJECT / "Makefile").read_text()
-    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()) - {"checked", "config-exists"}
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()) - {
+        "checked",
+        "config-exists",
+    }
     variables = set(re.findall(r"^([A-Z]+) *\?=", text, re.M))
     shown = {line.split()[0] for line in make("help").stdout.splitlines() if line.startswith("  ")}
     assert shown == targets | variables
@@ -57,7 +69,9 @@ def test_help_has_a_line_for_every_target_and_variable():
 
 def test_demo_runs_every_stage_in_order(place):
     (place / "net.pth").touch()
-    made = calls(place, "demo", "DATA=some folder/of images", "RUN=out", "NPROC=2", "LPIPS=net.pth", "NUM=7")
+    made = calls(
+        place, "demo", "DATA=some folder/of images", "RUN=out", "NPROC=2", "LPIPS=net.pth", "NUM=7"
+    )
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     assert all(call[: len(launch)] == launch for call in made)
     where, data = "root=out", "data.source=some folder/of images"
@@ -96,15 +110,25 @@ def test_the_job_script_puts_the_same_words_before_a_module():
 
 
 def test_fresh_concerns_the_named_stage(place):
-    for goal, fresh in (("prior", ["priors.train"]), ("tokens", ["tokenizer.encode"]), ("samples", [])):
+    for goal, fresh in (
+        ("prior", ["priors.train"]),
+        ("tokens", ["tokenizer.encode"]),
+        ("samples", []),
+    ):
         made = calls(place, goal, "FRESH=1")
         assert [call[1] for call in made if "--fresh" in call] == fresh
-    assert all("--fresh" in call for call in calls(place, "demo", "FRESH=1") if call[1].endswith(("train", "encode")))
+    assert all(
+        "--fresh" in call
+        for call in calls(place, "demo", "FRESH=1")
+        if call[1].endswith(("train", "encode"))
+    )
 
 
 def test_every_quantizer_is_trained_alike_before_they_are_compared(place):
     (place / "trunk.pth").touch()
-    *trained, compared = calls(place, "compare-quantizers", "DATA=some images", "STEPS=7", "LPIPS=trunk.pth")
+    *trained, compared = calls(
+        place, "compare-quantizers", "DATA=some images", "STEPS=7", "LPIPS=trunk.pth"
+    )
     files = sorted(file.name for file in (PROJECT / "configs/cifar10/quantizers").glob("*.yaml"))
     assert [Path(call[2]).name for call in trained] == files and len(files) > 10
     words = ["root=runs/quantizers", "data.source=some images", "loop.steps=7"]
@@ -128,12 +152,22 @@ def test_fresh_that_says_neither_is_refused(place):
 @pytest.mark.parametrize("name", ["data", "run", "num", "config", "fresh"])
 def test_a_variable_in_small_letters_is_refused(place, name):
     """It would take the place of the Makefile's own, where make expands what is given."""
-    done = make("-o", "setup", "PY=./stub", "tokenizer", "CONFIG=digits_vqvae", f"{name}=$(shell {HACK})", cwd=place)
+    done = make(
+        "-o",
+        "setup",
+        "PY=./stub",
+        "tokenizer",
+        "CONFIG=digits_vqvae",
+        f"{name}=$(shell {HACK})",
+        cwd=place,
+    )
     assert done.returncode == 2 and f"{name}=: write {name.upper()}=" in done.stderr
     assert sorted(os.listdir(place)) == ["Makefile", "configs", "stub"]
 
 
-@pytest.mark.parametrize("config", ["", "..", "priors", "/elsewhere/digits_vqvae", "more/digits_vqvae"])
+@pytest.mark.parametrize(
+    "config", ["", "..", "priors", "/elsewhere/digits_vqvae", "more/digits_vqvae"]
+)
 def test_a_configuration_without_a_tokenizer_trains_nothing(place, config):
     done = make("-o", "setup", "PY=./stub", "tokenizer", f"CONFIG={config}", cwd=place)
     assert done.returncode == 2 and done.stderr.startswith(f"error: CONFIG={config}: ")
@@ -160,7 +194,9 @@ def test_what_is_given_arrives_as_it_is_and_runs_nothing(place, text):
     before = sorted([*os.listdir(place), "calls"])
     given = [f"{name}={text}" for name in ("DATA", "RUN", "LPIPS", "PYTHON")]
     # Where text begins with the home folder, that is a folder of this name.
-    made = calls(place, "report", "CONFIG=digits_vqvae", *given, environment={"HOME": str(place / "~")})
+    made = calls(
+        place, "report", "CONFIG=digits_vqvae", *given, environment={"HOME": str(place / "~")}
+    )
     where, data = f"root={text}", f"data.source={text}"
     assert [call[1:] for call in made] == [
         ["tokenizer.train", "configs/digits_vqvae/tokenizer.yaml", where, data],
@@ -174,7 +210,12 @@ def test_what_is_given_arrives_as_it_is_and_runs_nothing(place, text):
 
 
 NO_NUMBERS = ["abc", "0", "-1", "1.5", "1e3", "12x", "7 8", "", "9999999999", "--png", *HOSTILE]
-WRONG = [(name, text) for name in ("NUM", "STEPS", "NPROC") for text in NO_NUMBERS if text or name == "NUM"]
+WRONG = [
+    (name, text)
+    for name in ("NUM", "STEPS", "NPROC")
+    for text in NO_NUMBERS
+    if text or name == "NUM"
+]
 WRONG += [("FRESH", text) for text in ("maybe", "1 0", *HOSTILE)]
 WRONG += [("LPIPS", text) for text in ("nowhere.pth", "configs", "-stub", *HOSTILE)]
 WRONG += [("RUN", "-x"), ("RUN", "--out=x")]
@@ -192,7 +233,10 @@ def test_what_no_stage_could_use_is_told_before_the_first_one(place, name, text)
 @pytest.mark.parametrize("text", ["w/exp #2", f"$(shell {HACK})", f"`{HACK}`"])
 def test_the_same_holds_for_the_environment_and_for_every_comparison(place, text):
     made = calls(place, "samples", environment={"RUN": text, "DATA": text})
-    assert made[-1] == ["-m", "generate.sample", text, "--num", "500"] and f"data.source={text}" in made[0]
+    assert (
+        made[-1] == ["-m", "generate.sample", text, "--num", "500"]
+        and f"data.source={text}" in made[0]
+    )
     made = calls(place, "compare-quantizers", "compare-priors", "STEPS=7", f"RUN={text}")
     trained = [call for call in made if call[1].endswith("train")]
     assert sum("loop.steps=7" in call for call in trained) > 10
@@ -221,8 +265,21 @@ def test_a_tiny_pipeline_on_two_processes(tmp_path):
     (folder / "tokens.yaml").write_text("tokenizer: ${root}/tokenizer\n")
     prior = "prior: {kind: masked, steps: 2, backbone: {dim: 16, depth: 1, heads: 2}}"
     (folder / "prior.yaml").write_text(f"tokens: ${{root}}/tokens\n{prior}\nloop: {loop}\n")
-    words = ["-o", "setup", f"PY={sys.executable}", "CONFIG=tiny", "RUN=some run #1", "NPROC=2", "NUM=20"]
-    done = make("demo", *words, cwd=tmp_path, environment={"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"})
+    words = [
+        "-o",
+        "setup",
+        f"PY={sys.executable}",
+        "CONFIG=tiny",
+        "RUN=some run #1",
+        "NPROC=2",
+        "NUM=20",
+    ]
+    done = make(
+        "demo",
+        *words,
+        cwd=tmp_path,
+        environment={"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "some run #1" / "report" / "report.html").is_file(), done.stdout
 

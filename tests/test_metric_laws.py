@@ -62,7 +62,9 @@ def test_the_least_counts_are_those_at_which_figures_exist():
     counts = Counts({"samples": 6, "train images": 5})
     figure = "precision, recall, density and coverage"
     assert counts.suffice(figure, "samples") and counts.notes == []
-    assert not counts.suffice(figure, "samples", "train images") and not counts.suffice(figure, "train images")
+    assert not counts.suffice(figure, "samples", "train images") and not counts.suffice(
+        figure, "train images"
+    )
     assert not counts.suffice("a distance at endless N", "train images")
     assert counts.notes == [
         "N = 5 (train images) is too few for precision, recall, density and coverage (at least 6); "
@@ -76,7 +78,9 @@ def test_the_least_counts_are_those_at_which_figures_exist():
 def test_copying_is_the_share_of_pairs_and_its_interval_delongs():
     """Every sample against every held-out image; distances are whole numbers, so that ties occur."""
     generator = torch.Generator().manual_seed(0)
-    samples, held_out, train = (torch.randint(6, (count, 2), generator=generator).double() for count in (13, 11, 9))
+    samples, held_out, train = (
+        torch.randint(6, (count, 2), generator=generator).double() for count in (13, 11, 9)
+    )
     found = find_copying(samples, held_out, train)
     table = (samples[:, None] - train).square().sum(2).sqrt()
     own, real = table.amin(1), (held_out[:, None] - train).square().sum(2).sqrt().amin(1)
@@ -102,10 +106,17 @@ def test_copies_are_nearer_than_all_others():
         find_copying(torch.tensor(samples)[:, None], torch.arange(1.0, 5)[:, None], origin)
         for samples in ([9.0, 9.0, 9.0, 3.5], [0.5, 0.5, 0.5, 1.5])
     )
-    reach = 196 * math.sqrt(2 * 0.25**2 / 4 / 4)  # one of four wins over one of four; an interval keeps to percents
+    reach = 196 * math.sqrt(
+        2 * 0.25**2 / 4 / 4
+    )  # one of four wins over one of four; an interval keeps to percents
     assert far.nearer == pytest.approx(6.25) and far.interval == pytest.approx((0, 6.25 + reach))
-    assert near.nearer == pytest.approx(93.75) and near.interval == pytest.approx((93.75 - reach, 100))
-    assert find_copying(train[:4], held_out, train[:2]).distances.shape == (4, 2)  # there are no three
+    assert near.nearer == pytest.approx(93.75) and near.interval == pytest.approx(
+        (93.75 - reach, 100)
+    )
+    assert find_copying(train[:4], held_out, train[:2]).distances.shape == (
+        4,
+        2,
+    )  # there are no three
 
 
 def test_nearest_of_few_and_in_parts():
@@ -137,7 +148,11 @@ def test_a_covariance_of_two_rows_and_of_none():
     none.update(torch.empty(0, 2))
     assert none.count == none.reduced().count == 0 and not none.reduced().mean.any()
     same = two.reduced()
-    assert same.count == 2 and torch.equal(same.mean, two.mean) and torch.equal(same.covariance, two.covariance)
+    assert (
+        same.count == 2
+        and torch.equal(same.mean, two.mean)
+        and torch.equal(same.covariance, two.covariance)
+    )
     assert two.mean.dtype == two.scatter.dtype == torch.float64
     large = torch.tensor([[0.0], [2.0], [6.0]]) + 2**24  # whose mean is no float32
     assert Moments.of(large).covariance.item() == pytest.approx(28 / 3)
@@ -186,7 +201,10 @@ def test_the_counts_of_a_distance_at_endless_n():
     assert frechet_infinity(features, truth, points=3, least=2).counts == (2, 21, 40)
     assert frechet_infinity(features, truth, points=3).counts[0] == 4  # a tenth
     assert frechet_infinity(features[:8], truth, points=3).counts[0] == 2  # a covariance needs two
-    assert frechet_infinity(features[:12], truth, points=10, least=2).counts == (*range(2, 7), *range(8, 13))
+    assert frechet_infinity(features[:12], truth, points=10, least=2).counts == (
+        *range(2, 7),
+        *range(8, 13),
+    )
     for n, least in ((40, 1), (11, 2)):
         with pytest.raises(ValueError, match=f"10 counts from {least} to {n}: too few"):
             frechet_infinity(features[:n], truth, points=10, least=least)
@@ -197,18 +215,26 @@ def test_subsets_of_a_kernel_distance_are_within_the_counts():
     for size in (2, 6):
         assert kernel_distance(a, b, subsets=2, subset_size=size).subset_size == size
     for size in (1, 7):
-        with pytest.raises(ValueError, match=f"subsets of {size}: must be from 2 to the smaller count, 6"):
+        with pytest.raises(
+            ValueError, match=f"subsets of {size}: must be from 2 to the smaller count, 6"
+        ):
             kernel_distance(a, b, subsets=2, subset_size=size)
 
 
 def test_kernel_distances_are_sums_over_pairs_of_different_rows():
     a, b = normal(3, 2, 12), normal(3, 2, 13) + 1
     within = sum(
-        float((x @ y / 2 + 1) ** 3) for s in (a, b) for i, x in enumerate(s) for j, y in enumerate(s) if i != j
+        float((x @ y / 2 + 1) ** 3)
+        for s in (a, b)
+        for i, x in enumerate(s)
+        for j, y in enumerate(s)
+        if i != j
     )
     across = sum(float((x @ y / 2 + 1) ** 3) for x in a for y in b)
     found = kernel_distance(a, b, subsets=2, subset_size=3)
-    assert found.mean == pytest.approx(within / 6 - 2 * across / 9) and found.deviation == pytest.approx(0, abs=1e-12)
+    assert found.mean == pytest.approx(
+        within / 6 - 2 * across / 9
+    ) and found.deviation == pytest.approx(0, abs=1e-12)
     assert (found.subsets, found.subset_size) == (2, 3)
 
 
@@ -216,14 +242,21 @@ def test_a_score_of_one_split_or_of_one_row_each():
     rows = normal(6, 4, 9).softmax(1)
     kl = (rows * (rows / rows.mean(0)).log()).sum(1)
     whole = inception_score(rows, splits=1)
-    assert (whole.mean, whole.deviation, whole.splits) == (pytest.approx(float(kl.mean().exp())), 0, 1)
+    assert (whole.mean, whole.deviation, whole.splits) == (
+        pytest.approx(float(kl.mean().exp())),
+        0,
+        1,
+    )
     each = inception_score(rows, splits=6)
     assert (each.mean, each.deviation) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
     order = np.random.RandomState(2020).permutation(6)  # torch-fidelity's
     halves = [rows[order[:3].tolist()], rows[order[3:].tolist()]]
     scores = [float((half * (half / half.mean(0)).log()).sum(1).mean().exp()) for half in halves]
     two = inception_score(rows, splits=2)
-    assert (two.mean, two.deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+    assert (two.mean, two.deviation) == (
+        pytest.approx(np.mean(scores)),
+        pytest.approx(np.std(scores)),
+    )
     for splits in (0, 7):
         with pytest.raises(ValueError, match=f"{splits} splits of 6 rows"):
             inception_score(rows, splits=splits)
@@ -242,7 +275,9 @@ def test_balls_of_more_points_than_one_chunk():
 
     found = manifold(made, real, k=2, k_density=3, chunk=4)
     assert found.precision == pytest.approx(float((table <= radii(real, 2)).any(1).double().mean()))
-    assert found.recall == pytest.approx(float((table <= radii(made, 2)[:, None]).any(0).double().mean()))
+    assert found.recall == pytest.approx(
+        float((table <= radii(made, 2)[:, None]).any(0).double().mean())
+    )
     inside = table <= radii(real, 3)
     assert found.density == pytest.approx(float(inside.sum()) / (3 * 11))
     assert found.coverage == pytest.approx(float(inside.any(0).double().mean()))
@@ -254,7 +289,10 @@ def test_balls_of_more_points_than_one_chunk():
 
 
 def test_balls_far_from_zero_are_those_at_zero():
-    made, real = (1000 + torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)) / 100 for seed in (1, 2))
+    made, real = (
+        1000 + torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)) / 100
+        for seed in (1, 2)
+    )
     near = manifold(made.double() - 1000, real.double() - 1000)
     assert manifold(made, real) == near and 0.5 < near.precision < 1
 
@@ -265,8 +303,12 @@ def test_balls_far_from_zero_are_those_at_zero():
 def test_usage_of_a_skewed_histogram():
     found = usage(torch.tensor([6, 3, 0, 1]))
     nats = -(0.6 * math.log(0.6) + 0.3 * math.log(0.3) + 0.1 * math.log(0.1))
-    assert found.perplexity == pytest.approx(math.exp(nats)) and found.entropy == pytest.approx(nats / math.log(2))
-    assert found.perplexity_corrected == pytest.approx(math.exp(nats + 2 / 20))  # Miller and Madow: (K - 1) / 2n
+    assert found.perplexity == pytest.approx(math.exp(nats)) and found.entropy == pytest.approx(
+        nats / math.log(2)
+    )
+    assert found.perplexity_corrected == pytest.approx(
+        math.exp(nats + 2 / 20)
+    )  # Miller and Madow: (K - 1) / 2n
     assert (found.active, found.dead) == (3, [2])
 
 
@@ -278,7 +320,10 @@ def test_more_codes_in_use_are_better_and_their_entropy_is_neither():
         ("corrected perplexity, level 2", "codes", True),
         ("code entropy, level 2", "bits/token", None),
     ]
-    assert all(each.n == 2 and each.settings["tokens"] == 4 and each.settings["num_codes"] == 3 for each in found)
+    assert all(
+        each.n == 2 and each.settings["tokens"] == 4 and each.settings["num_codes"] == 3
+        for each in found
+    )
 
 
 def test_likelihoods_are_in_three_units():
@@ -294,7 +339,11 @@ def test_likelihoods_are_in_three_units():
     reach = 1.96 * 4 / math.sqrt(3)
     for each, bits in zip(found, (math.log(2) / 4, 1, 1 / 16), strict=True):
         assert each.interval == pytest.approx(((12 - reach) * bits, (12 + reach) * bits))
-        assert each.n == 3 and each.settings["tokens_per_image"] == 4 and each.higher_is_better is False
+        assert (
+            each.n == 3
+            and each.settings["tokens_per_image"] == 4
+            and each.higher_is_better is False
+        )
     assert figures(nats, ORIGIN, "none", 4, pipeline) == []
 
 
@@ -333,7 +382,9 @@ def test_a_likelihood_is_measured_once_for_the_tokens_that_its_prior_knows(tmp_p
     monkeypatch.setattr(likelihood, "Progress", lambda name, total: progress)
     monkeypatch.setattr(likelihood, "read_record", lambda folder: about)
     monkeypatch.setattr(likelihood, "weights_hash", lambda folder: "p" * 64)
-    monkeypatch.setattr(likelihood.priors, "load", lambda folder: loaded.append(folder) or Bound("exact"))
+    monkeypatch.setattr(
+        likelihood.priors, "load", lambda folder: loaded.append(folder) or Bound("exact")
+    )
 
     def values():
         found = likelihood.measure_likelihood(pipeline, tmp_path)
@@ -341,9 +392,14 @@ def test_a_likelihood_is_measured_once_for_the_tokens_that_its_prior_knows(tmp_p
 
     record, found = values()
     assert shown == [2, 3]
-    assert found == pytest.approx({"nats/token": 7 / 6 * math.log(2), "bits/image": 7 / 3, "bits/pixel": 7 / 3})
+    assert found == pytest.approx(
+        {"nats/token": 7 / 6 * math.log(2), "bits/image": 7 / 3, "bits/pixel": 7 / 3}
+    )
     assert record.settings["n"] == 3 and record.measurements[0].settings["kind"] == "exact"
-    assert record.measurements[0].subject == {"prior_sha256": "p" * 64, "tokenizer_sha256": "t" * 64}
+    assert record.measurements[0].subject == {
+        "prior_sha256": "p" * 64,
+        "tokenizer_sha256": "t" * 64,
+    }
     tokens.labels[:] = 9
     assert values()[1] == found and len(loaded) == 1  # kept
     pipeline.options.fresh = True
@@ -359,13 +415,18 @@ def test_a_priors_rate_is_given_the_labels_or_none():
     codes, labels = torch.tensor([[0, 1], [2, 3], [0, 0]]), torch.tensor([1, 2, 6])
 
     def rates(kind, **given):
-        found = find_rates(codes, Bound.layout, prior=Bound(kind), batch_size=2, num_single=0, **given)
+        found = find_rates(
+            codes, Bound.layout, prior=Bound(kind), batch_size=2, num_single=0, **given
+        )
         return {rate.name: rate for rate in found.found}, found.notes
 
     found, notes = rates("bound", labels=labels)
     rate = found["prior cross-entropy"]
     assert rate.bits == pytest.approx(3) and rate.n == 3 and len(notes) == 1
-    assert rate.settings["rate"] == "upper bound of -log2 p of the prior, given the class label, which is not counted"
+    assert (
+        rate.settings["rate"]
+        == "upper bound of -log2 p of the prior, given the class label, which is not counted"
+    )
     rate = rates("exact")[0]["prior cross-entropy"]
     assert rate.bits == pytest.approx(7) and rate.interval == pytest.approx((7, 7))
     assert rate.settings["rate"] == "-log2 p of the prior, given no label"
@@ -374,7 +435,9 @@ def test_a_priors_rate_is_given_the_labels_or_none():
     shares = torch.tensor([3, 1, 1, 1]) / 6
     with pytest.raises(ValueError, match="no codes"):
         find_rates(codes[:0], Bound.layout)
-    assert found["unigram entropy"].bits == pytest.approx(-2 * float((shares * shares.log2()).sum()), rel=1e-6)
+    assert found["unigram entropy"].bits == pytest.approx(
+        -2 * float((shares * shares.log2()).sum()), rel=1e-6
+    )
 
 
 def test_rates_and_their_intervals_are_per_image_and_per_pixel():
@@ -401,7 +464,10 @@ def test_files_of_single_images_are_bytes_of_eight_bits():
     assert single.n == 2 and single.bits == pytest.approx(8 * (len(files[0]) + len(files[1])) / 2)
     assert single.details["bytes"] == pytest.approx(single.bits / 8)
     payload = sum(len(TokenFile.from_bytes(file).payload) for file in files) / 2
-    assert single.details["payload_bytes"] == payload and "file per image, coded by a table in it" not in found
+    assert (
+        single.details["payload_bytes"] == payload
+        and "file per image, coded by a table in it" not in found
+    )
     assert whole.details["ideal_bytes"] == pytest.approx(float(table.ideal_bits(codes).sum()) / 8)
     line = rates.table(4).splitlines()[2].split(" | ")
     assert line[0] == "| fixed" and [float(line[1]), float(line[3])] == [8, 2] and line[4] == "5"
@@ -410,7 +476,9 @@ def test_files_of_single_images_are_bytes_of_eight_bits():
 def test_figures_of_pairs_have_the_mean_and_the_interval_of_images():
     from eval.interface import Batch
 
-    references = torch.randint(0, 250, (3, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    references = torch.randint(
+        0, 250, (3, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     images = references + torch.tensor([1, 2, 4], dtype=torch.uint8)[:, None, None, None]
     assert squared_error(images, references).tolist() == [1, 4, 16]
     paired = Paired(ORIGIN)
@@ -419,12 +487,18 @@ def test_figures_of_pairs_have_the_mean_and_the_interval_of_images():
     each = 20 * torch.log10(255 / torch.tensor([1.0, 2, 4], dtype=torch.float64))
     reach = 1.96 * float(each.std()) / math.sqrt(3)
     assert found["PSNR"].value == pytest.approx(float(each.mean()))
-    assert found["PSNR"].interval == pytest.approx((float(each.mean()) - reach, float(each.mean()) + reach))
+    assert found["PSNR"].interval == pytest.approx(
+        (float(each.mean()) - reach, float(each.mean()) + reach)
+    )
     assert found["PSNR, pooled"].value == pytest.approx(20 * math.log10(255) - 10 * math.log10(7))
     assert found["SSIM"].value == pytest.approx(float(ssim(images, references).mean()))
     assert found["PSNR"].settings == {"mean": "over images", "peak": 255}
     assert found["PSNR, pooled"].settings == {"mean": "of squared errors", "peak": 255}
-    assert found["SSIM"].settings == {"window": "Gaussian 11x11, sigma 1.5", "range": 1, "padding": "none"}
+    assert found["SSIM"].settings == {
+        "window": "Gaussian 11x11, sigma 1.5",
+        "range": 1,
+        "padding": "none",
+    }
     small = Paired(ORIGIN)
     small.update(Batch(images[..., :10], torch.arange(3), references=references[..., :10]))
     assert set(small.compute()) == {"PSNR", "PSNR, pooled"}  # SSIM's window is larger

@@ -39,7 +39,9 @@ def test_every_mutant_is_one_change_that_compiles():
     for mutant in found.values():
         ast.parse(mutant.source)
         changed = [
-            pair for pair in zip(TEXT.splitlines(), mutant.source.splitlines(), strict=True) if len(set(pair)) > 1
+            pair
+            for pair in zip(TEXT.splitlines(), mutant.source.splitlines(), strict=True)
+            if len(set(pair)) > 1
         ]
         assert len(changed) == 1 and TEXT.splitlines()[mutant.line - 1] == changed[0][0]
     assert {
@@ -72,8 +74,13 @@ def test_a_larger_sample_holds_the_smaller_one():
 
 def test_tests_are_those_that_import_the_file_or_its_package():
     names = {path.name for path in mutation.test_files_near("tokenizer/quantizers/fsq.py", 1)}
-    assert {"test_lookup_free.py", "test_quantizers.py"} <= names and "test_backbone.py" not in names
-    assert {path.name for path in mutation.test_files_near("tokenizer/quantizers/fsq.py", 2)} > names
+    assert {
+        "test_lookup_free.py",
+        "test_quantizers.py",
+    } <= names and "test_backbone.py" not in names
+    assert {
+        path.name for path in mutation.test_files_near("tokenizer/quantizers/fsq.py", 2)
+    } > names
 
 
 def test_a_mutant_meets_the_tests_of_its_function_the_fastest_first():
@@ -84,7 +91,9 @@ def test_a_mutant_meets_the_tests_of_its_function_the_fastest_first():
     }
     mutant = mutants.Mutant("a.py", "f", 1, "key", "")
     assert mutation.tests_for(mutant, tests, 30) == ["fast", "slow"]
-    assert mutation.tests_for(mutant, tests, 5) == ["fast"] and mutation.tests_for(mutant, tests, 0) == ["fast"]
+    assert mutation.tests_for(mutant, tests, 5) == ["fast"] and mutation.tests_for(
+        mutant, tests, 0
+    ) == ["fast"]
     assert mutation.tests_for(mutant, tests, 30, killers=["slow"]) == ["slow", "fast"]
     assert mutation.tests_for(mutant, tests, 5, killers=["fast", "slow"]) == ["slow"]
     assert mutation.tests_for(mutant, tests, 30, all_of_them=True) == ["fast", "slow", "other"]
@@ -99,29 +108,36 @@ def test_equivalent_mutants_say_why(tmp_path, monkeypatch):
     path.write_text(
         "# of the search\na.py::f::x = 1::1 => 2\n    It changes\n    nothing.\n\nb.py::g::y::z\n    Nor this.\n"
     )
-    assert mutation.equivalents() == {"a.py::f::x = 1::1 => 2": "It changes nothing.", "b.py::g::y::z": "Nor this."}
+    assert mutation.equivalents() == {
+        "a.py::f::x = 1::1 => 2": "It changes nothing.",
+        "b.py::g::y::z": "Nor this.",
+    }
     path.write_text("a.py::f::x = 1::1 => 2\n")
     with pytest.raises(SystemExit, match="says not why a"):
         mutation.equivalents()
 
 
 def function(module: CodeType, name: str) -> CodeType:
-    return next(code for code in module.co_consts if isinstance(code, CodeType) and code.co_name == name)
+    return next(
+        code for code in module.co_consts if isinstance(code, CodeType) and code.co_name == name
+    )
 
 
 def test_functions_that_a_mutant_changes():
-    text = (
-        "LIMIT = 2\n\n\ndef f(x, y=1):\n    def g():\n        return x\n    return g\n\n\ndef h(x):\n    return x + 1\n"
-    )
+    text = "LIMIT = 2\n\n\ndef f(x, y=1):\n    def g():\n        return x\n    return g\n\n\ndef h(x):\n    return x + 1\n"
 
     def replaced(old: str, new: str):
-        before, after = (compile(source, "a.py", "exec") for source in (text, text.replace(old, new)))
+        before, after = (
+            compile(source, "a.py", "exec") for source in (text, text.replace(old, new))
+        )
         found = mutants.replaced_functions(before, after)
         return found and [(code.co_name, other) for code, other in found], after
 
     found, after = replaced("x + 1", "x - 1")
     assert found == [("h", function(after, "h"))]
-    found, after = replaced("        return x\n", "        return -x\n")  # of an inner one, the outer one
+    found, after = replaced(
+        "        return x\n", "        return -x\n"
+    )  # of an inner one, the outer one
     assert found == [("f", function(after, "f"))]
     assert replaced("x + 1", "(x\n    + 1)")[0] == []  # a line's number is no change
     assert replaced("x + 1", "x + 1.0")[0] != []  # 1 == 1.0
@@ -138,7 +154,9 @@ def test_functions_of_this_process_get_the_mutants_code(tmp_path):
     mutation._functions.cache_clear()
 
     def replaced(old, new):
-        return mutation.new_code(mutants.Mutant("made.py", "", 1, "", text.replace(old, new)), tmp_path)
+        return mutation.new_code(
+            mutants.Mutant("made.py", "", 1, "", text.replace(old, new)), tmp_path
+        )
 
     ((function, code),) = replaced("x * by", "x / by")
     function.__code__ = code
@@ -148,7 +166,9 @@ def test_functions_of_this_process_get_the_mutants_code(tmp_path):
 
 
 def test_intervals_are_wilsons():
-    assert mutation.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998, doi:10.1002/sim.4780
+    assert mutation.wilson(8, 10) == pytest.approx(
+        (0.4902, 0.9433), abs=1e-4
+    )  # Newcombe 1998, doi:10.1002/sim.4780
     low, high = mutation.wilson(10, 10)
     assert (low, high) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1))
     assert mutation.wilson(0, 0) == (0, 1)

@@ -53,7 +53,17 @@ def safe(text: str) -> bool:
 
 
 def test_letters_of_all_languages_stay_what_they_are() -> None:
-    for text in ("café", "猫 犬", "кот", "חתול", "क्षत्रिय", "👩‍🚀 🇯🇵", "tench, Tinca tinca", "a\u00a0b\u3000c", "\\x1b"):
+    for text in (
+        "café",
+        "猫 犬",
+        "кот",
+        "חתול",
+        "क्षत्रिय",
+        "👩‍🚀 🇯🇵",
+        "tench, Tinca tinca",
+        "a\u00a0b\u3000c",
+        "\\x1b",
+    ):
         assert printable(text) == text
     assert [printable(text) for text in HOSTILE] == SHOWN and all(map(safe, SHOWN))
     assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
@@ -72,13 +82,15 @@ def write_hostile_folder(root: bytes) -> None:
 def test_folders_and_files_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_hostile_folder(os.fsencode(tmp_path / "pictures"))
     for memory in (100, 0):
-        config = DataConfig(source=str(tmp_path / "pictures"), image_size=8, max_bad=0.9, memory_mib=memory)
+        config = DataConfig(
+            source=str(tmp_path / "pictures"), image_size=8, max_bad=0.9, memory_mib=memory
+        )
         parts = [open_split(config, split) for split in ("train", "held_out")]
         assert parts[0].class_names == ["a\\x1b[31m\\nb", "caf\\xe9"]
         assert sum(map(len, parts)) == (10 if memory else 12)
-        assert all(safe(part.summary()) for part in parts) and sum(len(part.bad) for part in parts) == (
-            2 if memory else 0
-        )
+        assert all(safe(part.summary()) for part in parts) and sum(
+            len(part.bad) for part in parts
+        ) == (2 if memory else 0)
     parts[0].announce()
     assert "\x1b" not in capsys.readouterr().out
 
@@ -91,7 +103,10 @@ def test_labels_of_any_text(tmp_path: Path) -> None:
     names = [name for name in HOSTILE if name != LATIN] * 2
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, name in enumerate(names):
-            for suffix, data in {"png": png(number), "json": json.dumps({"label": name}).encode()}.items():
+            for suffix, data in {
+                "png": png(number),
+                "json": json.dumps({"label": name}).encode(),
+            }.items():
                 member = tarfile.TarInfo(f"{number}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -115,14 +130,22 @@ def test_names_that_others_wrote_into_records_are_made_safe(tmp_path: Path) -> N
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"class_names": HOSTILE}))
     assert TokenCache.open(tmp_path / "tokens").class_names == SHOWN
-    record = {"tokens": "x", "tokens_sha256": "", "tokenizer": "x", "tokenizer_sha256": "", "class_names": HOSTILE}
+    record = {
+        "tokens": "x",
+        "tokens_sha256": "",
+        "tokenizer": "x",
+        "tokenizer_sha256": "",
+        "class_names": HOSTILE,
+    }
     record |= {"layout": {"grids": [[2, 2]], "num_codes": [16]}, "sampling": {}}
     (tmp_path / "prior" / "weights").mkdir(parents=True)
     (tmp_path / "prior" / "weights" / "prior.json").write_text(json.dumps(record))
     assert read_record(tmp_path / "prior").class_names == SHOWN
 
 
-def test_a_command_whose_paths_are_not_utf8_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_command_whose_paths_are_not_utf8_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     os.mkdir(source)
     save_images(Path(source, "pictures"))
@@ -134,7 +157,9 @@ def test_a_command_whose_paths_are_not_utf8_ends_in_one_line(tmp_path: Path, cap
 
 def rows_and_headings(folder: Path) -> tuple[int, list[str]]:
     lines = (folder / "report.md").read_text().splitlines()
-    return sum(line.startswith("|") for line in lines), [line for line in lines if re.match(r"\s*(#|---|===)", line)]
+    return sum(line.startswith("|") for line in lines), [
+        line for line in lines if re.match(r"\s*(#|---|===)", line)
+    ]
 
 
 def test_a_report_takes_no_markup_from_names(tmp_path: Path) -> None:
@@ -147,7 +172,11 @@ def test_a_report_takes_no_markup_from_names(tmp_path: Path) -> None:
     write(tmp_path / "plain", ["a", "b", "c"], "stage")
     hostile = rows_and_headings(tmp_path / "hostile")
     plain = rows_and_headings(tmp_path / "plain")
-    assert hostile[0] == plain[0] and hostile[1][1:] == plain[1][1:] and len(hostile[1]) == len(plain[1])
+    assert (
+        hostile[0] == plain[0]
+        and hostile[1][1:] == plain[1][1:]
+        and len(hostile[1]) == len(plain[1])
+    )
     text = (tmp_path / "hostile" / "report.md").read_text()
     assert not re.search(r"(?<!\\)\]\(http|(?<!\\)<img|\x1b", text)
     page = (tmp_path / "hostile" / "report.html").read_text()
@@ -160,12 +189,19 @@ def test_a_report_takes_no_markup_from_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*HOSTILE, "\x00", "\ufffe", "<&\"'>", "]]>", "x" * 300])
 def test_pictures_are_well_formed_whatever_their_names(name: str) -> None:
-    for picture in (bars([(name, 50.0)]), curves_plot({name: [(1, 2.0)]}), f"<a>{escape(name)}</a>"):
+    for picture in (
+        bars([(name, 50.0)]),
+        curves_plot({name: [(1, 2.0)]}),
+        f"<a>{escape(name)}</a>",
+    ):
         ElementTree.fromstring(picture.encode().decode())
 
 
 def test_text_stays_text_in_markdown() -> None:
-    assert markdown("*a* _b_ `c` <d> x|y \\ &lt;") == "\\*a\\* \\_b\\_ \\`c\\` \\<d\\> x\\|y \\\\ \\&lt;"
+    assert (
+        markdown("*a* _b_ `c` <d> x|y \\ &lt;")
+        == "\\*a\\* \\_b\\_ \\`c\\` \\<d\\> x\\|y \\\\ \\&lt;"
+    )
     assert [markdown(t) for t in ("# x", "- x", "1. x", "[a]: b", "[a](b)", "IS[x]")] == [
         "\\# x", "\\- x", "1\\. x", "[a\\]: b", "[a\\](b)", "IS[x]"]  # fmt: skip
     assert table_cell("`a=b|c`") == "`a=b\\|c`" and table_cell("a\\|b") == "a\\\\\\|b"

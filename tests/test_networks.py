@@ -71,7 +71,9 @@ def test_a_code_moves_what_is_around_its_own_place(kind, place):
     moved = (decoder(changed) - decoder(plain)).square().sum((0, 1))
     for side, share in ((0, moved.sum(1)), (1, moved.sum(0))):
         pixels = torch.arange(len(share)) + 0.5
-        assert abs((share @ pixels / share.sum()) / 4 - 0.5 - place[side]) < 1, "codes from the place, on average"
+        assert abs((share @ pixels / share.sum()) / 4 - 0.5 - place[side]) < 1, (
+            "codes from the place, on average"
+        )
 
 
 # MaskGIT and MAGVIT-v2
@@ -79,13 +81,16 @@ def test_a_code_moves_what_is_around_its_own_place(kind, place):
 
 @pytest.mark.parametrize("downsampling", ["average", "conv", "centred"])
 @pytest.mark.parametrize(
-    ("shortcut", "upsampling", "adaptive"), [("input", "nearest", False), ("output", "channels", True)]
+    ("shortcut", "upsampling", "adaptive"),
+    [("input", "nearest", False), ("output", "channels", True)],
 )
 def test_magvit_networks_halve_and_double(downsampling, shortcut, upsampling, adaptive):
     torch.manual_seed(0)
     sizes = {"channels": 8, "multipliers": (1, 2, 2), "blocks": 2, "shortcut": shortcut}
     encoder = MagvitEncoderConfig(**sizes, downsampling=downsampling, out_channels=6).build(16)
-    decoder = MagvitDecoderConfig(**sizes, upsampling=upsampling, adaptive=adaptive).build(6, 4, (4, 4), encoder)
+    decoder = MagvitDecoderConfig(**sizes, upsampling=upsampling, adaptive=adaptive).build(
+        6, 4, (4, 4), encoder
+    )
     features = encoder(torch.randn(2, 3, 24, 16))
     assert features.shape == (2, 6, 6, 4) and decoder(features).shape == (2, 3, 24, 16)
     decoder(features).square().sum().backward()
@@ -95,7 +100,9 @@ def test_magvit_networks_halve_and_double(downsampling, shortcut, upsampling, ad
 
 def test_magvit_networks_of_the_unit_range_are_those_of_other_images():
     sizes = {"channels": 8, "multipliers": (1, 1), "blocks": 1}
-    plain, unit = (MagvitEncoderConfig(**sizes, unit_range=is_unit).build(8) for is_unit in (False, True))
+    plain, unit = (
+        MagvitEncoderConfig(**sizes, unit_range=is_unit).build(8) for is_unit in (False, True)
+    )
     unit.load_state_dict(plain.state_dict())
     images = torch.rand(2, 3, 8, 8)
     assert_close(unit(images * 2 - 1), plain(images), atol=1e-5, rtol=1e-5)
@@ -118,11 +125,18 @@ def test_magvit_networks_that_cannot_be_are_refused(settings, line):
 
 def test_attention_may_stand_at_any_resolution():
     sizes = {"channels": 8, "multipliers": (1, 2, 2), "blocks": 1, "groups": 2}
-    for attention, levels, expected in ((True, None, 2), (False, None, 0), (True, (), 1), (False, (0, 2), 2)):
+    for attention, levels, expected in (
+        (True, None, 2),
+        (False, None, 0),
+        (True, (), 1),
+        (False, (0, 2), 2),
+    ):
         config = ResNetEncoderConfig(**sizes, attention=attention, attention_levels=levels)
         encoder = config.build(16)
         assert sum(isinstance(module, Attention) for module in encoder.modules()) == expected
-        assert {module.num_groups for module in encoder.modules() if isinstance(module, nn.GroupNorm)} == {2}
+        assert {
+            module.num_groups for module in encoder.modules() if isinstance(module, nn.GroupNorm)
+        } == {2}
     with pytest.raises(ValueError, match=r"attention_levels=\[3\] must be of the 3"):
         ResNetEncoderConfig(**sizes, attention_levels=(3,))
     with pytest.raises(ValueError, match="groups=3 must divide all widths, and 8"):
@@ -136,8 +150,13 @@ def test_conv_networks_are_the_published_ones():
     encoder = ConvEncoderConfig().build(32)
     decoder = ConvDecoderConfig().build(128, 4, (8, 8), encoder)
     residual = 2 * ((128 * 9 + 1) * 32 + (32 + 1) * 128)
-    assert parameters(encoder) == (3 * 16 + 1) * 64 + (64 * 16 + 1) * 128 + (128 * 9 + 1) * 128 + residual
-    assert parameters(decoder) == (128 * 9 + 1) * 128 + residual + 128 * 16 * 64 + 64 + 64 * 16 * 3 + 3
+    assert (
+        parameters(encoder)
+        == (3 * 16 + 1) * 64 + (64 * 16 + 1) * 128 + (128 * 9 + 1) * 128 + residual
+    )
+    assert (
+        parameters(decoder) == (128 * 9 + 1) * 128 + residual + 128 * 16 * 64 + 64 + 64 * 16 * 3 + 3
+    )
 
 
 @pytest.mark.parametrize("stride", [2, 4, 8, 16])
@@ -149,10 +168,16 @@ def test_conv_networks_scale_to_larger_images(stride):
     assert decoder(features).shape == (2, 3, 6 * stride, 4 * stride)
 
 
-@pytest.mark.parametrize(("activation", "layer"), [("relu", nn.ReLU()), ("gelu", nn.GELU("tanh")), ("silu", nn.SiLU())])
+@pytest.mark.parametrize(
+    ("activation", "layer"), [("relu", nn.ReLU()), ("gelu", nn.GELU("tanh")), ("silu", nn.SiLU())]
+)
 def test_conv_networks_have_the_activation_asked_for(activation, layer):
-    encoder = ConvEncoderConfig(channels=8, stride=2, residual_channels=4, activation=activation).build(16)
-    decoder = ConvDecoderConfig(channels=8, residual_channels=4, activation=activation).build(8, 2, (8, 8), encoder)
+    encoder = ConvEncoderConfig(
+        channels=8, stride=2, residual_channels=4, activation=activation
+    ).build(16)
+    decoder = ConvDecoderConfig(channels=8, residual_channels=4, activation=activation).build(
+        8, 2, (8, 8), encoder
+    )
     x = torch.randn(2, 3, 16, 16)
     expected = encoder.body(layer(encoder.down[0](x)))
     for _, wide, _, point in encoder.stack.blocks:
@@ -172,7 +197,10 @@ def test_an_unknown_activation_is_refused(config):
 
 
 def test_conv_networks_take_features_for_images():
-    encoder, decoder = ConvEncoder(8, 2, 1, 4, in_channels=7), ConvDecoder(8, 2, 6, 1, 4, out_channels=7)
+    encoder, decoder = (
+        ConvEncoder(8, 2, 1, 4, in_channels=7),
+        ConvDecoder(8, 2, 6, 1, 4, out_channels=7),
+    )
     features = torch.randn(2, 7, 6, 10)
     assert encoder(features).shape == (2, 8, 3, 5)
     assert decoder(encoder(features)).shape == features.shape
@@ -184,9 +212,17 @@ def test_conv_networks_take_features_for_images():
 @pytest.mark.parametrize(("multipliers", "patch", "stride"), RESNETS)
 @pytest.mark.parametrize("attention", [True, False])
 def test_resnets_halve_and_double(multipliers, patch, stride, attention):
-    settings = {"channels": 8, "multipliers": multipliers, "blocks": 1, "patch": patch, "attention": attention}
+    settings = {
+        "channels": 8,
+        "multipliers": multipliers,
+        "blocks": 1,
+        "patch": patch,
+        "attention": attention,
+    }
     encoder = ResNetEncoderConfig(**settings, out_channels=6).build(32)
-    decoder = ResNetDecoderConfig(**settings).build(encoder.channels, encoder.stride, (2, 3), encoder)
+    decoder = ResNetDecoderConfig(**settings).build(
+        encoder.channels, encoder.stride, (2, 3), encoder
+    )
     images = torch.rand(2, 3, 2 * stride, 3 * stride) * 2 - 1
     features = encoder(images)
     assert (encoder.channels, encoder.stride) == (6, stride)
@@ -209,7 +245,9 @@ def test_patches_spare_the_full_resolution():
     assert max(sides) == 16 and min(sides) == 8
     images = torch.zeros(1, 3, 32, 32)
     images[:, :, 6:8, 2:4] = 1
-    changed = (encoder.conv_in(images) - encoder.conv_in(torch.zeros_like(images))).abs().sum((0, 1))
+    changed = (
+        (encoder.conv_in(images) - encoder.conv_in(torch.zeros_like(images))).abs().sum((0, 1))
+    )
     assert changed.nonzero().tolist() == [[3, 1]], "each patch goes to its own place alone"
 
 
@@ -227,7 +265,11 @@ def published(modules):
 
 
 def published_pair(**sizes):
-    from transformers.models.janus.modeling_janus import JanusVQVAEConfig, JanusVQVAEDecoder, JanusVQVAEEncoder
+    from transformers.models.janus.modeling_janus import (
+        JanusVQVAEConfig,
+        JanusVQVAEDecoder,
+        JanusVQVAEEncoder,
+    )
 
     config = JanusVQVAEConfig(**sizes)
     return JanusVQVAEEncoder(config), JanusVQVAEDecoder(config)
@@ -242,7 +284,11 @@ def test_resnets_compute_what_the_published_vqgan_does():
         between = [theirs.mid, *theirs.up] if levels == "up" else [*theirs.down, theirs.mid]
         order = list(published([theirs.conv_in, *between, theirs.norm_out, theirs.conv_out]))
         middle = [ours.middle, ours.up] if levels == "up" else [ours.down, ours.middle]
-        own = [p for module in (ours.conv_in, *middle, ours.norm_out, ours.conv_out) for p in module.parameters()]
+        own = [
+            p
+            for module in (ours.conv_in, *middle, ours.norm_out, ours.conv_out)
+            for p in module.parameters()
+        ]
         assert [p.shape for p in own] == [p.shape for p in order]
         with torch.no_grad():
             for to, source in zip(own, order):
@@ -259,7 +305,9 @@ def test_the_default_resnet_has_the_published_size():
         decoder = ResNetDecoderConfig().build(256, 16, (16, 16), encoder)
         their_encoder, their_decoder = published_pair()
     assert encoder.stride == 16
-    assert parameters(encoder) == parameters(their_encoder) and parameters(decoder) == parameters(their_decoder)
+    assert parameters(encoder) == parameters(their_encoder) and parameters(decoder) == parameters(
+        their_decoder
+    )
     around = 256 * 8 + 8 + 8 * 256 + 256 + 16384 * 8  # two projections and the codebook
     assert round((parameters(encoder, decoder) + around) / 1e6) == 72  # LlamaGen's README: 72M
 
@@ -280,8 +328,16 @@ def test_groups_are_32_where_channels_suffice_and_never_of_one_channel():
         (ResNetEncoderConfig, {"out_channels": 0}, r"encoder\.out_channels=0"),
         (ResNetDecoderConfig, {"blocks": 0}, r"decoder\.blocks=0"),
         (ViTDecoderConfig, {"preset": "XXL"}, r"decoder\.preset=XXL is none of B, L, XL, mirror"),
-        (ViTDecoderConfig, {"preset": "L", "depth": 12}, r"decoder\.preset=L and decoder\.depth=12 both"),
-        (ViTDecoderConfig, {"preset": "mirror", "mlp": 12}, r"decoder\.preset=mirror and decoder\.mlp=12 both"),
+        (
+            ViTDecoderConfig,
+            {"preset": "L", "depth": 12},
+            r"decoder\.preset=L and decoder\.depth=12 both",
+        ),
+        (
+            ViTDecoderConfig,
+            {"preset": "mirror", "mlp": 12},
+            r"decoder\.preset=mirror and decoder\.mlp=12 both",
+        ),
         (ViTDecoderConfig, {"dim": 30, "heads": 4}, r"decoder\.dim=30 must divide"),
         (ViTDecoderConfig, {"depth": 0}, r"at least 1: \(768, 0, 12, 3072\)"),
     ],
@@ -292,14 +348,22 @@ def test_sizes_that_cannot_be_are_refused(config, settings, message):
 
 
 def test_a_resnet_decoder_refuses_the_pixels_per_code_of_another_encoder():
-    with pytest.raises(ValueError, match=r"multipliers=\[1, 1\] with decoder\.patch=2 make 4 pixels .* has 8"):
+    with pytest.raises(
+        ValueError, match=r"multipliers=\[1, 1\] with decoder\.patch=2 make 4 pixels .* has 8"
+    ):
         ResNetDecoderConfig(multipliers=(1, 1), patch=2).build(8, 8, (2, 2), nn.Identity())
 
 
 def test_configs_come_from_yaml():
-    encoder = from_dict(ResNetEncoderConfig, {"multipliers": [1, 2], "patch": 2}, "a.yaml").build(32)
+    encoder = from_dict(ResNetEncoderConfig, {"multipliers": [1, 2], "patch": 2}, "a.yaml").build(
+        32
+    )
     assert encoder.stride == 4
-    for config in (ResNetDecoderConfig(multipliers=(1, 2)), ViTDecoderConfig(preset="XL"), ViTDecoderConfig(dim=24)):
+    for config in (
+        ResNetDecoderConfig(multipliers=(1, 2)),
+        ViTDecoderConfig(preset="XL"),
+        ViTDecoderConfig(dim=24),
+    ):
         again = from_dict(type(config), to_dict(config), "a.yaml")
         assert to_dict(again) == to_dict(config)
 
@@ -307,15 +371,26 @@ def test_configs_come_from_yaml():
 # ViT
 
 
-@pytest.mark.parametrize(("preset", "heads", "head_dim"), [("B", 12, 64), ("L", 16, 64), ("XL", 16, 72)])
+@pytest.mark.parametrize(
+    ("preset", "heads", "head_dim"), [("B", 12, 64), ("L", 16, 64), ("XL", 16, 72)]
+)
 def test_presets_have_the_sizes_of_rae(preset, heads, head_dim):
     size = PRESETS[preset]
     with torch.device("meta"):
         decoder = ViTDecoderConfig(preset=preset).build(768, 16, (16, 16), nn.Identity())
-    layer = 4 * (size.dim + 1) * size.dim + (size.dim + 1) * size.mlp + (size.mlp + 1) * size.dim + 4 * size.dim
+    layer = (
+        4 * (size.dim + 1) * size.dim
+        + (size.dim + 1) * size.mlp
+        + (size.mlp + 1) * size.dim
+        + 4 * size.dim
+    )
     ends = (768 + 1) * size.dim + size.dim + 2 * size.dim + (size.dim + 1) * 768
     assert parameters(decoder) == size.depth * layer + ends
-    assert (size.heads, size.dim // size.heads, len(decoder.decoder_layers)) == (heads, head_dim, size.depth)
+    assert (size.heads, size.dim // size.heads, len(decoder.decoder_layers)) == (
+        heads,
+        head_dim,
+        size.depth,
+    )
 
 
 def test_without_preset_unsaid_sizes_are_those_of_b():
@@ -330,7 +405,9 @@ def test_without_preset_unsaid_sizes_are_those_of_b():
 def encoder_of(name, **settings):
     import transformers
 
-    config = getattr(transformers, name)(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, **settings)
+    config = getattr(transformers, name)(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, **settings
+    )
     return types.SimpleNamespace(model=types.SimpleNamespace(config=config))
 
 
@@ -348,25 +425,36 @@ def encoder_of(name, **settings):
 )
 def test_mirror_takes_the_size_of_the_encoder(name, settings):
     decoder = ViTDecoderConfig(preset="mirror").build(48, 4, (2, 2), encoder_of(name, **settings))
-    assert decoder.dim == 48 and len(decoder.decoder_layers) == 3 and decoder.decoder_layers[0].heads == 4
+    assert (
+        decoder.dim == 48
+        and len(decoder.decoder_layers) == 3
+        and decoder.decoder_layers[0].heads == 4
+    )
     assert decoder.decoder_layers[0].intermediate["dense"].weight.shape == (96, 48)
 
 
 def test_mirror_needs_a_transformer():
     with pytest.raises(ValueError, match=r"decoder\.preset=mirror needs a vision transformer"):
-        ViTDecoderConfig(preset="mirror").build(48, 4, (2, 2), ConvEncoderConfig(channels=8).build(16))
+        ViTDecoderConfig(preset="mirror").build(
+            48, 4, (2, 2), ConvEncoderConfig(channels=8).build(16)
+        )
 
 
 def test_a_vit_decoder_treats_every_grid_as_if_built_for_it():
     square = small_decoder("vit")
     wide = ViTDecoderConfig(**SMALL["vit"]).build(5, 4, (2, 6), nn.Identity())
-    weights = {name: tensor for name, tensor in square.state_dict().items() if name != "decoder_pos_embed"}
+    weights = {
+        name: tensor for name, tensor in square.state_dict().items() if name != "decoder_pos_embed"
+    }
     wide.load_state_dict(weights, strict=False)
     for grid in ((4, 4), (2, 6), (6, 2)):
         vectors = torch.randn(2, 5, *grid)
         assert torch.equal(square(vectors), wide(vectors))
     # places are told apart by where they are, not by the grid around them
-    near, far = sin_cos_positions((2, 3), 16)[0, 1:].reshape(2, 3, 16), sin_cos_positions((5, 4), 16)[0, 1:]
+    near, far = (
+        sin_cos_positions((2, 3), 16)[0, 1:].reshape(2, 3, 16),
+        sin_cos_positions((5, 4), 16)[0, 1:],
+    )
     assert torch.equal(near, far.reshape(5, 4, 16)[:2, :3])
 
 
@@ -377,7 +465,9 @@ def test_gradient_checkpointing_changes_no_number():
     stored = []
     for decoder in (plain, again):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t
+        ):
             images = decoder(vectors)
         images.square().sum().backward()
         stored.append(sum(kept))

@@ -22,7 +22,14 @@ from tokenizer.discriminators.dino import DinoConfig
 from tokenizer.discriminators.patch import PatchConfig, group_norm
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.encoders.foundation import FAMILIES
-from tokenizer.objective import GANS, LeCam, Objective, ObjectiveConfig, distillation_loss, feature_noise
+from tokenizer.objective import (
+    GANS,
+    LeCam,
+    Objective,
+    ObjectiveConfig,
+    distillation_loss,
+    feature_noise,
+)
 from tokenizer.quantizers.vector import VectorConfig
 from training import distributed
 from training.checkpoint import Run
@@ -44,7 +51,9 @@ def images(batch=6, size=16, seed=0):
 
 
 def batch_of(count=6, first=0, **options):
-    return Batch({"images": images(**options)[first : first + count]}, torch.arange(first, first + count))
+    return Batch(
+        {"images": images(**options)[first : first + count]}, torch.arange(first, first + count)
+    )
 
 
 class Plain(nn.Module):
@@ -70,7 +79,9 @@ class Plain(nn.Module):
         vectors = latents + (latents.round() - latents).detach()  # straight-through
         loss = 0.25 * (latents - latents.round()).square().mean()
         codes = torch.zeros(len(images), 16, dtype=torch.int64)
-        return Reconstruction(self.decoder(vectors), features, latents, vectors, codes, loss, {"usage": loss.detach()})
+        return Reconstruction(
+            self.decoder(vectors), features, latents, vectors, codes, loss, {"usage": loss.detach()}
+        )
 
 
 def objective_of(teacher=None, autoencoder=None, **settings):
@@ -90,7 +101,9 @@ def test_the_total_is_the_weighted_sum_of_its_parts():
     error = output.images - batch_of()["images"]
     torch.testing.assert_close(loss.parts["mse"], error.square().mean())
     torch.testing.assert_close(loss.parts["l1"], error.abs().mean())
-    torch.testing.assert_close(loss.total, 2 * loss.parts["mse"] + 0.5 * loss.parts["l1"] + output.loss)
+    torch.testing.assert_close(
+        loss.total, 2 * loss.parts["mse"] + 0.5 * loss.parts["l1"] + output.loss
+    )
     assert loss.parts["quantizer"] == output.loss and "usage" in loss.parts
 
 
@@ -104,8 +117,12 @@ def test_distillation_from_a_teacher_is_on_the_continuous_features():
     torch.testing.assert_close(loss.parts["distillation"], expected)
     plain = loss.parts["mse"] + loss.parts["quantizer"]
     torch.testing.assert_close(loss.total, plain + 3 * expected)
-    (into_encoder,) = torch.autograd.grad(loss.parts["distillation"], objective.autoencoder.encoder.weight)
-    torch.testing.assert_close(into_encoder, torch.autograd.grad(expected, objective.autoencoder.encoder.weight)[0])
+    (into_encoder,) = torch.autograd.grad(
+        loss.parts["distillation"], objective.autoencoder.encoder.weight
+    )
+    torch.testing.assert_close(
+        into_encoder, torch.autograd.grad(expected, objective.autoencoder.encoder.weight)[0]
+    )
 
 
 def test_a_teacher_that_equals_the_encoder_costs_nothing():
@@ -118,11 +135,16 @@ def test_distillation_to_codes_needs_no_teacher():
     objective = objective_of(distillation=1.0, distillation_target="codes")
     loss = objective.autoencoder_loss(batch_of(), 0)
     output = objective.autoencoder(batch_of()["images"])
-    torch.testing.assert_close(loss.parts["distillation"], (output.vectors - output.latents).square().mean())
+    torch.testing.assert_close(
+        loss.parts["distillation"], (output.vectors - output.latents).square().mean()
+    )
 
 
 def test_distillation_loss_known_answer_and_gradient():
-    features, target = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[1.0, 5.0]], requires_grad=True)
+    features, target = (
+        torch.tensor([[1.0, 2.0]], requires_grad=True),
+        torch.tensor([[1.0, 5.0]], requires_grad=True),
+    )
     loss = distillation_loss(features, target)
     loss.backward()
     assert loss == 4.5 and features.grad.tolist() == [[0.0, -3.0]] and target.grad is None
@@ -164,7 +186,10 @@ def test_gan_losses_known_answers():
     assert GANS["hinge"].generator(fake) == 1.0
     zero = torch.zeros(3, 1, 2, 2)
     assert GANS["hinge"].discriminator(zero, zero) == 1.0
-    for loss in (GANS["non_saturating"].discriminator(zero, zero), GANS["non_saturating"].generator(zero)):
+    for loss in (
+        GANS["non_saturating"].discriminator(zero, zero),
+        GANS["non_saturating"].generator(zero),
+    ):
         torch.testing.assert_close(loss, torch.tensor(math.log(2)))
     # -log sigmoid(D(x)), -log(1 - sigmoid(D(G))), -log sigmoid(D(G))
     log = torch.nn.functional.logsigmoid
@@ -193,7 +218,9 @@ def test_adversarial_term_is_ramped_and_capped():
     loss = objective.autoencoder_loss(batch, 12)
     parts = loss.parts
     assert 0 < parts["adaptive_weight"] <= 0.25 and not parts["adaptive_weight"].requires_grad
-    expected = parts["mse"] + parts["quantizer"] + 0.25 * parts["adaptive_weight"] * parts["adversarial"]
+    expected = (
+        parts["mse"] + parts["quantizer"] + 0.25 * parts["adaptive_weight"] * parts["adversarial"]
+    )
     torch.testing.assert_close(loss.total, expected)
 
 
@@ -201,7 +228,10 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
     objective = objective_of(adversarial=1.0, adversarial_ramp_steps=1, adaptive_cap=1e6, l2=3.0)
     parts = objective.autoencoder_loss(batch_of(), 1).parts
     last = objective.autoencoder.last_layer
-    norms = [torch.autograd.grad(parts[n], last, retain_graph=True)[0].norm() for n in ("mse", "adversarial")]
+    norms = [
+        torch.autograd.grad(parts[n], last, retain_graph=True)[0].norm()
+        for n in ("mse", "adversarial")
+    ]
     torch.testing.assert_close(parts["adaptive_weight"], 3 * norms[0] / (norms[1] + 1e-4))
 
 
@@ -218,9 +248,16 @@ def test_discriminator_figures():
     batch = batch_of()
     objective.autoencoder_loss(batch, 0)
     objective.discriminator.network = nn.Flatten()
-    batch.tensors["images"], batch.extras["reconstruction"] = torch.full((6, 3, 16, 16), 2.0), torch.ones(6, 3, 16, 16)
+    batch.tensors["images"], batch.extras["reconstruction"] = (
+        torch.full((6, 3, 16, 16), 2.0),
+        torch.ones(6, 3, 16, 16),
+    )
     loss = objective.discriminator_loss(batch, 0)
-    assert (loss.parts["real_logit"], loss.parts["fake_logit"], loss.parts["accuracy"]) == (2, 1, 0.5)
+    assert (loss.parts["real_logit"], loss.parts["fake_logit"], loss.parts["accuracy"]) == (
+        2,
+        1,
+        0.5,
+    )
     assert loss.parts["non_saturating"] == loss.total
     batch.tensors["images"][4:] = batch.extras["reconstruction"][:5] = -1.0
     loss = objective.discriminator_loss(batch, 0)
@@ -241,7 +278,9 @@ def test_each_turn_moves_its_own_module(discriminator_config):
     for parameter in judges:
         parameter.requires_grad_(False)
     loss = objective.autoencoder_loss(batch, 1)
-    (alone,) = torch.autograd.grad(loss.parts["adversarial"], objective.autoencoder.last_layer, retain_graph=True)
+    (alone,) = torch.autograd.grad(
+        loss.parts["adversarial"], objective.autoencoder.last_layer, retain_graph=True
+    )
     assert alone.abs().sum() > 0
     loss.total.backward()
     assert all(p.grad is None for p in judges)
@@ -257,7 +296,9 @@ def test_each_turn_moves_its_own_module(discriminator_config):
 
 
 def test_perception_needs_its_weights():
-    with pytest.raises(ValueError, match=r"objective\.perceptual=1\.0 needs objective\.lpips_weights"):
+    with pytest.raises(
+        ValueError, match=r"objective\.perceptual=1\.0 needs objective\.lpips_weights"
+    ):
         ObjectiveConfig(perceptual=1.0)
 
 
@@ -268,10 +309,15 @@ def test_perception_that_cannot_work_is_one_line(tmp_path):
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), trunk)
     config = dict(perceptual=1.0, lpips_net="squeeze", lpips_weights=str(trunk))
     Objective(ObjectiveConfig(**config), tiny_autoencoder(32), None)
-    with pytest.raises(UserError, match=r"^objective\.perceptual: LPIPS-squeeze leaves nothing of images of 8 px"):
+    with pytest.raises(
+        UserError, match=r"^objective\.perceptual: LPIPS-squeeze leaves nothing of images of 8 px"
+    ):
         Objective(ObjectiveConfig(**config), tiny_autoencoder(8), None)
     torch.save(torch.zeros(3), trunk)
-    with pytest.raises(UserError, match=r"trunk\.pth: holds a Tensor, not a state dict of tensors: give squeezenet1_1"):
+    with pytest.raises(
+        UserError,
+        match=r"trunk\.pth: holds a Tensor, not a state dict of tensors: give squeezenet1_1",
+    ):
         Objective(ObjectiveConfig(**config), tiny_autoencoder(32), None)
 
 
@@ -290,8 +336,14 @@ def test_nothing_but_a_squared_error_is_the_default():
     [
         ({"l1": -1.0}, r"objective\.l1=-1\.0 must not be negative"),
         ({"adversarial": math.nan}, r"objective\.adversarial=nan"),
-        ({"gan": "wasserstein"}, r"objective\.gan='wasserstein' is not one of hinge, non_saturating"),
-        ({"distillation_target": "student"}, r"objective\.distillation_target='student' is not one of teacher, codes"),
+        (
+            {"gan": "wasserstein"},
+            r"objective\.gan='wasserstein' is not one of hinge, non_saturating",
+        ),
+        (
+            {"distillation_target": "student"},
+            r"objective\.distillation_target='student' is not one of teacher, codes",
+        ),
         ({"augment": 1.5}, r"objective\.augment=1\.5 is a probability"),
         (
             {"adversarial": 0.1, "adversarial_start_step": 5, "discriminator_start_step": 6},
@@ -334,7 +386,10 @@ def test_lecam_averages_before_it_forgets():
 
 def test_lecam_draws_the_sides_together_and_a_skipped_step_leaves_no_trace():
     lecam = LeCam()
-    real, fake = torch.full((4,), 2.0, requires_grad=True), torch.full((4,), -2.0, requires_grad=True)
+    real, fake = (
+        torch.full((4,), 2.0, requires_grad=True),
+        torch.full((4,), -2.0, requires_grad=True),
+    )
     lecam(real, fake)
     lecam.update(taken=True)
     lecam(real, fake).backward()
@@ -342,7 +397,9 @@ def test_lecam_draws_the_sides_together_and_a_skipped_step_leaves_no_trace():
     before = {name: value.clone() for name, value in lecam.named_buffers()}
     lecam(real * math.nan, fake)
     lecam.update(taken=False)
-    assert all(torch.equal(before[name], value) for name, value in lecam.named_buffers() if name != "sums")
+    assert all(
+        torch.equal(before[name], value) for name, value in lecam.named_buffers() if name != "sums"
+    )
     assert not lecam.sums.any() and set(lecam.state_dict()) == {"anchors", "num_updates"}
 
 
@@ -400,12 +457,19 @@ def test_colour_known_answers():
 def test_translation_known_answers():
     given = images()
     assert torch.equal(translate(given, HALF[:, :2]), given)
-    moved = translate(given, torch.tensor([0.0, 0.999]).expand(6, 2))  # two up, two to the right: 16 / 8
+    moved = translate(
+        given, torch.tensor([0.0, 0.999]).expand(6, 2)
+    )  # two up, two to the right: 16 / 8
     assert torch.equal(moved[:, :, :14, 2:], given[:, :, 2:, :14])
     assert not moved[:, :, 14:].any() and not moved[..., :2].any()
     draws = torch.stack([torch.arange(50) / 50, torch.full((50,), 0.5)], 1)
-    shifts = translate(torch.arange(16.0).view(1, 1, 16, 1).expand(50, 3, 16, 16) + 1, draws)[:, 0, 8, 8] - 9
-    assert shifts.unique().tolist() == [-2, -1, 0, 1, 2] and (shifts == 0).sum() == 10  # equally often
+    shifts = (
+        translate(torch.arange(16.0).view(1, 1, 16, 1).expand(50, 3, 16, 16) + 1, draws)[:, 0, 8, 8]
+        - 9
+    )
+    assert (
+        shifts.unique().tolist() == [-2, -1, 0, 1, 2] and (shifts == 0).sum() == 10
+    )  # equally often
 
 
 def test_cutout_known_answers():
@@ -422,11 +486,15 @@ def test_augmentation_belongs_to_samples_of_the_global_batch():
     objective = objective_of(adversarial=1.0, augment=1.0)
     objective.discriminator.network = nn.Identity()
     whole = objective._judge(batch_of()["images"], batch_of(), 5, 1)
-    halves = [objective._judge(half["images"], half, 5, 1) for half in (batch_of(3), batch_of(3, 3))]
+    halves = [
+        objective._judge(half["images"], half, 5, 1) for half in (batch_of(3), batch_of(3, 3))
+    ]
     assert torch.equal(torch.cat(halves), whole)
     assert torch.equal(objective._judge(batch_of()["images"], batch_of(), 5, 1), whole)
     for step, stream in ((6, 1), (5, 2)):
-        assert not torch.equal(objective._judge(batch_of()["images"], batch_of(), step, stream), whole)
+        assert not torch.equal(
+            objective._judge(batch_of()["images"], batch_of(), step, stream), whole
+        )
     objective.seed = 1
     assert not torch.equal(objective._judge(batch_of()["images"], batch_of(), 5, 1), whole)
 
@@ -444,7 +512,9 @@ def test_discriminators_judge_patches_one_image_at_a_time(discriminator_config):
 
 
 def test_discriminators_bear_low_precision(discriminator_config):
-    objective = objective_of(adversarial=1.0, lecam=0.1, augment=0.5, discriminator=discriminator_config)
+    objective = objective_of(
+        adversarial=1.0, lecam=0.1, augment=0.5, discriminator=discriminator_config
+    )
     batch = batch_of()
     with torch.autocast("cpu", torch.bfloat16):
         total = objective.autoencoder_loss(batch, 600).total
@@ -464,7 +534,9 @@ def test_patch_discriminators_of_any_width(channels, layers):
 def test_group_norms_divide():
     for channels in range(1, 200):
         norm = group_norm(channels)
-        assert channels % norm.num_groups == 0 and (norm.num_groups == 1 or channels // norm.num_groups >= 4)
+        assert channels % norm.num_groups == 0 and (
+            norm.num_groups == 1 or channels // norm.num_groups >= 4
+        )
     assert group_norm(384).num_groups == 32
 
 
@@ -476,15 +548,23 @@ def test_patch_layers_fit_what_is_left_of_the_image(size):
             discriminator = config.build(size)
         except UserError as error:
             most = int(str(error).rpartition(" ")[2])
-            assert most < layers and PatchConfig(channels=4, layers=most).build(size)(images(1, size)).numel() > 0
+            assert (
+                most < layers
+                and PatchConfig(channels=4, layers=most).build(size)(images(1, size)).numel() > 0
+            )
         else:
             assert discriminator(images(1, size)).numel() > 0
 
 
 def test_refused_patch_settings():
-    with pytest.raises(ValueError, match=r"objective\.discriminator\.channels=0 must be at least 1"):
+    with pytest.raises(
+        ValueError, match=r"objective\.discriminator\.channels=0 must be at least 1"
+    ):
         PatchConfig(channels=0)
-    with pytest.raises(UserError, match=r"objective\.discriminator\.layers=3 leaves nothing of images of 8 px: take 2"):
+    with pytest.raises(
+        UserError,
+        match=r"objective\.discriminator\.layers=3 leaves nothing of images of 8 px: take 2",
+    ):
         PatchConfig().build(8)
     with pytest.raises(UserError, match=r"images of 2 px: it needs images of at least 4 px"):
         PatchConfig().build(2)
@@ -494,18 +574,26 @@ def raes_logits(images, discriminator, depths):
     """RAE's DinoDisc, equation by equation, on these weights: (B, 5 * N) of a trunk `vit` of 16 px."""
     model = discriminator.trunk.model
     x = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
-    x = model.embeddings((x * 0.5 + 0.5 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    x = model.embeddings(
+        (x * 0.5 + 0.5 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    )
     activations = []
-    for index, layer in enumerate(model.layers if hasattr(model, "layers") else model.encoder.layer):
+    for index, layer in enumerate(
+        model.layers if hasattr(model, "layers") else model.encoder.layer
+    ):
         x = layer(x)
         x = x[0] if isinstance(x, tuple) else x
         if index in depths:
             activations.append(x[:, 1:].transpose(1, 2))
-    activations.append(x[:, 1:].transpose(1, 2))  # theirs is the first; the class token is in none, nor the last norm
+    activations.append(
+        x[:, 1:].transpose(1, 2)
+    )  # theirs is the first; the class token is in none, nor the last norm
 
     def convolve(x, convolution):
         width = convolution.weight.shape[2] // 2
-        return F.conv1d(F.pad(x, (width, width), mode="circular"), convolution.weight, convolution.bias)
+        return F.conv1d(
+            F.pad(x, (width, width), mode="circular"), convolution.weight, convolution.bias
+        )
 
     def block(x, parts):
         x = convolve(x, parts[0])
@@ -539,7 +627,9 @@ def test_a_trunk_of_any_family(family, tmp_path):
     sized = family != "siglip2_vision_model"
     config = DinoConfig(name=save_encoder(tmp_path, family), layers=(0, 1), resize=sized)
     if not sized:
-        with pytest.raises(UserError, match=r"no size of its own: set objective\.discriminator\.resize=false"):
+        with pytest.raises(
+            UserError, match=r"no size of its own: set objective\.discriminator\.resize=false"
+        ):
             dataclasses.replace(config, resize=True).build(16)
     discriminator = config.build(16)
     given = images().requires_grad_()
@@ -601,17 +691,26 @@ def test_refused_trunks(encoder_folder):
         DinoConfig(kernel=8)
     with pytest.raises(ValueError, match=r"objective\.discriminator\.layers=\[\]"):
         DinoConfig(layers=())
-    with pytest.raises(UserError, match=r"layers=\[2, 5, 8, 11\] are not all .* trunk that has 2: take \[0, 1\]"):
+    with pytest.raises(
+        UserError, match=r"layers=\[2, 5, 8, 11\] are not all .* trunk that has 2: take \[0, 1\]"
+    ):
         DinoConfig(name=encoder_folder).build(16)
     with pytest.raises(UserError, match=r"layers=\[1, -1\] are not all different"):
         DinoConfig(name=encoder_folder, layers=(1, -1)).build(16)
-    with pytest.raises(UserError, match=r"images of 30 px .* patches of 4 px: set objective\.discriminator\.resize"):
+    with pytest.raises(
+        UserError, match=r"images of 30 px .* patches of 4 px: set objective\.discriminator\.resize"
+    ):
         DinoConfig(name=encoder_folder, layers=(0,), resize=False).build(30)
     with pytest.raises(UserError, match=r"kernel=13 is too wide for 4 patches"):
         DinoConfig(name=encoder_folder, layers=(0,), resize=False, kernel=13).build(8)
-    with pytest.raises(UserError, match=r"images of 4 px are one patch .* set objective\.discriminator\.resize=true"):
+    with pytest.raises(
+        UserError,
+        match=r"images of 4 px are one patch .* set objective\.discriminator\.resize=true",
+    ):
         DinoConfig(name=encoder_folder, layers=(0,), resize=False).build(4)
-    with pytest.raises(UserError, match=r"^objective\.discriminator\.name=\./nowhere: there is no such folder"):
+    with pytest.raises(
+        UserError, match=r"^objective\.discriminator\.name=\./nowhere: there is no such folder"
+    ):
         DinoConfig(name="./nowhere").build(16)
 
 
@@ -664,16 +763,21 @@ def test_training_resumes_to_the_last_bit(tmp_path, discriminator_config):
     assert not any("trunk" in name for name in straight["discriminator"])
     for turn, state in straight.items():
         assert state.keys() == resumed[turn].keys()
-        assert [name for name, value in state.items() if not torch.equal(value, resumed[turn][name])] == []
+        assert [
+            name for name, value in state.items() if not torch.equal(value, resumed[turn][name])
+        ] == []
 
 
 def test_micro_batches_add_up_to_the_step(tmp_path, discriminator_config):
     whole, parts = (
-        run_steps(tmp_path / str(count), 3, discriminator_config, accumulate=count)["modules"] for count in (1, 3)
+        run_steps(tmp_path / str(count), 3, discriminator_config, accumulate=count)["modules"]
+        for count in (1, 3)
     )
     for turn, state in whole.items():
         for name, value in state.items():
-            torch.testing.assert_close(parts[turn][name], value, atol=1e-5, rtol=1e-4, msg=f"{turn} {name}")
+            torch.testing.assert_close(
+                parts[turn][name], value, atol=1e-5, rtol=1e-4, msg=f"{turn} {name}"
+            )
 
 
 def run_rank(folder, rank):
@@ -684,7 +788,10 @@ def run_rank(folder, rank):
 
 
 def test_two_ranks_train_as_one_does(tmp_path):
-    children = [torch.multiprocessing.get_context("fork").Process(target=run_rank, args=(tmp_path, r)) for r in (0, 1)]
+    children = [
+        torch.multiprocessing.get_context("fork").Process(target=run_rank, args=(tmp_path, r))
+        for r in (0, 1)
+    ]
     for child in children:
         child.start()
     one = run_steps(tmp_path / "one", 4, SMALL, accumulate=1)
@@ -694,8 +801,14 @@ def test_two_ranks_train_as_one_does(tmp_path):
     two = Run(tmp_path / "two", None).latest()
     for turn, state in one["modules"].items():
         for name, value in state.items():
-            torch.testing.assert_close(two["modules"][turn][name], value, atol=2e-4, rtol=1e-3, msg=name)
-    figures = [json.loads(line) for name in ("one", "two") for line in (tmp_path / name / "log.jsonl").open()]
+            torch.testing.assert_close(
+                two["modules"][turn][name], value, atol=2e-4, rtol=1e-3, msg=name
+            )
+    figures = [
+        json.loads(line)
+        for name in ("one", "two")
+        for line in (tmp_path / name / "log.jsonl").open()
+    ]
     for alone, shared in zip(figures[:4], figures[4:], strict=True):
         for name in alone.keys() - set(CLOCKS):
             assert shared[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-4), name

@@ -21,15 +21,21 @@ from training.command import UserError
 
 def draw(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+        path
+    )
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(160):
         draw(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
-    monkeypatch.setattr(toy_pipeline, "DATA", DataConfig(source=str(tmp_path / "images"), image_size=16))
-    monkeypatch.setattr(pipeline_module, "_open_split", pipeline_module._open_split.__wrapped__)  # as a new process
+    monkeypatch.setattr(
+        toy_pipeline, "DATA", DataConfig(source=str(tmp_path / "images"), image_size=16)
+    )
+    monkeypatch.setattr(
+        pipeline_module, "_open_split", pipeline_module._open_split.__wrapped__
+    )  # as a new process
     return make_pipeline(tmp_path / "run", monkeypatch)
 
 
@@ -59,17 +65,24 @@ def test_tokens_and_figures_of_other_images(root, tmp_path, monkeypatch, capsys)
         change()
         both = change is overwrite  # of the others, some concern the train split alone
         for command in ("report", "generation", *(["codebook"] if both else [])):
-            with pytest.raises(UserError, match=r"run/tokens: of other images \(.*\): run `make tokens` again"):
+            with pytest.raises(
+                UserError, match=r"run/tokens: of other images \(.*\): run `make tokens` again"
+            ):
                 evaluate(monkeypatch, command, root)
         with pytest.raises(UserError, match=r"run/tokens: of other images"):
             data = DataConfig(source=str(images), image_size=16)
-            open_image("held_out:0", data, root / "tokens"), open_image("train:0", data, root / "tokens")
+            (
+                open_image("held_out:0", data, root / "tokens"),
+                open_image("train:0", data, root / "tokens"),
+            )
         assert record.read_bytes() == before[0]
         encode(root)
         evaluate(monkeypatch, "codebook", root)
         assert record.read_bytes() != before[0] or not both  # measured again
         before = record.read_bytes(), None
-        with pytest.raises(UserError, match=r"extractor: this extractor was trained on other images: \d+ file"):
+        with pytest.raises(
+            UserError, match=r"extractor: this extractor was trained on other images: \d+ file"
+        ):
             evaluate(monkeypatch, "reconstruction", root)
 
 

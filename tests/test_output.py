@@ -102,13 +102,17 @@ def train() -> None:
 
 def ends_well(folder: Path, pid: int) -> bool:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code == 0 and (folder / "run" / "checkpoints" / "step-00000006" / "manifest.json").is_file()
+    return (
+        code == 0 and (folder / "run" / "checkpoints" / "step-00000006" / "manifest.json").is_file()
+    )
 
 
 def test_training_outlives_its_terminal(tmp_path):
     """The window is closed: SIGHUP comes, and what is printed afterwards is an error (EIO)."""
     here, there = pty.openpty()
-    pid = train_in_a_child(tmp_path, lambda: [os.dup2(there, number) for number in range(3)] + [os.close(here)])
+    pid = train_in_a_child(
+        tmp_path, lambda: [os.dup2(there, number) for number in range(3)] + [os.close(here)]
+    )
     os.close(there)
     while not (tmp_path / "training").exists():
         time.sleep(0.02)
@@ -136,7 +140,10 @@ def test_training_goes_on_where_nothing_can_be_printed(tmp_path, where):
 def test_files_do_not_become_the_output_of_a_process_without_one(tmp_path):
     body = 'file = open("file", "w"); print("printed"); print("told", file=sys.stderr); sys.stdout.flush()'
     command = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *script(body)]
-    assert subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, timeout=60, check=False).returncode == 0
+    assert (
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, timeout=60, check=False).returncode
+        == 0
+    )
     assert (tmp_path / "file").read_text() == ""
 
 
@@ -144,7 +151,9 @@ def test_other_commands_say_that_it_was_their_output(tmp_path):
     """A report whose last line has no room, at once or when Python ends; a pipe that nobody reads."""
     for body in ('print("x", flush=True)', 'print("x" * 100)'):
         with open("/dev/full", "w") as full:
-            done = subprocess.run(script(body), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                script(body), env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True
+            )
         assert done.returncode == 2
         assert done.stderr == f"error: cannot write standard output: {os.strerror(errno.ENOSPC)}\n"
     done = subprocess.run(
@@ -157,7 +166,10 @@ def test_other_commands_say_that_it_was_their_output(tmp_path):
 def test_an_output_of_ascii_takes_what_it_has_not(tmp_path):
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        script('print("caf\\u00e9 \\u2192 \\u2191")'), cwd=tmp_path, env=environment, capture_output=True
+        script('print("caf\\u00e9 \\u2192 \\u2191")'),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"caf\\xe9 \\u2192 \\u2191\n", b"")
 
@@ -188,7 +200,12 @@ def test_a_process_that_is_asked_to_stop_again_and_again_ends_in_order(tmp_path)
 
 def full(*names: str) -> OSError:
     """What a full disk says; of two names the second is the one that is written."""
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *(names[:1]), *([None, names[1]] if len(names) > 1 else []))
+    return OSError(
+        errno.ENOSPC,
+        os.strerror(errno.ENOSPC),
+        *(names[:1]),
+        *([None, names[1]] if len(names) > 1 else []),
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,11 +216,19 @@ def full(*names: str) -> OSError:
 def test_a_full_disk_is_told_of_the_file_that_was_to_be_written(tmp_path, capsys, names, says):
     def main() -> None:
         with atomic_folder(tmp_path / "the folder") as temporary:
-            raise full(*(str(temporary / name) if name == "inside" else str(tmp_path / name) for name in names))
+            raise full(
+                *(
+                    str(temporary / name) if name == "inside" else str(tmp_path / name)
+                    for name in names
+                )
+            )
 
     with pytest.raises(SystemExit):
         run_command(main)
-    assert capsys.readouterr().err == f"error: cannot write {tmp_path / says}: {os.strerror(errno.ENOSPC)}\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: cannot write {tmp_path / says}: {os.strerror(errno.ENOSPC)}\n"
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -216,7 +241,10 @@ def test_and_by_no_temporary_name(tmp_path, capsys, monkeypatch):
             for name, function in broken.items():
                 patch.setattr(os, name, function)
             run_command(lambda: replace_file(tmp_path / "record.json", b"{}"))
-        assert capsys.readouterr().err == f"error: cannot write {tmp_path}/record.json: {os.strerror(errno.ENOSPC)}\n"
+        assert (
+            capsys.readouterr().err
+            == f"error: cannot write {tmp_path}/record.json: {os.strerror(errno.ENOSPC)}\n"
+        )
 
 
 def test_a_clock_that_was_set_back_hides_no_step(tmp_path, monkeypatch):
@@ -231,7 +259,12 @@ def test_a_clock_that_was_set_back_hides_no_step(tmp_path, monkeypatch):
             again.write(step, {"loss": 100.0 + step})
         again.close()
     seen = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
-    assert [(each.step, each.value) for each in seen] == [(1, 1), (2, 2), (3, 3), *((s, 100 + s) for s in range(4, 12))]
+    assert [(each.step, each.value) for each in seen] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        *((s, 100 + s) for s in range(4, 12)),
+    ]
 
 
 def test_a_run_takes_at_least_one_bad_step():
@@ -256,7 +289,9 @@ def test_what_is_shared_names_no_folder_of_this_machine(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     shown = Stage.read(tmp_path).config
     assert "anna" not in shown and "root: runs" in shown and "source: pics" in shown
-    relative = dataclasses.replace(config, data=dataclasses.replace(config.data, source="anna/pics"))
+    relative = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, source="anna/pics")
+    )
     shared = _neutral(relative)
     assert (shared.data.source, shared.objective.lpips_weights) == ("pics", "a.pth")
 
@@ -265,5 +300,7 @@ def test_a_backend_of_matplotlib_that_it_does_not_know_stops_no_command():
     """It is there for windows; all that is drawn here becomes a file."""
     code = "from training.command import run_command; run_command(lambda: __import__('matplotlib.figure'))"
     environment = os.environ | {"MPLBACKEND": "nonsense", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -52,8 +52,19 @@ def test_a_folder_with_one_file_of_someone_is_no_run(tmp_path, name, fresh):
     assert kept(tmp_path / "run", name) and os.listdir(tmp_path / "run") == [name]
 
 
-OTHERS = ("notes.md", "thesis.tmp", ".thesis.9.tmp", "previews/best.png", "checkpoints/step-notes.txt", "data/a/b.png")
-OTHERS += ("checkpoints/step-00000001.bak/state.pt", "weights/model.safetensors.bak", "samples/samples.npz")
+OTHERS = (
+    "notes.md",
+    "thesis.tmp",
+    ".thesis.9.tmp",
+    "previews/best.png",
+    "checkpoints/step-notes.txt",
+    "data/a/b.png",
+)
+OTHERS += (
+    "checkpoints/step-00000001.bak/state.pt",
+    "weights/model.safetensors.bak",
+    "samples/samples.npz",
+)
 
 
 def test_fresh_leaves_what_no_run_wrote_and_says_so(tmp_path, capsys):
@@ -70,11 +81,15 @@ def steps_left(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder / "checkpoints") if name[5:].isdigit()]
 
 
-@pytest.mark.parametrize("name", ["checkpoints/step-00000007/state.pt", "checkpoints/step-00000001/notes.txt"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step-00000007/state.pt", "checkpoints/step-00000001/notes.txt"]
+)
 def test_what_would_be_taken_for_a_checkpoint_ends_a_fresh_start_before_it(tmp_path, name):
     folder = started(tmp_path / "run", [1, 2])
     mine(folder, name)
-    with pytest.raises(UserError, match="no command here wrote it, and it is in the way: move it away"):
+    with pytest.raises(
+        UserError, match="no command here wrote it, and it is in the way: move it away"
+    ):
         Run.open(folder, Config(), fresh=True)
     assert kept(folder, name) and Run(folder, Config()).latest()["step"] == 2
 
@@ -96,7 +111,12 @@ def test_links_to_other_disks_work_and_stay(tmp_path, linked):
     target = link.resolve()
     mine(target, "notes.txt")
     run = Run.open(folder, Config(seed=1), fresh=True)
-    assert link.is_symlink() and link.resolve() == target and kept(target, "notes.txt") and run.latest() is None
+    assert (
+        link.is_symlink()
+        and link.resolve() == target
+        and kept(target, "notes.txt")
+        and run.latest() is None
+    )
     run.save(1, state_at(1), 1)
     assert steps_in_link(folder) == ["step-00000001"]
 
@@ -136,8 +156,13 @@ def test_a_run_copied_without_hidden_files_goes_on(tmp_path):
 def test_only_checkpoints_as_they_are_written_are_read(tmp_path, capsys):
     """docs/slurm.md: to go back further than the newest one, move that away."""
     folder = started(tmp_path / "run", [10, 20])
-    os.rename(folder / "checkpoints" / "step-00000020", folder / "checkpoints" / "step-00000020.bak")
-    shutil.copytree(folder / "checkpoints" / "step-00000010", folder / "checkpoints" / "step-00000010-safety-copy")
+    os.rename(
+        folder / "checkpoints" / "step-00000020", folder / "checkpoints" / "step-00000020.bak"
+    )
+    shutil.copytree(
+        folder / "checkpoints" / "step-00000010",
+        folder / "checkpoints" / "step-00000010-safety-copy",
+    )
     shutil.copytree(folder / "checkpoints" / "step-00000010", folder / "checkpoints" / "step-99")
     mine(folder, "checkpoints/step-notes.txt", "checkpoints/step-")
     run = Run.open(folder, Config())
@@ -158,7 +183,10 @@ def test_a_checkpoint_with_a_file_of_someone_stays(tmp_path, capsys):
     for step in (2, 3, 4):
         run.save(step, state_at(step), keep=1)
     assert steps_in(folder) == [1, 4] and kept(folder, "checkpoints/step-00000001/notes.txt")
-    assert capsys.readouterr().out.count("step-00000001 stays: no command here wrote notes.txt in it") == 1
+    assert (
+        capsys.readouterr().out.count("step-00000001 stays: no command here wrote notes.txt in it")
+        == 1
+    )
 
 
 def test_a_damaged_checkpoint_is_replaced_around_a_file_of_someone(tmp_path):
@@ -184,7 +212,9 @@ def test_steps_of_nine_digits_come_after_those_of_eight(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOTEMPTY, errno.ESTALE])
 @pytest.mark.parametrize("call", ["rename", "unlink", "rmdir"])
-def test_an_old_checkpoint_that_is_still_open_elsewhere_is_no_end(tmp_path, monkeypatch, capsys, number, call):
+def test_an_old_checkpoint_that_is_still_open_elsewhere_is_no_end(
+    tmp_path, monkeypatch, capsys, number, call
+):
     folder = started(tmp_path / "run", [1])
     run, real = Run.open(folder, Config()), getattr(os, call)
 
@@ -211,7 +241,9 @@ def test_an_old_checkpoint_that_is_still_open_elsewhere_is_no_end(tmp_path, monk
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_run_goes_on_where_the_file_system_gives_no_locks(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
+    )
     assert Run.open(tmp_path / "run", Config()).latest() is None
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "gives no locks" in said and str(tmp_path / "run") in said
@@ -227,14 +259,22 @@ def test_damaged_inputs_are_said_and_not_compared(tmp_path, capsys, text):
 
 
 def test_damaged_lines_of_a_log_are_said_and_left_out(tmp_path, capsys):
-    lines = [b'{"step": 1, "a": 0.5}', b'{"step": 2, "a": \xff\xfe}', b'{"step": "x"}', b"[]", b'{"step": 3, "a": 1.0}']
+    lines = [
+        b'{"step": 1, "a": 0.5}',
+        b'{"step": 2, "a": \xff\xfe}',
+        b'{"step": "x"}',
+        b"[]",
+        b'{"step": 3, "a": 1.0}',
+    ]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + b'\n{"step": 4, "a')
     log = Log(tmp_path, 3)
     log.close()
     assert [line["step"] for line in log.kept] == [1, 3]
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "3 damaged lines" in said and "log.jsonl" in said
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 3]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ] == [1, 3]
 
 
 def test_everything_that_a_training_run_writes_is_listed(tmp_path):

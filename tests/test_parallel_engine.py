@@ -42,7 +42,9 @@ def masked_codes(layout) -> torch.Tensor:
 @OPTIONS
 @pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guided"])
 def test_logits_are_those_of_the_backbone(copies, positions, conditioning, given, layout):
-    backbone = make(layout, causal=False, given=given, positions=positions, conditioning=conditioning)
+    backbone = make(
+        layout, causal=False, given=given, positions=positions, conditioning=conditioning
+    )
     codes, labels = masked_codes(layout), torch.cat([LABELS, NOBODY][:copies])
     known = None if given is None else random_codes(given, 5).repeat(copies, 1)
     read, asked = BackboneReading(backbone, labels, known, copies), codes < 0
@@ -51,7 +53,9 @@ def test_logits_are_those_of_the_backbone(copies, positions, conditioning, given
     found, whole = read(codes, asked), read(codes)
     for (span, size), expected, all_of_it, some in zip(layout.spans(), full, whole, found):
         torch.testing.assert_close(all_of_it, expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(some, expected[asked[:, span].repeat(copies, 1)], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            some, expected[asked[:, span].repeat(copies, 1)], atol=1e-4, rtol=0
+        )
         assert some.dtype == torch.float32 and some.shape[1] == size and float(expected.std()) > 0.1
     once_more = read((codes + 1).clamp_max(4))  # codes change, the rest stays
     with torch.no_grad():
@@ -87,7 +91,9 @@ TIMED = pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
 @pytest.mark.parametrize("kind", PRIORS)
 def test_samples_and_bounds_are_those_of_the_backbone(kind, layout):
     timed = kind in ("gidd", "uniform")
-    backbone = make(layout, causal=False, given=GIVEN, conditioning="adaln", dropout=0.5, timed=timed).train()
+    backbone = make(
+        layout, causal=False, given=GIVEN, conditioning="adaln", dropout=0.5, timed=timed
+    ).train()
     ours, plain = PRIORS[kind](backbone), PRIORS[kind](Plain(backbone)).train()
     given, ids = random_codes(GIVEN, 5), torch.arange(5)
     for sampler in SAMPLERS if kind == "absorbing" else [""]:
@@ -113,8 +119,12 @@ def test_logits_at_a_time_are_those_of_the_backbone(copies, conditioning):
         with torch.no_grad():
             full = backbone(codes.repeat(copies, 1), labels, time=time.repeat(copies))
         for (span, _), expected, some in zip(TWO_LEVELS.spans(), full, read(codes, asked, time)):
-            torch.testing.assert_close(some, expected[asked[:, span].repeat(copies, 1)], atol=1e-4, rtol=0)
-    assert not torch.allclose(read(codes, None, time)[0], read(codes, None, time.roll(1))[0], atol=1e-3)
+            torch.testing.assert_close(
+                some, expected[asked[:, span].repeat(copies, 1)], atol=1e-4, rtol=0
+            )
+    assert not torch.allclose(
+        read(codes, None, time)[0], read(codes, None, time.roll(1))[0], atol=1e-3
+    )
 
 
 def test_rows_of_which_nothing_is_asked_take_no_time(monkeypatch):
@@ -136,7 +146,9 @@ def test_rows_of_which_nothing_is_asked_take_no_time(monkeypatch):
 
 def test_no_rows_give_no_rows():
     for conditioning in ("prefix", "adaln"):
-        read = BackboneReading(make(TWO_LEVELS, causal=False, conditioning=conditioning), LABELS[:0])
+        read = BackboneReading(
+            make(TWO_LEVELS, causal=False, conditioning=conditioning), LABELS[:0]
+        )
         codes = random_codes(TWO_LEVELS, 0)
         assert [level.shape for level in read(codes)] == [(0, 2, 5), (0, 8, 9)]
         assert [level.shape for level in read(codes, codes < 0)] == [(0, 5), (0, 9)]
@@ -163,7 +175,9 @@ def test_a_causal_backbone_is_refused():
 
 @OPTIONS
 def test_autocast_sets_the_precision(positions, conditioning):
-    backbone = make(TWO_LEVELS, causal=False, given=GIVEN, positions=positions, conditioning=conditioning)
+    backbone = make(
+        TWO_LEVELS, causal=False, given=GIVEN, positions=positions, conditioning=conditioning
+    )
     codes, known = masked_codes(TWO_LEVELS), random_codes(GIVEN, 5)
     exact = reading(backbone, LABELS, known)(codes)
     with torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +188,10 @@ def test_autocast_sets_the_precision(positions, conditioning):
 
 @pytest.mark.parametrize("size", [1, 6, 8, 1023, 1024, 1025])
 def test_noise_of_chosen_positions_is_that_of_the_table(size, monkeypatch):
-    ids, chosen = torch.tensor([3, 0, 2**40, 7]), torch.rand(4, 9, generator=torch.Generator().manual_seed(5)) < 0.6
+    ids, chosen = (
+        torch.tensor([3, 0, 2**40, 7]),
+        torch.rand(4, 9, generator=torch.Generator().manual_seed(5)) < 0.6,
+    )
     chosen[1], chosen[2] = True, False
     table = uniform_noise(7, ids, 2, (9, size))[chosen]
     assert torch.equal(chosen_noise(7, ids, 2, chosen, size), table)
@@ -198,8 +215,12 @@ def test_samplers_begin_alike():
 @pytest.mark.gpu
 @OPTIONS
 def test_on_a_gpu_logits_are_those_of_the_backbone(positions, conditioning):
-    backbone = make(TWO_LEVELS, causal=False, positions=positions, conditioning=conditioning).to("cuda")
+    backbone = make(TWO_LEVELS, causal=False, positions=positions, conditioning=conditioning).to(
+        "cuda"
+    )
     codes = masked_codes(TWO_LEVELS).to("cuda")
     with torch.no_grad():
         expected = backbone(codes, LABELS.to("cuda"))
-    torch.testing.assert_close(reading(backbone, LABELS.to("cuda"))(codes), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        reading(backbone, LABELS.to("cuda"))(codes), expected, atol=1e-4, rtol=0
+    )

@@ -14,7 +14,13 @@ from PIL import Image
 from tiny import command
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "digits"
-LOOP = ["loop.steps=6", "loop.batch_size=8", "loop.log_every=2", "loop.save_every=3", "loop.preview_every=3"]
+LOOP = [
+    "loop.steps=6",
+    "loop.batch_size=8",
+    "loop.log_every=2",
+    "loop.save_every=3",
+    "loop.preview_every=3",
+]
 MODEL = [
     "model.quantizer.num_codes=16", "model.quantizer.code_dim=8", "model.decoder.dim=32", "model.decoder.depth=1",
     "model.decoder.heads=2", "calibration_images=24",
@@ -49,7 +55,9 @@ def root(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = ["tokenizer.encoders.pretrain", CONFIGS / "encoder.yaml", *where, *data, *LOOP, *MAE]
     assert command(*encoder) == 0
     for stage in ("tokenizer-stage1", "tokenizer-stage2"):
-        assert command("tokenizer.train", CONFIGS / f"{stage}.yaml", *where, *data, *LOOP, *MODEL) == 0
+        assert (
+            command("tokenizer.train", CONFIGS / f"{stage}.yaml", *where, *data, *LOOP, *MODEL) == 0
+        )
     assert command("tokenizer.encode", CONFIGS / "tokens.yaml", *where) == 0
     prior = ["prior.backbone.dim=32", "prior.backbone.depth=1", "prior.backbone.heads=2"]
     assert command("priors.train", CONFIGS / "prior.yaml", *where, *prior, *LOOP) == 0
@@ -85,25 +93,36 @@ def test_codes_of_the_cache_are_the_tokenizers(root: Path):
     images = open_split(model.config.data, "held_out")
     batch = images.gather([(0, index) for index in range(8)])["images"]
     codes = torch.from_numpy(np.asarray(cache.split("held_out").codes[:8, 0]).astype(np.int64))
-    assert (model.encode(batch) == codes).float().mean() > 0.99  # another batch shape may round a tie
+    assert (
+        model.encode(batch) == codes
+    ).float().mean() > 0.99  # another batch shape may round a tie
     output = model(batch)
     levels = torch.stack(model.layout.split(output.codes), 1)
     assert torch.equal(model.quantizer.lookup(levels), output.vectors)
     assert torch.equal(model.decode(model.encode(batch)), output.images)
 
 
-def test_every_stage_is_a_no_op_when_current(root: Path, images: Path, capsys: pytest.CaptureFixture):
+def test_every_stage_is_a_no_op_when_current(
+    root: Path, images: Path, capsys: pytest.CaptureFixture
+):
     files = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
-    files |= {path: path.stat().st_mtime_ns for path in [*root.rglob("*.npy"), *root.rglob("*.npz")]}
+    files |= {
+        path: path.stat().st_mtime_ns for path in [*root.rglob("*.npy"), *root.rglob("*.npz")]
+    }
     assert command("tokenizer.encode", CONFIGS / "tokens.yaml", f"root={root}") == 0
     assert "up to date" in capsys.readouterr().out
     assert command("generate.sample", root, "--num", 12) == 0
     assert files == {path: path.stat().st_mtime_ns for path in files}
 
 
-def test_a_run_with_other_settings_is_refused(root: Path, images: Path, capsys: pytest.CaptureFixture):
+def test_a_run_with_other_settings_is_refused(
+    root: Path, images: Path, capsys: pytest.CaptureFixture
+):
     words = [f"root={root}", f"data.source={images}", "data.held_out=0.3", *LOOP, *MODEL]
-    assert command("tokenizer.train", CONFIGS / "tokenizer-stage1.yaml", *words, "optimizer.lr=0.5") == 2
+    assert (
+        command("tokenizer.train", CONFIGS / "tokenizer-stage1.yaml", *words, "optimizer.lr=0.5")
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "optimizer.lr" in error and "--fresh" in error
 
@@ -115,7 +134,10 @@ def test_report_is_one_offline_page(root: Path, capsys: pytest.CaptureFixture):
 
     data = tokenizer.load(root / "tokenizer-stage2").config.data
     usual = extractor_run(data, open_split(data, "train"))
-    train_extractor(dataclasses.replace(usual, loop=dataclasses.replace(usual.loop, steps=4)), root / "extractor")
+    train_extractor(
+        dataclasses.replace(usual, loop=dataclasses.replace(usual.loop, steps=4)),
+        root / "extractor",
+    )
     assert command("eval.run", "report", root, "--batch-size", 16) == 0
     assert str(root / "report" / "report.html") in capsys.readouterr().out
     page = (root / "report" / "report.html").read_text()

@@ -46,7 +46,11 @@ def test_decoding_code_by_code_equals_all_at_once(kernel, given, layout):
     codes, labels = random_codes(layout, 3), torch.tensor([0, 2, NUM_CLASSES])
     context = None if given is None else random_codes(given, 3)
     with torch.no_grad():
-        full = [level[:, i] for level in whole(codes, labels, given=context) for i in range(level.shape[1])]
+        full = [
+            level[:, i]
+            for level in whole(codes, labels, given=context)
+            for i in range(level.shape[1])
+        ]
         decoding = whole.decoding(labels, given=context)
         for slot, expected in enumerate(full):
             logits = decoding.step(slot, codes[:, slot - 1] if slot else None)
@@ -71,7 +75,11 @@ def test_gradients_reach_what_comes_before_and_nothing_else(kernel):
 
 @OVER_LAYOUTS
 def test_a_changed_code_changes_only_what_comes_after(layout):
-    whole, codes, labels = network(layout, depth=5, kernel=5), random_codes(layout, 1), torch.tensor([1])
+    whole, codes, labels = (
+        network(layout, depth=5, kernel=5),
+        random_codes(layout, 1),
+        torch.tensor([1]),
+    )
     before = whole(codes, labels)
     for position in range(layout.length):
         changed = codes.clone()
@@ -105,13 +113,17 @@ def test_a_gate_is_tanh_times_sigmoid():
             out.weight.fill_(1)
         inputs, nothing = torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 1, 1, 1).double()
         down = layer.vertical(inputs, nothing)
-        right = layer.horizontal(torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 1, 3).double(), nothing)
+        right = layer.horizontal(
+            torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 1, 3).double(), nothing
+        )
     expected = math.tanh(0.5) / (1 + math.exp(2))
     torch.testing.assert_close(down, torch.full_like(down, expected))
     torch.testing.assert_close(right, torch.full_like(right, expected))
 
 
-@pytest.mark.parametrize("wrong", [{"kernel": 4}, {"kernel": 1}, {"channels": 0}, {"depth": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"kernel": 4}, {"kernel": 1}, {"channels": 0}, {"depth": 0}, {"dropout": 1.0}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PixelCNNConfig(**wrong)

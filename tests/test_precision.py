@@ -47,7 +47,11 @@ class Seen(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         kept = self.products if name in PRODUCTS else self.choices if name in CHOICES else None
         if kept is not None:
-            floats = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+            floats = [
+                leaf
+                for leaf in tree_leaves(args)
+                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+            ]
             kept.update(tensor.dtype for tensor in floats)
         return func(*args, **(kwargs or {}))
 
@@ -58,13 +62,17 @@ def drawn(kind: str, asked: str) -> dict[str, torch.Tensor]:
     prior, device = PRIORS[kind].build(LAYOUT, 3), distributed.device()
     shake(prior)
     prior.to(device).eval()
-    codes = torch.randint(5, (8, LAYOUT.length), generator=torch.Generator().manual_seed(1)).to(device)
+    codes = torch.randint(5, (8, LAYOUT.length), generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
     labels = (torch.arange(8) % 3).to(device)
     made = {}
     with autocast(asked, device):
         made["nats"] = prior.nll(codes, labels).nats
         for sampler in SAMPLERS[kind]:
-            options = SampleOptions(seed=3, sampler=sampler, guidance=2.0, top_p=0.95, temperature=0.9, steps=4)
+            options = SampleOptions(
+                seed=3, sampler=sampler, guidance=2.0, top_p=0.95, temperature=0.9, steps=4
+            )
             made[sampler] = prior.sample(labels, options, torch.arange(8, device=device))
     return {name: value.cpu() for name, value in made.items()}
 
@@ -98,7 +106,11 @@ def encoded(kind: str, asked: str) -> dict[str, torch.Tensor]:
     tokenizer = LowPrecision(model, asked)
     codes = tokenizer.encode(pictures.to(device))
     images = tokenizer.decode(codes)
-    assert set(kinds) == {torch.float32} and codes.dtype == torch.int64 and codes.device.type == device.type
+    assert (
+        set(kinds) == {torch.float32}
+        and codes.dtype == torch.int64
+        and codes.device.type == device.type
+    )
     return {"codes": codes.cpu(), "images": images.cpu().float()}
 
 
@@ -118,7 +130,9 @@ def test_tokenizers_multiply_in_bf16_and_quantize_in_fp32(kind):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_auto_is_bf16_where_a_gpu_has_it_and_says_where_it_has_not(monkeypatch, capsys, own):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation
+    )
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     assert decide("auto", gpu, "--precision", "samples") == ("bf16" if own else "fp32")
     said = "samples: fp32, as this GPU only emulates bf16 (--precision=bf16 asks for it)\n"
@@ -145,7 +159,10 @@ def test_encoding_and_sampling_on_a_gpu_that_has_bf16(tmp_path, monkeypatch):
     save_images(tmp_path / "images")
     save_tokenizer(tmp_path / "tokenizer", tmp_path / "images")
     torch.manual_seed(0)
-    prior, painter = PRIORS["masked"].build(CodeLayout(((2, 2),), (16,)), 2), load(tmp_path / "tokenizer")
+    prior, painter = (
+        PRIORS["masked"].build(CodeLayout(((2, 2),), (16,)), 2),
+        load(tmp_path / "tokenizer"),
+    )
     shake(prior)
     wanted = Request(12, (0, 1), SampleOptions(steps=4), precision="bf16")
     expected = draw_samples(prior.eval(), painter, wanted, 5)
@@ -154,7 +171,9 @@ def test_encoding_and_sampling_on_a_gpu_that_has_bf16(tmp_path, monkeypatch):
         here = [network.to(distributed.device()) for network in (prior, painter)]
         wanted = dataclasses.replace(wanted, precision="auto").decided("samples")
         made = draw_samples(*here, wanted, 5)
-    assert cache.precision == "bf16" and cache.manifest["codes_unlike_fp32"]["train"]["images"] == 20
+    assert (
+        cache.precision == "bf16" and cache.manifest["codes_unlike_fp32"]["train"]["images"] == 20
+    )
     assert wanted.facts()["precision"] == "bf16" and (made.codes == expected.codes).mean() > 0.9
     same = (made.codes == expected.codes).all(1)
     assert np.abs(made.images[same].astype(int) - expected.images[same]).max() <= 2  # of 255

@@ -47,7 +47,9 @@ def preset(name, overrides=()):
 
 def layers(size):
     """Parameters of a transformer's layers: four maps of attention, two of the MLP, two norms."""
-    return size.depth * (4 * (size.dim**2 + size.dim) + 2 * size.dim * size.mlp + size.mlp + size.dim + 4 * size.dim)
+    return size.depth * (
+        4 * (size.dim**2 + size.dim) + 2 * size.dim * size.mlp + size.mlp + size.dim + 4 * size.dim
+    )
 
 
 @functools.cache
@@ -72,18 +74,27 @@ def test_a_preset_is_what_it_says(name, tmp_path, monkeypatch):
     grids, num_codes, encoder, decoder, stride = EXPECTED[name]
     assert (found.layout.grids, found.layout.num_codes) == (grids, num_codes)
     assert config.name == name and grids[-1][0] * stride == config.data.image_size
-    assert config.loop.batch_size % (8 * config.loop.accumulate) == 0, "eight processes share a step"
+    assert config.loop.batch_size % (8 * config.loop.accumulate) == 0, (
+        "eight processes share a step"
+    )
 
     parts = parts_of(found)
     if encoder is not None:
         frozen = config.model.encoder.frozen
         counts = (parts["encoder"].frozen, parts["encoder"].trainable)
-        assert counts[not frozen] - layers(encoder) < 2.1e6 and counts[frozen] == 0  # embeddings, positions, last norm
+        assert (
+            counts[not frozen] - layers(encoder) < 2.1e6 and counts[frozen] == 0
+        )  # embeddings, positions, last norm
         assert counts[not frozen] > layers(encoder)
         assert parts["project_in"].trainable == encoder.dim * 1536 + 1536
-        assert parts["quantizer"].trainable == 1536**2 + 1536 and parts["quantizer"].buffers > 16384 * 1536
+        assert (
+            parts["quantizer"].trainable == 1536**2 + 1536
+            and parts["quantizer"].buffers > 16384 * 1536
+        )
         ends = encoder.dim * decoder.dim + decoder.dim + (decoder.dim + 1) * 3 * stride**2
-        assert parts["decoder"].trainable == layers(decoder) + ends + 3 * decoder.dim  # class token, last norm
+        assert (
+            parts["decoder"].trainable == layers(decoder) + ends + 3 * decoder.dim
+        )  # class token, last norm
     if config.start_from is not None:
         assert Path(config.start_from).name in EXPECTED
         assert config.model.encoder.frozen is False
@@ -104,11 +115,19 @@ def test_counts_that_are_published():
 
 
 def test_stages_differ_where_the_papers_say():
-    paper, notes = (preset(f"VQRAE-{name}_Stage1").objective for name in ("SigLIP2-So400m", "SigLIP-L"))
+    paper, notes = (
+        preset(f"VQRAE-{name}_Stage1").objective for name in ("SigLIP2-So400m", "SigLIP-L")
+    )
     assert paper.adversarial == 0 and notes.adversarial > 0
-    paper, notes = (preset(f"VQRAE-{name}_Stage2").objective for name in ("SigLIP2-So400m", "SigLIP-L"))
+    paper, notes = (
+        preset(f"VQRAE-{name}_Stage2").objective for name in ("SigLIP2-So400m", "SigLIP-L")
+    )
     assert (paper.distillation_target, notes.distillation_target) == ("teacher", "codes")
-    assert paper.adversarial == 0.1 and paper.adversarial_start_step == 50000 and notes.adversarial == 0
+    assert (
+        paper.adversarial == 0.1
+        and paper.adversarial_start_step == 50000
+        and notes.adversarial == 0
+    )
     assert preset("VQRAE-SigLIP2-So400m_Stage2").optimizer.rates == {"encoder": 1e-5}
 
 
@@ -126,7 +145,9 @@ def test_the_command_prints_a_configuration_and_writes_nothing(tmp_path, monkeyp
     assert "codes: 5120 per image (32 x 32 of 512, 64 x 64 of 512), 46080 bits" in printed
     assert "needs: images: data.source=hub:ILSVRC/imagenet-1k" in printed
     (tmp_path / "printed.yaml").write_text(printed)  # by itself the same configuration
-    assert to_dict(load(TokenizerRun, tmp_path / "printed.yaml")) == to_dict(preset("VQ-VAE-2-256", ["loop.steps=7"]))
+    assert to_dict(load(TokenizerRun, tmp_path / "printed.yaml")) == to_dict(
+        preset("VQ-VAE-2-256", ["loop.steps=7"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +175,8 @@ def small(quantizer=None, **changes):
     )
     loop = LoopConfig(steps=10, batch_size=16)
     return dataclasses.replace(
-        TokenizerRun(data=DataConfig(source="digits", image_size=16), model=model, loop=loop), **changes
+        TokenizerRun(data=DataConfig(source="digits", image_size=16), model=model, loop=loop),
+        **changes,
     )
 
 
@@ -178,7 +200,9 @@ def test_every_quantizer_has_a_plan_that_its_model_agrees_with(kind):
 
 
 def test_micro_batches_share_activations():
-    whole, halved = (plan(small(loop=LoopConfig(batch_size=16, accumulate=n))).estimate.memory(1) for n in (1, 2))
+    whole, halved = (
+        plan(small(loop=LoopConfig(batch_size=16, accumulate=n))).estimate.memory(1) for n in (1, 2)
+    )
     assert halved["activations"] < 0.7 * whole["activations"]
     assert {k: v for k, v in halved.items() if k != "activations"} == {
         k: v for k, v in whole.items() if k != "activations"
@@ -191,7 +215,9 @@ def test_stored_features_spare_the_encoder():
                       for more in ([], ["features.views=2"]))  # fmt: skip
     images, stored = plan(images), plan(stored)
     tokens, size = 1 + 4 + 256, PRESETS["B"]
-    encoder = size.depth * (2 * tokens * (4 * size.dim**2 + 2 * size.dim * size.mlp) + 4 * tokens**2 * size.dim)
+    encoder = size.depth * (
+        2 * tokens * (4 * size.dim**2 + 2 * size.dim * size.mlp) + 4 * tokens**2 * size.dim
+    )
     patches = 2 * 256 * 3 * 14 * 14 * size.dim
     spared = sum(images.estimate.flops(1, 0).values()) - sum(stored.estimate.flops(1, 0).values())
     assert spared == 64 * (encoder + patches)

@@ -51,7 +51,9 @@ RESNET = {"channels": 8, "multipliers": (1, 2), "blocks": 1}
 LAYOUT = CodeLayout(((1, 2), (2, 4)), (5, 9))
 BACKBONE = BackboneConfig(dim=16, depth=1, heads=2, dropout=0.1)
 AUTOENCODERS = ("vqvae", "vqvae2", "vqrae", "resnet")
-FAMILIES = [family for family in MODELS if family not in ("siglip", "siglip2", "internvl")]  # those are composite
+FAMILIES = [
+    family for family in MODELS if family not in ("siglip", "siglip2", "internvl")
+]  # those are composite
 
 
 def test_a_planted_fault_is_found():
@@ -67,21 +69,32 @@ def test_a_planted_fault_is_found():
         values = (here.requires_grad_() * 2).sum()
         values.backward()
         assert here.grad.cpu().tolist() == [2, 2, 2] and here.grad.device.type == "gpu"
-    with FakeTensorMode(), torch.device("cuda"):  # of torch, which would go to a driver if a GPU stayed here
+    with (
+        FakeTensorMode(),
+        torch.device("cuda"),
+    ):  # of torch, which would go to a driver if a GPU stayed here
         assert torch.tensor(1.0).device.type == "cuda"
 
 
 def test_random_numbers_are_those_of_the_cpu():
     ids, first = torch.tensor([5, -3, 2**62]), torch.tensor([3, 0, 2**40 + 1])
-    expected = [make(3, ids, 2, 67, first) for make in (philox.words, philox.uniform, philox.short_uniform)]
+    expected = [
+        make(3, ids, 2, 67, first) for make in (philox.words, philox.uniform, philox.short_uniform)
+    ]
     drawn = distributed.draw((1, 2), torch.arange(5), (3,))
     noise = distributed.normal((1, 2), torch.arange(5), (3,))
     with pretended_gpu() as waits:
-        there = ids.to(distributed.device(), non_blocking=True), first.to(distributed.device(), non_blocking=True)
+        there = (
+            ids.to(distributed.device(), non_blocking=True),
+            first.to(distributed.device(), non_blocking=True),
+        )
         makes = (philox.words, philox.uniform, philox.short_uniform)
         made = [make(3, there[0], 2, 67, there[1]) for make in makes]
         positions = torch.arange(5, device=distributed.device())
-        made += [distributed.draw((1, 2), positions, (3,)), distributed.normal((1, 2), positions, (3,))]
+        made += [
+            distributed.draw((1, 2), positions, (3,)),
+            distributed.normal((1, 2), positions, (3,)),
+        ]
         assert not waits, waits
         assert all(part.device.type == "gpu" for part in made)
         made = [part.cpu() for part in made]
@@ -111,12 +124,18 @@ def autoencoder_of(kind, quantizer, encoders):
     if kind == "resnet":
         encoder = ResNetEncoderConfig(**RESNET, out_channels=8)
         return VQVAEConfig(encoder=encoder, quantizer=made, decoder=ResNetDecoderConfig(**RESNET))
-    return VQVAEConfig(encoder=ConvEncoderConfig(**SIZES), quantizer=made, decoder=ConvDecoderConfig(**SIZES))
+    return VQVAEConfig(
+        encoder=ConvEncoderConfig(**SIZES), quantizer=made, decoder=ConvDecoderConfig(**SIZES)
+    )
 
 
 def tokenizer_of(kind):
     """By its quantizer's kind, or vqvae2."""
-    return autoencoder_of("vqvae2", "vector", None) if kind == "vqvae2" else autoencoder_of("vqvae", kind, None)
+    return (
+        autoencoder_of("vqvae2", "vector", None)
+        if kind == "vqvae2"
+        else autoencoder_of("vqvae", kind, None)
+    )
 
 
 def tokenized(folder, model, steps=1, **objective):
@@ -136,7 +155,12 @@ def tokenized(folder, model, steps=1, **objective):
 
 
 CHEAP = [("vqvae2", "vector"), *(("vqvae", quantizer) for quantizer in QUANTIZERS)]
-DEAR = [(kind, quantizer) for kind in AUTOENCODERS for quantizer in QUANTIZERS if (kind, quantizer) not in CHEAP]
+DEAR = [
+    (kind, quantizer)
+    for kind in AUTOENCODERS
+    for quantizer in QUANTIZERS
+    if (kind, quantizer) not in CHEAP
+]
 
 
 @pytest.mark.parametrize(
@@ -160,20 +184,30 @@ def test_stage_two_with_a_projected_discriminator(tmp_path, encoders):
     with pretended_gpu():
         there = tokenized(tmp_path / "gpu", model, 2, **objective)
     here = tokenized(tmp_path / "cpu", model, 2, **objective)
-    of_keys = [name for name in here if name.endswith("key.bias")]  # whose gradient is rounding alone, as above
+    of_keys = [
+        name for name in here if name.endswith("key.bias")
+    ]  # whose gradient is rounding alone, as above
     for name in of_keys:
-        torch.testing.assert_close(there.pop(name), here.pop(name), rtol=0, atol=2 * 2.1 * OPTIMIZER.lr)
+        torch.testing.assert_close(
+            there.pop(name), here.pop(name), rtol=0, atol=2 * 2.1 * OPTIMIZER.lr
+        )
     assert_same(there, here, 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_foundation_encoder(family, encoders):
     def run():
-        encoder = FoundationConfig(name=str(encoders / family), frozen=False).build(16).to(distributed.device())
+        encoder = (
+            FoundationConfig(name=str(encoders / family), frozen=False)
+            .build(16)
+            .to(distributed.device())
+        )
         pictures = images(3, 1)[0]["images"].to(distributed.device())
         features = encoder(pictures)
         features.square().mean().backward()
-        found = {"features": features} | {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+        found = {"features": features} | {
+            n: p.grad for n, p in encoder.named_parameters() if p.grad is not None
+        }
         return {name: value.detach().cpu() for name, value in found.items()}
 
     with pretended_gpu():
@@ -236,7 +270,10 @@ def test_no_prior_is_left_out():
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("posterior", "hierarchical"))) for kind in SAMPLERS],
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("posterior", "hierarchical")))
+        for kind in SAMPLERS
+    ],
 )
 def test_every_prior(kind, tmp_path):
     """Training, likelihood, and samples by each of its samplers, which are the CPU's."""
@@ -259,7 +296,9 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(kind, tmp_path):
 
     def run(folder, batches):
         if kind == "tokenizer":
-            module, turns = tokenizer_turns(autoencoder_of("vqvae", "vector", None), **ADVERSARY_AT_ONCE)
+            module, turns = tokenizer_turns(
+                autoencoder_of("vqvae", "vector", None), **ADVERSARY_AT_ONCE
+            )
             batch_of = images
         else:
             (module, turns), batch_of = prior_turns(prior_of("masked")), sequences
@@ -282,7 +321,11 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(kind, tmp_path):
         ended = run(tmp_path / "ended", lambda batch_of: batch_of)
     assert ended.keys() == straight.keys()
     for name, value in straight.items():
-        assert torch.equal(ended[name], value) if isinstance(value, torch.Tensor) else ended[name] == value, name
+        assert (
+            torch.equal(ended[name], value)
+            if isinstance(value, torch.Tensor)
+            else ended[name] == value
+        ), name
 
 
 def test_a_pipeline_from_images_to_the_report(tmp_path):
@@ -290,7 +333,9 @@ def test_a_pipeline_from_images_to_the_report(tmp_path):
     save_images(tmp_path / "images")
     root = tmp_path / "run"
     root.mkdir()
-    (root / "tokenizer.yaml").write_text(f"root: {root}\n{NETWORKS.rstrip()[:-1]}, source: {tmp_path / 'images'}}}\n")
+    (root / "tokenizer.yaml").write_text(
+        f"root: {root}\n{NETWORKS.rstrip()[:-1]}, source: {tmp_path / 'images'}}}\n"
+    )
     (root / "tokens.yaml").write_text(f"root: {root}\n")
     (root / "prior.yaml").write_text(f"root: {root}\n")
     data = DataConfig(source=str(tmp_path / "images"), image_size=8, augment="shift")
@@ -301,7 +346,10 @@ def test_a_pipeline_from_images_to_the_report(tmp_path):
              "prior.backbone.heads=2", *few]  # fmt: skip
     train_extractor(dataclasses.replace(extractor, data=data, loop=loop), root / "extractor")
     with pretended_gpu():
-        assert command("tokenizer.train", root / "tokenizer.yaml", "objective.adversarial=0", *few) == 0
+        assert (
+            command("tokenizer.train", root / "tokenizer.yaml", "objective.adversarial=0", *few)
+            == 0
+        )
         assert command("tokenizer.encode", root / "tokens.yaml") == 0
         assert command("priors.train", root / "prior.yaml", *prior) == 0
         assert command("generate.sample", root, "--num", 4, "--batch-size", 2) == 0
@@ -311,8 +359,13 @@ def test_a_pipeline_from_images_to_the_report(tmp_path):
     assert command("tokenizer.encode", root / "tokens.yaml", "name=again") == 0
     ours, theirs = (TokenCache.open(root / name).split("train") for name in ("tokens", "again"))
     assert np.array_equal(ours.codes[:], theirs.codes[:])
-    assert command("generate.sample", root, "--num", 4, "--batch-size", 2, "--out", root / "more") == 0
-    with np.load(root / "samples" / "samples.npz") as ours, np.load(root / "more" / "samples.npz") as theirs:
+    assert (
+        command("generate.sample", root, "--num", 4, "--batch-size", 2, "--out", root / "more") == 0
+    )
+    with (
+        np.load(root / "samples" / "samples.npz") as ours,
+        np.load(root / "more" / "samples.npz") as theirs,
+    ):
         assert np.array_equal(ours["codes"], theirs["codes"])
         assert np.abs(ours["arr_0"].astype(int) - theirs["arr_0"]).max() <= 1
 

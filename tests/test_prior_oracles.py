@@ -43,13 +43,18 @@ class Toy(nn.Module):
         generator = torch.Generator().manual_seed(7)
         shape = ((num_classes + 1) * num_given, len(self.sequences))
         self.joints = torch.randn(shape, generator=generator, dtype=torch.float64).softmax(1)
-        partial = torch.tensor(list(itertools.product(*(range(-1, size) for size in self.sizes))))  # (P, N)
+        partial = torch.tensor(
+            list(itertools.product(*(range(-1, size) for size in self.sizes)))
+        )  # (P, N)
         agrees = ((partial[:, None] == self.sequences) | (partial[:, None] < 0)).all(-1).double()
         masses = [(agrees * joint) @ nn.functional.one_hot(self.sequences, max(self.sizes)).double().flatten(1)
                   for joint in self.joints]  # fmt: skip
         table = torch.stack(masses).unflatten(-1, (len(self.sizes), -1))
         self.table = (table / table.sum(-1, keepdim=True)).log()  # (conditions, P, N, K)
-        self.partial_strides, self.strides = strides([size + 1 for size in self.sizes]), strides(self.sizes)
+        self.partial_strides, self.strides = (
+            strides([size + 1 for size in self.sizes]),
+            strides(self.sizes),
+        )
 
     def conditionals(self, codes, labels, given):
         """(B, N, K) log p(code i | the codes that are not negative)."""
@@ -77,7 +82,10 @@ class Causal(Toy):
 
     def forward(self, codes, labels, *, order=None, given=None):
         order = torch.arange(self.layout.length).expand_as(codes) if order is None else order
-        logits, seen = torch.zeros(*codes.shape, max(self.sizes), dtype=torch.float64), torch.full_like(codes, -1)
+        logits, seen = (
+            torch.zeros(*codes.shape, max(self.sizes), dtype=torch.float64),
+            torch.full_like(codes, -1),
+        )
         rows = torch.arange(len(codes))
         for here in order.T:
             logits[rows, here] = self.conditionals(seen, labels, given)[rows, here]
@@ -108,9 +116,17 @@ def fast_noise(monkeypatch):
 
     def noise(seed, sample_ids, stream, shape):
         generator = torch.Generator().manual_seed((1000 * seed + stream) % 2**63)
-        return torch.rand((len(sample_ids), *shape), generator=generator, dtype=torch.float64).clamp_min(1e-300)
+        return torch.rand(
+            (len(sample_ids), *shape), generator=generator, dtype=torch.float64
+        ).clamp_min(1e-300)
 
-    for module in (priors.sampling, priors.autoregressive, priors.masked, priors.absorbing, priors.diffusion):
+    for module in (
+        priors.sampling,
+        priors.autoregressive,
+        priors.masked,
+        priors.absorbing,
+        priors.diffusion,
+    ):
         monkeypatch.setattr(module, "uniform_noise", noise)
 
 
@@ -141,14 +157,20 @@ def conditional(toy, known, joint):
 
 def one_by_one(layout, **settings):
     """MaskGIT with a code a step in an order that ignores the codes: the noise on confidences is all."""
-    return MaskedPrior(AnyOrder(layout), 2, steps=layout.length, choice_temperature=1e12, **settings)
+    return MaskedPrior(
+        AnyOrder(layout), 2, steps=layout.length, choice_temperature=1e12, **settings
+    )
 
 
 SAMPLERS = {
     "raster": lambda layout: AutoregressivePrior(Causal(layout), 2),
     "random": lambda layout: AutoregressivePrior(Causal(layout), 2, order="random"),
-    "annealed": lambda layout: AutoregressivePrior(Causal(layout), 2, order="annealed", anneal_steps=(0, 1)),
-    "halton": lambda layout: MaskedPrior(AnyOrder(layout), 2, sampler="halton", steps=layout.length),
+    "annealed": lambda layout: AutoregressivePrior(
+        Causal(layout), 2, order="annealed", anneal_steps=(0, 1)
+    ),
+    "halton": lambda layout: MaskedPrior(
+        AnyOrder(layout), 2, sampler="halton", steps=layout.length
+    ),
     "confidence": one_by_one,
 }
 
@@ -169,11 +191,15 @@ def test_exact_likelihood_is_the_joints(order, layout):
 def test_the_loss_in_any_order_is_the_joints(order, layout):
     toy = Causal(layout)
     prior = AutoregressivePrior(toy, 2, order=order, anneal_steps=(0, 10))
-    uniform = torch.rand(len(toy.sequences), layout.length + 2, generator=torch.Generator().manual_seed(3))
+    uniform = torch.rand(
+        len(toy.sequences), layout.length + 2, generator=torch.Generator().manual_seed(3)
+    )
     for row in range(len(uniform)):
         this = slice(row, row + 1)
         loss = prior.loss(toy.sequences[this], torch.ones(1, dtype=torch.int64), uniform[this])
-        torch.testing.assert_close(loss.total * layout.length, -toy.joints[1, row].log(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            loss.total * layout.length, -toy.joints[1, row].log(), atol=1e-9, rtol=0
+        )
 
 
 @OVER_LAYOUTS
@@ -187,7 +213,9 @@ def test_samplers_draw_from_the_joint(name, layout):
 def test_given_codes_choose_the_joint(name):
     prior = SAMPLERS[name](LAYOUTS["one_grid"])
     prior.backbone = type(prior.backbone)(prior.layout, 2, num_given=3)
-    drawn = draw(prior, SampleOptions(guidance=2.0), given=[2], label=2)  # guidance away from itself changes nothing
+    drawn = draw(
+        prior, SampleOptions(guidance=2.0), given=[2], label=2
+    )  # guidance away from itself changes nothing
     assert p_value(prior.backbone, drawn, prior.backbone.joints[2 * 3 + 2]) > 1e-3
     assert p_value(prior.backbone, drawn, prior.backbone.joints[2 * 3]) < 1e-9
 
@@ -197,9 +225,17 @@ PAIR = CodeLayout(((1, 2),), (3,))
 SCALES = {
     "constant": (1.5, 1.5, 1.5),
     "linear": (7 / 6, 8 / 6, 1.5),
-    "power_cosine": (1 + 0.25 * (1 - math.cos(math.pi / 9)), 1 + 0.25 * (1 - math.cos(math.pi * 4 / 9)), 1.5),
+    "power_cosine": (
+        1 + 0.25 * (1 - math.cos(math.pi / 9)),
+        1 + 0.25 * (1 - math.cos(math.pi * 4 / 9)),
+        1.5,
+    ),
 }
-SCALES_OF_TWO = {"constant": (1.5, 1.5), "linear": (1.25, 1.5), "power_cosine": (1.25 - 0.25 * math.sqrt(0.5), 1.5)}
+SCALES_OF_TWO = {
+    "constant": (1.5, 1.5),
+    "linear": (1.25, 1.5),
+    "power_cosine": (1.25 - 0.25 * math.sqrt(0.5), 1.5),
+}
 OVER_SCHEDULES = pytest.mark.parametrize("schedule", SCALES)
 ONE_BY_ONE = {**SAMPLERS, "first_hitting": lambda layout: AbsorbingPrior(AnyOrder(layout), 2)}
 FEWER = 30_000  # draws
@@ -236,7 +272,12 @@ def test_guidance_in_raster_order_has_the_schedules_scales(schedule):
     prior = SAMPLERS["raster"](LAYOUTS["one_grid"])
     law = guided_law(prior.backbone, SCALES[schedule], temperature=1.2, orders=[(0, 1, 2)])
     assert p_value(prior.backbone, draw(prior, guided(schedule, temperature=1.2)), law) > 1e-3
-    assert p_value(prior.backbone, draw(prior, guided(schedule, temperature=1.2)), prior.backbone.joints[0]) < 1e-9
+    assert (
+        p_value(
+            prior.backbone, draw(prior, guided(schedule, temperature=1.2)), prior.backbone.joints[0]
+        )
+        < 1e-9
+    )
 
 
 @OVER_SCHEDULES
@@ -251,17 +292,25 @@ def test_guidance_in_any_order_has_the_schedules_scales(name, schedule):
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_the_last_code_of_a_hole_has_the_whole_guidance(name):
     prior = ONE_BY_ONE[name](LAYOUTS["one_grid"])
-    options = SampleOptions(3.0, "linear", sampler="first_hitting" if name == "first_hitting" else "")
+    options = SampleOptions(
+        3.0, "linear", sampler="first_hitting" if name == "first_hitting" else ""
+    )
     law = guided_law(prior.backbone, [3.0], [2, 0, -1])
     assert p_value(prior.backbone, draw(prior, options, [2, 0, -1], count=FEWER), law) > 1e-3
 
 
 @pytest.mark.parametrize("schedule", ["linear", "power_cosine"])
-@pytest.mark.parametrize("sampler", ["halton", "confidence", "ancestral", "first_hitting", "remasking"])
+@pytest.mark.parametrize(
+    "sampler", ["halton", "confidence", "ancestral", "first_hitting", "remasking"]
+)
 def test_one_step_has_the_whole_guidance(sampler, schedule):
     family = MaskedPrior if sampler in priors.masked.SAMPLERS else AbsorbingPrior
     drawn = [
-        draw(family(AnyOrder(PAIR), 2), SampleOptions(4.0, each, steps=1, sampler=sampler), count=1000)
+        draw(
+            family(AnyOrder(PAIR), 2),
+            SampleOptions(4.0, each, steps=1, sampler=sampler),
+            count=1000,
+        )
         for each in ("constant", schedule)
     ]
     assert torch.equal(*drawn)
@@ -302,7 +351,9 @@ def test_one_step_draws_each_code_from_its_marginal(sampler, layout):
     toy, joint = prior.backbone, prior.backbone.joints[0]
     marginals = torch.ones_like(joint)
     for position, size in enumerate(toy.sizes):
-        shares = torch.stack([joint[toy.sequences[:, position] == code].sum() for code in range(size)])
+        shares = torch.stack(
+            [joint[toy.sequences[:, position] == code].sum() for code in range(size)]
+        )
         marginals *= shares[toy.sequences[:, position]]
     drawn = draw(prior, SampleOptions(steps=1))
     assert p_value(toy, drawn, marginals) > 1e-3
@@ -369,17 +420,26 @@ def test_samplers_have_the_schedules_of_their_papers():
 
 def test_the_grids_of_a_hierarchy_draw_with_noise_of_their_own():
     """Top and bottom begin with a code of as many values: of the same noise they would fall together."""
-    top, bottom = Causal(CodeLayout(((1, 1),), (3,))), Causal(CodeLayout(((1, 2),), (3,)), num_given=3)
+    top, bottom = (
+        Causal(CodeLayout(((1, 1),), (3,))),
+        Causal(CodeLayout(((1, 2),), (3,)), num_given=3),
+    )
     prior = HierarchicalPrior(AutoregressivePrior(top, 2), AutoregressivePrior(bottom, 2))
     codes = draw(prior, count=FEWER)
-    observed = torch.bincount(codes[:, 0] * 9 + codes[:, 1] * 3 + codes[:, 2], minlength=27).double()
+    observed = torch.bincount(
+        codes[:, 0] * 9 + codes[:, 1] * 3 + codes[:, 2], minlength=27
+    ).double()
     expected = (top.joints[0][:, None] * bottom.joints[:3]).flatten() * FEWER
     from scipy.stats import chi2
 
     assert chi2.sf(float(((observed - expected).square() / expected).sum()), 26) > 1e-3
 
 
-BEGINNING, ANYWHERE, LEVELWISE = ("raster",), ("random", "halton", "confidence"), ("halton", "confidence")
+BEGINNING, ANYWHERE, LEVELWISE = (
+    ("raster",),
+    ("random", "halton", "confidence"),
+    ("halton", "confidence"),
+)
 HOLES = [
     *((name, "one_grid", [2, -1, -1]) for name in (*BEGINNING, *ANYWHERE)),
     *((name, "one_grid", [-1, 1, -1]) for name in ANYWHERE),
@@ -396,7 +456,10 @@ def test_inpainting_draws_the_true_conditional(name, layout, known):
     prior = SAMPLERS[name](LAYOUTS[layout])
     drawn, kept = draw(prior, known=known), torch.tensor(known)
     assert (drawn[:, kept >= 0] == kept[kept >= 0]).all()
-    assert p_value(prior.backbone, drawn, conditional(prior.backbone, known, prior.backbone.joints[0])) > 1e-3
+    assert (
+        p_value(prior.backbone, drawn, conditional(prior.backbone, known, prior.backbone.joints[0]))
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize(

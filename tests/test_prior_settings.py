@@ -58,7 +58,9 @@ def test_defaults_of_priors(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in PRIORS if kind != "hierarchical"])
 def test_shares_of_labels_are_below_one(kind):
-    names = {"label_dropout", "label_smoothing", "dropout"} & {each.name for each in dataclasses.fields(PRIORS[kind])}
+    names = {"label_dropout", "label_smoothing", "dropout"} & {
+        each.name for each in dataclasses.fields(PRIORS[kind])
+    }
     for name in names:
         for share in (0.0, 0.999):
             assert getattr(PRIORS[kind](**{name: share}), name) == share
@@ -93,13 +95,18 @@ def test_a_loss_draws_for_itself_where_it_is_given_nothing(kind):
     small = BackboneConfig(dim=8, depth=1, heads=1)
     config = PRIORS[kind]()
     if kind == "hierarchical":
-        parts = {name: dataclasses.replace(getattr(config, name), backbone=small) for name in ("top", "bottom")}
+        parts = {
+            name: dataclasses.replace(getattr(config, name), backbone=small)
+            for name in ("top", "bottom")
+        }
         config, layout = dataclasses.replace(config, **parts), CodeLayout(((1, 2), (2, 2)), (3, 3))
     else:
         own = {"channels": 2, "depth": 1} if kind == "pixelcnn" else {"backbone": small}
         config, layout = dataclasses.replace(config, **own), CodeLayout(((2, 3),), (3,))
     prior = config.build(layout, 2)
-    loss = prior.loss(torch.zeros(2, layout.length, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    loss = prior.loss(
+        torch.zeros(2, layout.length, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    )
     assert loss.total.isfinite()
 
 
@@ -108,9 +115,14 @@ def test_a_prior_made_around_a_network_has_the_configurations_settings(kind):
     """But for what is of training alone, which it leaves out."""
     config = PRIORS[kind](backbone=BackboneConfig(dim=8, depth=1, heads=1))
     prior = config.build(CodeLayout(((2,),), (3,)), 1)
-    given = {each.name: each.default for each in inspect.signature(type(prior).__init__).parameters.values()}
+    given = {
+        each.name: each.default
+        for each in inspect.signature(type(prior).__init__).parameters.values()
+    }
     given = {name: value for name, value in given.items() if value is not inspect.Parameter.empty}
-    assert [given.pop(name) for name in ("label_dropout", "label_smoothing") if name in given].count(0.0) >= 1
+    assert [
+        given.pop(name) for name in ("label_dropout", "label_smoothing") if name in given
+    ].count(0.0) >= 1
     assert given.pop("anneal_steps", (0, 0)) == (0, 0)
     assert given == {name: getattr(config, name) for name in given}
 
@@ -145,7 +157,10 @@ def test_sample_options_are_taken_to_their_ends(name, taken, refused):
 
 def test_guidance_grows_from_one_to_its_scale():
     def scales(**settings):
-        return [SampleOptions(guidance=3.0, **settings).guidance_at(progress) for progress in (0.25, 0.5, 1.0)]
+        return [
+            SampleOptions(guidance=3.0, **settings).guidance_at(progress)
+            for progress in (0.25, 0.5, 1.0)
+        ]
 
     assert scales() == [3, 3, 3] and scales(guidance_schedule="linear") == [1.5, 2, 3]
     cosine = [math.cos(math.pi / 16), math.cos(math.pi / 4), -1]  # of pi r^2
@@ -158,13 +173,19 @@ def test_both_branches_of_guidance_lose_what_the_guided_codes_lose():
     colder = (logits.double() - logits.amax(1, keepdim=True)) / 0.5
     plain = shape_branches(logits, SampleOptions(guidance=2.0, temperature=0.5), 2.0)
     assert torch.equal(plain, colder)
-    for options in (SampleOptions(guidance=2.0, temperature=0.5, top_k=2), SampleOptions(guidance=2.0, top_p=0.97)):
+    for options in (
+        SampleOptions(guidance=2.0, temperature=0.5, top_k=2),
+        SampleOptions(guidance=2.0, top_p=0.97),
+    ):
         found = shape_branches(logits, options, 2.0)  # guided they are 6, 0, 3
         assert found.isfinite().tolist() == [[True, False, True]] * 2
     assert torch.equal(found[:, [0, 2]], logits.double()[:, [0, 2]])
     alone = SampleOptions(top_k=1)
     assert torch.equal(shape_branches(logits, alone, 1.0), shape_logits(logits, alone, 1.0))
-    assert shape_branches(logits, alone, 1.0).isfinite().tolist() == [[True, False, False], [False, True, False]]
+    assert shape_branches(logits, alone, 1.0).isfinite().tolist() == [
+        [True, False, False],
+        [False, True, False],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +219,9 @@ def test_halton_turns_are_those_of_first_visits(grid):
         cell = int(rows * reversed_digits(number, 2)), int(columns * reversed_digits(number, 3))
         order.setdefault(cell, len(order))
     turns = halton_turns(CodeLayout((grid,), (2,))).view(grid)
-    assert turns.tolist() == [[order[row, column] for column in range(columns)] for row in range(rows)]
+    assert turns.tolist() == [
+        [order[row, column] for column in range(columns)] for row in range(rows)
+    ]
 
 
 @pytest.mark.parametrize("length", [8, 24])
@@ -215,7 +238,9 @@ def test_a_bound_masks_each_eighth_of_the_counts_once(length, monkeypatch):
     monkeypatch.setattr(bounds, "reading", lambda *_: read)
     found = bounds.order_agnostic_bound(network, codes, torch.zeros(6, dtype=torch.int64))
     assert found.kind == "bound"
-    torch.testing.assert_close(found.nats, torch.full((6,), length * math.log(5), dtype=torch.float64))
+    torch.testing.assert_close(
+        found.nats, torch.full((6,), length * math.log(5), dtype=torch.float64)
+    )
     strata = (torch.stack(counts, 1) - 1) // (length // 8)
     assert torch.equal(strata, torch.arange(8).expand(6, 8))  # from 1 to all of them
 
@@ -224,4 +249,7 @@ def test_the_lowest_are_as_many_as_asked_for():
     values = torch.tensor([[0.3, 0.1, 0.2, 0.1], [4.0, 3.0, 2.0, 1.0]])
     found = bounds.lowest(values, torch.tensor([2, 3]))
     assert found.tolist() == [[False, True, False, True], [False, True, True, True]]
-    assert bounds.lowest(values, torch.tensor([1, 4])).tolist() == [[False, True, False, False], [True] * 4]
+    assert bounds.lowest(values, torch.tensor([1, 4])).tolist() == [
+        [False, True, False, False],
+        [True] * 4,
+    ]

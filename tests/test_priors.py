@@ -46,7 +46,9 @@ EXACT = ("raster", "random", "annealed", "pixelcnn")
 KINDS = pytest.mark.parametrize("kind", FAMILIES)
 
 
-def make(kind: str, layout: CodeLayout, trained: bool = True, given: CodeLayout | None = None, **settings):
+def make(
+    kind: str, layout: CodeLayout, trained: bool = True, given: CodeLayout | None = None, **settings
+):
     """A small prior; `trained` stands for weights that say something."""
     torch.manual_seed(0)
     if kind != "pixelcnn":
@@ -68,7 +70,9 @@ def random_codes(layout: CodeLayout, count: int) -> torch.Tensor:
 @LAYOUTS
 @KINDS
 def test_untrained_prior_is_uniform_and_likelihood_is_known(kind, layout):
-    likelihood = make(kind, layout, trained=False).nll(random_codes(layout, 4), torch.tensor([0, 1, 2, 3]))
+    likelihood = make(kind, layout, trained=False).nll(
+        random_codes(layout, 4), torch.tensor([0, 1, 2, 3])
+    )
     expected = layout.bits * math.log(2)
     assert likelihood.nats.dtype == torch.float64
     if kind in EXACT:
@@ -77,7 +81,9 @@ def test_untrained_prior_is_uniform_and_likelihood_is_known(kind, layout):
     else:  # a Monte Carlo bound, exact here only where all positions cost the same
         assert likelihood.kind == "bound"
         if layout is ONE_LEVEL:
-            torch.testing.assert_close(likelihood.nats, torch.full((4,), expected, dtype=torch.float64))
+            torch.testing.assert_close(
+                likelihood.nats, torch.full((4,), expected, dtype=torch.float64)
+            )
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -90,11 +96,19 @@ def test_exact_likelihood_sums_to_one_over_all_sequences(kind):
 
 @KINDS
 def test_likelihood_does_not_depend_on_the_batch(kind):
-    prior, codes, labels = make(kind, ONE_LEVEL), random_codes(ONE_LEVEL, 6), torch.tensor([0, 1, 2, 0, 1, 3])
+    prior, codes, labels = (
+        make(kind, ONE_LEVEL),
+        random_codes(ONE_LEVEL, 6),
+        torch.tensor([0, 1, 2, 0, 1, 3]),
+    )
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     whole = prior.nll(codes, labels).nats
-    torch.testing.assert_close(prior.nll(codes[order], labels[order]).nats, whole[order], atol=1e-5, rtol=0)
-    torch.testing.assert_close(prior.nll(codes[2:3], labels[2:3]).nats, whole[2:3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        prior.nll(codes[order], labels[order]).nats, whole[order], atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        prior.nll(codes[2:3], labels[2:3]).nats, whole[2:3], atol=1e-5, rtol=0
+    )
 
 
 class ExactConditionals(torch.nn.Module):
@@ -105,17 +119,27 @@ class ExactConditionals(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.sequences = torch.cartesian_prod(*[torch.arange(2)] * 8)
-        self.joint = (2 * torch.randn(256, generator=torch.Generator().manual_seed(6)).double()).softmax(0)
+        self.joint = (
+            2 * torch.randn(256, generator=torch.Generator().manual_seed(6)).double()
+        ).softmax(0)
 
     def forward(self, codes, labels, *, given=None):
         agrees = ((codes[:, None] == self.sequences) | (codes[:, None] < 0)).all(-1)
-        ones = (agrees * self.joint) @ self.sequences.double() / (agrees * self.joint).sum(1, keepdim=True)
+        ones = (
+            (agrees * self.joint)
+            @ self.sequences.double()
+            / (agrees * self.joint).sum(1, keepdim=True)
+        )
         return [torch.stack([1 - ones, ones], -1).clamp_min(1e-30).log()]
 
 
 def test_masked_bound_is_the_entropy_when_conditionals_are_exact():
     backbone = ExactConditionals()
-    nats = MaskedPrior(backbone, NUM_CLASSES).nll(backbone.sequences, torch.zeros(256, dtype=torch.int64)).nats
+    nats = (
+        MaskedPrior(backbone, NUM_CLASSES)
+        .nll(backbone.sequences, torch.zeros(256, dtype=torch.int64))
+        .nats
+    )
     entropy = -(backbone.joint * backbone.joint.log()).sum()
     assert float((backbone.joint * nats).sum()) == pytest.approx(float(entropy), rel=0.05)
 
@@ -170,7 +194,9 @@ def test_autoregressive_samples_follow_the_distribution(kind):
     prior, count = make(kind, layout), 4000
     pairs = torch.cartesian_prod(torch.arange(2), torch.arange(2))
     expected = (-prior.nll(pairs, torch.zeros(4, dtype=torch.int64)).nats).exp()
-    drawn = prior.sample(torch.zeros(count, dtype=torch.int64), SampleOptions(), torch.arange(count))
+    drawn = prior.sample(
+        torch.zeros(count, dtype=torch.int64), SampleOptions(), torch.arange(count)
+    )
     observed = torch.bincount(drawn[:, 0] * 2 + drawn[:, 1], minlength=4) / count
     torch.testing.assert_close(observed.double(), expected, atol=0.03, rtol=0)
 
@@ -180,7 +206,9 @@ def test_autoregressive_samples_follow_the_distribution(kind):
 def test_masked_keeps_known_codes_exactly(kind, layout):
     prior, codes = make(kind, layout), random_codes(layout, 32)
     labels, ids = torch.zeros(32, dtype=torch.int64), torch.arange(32)
-    known = torch.where(torch.rand(codes.shape, generator=torch.Generator().manual_seed(2)) < 0.5, codes, -1)
+    known = torch.where(
+        torch.rand(codes.shape, generator=torch.Generator().manual_seed(2)) < 0.5, codes, -1
+    )
     known[0], known[1] = codes[0], -1  # all known, none known
     for steps in (1, 2, 8, 50):
         drawn = prior.sample(labels, SampleOptions(steps=steps), ids, known)
@@ -195,7 +223,9 @@ def test_remasking_counts_for_every_initial_hole():
         start = torch.tensor([initial])
         unknown, steps = start.clone(), 8
         for step in range(steps - 1):
-            share = float(SCHEDULES["cosine"](torch.tensor((step + 1) / steps, dtype=torch.float64)))
+            share = float(
+                SCHEDULES["cosine"](torch.tensor((step + 1) / steps, dtype=torch.float64))
+            )
             count = _num_remasked(start, unknown, share)
             assert 0 <= count <= unknown
             assert count < unknown or unknown <= 1
@@ -209,7 +239,9 @@ def test_halton_turns_are_counted_for_every_initial_hole():
     for initial in range(20):
         unknown = initial
         for step in range(7):
-            share = float(SCHEDULES["arc_cosine"](torch.tensor((step + 1) / 8, dtype=torch.float64)))
+            share = float(
+                SCHEDULES["arc_cosine"](torch.tensor((step + 1) / 8, dtype=torch.float64))
+            )
             waiting = int(_num_waiting(torch.tensor([initial]), step, share))
             done = max(step + 1, math.floor((1 - share) * initial + 1e-9))
             assert waiting == max(0, initial - done) <= unknown
@@ -258,7 +290,9 @@ def test_annealing_makes_orders_raster():
 def test_raster_order_continues_a_beginning_and_nothing_else(kind):
     prior, codes = make(kind, TWO_LEVELS), random_codes(TWO_LEVELS, 6)
     labels, ids = torch.zeros(6, dtype=torch.int64), torch.arange(6)
-    known = torch.where(torch.arange(6)[None] < torch.arange(6)[:, None], codes, -1)  # row i knows i codes
+    known = torch.where(
+        torch.arange(6)[None] < torch.arange(6)[:, None], codes, -1
+    )  # row i knows i codes
     drawn = prior.sample(labels, SampleOptions(), ids, known)
     assert torch.equal(drawn[known >= 0], codes[known >= 0])
     assert torch.equal(drawn[0], prior.sample(labels[:1], SampleOptions(), ids[:1])[0])
@@ -284,7 +318,9 @@ def test_given_codes_are_conditioned_on(kind):
     labels, ids, uniform = torch.arange(8) % 3, torch.arange(8), torch.rand(8, ONE_LEVEL.length + 2)
     given, other = random_codes(GIVEN, 8), (random_codes(GIVEN, 8) + 1) % 6
     options = SampleOptions(guidance=2.0)
-    assert not torch.equal(prior.nll(codes, labels, given=given).nats, prior.nll(codes, labels, given=other).nats)
+    assert not torch.equal(
+        prior.nll(codes, labels, given=given).nats, prior.nll(codes, labels, given=other).nats
+    )
     losses = [prior.loss(codes, labels, uniform, given=each).total for each in (given, other)]
     assert not torch.equal(*losses)
     drawn = prior.sample(labels, options, ids, given=given)
@@ -296,8 +332,12 @@ def test_given_codes_are_conditioned_on(kind):
 
 @KINDS
 def test_unknown_samplers_are_refused_by_name(kind):
-    with pytest.raises(UserError, match=r"'ddim': this prior has (raster|random|confidence|halton)"):
-        make(kind, ONE_LEVEL).sample(torch.zeros(1, dtype=torch.int64), SampleOptions(sampler="ddim"), torch.arange(1))
+    with pytest.raises(
+        UserError, match=r"'ddim': this prior has (raster|random|confidence|halton)"
+    ):
+        make(kind, ONE_LEVEL).sample(
+            torch.zeros(1, dtype=torch.int64), SampleOptions(sampler="ddim"), torch.arange(1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -320,9 +360,13 @@ def test_training_reaches_the_entropy_of_four_sequences(kind, layout, repeats, e
         optimizer.step()
     assert all(parameter.grad is not None for parameter in prior.parameters())
     found = []
-    for seed in range(20 if kind == "masked" else 1):  # a bound's masks of one draw are off by as much as 0.3
+    for seed in range(
+        20 if kind == "masked" else 1
+    ):  # a bound's masks of one draw are off by as much as 0.3
         noise = functools.partial(uniform_noise, seed, torch.arange(4), 0)
-        monkeypatch.setattr("priors.bounds.own_noise", lambda codes, shape, noise=noise: noise(shape))
+        monkeypatch.setattr(
+            "priors.bounds.own_noise", lambda codes, shape, noise=noise: noise(shape)
+        )
         found.append(float(prior.nll(codes, labels).nats.mean()))
     assert sum(found) / len(found) == pytest.approx(math.log(4), abs=excess)
     drawn = prior.sample(labels.repeat(16), SampleOptions(), torch.arange(64))
@@ -335,11 +379,16 @@ def test_loss_draws_belong_to_samples(kind):
     prior, codes, labels = make(kind, ONE_LEVEL), random_codes(ONE_LEVEL, 8), torch.arange(8) % 3
     uniform = torch.rand(8, ONE_LEVEL.length + 2, generator=torch.Generator().manual_seed(3))
     whole = prior.loss(codes, labels, uniform).total
-    halves = [prior.loss(codes[part], labels[part], uniform[part]).total for part in (slice(4), slice(4, 8))]
+    halves = [
+        prior.loss(codes[part], labels[part], uniform[part]).total
+        for part in (slice(4), slice(4, 8))
+    ]
     torch.testing.assert_close(sum(halves) / 2, whole)
     dropped = uniform.clone()
     dropped[:, 0] = 0  # below label_dropout: the label no longer matters
-    assert torch.equal(prior.loss(codes, labels, dropped).total, prior.loss(codes, labels * 0, dropped).total)
+    assert torch.equal(
+        prior.loss(codes, labels, dropped).total, prior.loss(codes, labels * 0, dropped).total
+    )
 
 
 def test_masked_loss_masks_what_the_schedule_says():
@@ -349,7 +398,9 @@ def test_masked_loss_masks_what_the_schedule_says():
     nats = torch.nn.functional.cross_entropy(everything[0][0], codes[0], reduction="mean")
     loss = prior.loss(codes, torch.zeros(1, dtype=torch.int64), uniform)
     torch.testing.assert_close(loss.parts["nats_per_masked_token"], nats)
-    torch.testing.assert_close(loss.total, nats / mean_share(SCHEDULES["cosine"]), check_dtype=False)
+    torch.testing.assert_close(
+        loss.total, nats / mean_share(SCHEDULES["cosine"]), check_dtype=False
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -361,7 +412,9 @@ def test_schedules_fall_from_one_to_nothing(name):
 
 
 def test_guidance():
-    conditional, unconditional = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(4)).double()
+    conditional, unconditional = torch.randn(
+        2, 5, 7, generator=torch.Generator().manual_seed(4)
+    ).double()
     assert torch.equal(guide(conditional, unconditional, 1.0), conditional)
     assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
     expected = unconditional + 3.5 * (conditional - unconditional)
@@ -388,12 +441,21 @@ def test_gumbel_noise_is_the_samples_own_and_draws_the_right_law():
     assert not torch.equal(gumbel(7 + 2**32, ids, 2, (4, 5)), noise)
     probabilities = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     drawn = categorical(probabilities.log(), gumbel(0, torch.arange(5000), 0, (3,)))
-    torch.testing.assert_close(torch.bincount(drawn) / 5000, probabilities.float(), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        torch.bincount(drawn) / 5000, probabilities.float(), atol=0.03, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
     "option",
-    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"guidance": -1.0}, {"steps": -1}, {"seed": -1}],
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"guidance": -1.0},
+        {"steps": -1},
+        {"seed": -1},
+    ],
 )
 def test_sample_options_are_checked(option):
     with pytest.raises(UserError, match=next(iter(option)).replace("_", "-")):
@@ -415,7 +477,10 @@ def test_config_errors_are_one_line(tmp_path):
         path.write_text(f"prior: {{kind: autoregressive, {setting}}}\n")
         with pytest.raises(UserError, match=name):
             load(PriorRun, path)
-    for name, setting in (("sampler", "sampler: hilbert"), ("sampling_schedule", "sampling_schedule: x")):
+    for name, setting in (
+        ("sampler", "sampler: hilbert"),
+        ("sampling_schedule", "sampling_schedule: x"),
+    ):
         path.write_text(f"prior: {{kind: masked, {setting}}}\n")
         with pytest.raises(UserError, match=name):
             load(PriorRun, path)
@@ -435,13 +500,17 @@ def test_token_sequences_take_every_view_and_depend_on_the_key_only():
     batch = sequences.gather([*keys, (0, 4)])
     assert batch["codes"].dtype == batch["labels"].dtype == torch.int64
     assert batch["labels"].tolist() == [2] * 50 + [4]
-    assert {tuple(row) for row in batch["codes"][:50].tolist()} == {tuple(row) for row in codes[2].tolist()}
+    assert {tuple(row) for row in batch["codes"][:50].tolist()} == {
+        tuple(row) for row in codes[2].tolist()
+    }
     assert torch.equal(sequences.gather(keys[7:8])["codes"][0], batch["codes"][7])
 
 
 def test_the_logs_likelihood_is_of_plain_images():
     """As `eval.run likelihood` measures it: no view but the first has a part in it."""
-    codes = np.stack([np.arange(600).reshape(300, 2), np.full((300, 2), 10**6)], 1)  # (images, views, N)
+    codes = np.stack(
+        [np.arange(600).reshape(300, 2), np.full((300, 2), 10**6)], 1
+    )  # (images, views, N)
 
     class Summing:
         layout = CodeLayout(((1, 2),), (600,))
@@ -456,7 +525,9 @@ def test_the_logs_likelihood_is_of_plain_images():
 
 
 def test_record_round_trip_and_damage(tmp_path):
-    record = PriorRecord(TWO_LEVELS, ["a", "b"], "../tokens", "12", "../tokenizer", "34", SampleOptions(guidance=2.0))
+    record = PriorRecord(
+        TWO_LEVELS, ["a", "b"], "../tokens", "12", "../tokenizer", "34", SampleOptions(guidance=2.0)
+    )
     record.write(tmp_path)
     assert read_record(tmp_path) == record
     (tmp_path / "weights" / "prior.json").write_text(json.dumps({"layout": 3}))

@@ -20,11 +20,21 @@ from tokenizer.train import train_tokenizer
 from training.command import UserError
 from training.config import from_dict
 
-CONV = {"encoder": {"kind": "conv", "channels": 16, "stride": 4}, "decoder": {"kind": "conv", "channels": 16}}
+CONV = {
+    "encoder": {"kind": "conv", "channels": 16, "stride": 4},
+    "decoder": {"kind": "conv", "channels": 16},
+}
 VECTOR = {"kind": "vector", "num_codes": 16, "code_dim": 8}
 MODELS = {
     "vqvae": {"kind": "vqvae", **CONV, "quantizer": VECTOR},
-    "vqvae2": {"kind": "vqvae2", **CONV, "top": VECTOR, "bottom": VECTOR, "channels": 16, "residual_channels": 8},
+    "vqvae2": {
+        "kind": "vqvae2",
+        **CONV,
+        "top": VECTOR,
+        "bottom": VECTOR,
+        "channels": 16,
+        "residual_channels": 8,
+    },
 }
 TRAINED = ["continuous features", "quantized features", "code histograms"]
 
@@ -52,7 +62,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(root: Path, data: Path, model: dict, **settings: object) -> Path:
     loop = {"steps": 3, "batch_size": 8, "log_every": 1, "preview_every": 3, "ema_decay": 0.5}
-    raw = {"name": model["kind"], "root": str(root), "calibration_images": 32, "model": model, "loop": loop, **settings}
+    raw = {
+        "name": model["kind"],
+        "root": str(root),
+        "calibration_images": 32,
+        "model": model,
+        "loop": loop,
+        **settings,
+    }
     raw["data"] = {"source": str(data), "image_size": 16, "held_out": 0.3}
     train_tokenizer(from_dict(TokenizerRun, raw, "test"))
     return root / raw["name"]
@@ -109,7 +126,10 @@ def test_units_do_not_matter_and_sparse_rows_are_as_dense_ones():
     from scipy.sparse import csr_matrix
 
     (train_rows, labels), (rows, _) = clusters(90, 0), clusters(300, 1)
-    train_rows, rows = train_rows + 8 * rows[:90], 0.4 * rows  # overlapping, so that there is something to get wrong
+    train_rows, rows = (
+        train_rows + 8 * rows[:90],
+        0.4 * rows,
+    )  # overlapping, so that there is something to get wrong
     units, shift = np.array([1e-3, 1, 1e3, 1, 5, 1]), 100.0
     found = fit_probe(train_rows, labels, rows)
     moved = fit_probe(train_rows * units + shift, labels, rows * units + shift)
@@ -147,8 +167,12 @@ def test_the_command_probes_every_view_once(name, runs, monkeypatch, capsys):
     evaluate(monkeypatch, "probe", run, "--batch-size", 7)
     assert "the pretrained encoder's probe is left out" in capsys.readouterr().out.lower()
     figures = figures_of(run)
-    assert set(figures) == {f"probe accuracy, {view}" for view in [*TRAINED, "random encoder", "pixels"]}
-    assert all(figure["n"] == 27 and figure["settings"]["train_n"] == 63 for figure in figures.values())
+    assert set(figures) == {
+        f"probe accuracy, {view}" for view in [*TRAINED, "random encoder", "pixels"]
+    }
+    assert all(
+        figure["n"] == 27 and figure["settings"]["train_n"] == 63 for figure in figures.values()
+    )
     assert all(low <= f["value"] <= high for f in figures.values() for low, high in [f["interval"]])
     for view in ("continuous features", "pixels"):
         assert figures[f"probe accuracy, {view}"]["value"] == 100  # colours survive a mean
@@ -156,7 +180,9 @@ def test_the_command_probes_every_view_once(name, runs, monkeypatch, capsys):
     evaluate(monkeypatch, "probe", run, "--batch-size", 7)
     assert (run / "report" / "probe.npz").stat().st_mtime_ns == kept
     evaluate(monkeypatch, "probe", run, "--batch-size", 7, "--num", 15)
-    assert {(figure["n"], figure["settings"]["train_n"]) for figure in figures_of(run).values()} == {(15, 15)}
+    assert {
+        (figure["n"], figure["settings"]["train_n"]) for figure in figures_of(run).values()
+    } == {(15, 15)}
 
 
 def test_a_frozen_encoder_keeps_all_of_its_accuracy(data, tmp_path, monkeypatch):
@@ -172,9 +198,16 @@ def test_a_frozen_encoder_keeps_all_of_its_accuracy(data, tmp_path, monkeypatch)
     figures = figures_of(run)
     assert figures["pretrained accuracy kept, continuous features"]["value"] == 100
     arrays = np.load(run / "report" / "probe.npz")
-    assert np.array_equal(arrays["predictions, continuous features"], arrays["predictions, pretrained encoder"])
-    whole, part = (figures[f"probe accuracy, {view}"]["value"] for view in ("pretrained encoder", "code histograms"))
-    assert figures["pretrained accuracy kept, code histograms"]["value"] == pytest.approx(100 * part / whole)
+    assert np.array_equal(
+        arrays["predictions, continuous features"], arrays["predictions, pretrained encoder"]
+    )
+    whole, part = (
+        figures[f"probe accuracy, {view}"]["value"]
+        for view in ("pretrained encoder", "code histograms")
+    )
+    assert figures["pretrained accuracy kept, code histograms"]["value"] == pytest.approx(
+        100 * part / whole
+    )
     other = save_encoder(tmp_path / "other", hidden_size=24)
     with pytest.raises(UserError, match="other dimensions"):
         evaluate(monkeypatch, "probe", run, "--encoder", other)

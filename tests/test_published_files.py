@@ -22,7 +22,11 @@ from training.command import UserError
 
 def tensors():
     torch.manual_seed(0)
-    return {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(3), "b.weight": torch.randn(2, 3, 1, 1)}
+    return {
+        "a.weight": torch.randn(3, 4),
+        "a.bias": torch.randn(3),
+        "b.weight": torch.randn(2, 3, 1, 1),
+    }
 
 
 def assert_same(weights, expected):
@@ -45,7 +49,10 @@ LIGHTNING = {
     "hyper_parameters": collections.defaultdict(list, {"a": [Mine()]}),
     "callbacks": {Mine: {"best": torch.tensor(0.5)}},
     "optimizer_states": [
-        {"state": {0: {"step": 1, "exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 1.0)}]}
+        {
+            "state": {0: {"step": 1, "exp_avg": torch.ones(2)}},
+            "param_groups": [{"betas": (0.9, 1.0)}],
+        }
     ],
     "namespace": types.SimpleNamespace(a=1),
 }
@@ -56,11 +63,22 @@ ENVELOPES = [
     lambda t: {"model": t, "optimizer": {"lr": 1.0}},
     lambda t: {"ema": t, "model": {name: tensor + 1 for name, tensor in t.items()}},
     lambda t: {"module": {f"module.{name}": tensor for name, tensor in t.items()}},
-    lambda t: {"model_state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in t.items()}, "iter": 1},
-    lambda t: {"state_dict": {f"_orig_mod.{name}": nn.Parameter(tensor) for name, tensor in t.items()}},
-    lambda t: {"ema_state_dict": {f"module.module.{n}": v for n, v in t.items()}, "state_dict": {"a": torch.ones(1)}},
+    lambda t: {
+        "model_state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in t.items()},
+        "iter": 1,
+    },
+    lambda t: {
+        "state_dict": {f"_orig_mod.{name}": nn.Parameter(tensor) for name, tensor in t.items()}
+    },
+    lambda t: {
+        "ema_state_dict": {f"module.module.{n}": v for n, v in t.items()},
+        "state_dict": {"a": torch.ones(1)},
+    },
     lambda t: {"state_dict": {"model": t}},
-    lambda t: {"state_dict": {f"first_stage_model.{n}": v for n, v in t.items()} | {"model.x": torch.ones(1)}},
+    lambda t: {
+        "state_dict": {f"first_stage_model.{n}": v for n, v in t.items()}
+        | {"model.x": torch.ones(1)}
+    },
     lambda t: {name.replace("a.", "a._orig_mod."): tensor for name, tensor in t.items()},
 ]
 
@@ -100,7 +118,11 @@ def test_a_whole_module_gives_its_tensors(tmp_path):
 
 def test_two_halves_of_a_model_are_one(tmp_path):
     halves = {"encoder": nn.Conv2d(3, 4, 1), "decoder": nn.Conv2d(4, 3, 1)}
-    expected = {f"{side}.{name}": v for side, half in halves.items() for name, v in half.state_dict().items()}
+    expected = {
+        f"{side}.{name}": v
+        for side, half in halves.items()
+        for name, v in half.state_dict().items()
+    }
     torch.save({side: half.state_dict() for side, half in halves.items()}, tmp_path / "x.pt")
     assert_same(open_weights(tmp_path / "x.pt"), expected)
     for side, half in halves.items():
@@ -115,8 +137,14 @@ def test_averages_without_dots_stand_for_what_they_are_averages_of(tmp_path):
     counters = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
     save_file({**raw, **shadows, **counters}, tmp_path / "x.safetensors")
     found = open_weights(tmp_path / "x.safetensors")
-    assert_same(found, {**{name: value + 1 for name, value in tensors().items()}, "loss.scale": torch.ones(1)})
-    assert found.origins["a.weight"] == "model_ema.aweight" and set(found.rest) == {*tensors(), *counters}
+    assert_same(
+        found,
+        {**{name: value + 1 for name, value in tensors().items()}, "loss.scale": torch.ones(1)},
+    )
+    assert found.origins["a.weight"] == "model_ema.aweight" and set(found.rest) == {
+        *tensors(),
+        *counters,
+    }
     assert_same(open_weights(tmp_path / "x.safetensors", averaged=False), raw)
 
 
@@ -139,7 +167,9 @@ def test_a_truncated_file_is_one_line(tmp_path, suffix, share):
         torch.save({"state_dict": tensors()}, file, _use_new_zipfile_serialization=suffix == ".pt")
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match=r"damaged, or no file of weights .* download it again") as error:
+    with pytest.raises(
+        UserError, match=r"damaged, or no file of weights .* download it again"
+    ) as error:
         weights = open_weights(file)
         for name in weights.tensors:
             weights.read(name)
@@ -187,8 +217,12 @@ def test_folders_say_which_file_they_mean(tmp_path):
 
 
 def test_hyperparameters_are_found_wherever_they_stand():
-    hyper = Hyperparameters({"data": {"size": "7"}, "model": {"params": {"size": 5, "on": "True"}}, "n": 3})
-    assert hyper.number("n") == 3 and hyper.number("size") == 7 and hyper.number("params", "size") == 5
+    hyper = Hyperparameters(
+        {"data": {"size": "7"}, "model": {"params": {"size": 5, "on": "True"}}, "n": 3}
+    )
+    assert (
+        hyper.number("n") == 3 and hyper.number("size") == 7 and hyper.number("params", "size") == 5
+    )
     assert hyper.flag("on") is True and hyper.find("none") is None
     with pytest.raises(UserError, match="no configuration says heads, which"):
         hyper.needed("heads", why="which shapes do not tell")
@@ -268,8 +302,12 @@ def old_file(data):
 def test_nothing_in_a_hostile_file_runs(tmp_path):
     mark, place = tmp_path / "ran", tmp_path / "x"
     place.mkdir()
-    pickles = [pickle.dumps({"state_dict": {"a": each}, "model": each}, 2) for each in payloads(mark)]
-    pickles += [pickle.dumps([torch.float32, each], 4) for each in payloads(mark)] + hand_written(mark)
+    pickles = [
+        pickle.dumps({"state_dict": {"a": each}, "model": each}, 2) for each in payloads(mark)
+    ]
+    pickles += [pickle.dumps([torch.float32, each], 4) for each in payloads(mark)] + hand_written(
+        mark
+    )
     read = 0
     for data in pickles:
         for number, whole in enumerate((archive(data), old_file(data), data)):
@@ -282,7 +320,9 @@ def test_nothing_in_a_hostile_file_runs(tmp_path):
     assert read > 100
 
 
-@pytest.mark.parametrize("name", ["huge", "negative", "beyond", "missing", "compressed", "script", "byteorder"])
+@pytest.mark.parametrize(
+    "name", ["huge", "negative", "beyond", "missing", "compressed", "script", "byteorder"]
+)
 def test_tensors_that_cannot_be_are_refused(tmp_path, name):
     file = tmp_path / "x.pt"
     size, offset = {"huge": (2**40, 0), "beyond": (3, 6), "negative": (3, -1)}.get(name, (4, 0))
@@ -296,7 +336,9 @@ def test_tensors_that_cannot_be_are_refused(tmp_path, name):
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, each):
-            return ("storage", torch.FloatStorage, "0", "cpu", 8) if isinstance(each, Held) else None
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", 8) if isinstance(each, Held) else None
+            )
 
     buffer = io.BytesIO()
     Pickler(buffer, 2).dump({"a": Tensor()})
@@ -325,7 +367,18 @@ def test_a_safetensors_header_that_lies_is_one_line(tmp_path):
 
 
 def test_instructions_out_of_order_are_damage(tmp_path):
-    for data in (b".", b"(.", b"a.", b"(s.", b"t.", b"g5\n.", b"0.", b"(lu.", b"Vx\n\x86.", b"\x80\x05\x97."):
+    for data in (
+        b".",
+        b"(.",
+        b"a.",
+        b"(s.",
+        b"t.",
+        b"g5\n.",
+        b"0.",
+        b"(lu.",
+        b"Vx\n\x86.",
+        b"\x80\x05\x97.",
+    ):
         (tmp_path / "x.pt").write_bytes(old_file(data))
         with pytest.raises(Damaged):
             read_torch(tmp_path / "x.pt")

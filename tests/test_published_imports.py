@@ -32,11 +32,16 @@ def tiny_taming(groups=32, codes=16, dim=4):
     width, tensors = groups, {}
 
     def conv(name, start, end, kernel):
-        tensors[f"{name}.weight"] = torch.randn(end, start, kernel, kernel) * (start * kernel**2) ** -0.5
+        tensors[f"{name}.weight"] = (
+            torch.randn(end, start, kernel, kernel) * (start * kernel**2) ** -0.5
+        )
         tensors[f"{name}.bias"] = torch.randn(end) * 0.1
 
     def norm(name):
-        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + 0.1 * torch.randn(width), 0.1 * torch.randn(width)
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = (
+            1 + 0.1 * torch.randn(width),
+            0.1 * torch.randn(width),
+        )
 
     def block(name):
         norm(f"{name}.norm1"), norm(f"{name}.norm2")
@@ -73,7 +78,9 @@ def maskbit_names(tensors, coarsest_first):
         found = re.fullmatch(r"decoder\.up\.(\d+)\.(.*)", name)
         if found and coarsest_first:
             name = f"decoder.up.{levels - 1 - int(found[1])}.{found[2]}"
-        renamed[name.replace(".block.", ".res_blocks.").replace(".mid.", ".mid.res_blocks.")] = tensor
+        renamed[name.replace(".block.", ".res_blocks.").replace(".mid.", ".mid.res_blocks.")] = (
+            tensor
+        )
     return renamed
 
 
@@ -86,23 +93,33 @@ def test_a_file_that_is_made_here_loads_by_its_names(tmp_path):
     model = from_pretrained(tmp_path / "last.ckpt", image_size=8)
     assert model.published.peer.kind == "taming" and model.config.data.image_size == 8
     found = published_state(model)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[name], tensors[name]) for name in tensors
+    )
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     latents, quantized = model.quantize(model.encoder(images))
     rows = latents.movedim(1, -1).flatten(0, 2)
     nearest = torch.cdist(rows.double(), tensors["quantize.embedding.weight"].double()).argmin(1)
     assert torch.equal(quantized.codes.flatten(), nearest)
     assert torch.equal(
-        tessera.from_pretrained(tmp_path / "last.ckpt", image_size=8).encode(images), model.encode(images)
+        tessera.from_pretrained(tmp_path / "last.ckpt", image_size=8).encode(images),
+        model.encode(images),
     )
 
 
 def test_an_import_is_a_tokenizer_of_ours_to_the_bit(tmp_path):
     save_file(tiny_taming(), tmp_path / "model.safetensors")
-    folder = import_tokenizer(tmp_path / "model.safetensors", tmp_path / "run", {"source": "digits", "image_size": "8"})
-    ours, theirs = tessera.load(folder), from_pretrained(tmp_path / "model.safetensors", image_size=8)
+    folder = import_tokenizer(
+        tmp_path / "model.safetensors", tmp_path / "run", {"source": "digits", "image_size": "8"}
+    )
+    ours, theirs = (
+        tessera.load(folder),
+        from_pretrained(tmp_path / "model.safetensors", image_size=8),
+    )
     assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items()
+    )
     assert ours.config.data.source == "digits" and ours.layout == theirs.layout
     assert "Licence" in (folder / "README.md").read_text()
     assert tessera.from_pretrained(folder).layout == ours.layout
@@ -116,7 +133,9 @@ def test_imports_of_every_kind_are_the_same_to_the_bit(case, tmp_path):
     theirs = from_pretrained(golden(case))
     ours = tessera.load(import_tokenizer(golden(case), tmp_path / "run"))
     assert ours.state_dict().keys() == theirs.state_dict().keys() and ours.layout == theirs.layout
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("coarsest_first", [True, False])
@@ -124,7 +143,10 @@ def test_maskbits_names_are_the_same_network(coarsest_first, tmp_path):
     folder = golden("maskgit-vqgan-f16")
     renamed = maskbit_names(load_file(folder / "weights.safetensors"), coarsest_first)
     save_file(renamed, tmp_path / "model.safetensors")
-    model, case = from_pretrained(tmp_path / "model.safetensors"), load_file(folder / "case.safetensors")
+    model, case = (
+        from_pretrained(tmp_path / "model.safetensors"),
+        load_file(folder / "case.safetensors"),
+    )
     assert model.published.peer.kind == "maskbit"
     images = case["images"] * 2 - 1
     codes = model.encode(images)
@@ -132,18 +154,30 @@ def test_maskbits_names_are_the_same_network(coarsest_first, tmp_path):
     pictures = (model.decode(codes, model.layout_of(*images.shape[2:])) + 1) / 2
     assert (pictures - case["reconstruction"]).abs().max() < 1e-4
     bits = {name: tensor for name, tensor in renamed.items() if name != "quantize.embedding.weight"}
-    bits |= {"encoder.conv_out.weight": torch.randn(5, 64, 1, 1), "encoder.conv_out.bias": torch.randn(5)}
+    bits |= {
+        "encoder.conv_out.weight": torch.randn(5, 64, 1, 1),
+        "encoder.conv_out.bias": torch.randn(5),
+    }
     bits["decoder.conv_in.weight"] = renamed["decoder.conv_in.weight"][:, :5].contiguous()
-    bits |= {"quantize.bits_to_indices": 2 ** torch.arange(5), "quantize.codebook": torch.ones(32, 5)}
+    bits |= {
+        "quantize.bits_to_indices": 2 ** torch.arange(5),
+        "quantize.codebook": torch.ones(32, 5),
+    }
     save_file(bits, tmp_path / "model.safetensors")
     model = from_pretrained(tmp_path / "model.safetensors")
     latents, quantized = model.quantize(model.encoder(images))
-    assert torch.equal(quantized.codes[:, 0], ((latents > 0) * 2 ** torch.arange(5)[:, None, None]).sum(1))
+    assert torch.equal(
+        quantized.codes[:, 0], ((latents > 0) * 2 ** torch.arange(5)[:, None, None]).sum(1)
+    )
 
 
 def test_simvq_is_open_magvit2s_network_with_a_moved_codebook(tmp_path):
     whole = load_file(golden("open-magvit2-lfq") / "weights.safetensors")
-    tensors = {n: t for n, t in whole.items() if not n.startswith(("model_ema.", "loss.", "decoder.adaptive."))}
+    tensors = {
+        n: t
+        for n, t in whole.items()
+        if not n.startswith(("model_ema.", "loss.", "decoder.adaptive."))
+    }
     torch.manual_seed(0)
     book, weight, bias = torch.randn(20, 6), torch.randn(6, 6), torch.randn(6)
     tensors |= {"quantize.embedding.weight": book}
@@ -170,7 +204,11 @@ def test_configurations_tell_variants(tmp_path):
             rows = latents.movedim(1, -1).flatten(0, 2).double()
             vectors = quantized.vectors.movedim(1, -1).flatten(0, 2).double()
             unit_book = book / book.norm(dim=1, keepdim=True)
-            by_target = torch.cdist(rows, book).argmin(1) if target.endswith("VQModel") else (rows @ book.T).argmax(1)
+            by_target = (
+                torch.cdist(rows, book).argmin(1)
+                if target.endswith("VQModel")
+                else (rows @ book.T).argmax(1)
+            )
             expected = (rows @ unit_book.T).argmax(1) if unit else by_target
             assert torch.equal(quantized.codes.flatten(), expected)
             kept = unit_book if unit and target.endswith("IBQ") else book
@@ -178,7 +216,9 @@ def test_configurations_tell_variants(tmp_path):
             assert torch.equal(model.quantizer.lookup(quantized.codes), quantized.vectors)
             found[target, unit] = model.published.peer.kind
     assert list(found.values()) == ["taming", "taming", "ibq", "ibq"]
-    with pytest.raises(UserError, match="it is of 17 codes, and the weights have 16: give their own"):
+    with pytest.raises(
+        UserError, match="it is of 17 codes, and the weights have 16: give their own"
+    ):
         from_pretrained(tmp_path, config={"n_embed": 17})
 
 
@@ -201,7 +241,9 @@ def test_tokens_of_a_published_tokenizer(tmp_path):
 def test_evaluation_of_a_published_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file(tiny_taming(), tmp_path / "tiny.safetensors")
-    monkeypatch.setattr("sys.argv", ["x", "reconstruction", "published:tiny.safetensors", "--data", "digits"])
+    monkeypatch.setattr(
+        "sys.argv", ["x", "reconstruction", "published:tiny.safetensors", "--data", "digits"]
+    )
     assert options(parse()).run == Path("runs/tiny") and Path("runs/tiny/config.yaml").is_file()
     with pytest.raises(UserError, match="name them with --data"):
         folder_of("published:tiny.safetensors", None)
@@ -226,9 +268,13 @@ def test_files_that_were_fetched_by_hand_are_found(tmp_path, monkeypatch):
 def test_a_hub_that_is_away_says_where_a_file_may_lie(tmp_path, monkeypatch):
     monkeypatch.setenv("TESSERA_PUBLISHED", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, file in (("published:llamagen-vq-ds16", None), ("FoundationVision/LlamaGen", "vq_ds16_c2i.pt")):
+    for name, file in (
+        ("published:llamagen-vq-ds16", None),
+        ("FoundationVision/LlamaGen", "vq_ds16_c2i.pt"),
+    ):
         with pytest.raises(
-            UserError, match=r"FoundationVision/LlamaGen: the Hub gave no vq_ds16_c2i\.pt .* put that file at"
+            UserError,
+            match=r"FoundationVision/LlamaGen: the Hub gave no vq_ds16_c2i\.pt .* put that file at",
         ):
             tessera.from_pretrained(name, file=file)
 
@@ -241,19 +287,30 @@ def test_all_that_are_at_hand_are_imported(tmp_path, monkeypatch, capsys):
     for name in ("taming-vqgan-f16-1024", "mine"):
         (tmp_path / "hand" / name).mkdir(parents=True)
         save_file(tiny_taming(), tmp_path / "hand" / name / "model.safetensors")
-    code, said = run(monkeypatch, capsys, "import-all", tmp_path / "runs", "--data", "digits", "--image-size", 8)
-    assert code == 0 and [path.name for path in find_runs(tmp_path / "runs")] == ["mine", "taming-vqgan-f16-1024"]
+    code, said = run(
+        monkeypatch, capsys, "import-all", tmp_path / "runs", "--data", "digits", "--image-size", 8
+    )
+    assert code == 0 and [path.name for path in find_runs(tmp_path / "runs")] == [
+        "mine",
+        "taming-vqgan-f16-1024",
+    ]
 
 
 def test_names_that_are_none_say_so():
-    with pytest.raises(UserError, match=r"nothing-here: there is no such file or folder, and no published file"):
+    with pytest.raises(
+        UserError, match=r"nothing-here: there is no such file or folder, and no published file"
+    ):
         from_pretrained("published:nothing-here")
-    with pytest.raises(UserError, match=r"of a repository of the Hub name the file, such as file='vq_ds16_c2i\.pt'"):
+    with pytest.raises(
+        UserError, match=r"of a repository of the Hub name the file, such as file='vq_ds16_c2i\.pt'"
+    ):
         from_pretrained("FoundationVision/LlamaGen")
 
 
 def test_every_peer_is_described():
-    assert len(published_files()) == sum(len(peer.files) for peer in PEERS.values()), "names are unique"
+    assert len(published_files()) == sum(len(peer.files) for peer in PEERS.values()), (
+        "names are unique"
+    )
     for peer in PEERS.values():
         assert peer.title and peer.licence and peer.quirks, peer.kind
 
@@ -267,10 +324,23 @@ def test_the_page_is_current(tmp_path, monkeypatch, capsys):
 
 def test_an_import_on_the_command_line(tmp_path, monkeypatch, capsys):
     save_file(tiny_taming(), tmp_path / "x.safetensors")
-    code, said = run(monkeypatch, capsys, "import", tmp_path / "x.safetensors", tmp_path / "run", "--image-size", 16)
+    code, said = run(
+        monkeypatch,
+        capsys,
+        "import",
+        tmp_path / "x.safetensors",
+        tmp_path / "run",
+        "--image-size",
+        16,
+    )
     assert code == 0 and str(tmp_path / "run") in said
     code, said = run(
-        monkeypatch, capsys, "export", tmp_path / "run", tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+        monkeypatch,
+        capsys,
+        "export",
+        tmp_path / "run",
+        tmp_path / "x.safetensors",
+        tmp_path / "y.safetensors",
     )
     assert code == 0 and load_file(tmp_path / "y.safetensors").keys() == tiny_taming().keys()
     (tmp_path / "mine").mkdir()

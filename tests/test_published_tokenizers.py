@@ -50,10 +50,15 @@ def test_a_peer_gives_what_its_authors_code_gives(case):
 def test_a_kind_is_recognised_without_its_configuration(case, tmp_path):
     shutil.copy(golden(case) / "weights.safetensors", tmp_path / "model.safetensors")
     if case in NEED_CONFIGURATION:
-        with pytest.raises(UserError, match=rf"no configuration says {NEED_CONFIGURATION[case]}\b.*config=FILE"):
+        with pytest.raises(
+            UserError, match=rf"no configuration says {NEED_CONFIGURATION[case]}\b.*config=FILE"
+        ):
             from_pretrained(tmp_path / "model.safetensors")
     config = golden(case) / "config.json" if case in NEED_CONFIGURATION else None
-    assert from_pretrained(tmp_path / "model.safetensors", config=config).published.peer.kind == CASES[case]
+    assert (
+        from_pretrained(tmp_path / "model.safetensors", config=config).published.peer.kind
+        == CASES[case]
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,7 +75,9 @@ def test_under_autocast_the_same_features_get_the_same_codes(case):
     folder = golden(case)
     model, expected = from_pretrained(folder), load_file(folder / "case.safetensors")
     with torch.no_grad():
-        features = model.encoder(expected["images"] * 2 - 1 if PEERS[CASES[case]].unit_range else expected["images"])
+        features = model.encoder(
+            expected["images"] * 2 - 1 if PEERS[CASES[case]].unit_range else expected["images"]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             codes = model.quantize(features)[1].codes
     assert torch.equal(codes.reshape(expected["codes"].shape), expected["codes"])
@@ -86,7 +93,9 @@ def test_it_behaves_as_any_tokenizer(case):
     codes = model.encode(images)
     layout = model.layout_of(*images.shape[2:])
     layout.check(codes)
-    levels = [value for name, value in sorted(expected.items(), reverse=True) if name.startswith("codes")]  # top first
+    levels = [
+        value for name, value in sorted(expected.items(), reverse=True) if name.startswith("codes")
+    ]  # top first
     assert torch.equal(codes, torch.cat([level.flatten(1) for level in levels], 1))
     pictures = model.decode(codes, layout)
     pictures = (pictures + 1) / 2 if unit else pictures
@@ -128,14 +137,19 @@ def test_another_kind_is_refused():
 
 def test_tensors_of_no_known_kind_ask_for_it(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"of no kind that is known here: say which with as_= .* taming"):
+    with pytest.raises(
+        UserError, match=r"of no kind that is known here: say which with as_= .* taming"
+    ):
         from_pretrained(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_files_of_other_precision_load_and_come_back(dtype, tmp_path):
     whole = load_file(golden(THE_CASE) / "weights.safetensors")
-    saved = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in whole.items()}
+    saved = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in whole.items()
+    }
     torch.save({"state_dict": saved, "epoch": 1}, tmp_path / "x.ckpt")
     model = from_pretrained(tmp_path / "x.ckpt")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

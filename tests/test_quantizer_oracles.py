@@ -33,7 +33,13 @@ def tokens(grid):
 def test_moving_average_codebook(metric, decay):
     torch.manual_seed(0)
     ours = VectorConfig(
-        num_codes=CODES, code_dim=DIM, metric=metric, decay=decay, epsilon=1e-5, init="normal", commitment=0.25
+        num_codes=CODES,
+        code_dim=DIM,
+        metric=metric,
+        decay=decay,
+        epsilon=1e-5,
+        init="normal",
+        commitment=0.25,
     ).build()
     theirs = reference.VectorQuantize(
         DIM, CODES, decay=decay, eps=1e-5, commitment_weight=0.25, use_cosine_sim=metric == "cosine",
@@ -55,7 +61,9 @@ def test_moving_average_codebook(metric, decay):
         torch.testing.assert_close(given.grad, same.grad)
         ours.update(step, True)
         torch.testing.assert_close(ours.codebook, theirs.codebook, atol=1e-5, rtol=0)
-        torch.testing.assert_close(ours.mean_counts, theirs._codebook.cluster_size[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ours.mean_counts, theirs._codebook.cluster_size[0], atol=1e-5, rtol=1e-5
+        )
         used |= set(codes.flatten().tolist())
     assert len(used) > 8
     final = ours.eval()(images(STEPS))
@@ -65,7 +73,11 @@ def test_moving_average_codebook(metric, decay):
 @pytest.mark.parametrize("rotation", [False, True])
 def test_simvq(rotation):
     torch.manual_seed(0)
-    ours = SimVQConfig(num_codes=CODES, code_dim=DIM, commitment=0.25, rotation=rotation).build().train()
+    ours = (
+        SimVQConfig(num_codes=CODES, code_dim=DIM, commitment=0.25, rotation=rotation)
+        .build()
+        .train()
+    )
     theirs = reference.SimVQ(
         DIM, CODES, rotation_trick=rotation, input_to_quantize_commit_loss_weight=0.25, channel_first=True,
         codebook_transform=torch.nn.Linear(DIM, DIM),  # as the authors have it; the library's own has no bias
@@ -81,7 +93,9 @@ def test_simvq(rotation):
         assert torch.equal(output.codes.squeeze(1), codes), step
         torch.testing.assert_close(output.vectors, vectors, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.loss, loss, atol=1e-5, rtol=1e-5)
-        for optimizer, total in zip(optimizers, (output.vectors.sin().sum() + output.loss, vectors.sin().sum() + loss)):
+        for optimizer, total in zip(
+            optimizers, (output.vectors.sin().sum() + output.loss, vectors.sin().sum() + loss)
+        ):
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
@@ -113,7 +127,10 @@ def test_residual_codes_and_sums(shared):
 
 
 def test_rotation_trick():
-    rows, same = (torch.randn(100, DIM, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in "ab")
+    rows, same = (
+        torch.randn(100, DIM, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        for _ in "ab"
+    )
     vectors, gradient = torch.randn(100, DIM), torch.randn(100, DIM)
     ours, theirs = rotate(rows, vectors), rotate_to(same, vectors)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

@@ -58,10 +58,16 @@ LEVELLED = {
     "residual-shared": ResidualConfig(depth=3, shared=True, level=VectorConfig(**SIZES)),
     "residual-simvq": ResidualConfig(depth=2, level=SimVQConfig(**SIZES)),
     "product-cosine": ProductConfig(heads=2, level=VectorConfig(**HALF, metric="cosine")),
-    "product-gradient": ProductConfig(heads=2, level=VectorConfig(**HALF, codebook="gradient", restart="data")),
+    "product-gradient": ProductConfig(
+        heads=2, level=VectorConfig(**HALF, codebook="gradient", restart="data")
+    ),
     "product-simvq": ProductConfig(heads=2, level=SimVQConfig(**HALF)),
 }
-CASES = {kind: config(**SMALL.get(kind, {})) for kind, config in QUANTIZERS.items()} | CODEBOOKS | LEVELLED
+CASES = (
+    {kind: config(**SMALL.get(kind, {})) for kind, config in QUANTIZERS.items()}
+    | CODEBOOKS
+    | LEVELLED
+)
 
 
 @pytest.fixture(params=CASES)
@@ -139,7 +145,9 @@ DEFAULTS = {
 def test_defaults_are_those_of_their_sources(kind):
     assert dataclasses.asdict(QUANTIZERS[kind]()) == {"kind": kind, **DEFAULTS[kind]}
     started = QUANTIZERS[kind](**SMALL.get(kind, {})).build().starts_from_data
-    assert started == (kind in ("vector", "residual", "product"))  # by k-means, which others would wait for in vain
+    assert started == (
+        kind in ("vector", "residual", "product")
+    )  # by k-means, which others would wait for in vain
 
 
 def test_what_follows_from_the_configuration_is_in_no_file(config):
@@ -147,7 +155,15 @@ def test_what_follows_from_the_configuration_is_in_no_file(config):
     quantizer = build(config)
     kept = {name.rpartition(".")[2] for name in quantizer.state_dict()}
     learned = {name.rpartition(".")[2] for name, _ in quantizer.named_parameters()}
-    assert kept <= learned | {"usage", "mean_counts", "mean_sums", "codebook", "frozen", "temperature", "boost"}
+    assert kept <= learned | {
+        "usage",
+        "mean_counts",
+        "mean_sums",
+        "codebook",
+        "frozen",
+        "temperature",
+        "boost",
+    }
 
 
 # features that were projected from fewer channels
@@ -270,7 +286,10 @@ def test_the_rotation_trick_is_a_rotation_and_a_scale_held_constant():
         sine = e_hat @ side
         plane = torch.stack([z_hat, side], dim=1)
         turn = torch.stack([torch.stack([cosine, -sine]), torch.stack([sine, cosine])])
-        rotation = torch.eye(7, dtype=torch.float64) + plane @ (turn - torch.eye(2, dtype=torch.float64)) @ plane.T
+        rotation = (
+            torch.eye(7, dtype=torch.float64)
+            + plane @ (turn - torch.eye(2, dtype=torch.float64)) @ plane.T
+        )
         scale = e.norm() / z.norm()
         torch.testing.assert_close(scale * rotation @ z, e)
         torch.testing.assert_close(got, scale * rotation.T @ gradient)
@@ -279,7 +298,10 @@ def test_the_rotation_trick_is_a_rotation_and_a_scale_held_constant():
 @pytest.mark.parametrize("budget", [1, 60, search.BUDGET])
 def test_entropy_is_that_of_the_whole_matrix(monkeypatch, budget):
     monkeypatch.setattr(search, "BUDGET", budget)
-    rows, book = torch.randn(30, DIM, requires_grad=True), torch.randn(CODES, DIM, requires_grad=True)
+    rows, book = (
+        torch.randn(30, DIM, requires_grad=True),
+        torch.randn(CODES, DIM, requires_grad=True),
+    )
     p = (-torch.cdist(rows, book).square() / 0.7).softmax(1)
     mean = p.mean(0)
     whole = -(p * p.log()).sum(1).mean() + (mean * mean.log()).sum()
@@ -294,7 +316,9 @@ def test_entropy_keeps_no_matrix(monkeypatch):
     monkeypatch.setattr(search, "BUDGET", 10 * 64)
     rows, book = torch.randn(200, DIM, requires_grad=True), torch.randn(64, DIM)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t
+    ):
         entropy_loss(rows, book, 1.0)
     assert max(kept) < 200 * 64 / 4
 
@@ -316,7 +340,14 @@ def test_split_codes_share_their_counts():
 def test_at_most_one_copy_is_made_of_each_code():
     book, counts = torch.randn(6, 3), torch.tensor([6.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     changed = revive(book, counts, None, 0, below=0.1, split=True)
-    assert changed.tolist() == [True, True] + 4 * [False] and counts.tolist() == [3.0, 3.0, 0.0, 0.0, 0.0, 0.0]
+    assert changed.tolist() == [True, True] + 4 * [False] and counts.tolist() == [
+        3.0,
+        3.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 # every quantizer
@@ -325,8 +356,13 @@ def test_at_most_one_copy_is_made_of_each_code():
 def test_forward_is_of_one_shape_and_lookup_gives_it_back(config):
     quantizer = build(config).eval()
     output = quantizer(features(dim=quantizer.dim))
-    assert output.codes.shape == (6, len(quantizer.num_codes), 3, 2) and output.codes.dtype == torch.int64
-    assert output.vectors.shape == (6, quantizer.dim, 3, 2) and output.vectors.dtype == torch.float32
+    assert (
+        output.codes.shape == (6, len(quantizer.num_codes), 3, 2)
+        and output.codes.dtype == torch.int64
+    )
+    assert (
+        output.vectors.shape == (6, quantizer.dim, 3, 2) and output.vectors.dtype == torch.float32
+    )
     assert output.loss.shape == () and {"usage", "perplexity"} <= output.parts.keys()
     for level, num_codes in zip(output.codes.unbind(1), quantizer.num_codes, strict=True):
         assert 0 <= level.min() and level.max() < num_codes
@@ -401,7 +437,9 @@ def test_state_goes_on_where_it_stopped(config):
     for step in range(3):
         train_step(first, step, features(seed=step, dim=first.dim))
     second.load_state_dict(state(first))
-    outputs = [train_step(quantizer, 3, features(seed=9, dim=first.dim)) for quantizer in (first, second)]
+    outputs = [
+        train_step(quantizer, 3, features(seed=9, dim=first.dim)) for quantizer in (first, second)
+    ]
     assert torch.equal(outputs[0].loss, outputs[1].loss)
     assert same_state(first, second)
 
@@ -419,7 +457,12 @@ def test_what_is_written_is_read_back(config):
     class Holder:
         quantizer: object = configuration.one_of(QUANTIZERS, "vector")
 
-    assert configuration.from_dict(Holder, {"quantizer": configuration.to_dict(config)}, "test").quantizer == config
+    assert (
+        configuration.from_dict(
+            Holder, {"quantizer": configuration.to_dict(config)}, "test"
+        ).quantizer
+        == config
+    )
 
 
 # two ranks
@@ -470,13 +513,17 @@ def check_ranks(config, two_ranks, steps=(0, 1)):
             return output.codes, [parameter.grad.clone() for parameter in quantizer.parameters()]
 
         codes, gradients = turn(whole, given)
-        results = two_ranks(lambda rank, turn=turn, given=given: turn(halves[rank], given.chunk(2)[rank]))
+        results = two_ranks(
+            lambda rank, turn=turn, given=given: turn(halves[rank], given.chunk(2)[rank])
+        )
         assert torch.equal(torch.cat([each for each, _ in results]), codes)
         for gradient, *each in zip(gradients, *(part for _, part in results)):
             torch.testing.assert_close(sum(each) / 2, gradient, atol=1e-6, rtol=1e-4)
         assert same_state(*halves)
         for name, tensor in state(whole).items():
-            torch.testing.assert_close(halves[0].state_dict()[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+            torch.testing.assert_close(
+                halves[0].state_dict()[name], tensor, atol=1e-5, rtol=1e-5, msg=name
+            )
 
 
 def test_two_ranks_do_as_one(config, two_ranks):
@@ -487,11 +534,18 @@ def test_two_ranks_do_as_one(config, two_ranks):
 
 @pytest.mark.parametrize("restart", ["data", "split"])
 def test_two_ranks_restart_and_measure_entropy_as_one(book_config, two_ranks, restart):
-    changes = {"restart": restart, "restart_below": 0.99, "entropy": 0.3, "entropy_temperature": 0.5}
+    changes = {
+        "restart": restart,
+        "restart_below": 0.99,
+        "entropy": 0.3,
+        "entropy_temperature": 0.5,
+    }
     check_ranks(dataclasses.replace(book_config, **changes), two_ranks, steps=(49, 99))
 
 
-@pytest.mark.parametrize(("name", "columns"), [("product", DIM), ("residual", 3 * DIM), ("residual-simvq", 0)])
+@pytest.mark.parametrize(
+    ("name", "columns"), [("product", DIM), ("residual", 3 * DIM), ("residual-simvq", 0)]
+)
 def test_levels_are_summed_over_ranks_at_once(monkeypatch, name, columns):
     quantizer, asked = build(CASES[name]).train(), []
     quantizer(features())
@@ -544,7 +598,9 @@ def test_restarts_are_the_same_where_the_device_is_not_asked_for_dead_codes(monk
             train_step(silent, step, features(seed=step))
         assert torch.equal(asked.changed, silent.changed) and asked.changed[1:8:3].all()
         for one, other in zip(state(asked).values(), state(silent).values(), strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)  # to the last bit but for lstsq
+            torch.testing.assert_close(
+                one, other, atol=1e-6, rtol=1e-5
+            )  # to the last bit but for lstsq
 
 
 @pytest.mark.gpu
@@ -582,7 +638,9 @@ def test_features_that_are_not_finite_are_flagged_and_leave_no_trace(config, val
     assert hurt.lookup(output.codes).isfinite().all()
     hurt.eval()
     found = hurt(given)
-    assert torch.equal(found.codes, hale.codes.masked_fill(flagged, -1)) and not found.loss.isfinite()
+    assert (
+        torch.equal(found.codes, hale.codes.masked_fill(flagged, -1)) and not found.loss.isfinite()
+    )
     assert torch.equal(found.vectors, hurt.lookup(found.codes))
     plain.train(), hurt.train()
     for quantizer in (hurt, plain):
@@ -598,7 +656,9 @@ def test_features_that_are_not_finite_do_not_reach_statistics():
     usage.gather(codes)
     counts, sums, _ = statistics.reduce()
     assert counts.tolist() == usage.reduce().tolist() == [2, 0, 0, 2]
-    torch.testing.assert_close(sums, torch.stack([rows[0] + rows[5], 0 * rows[0], 0 * rows[0], rows[2] + rows[3]]))
+    torch.testing.assert_close(
+        sums, torch.stack([rows[0] + rows[5], 0 * rows[0], 0 * rows[0], rows[2] + rows[3]])
+    )
 
 
 # those with a codebook
@@ -631,7 +691,9 @@ def test_vectors_carry_no_gradient_to_the_codebook(book_config):
     if book_config.metric == "l2":
         assert torch.equal(given.grad, torch.full_like(given, 3))
     else:  # through the change of length, which leaves no gradient along the feature
-        torch.testing.assert_close((given.grad * given).sum(1), torch.zeros(6, 3, 2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            (given.grad * given).sum(1), torch.zeros(6, 3, 2), atol=1e-5, rtol=0
+        )
     assert all(parameter.grad is None for parameter in quantizer.parameters())
 
 
@@ -656,7 +718,9 @@ def test_cosine_is_blind_to_length_and_gives_unit_vectors():
 @pytest.mark.parametrize("name", ["vector-cosine", "vector-gradient-cosine", "simvq-cosine"])
 def test_averaged_weights_are_cosine_codebooks_too(name):
     """A mean of unit vectors is shorter than one."""
-    quantizer = build(CODEBOOKS[name], decay=0.5) if name == "vector-cosine" else build(CODEBOOKS[name])
+    quantizer = (
+        build(CODEBOOKS[name], decay=0.5) if name == "vector-cosine" else build(CODEBOOKS[name])
+    )
     average = Ema(quantizer.train(), 0.9)
     with torch.no_grad():
         for step in range(4):
@@ -698,7 +762,11 @@ def test_restart_puts_rows_of_the_data_in_place_of_dead_codes(book_config):
 
 @pytest.mark.parametrize(("restart", "steps"), [("data", 12), ("split", 25)])
 def test_restart_brings_a_collapsed_codebook_back(restart, steps):
-    quantizer = VectorConfig(num_codes=8, code_dim=DIM, decay=0.5, restart=restart, init="normal").build().train()
+    quantizer = (
+        VectorConfig(num_codes=8, code_dim=DIM, decay=0.5, restart=restart, init="normal")
+        .build()
+        .train()
+    )
     collapsed = 100 + torch.arange(8.0)[:, None].expand(-1, DIM)
     quantizer.codebook.copy_(collapsed)
     quantizer.mean_sums.copy_(collapsed)
@@ -732,19 +800,27 @@ def test_uniform_codes_fill_their_cube():
 
 def test_commitment_warms_up(book_config):
     given = features()
-    warm, plain = build(book_config, commitment_warmup_steps=4).train(), build(book_config, commitment=1.0).train()
+    warm, plain = (
+        build(book_config, commitment_warmup_steps=4).train(),
+        build(book_config, commitment=1.0).train(),
+    )
     no_commitment = build(book_config, commitment=0.0).train()
     for step, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0, 1.0)):
         outputs = [train_step(quantizer, step, given) for quantizer in (warm, plain, no_commitment)]
         warmed, whole, none = (output.loss for output in outputs)
-        torch.testing.assert_close(warmed - none, 0.25 * share * (whole - none), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            warmed - none, 0.25 * share * (whole - none), atol=1e-6, rtol=1e-5
+        )
     resumed = build(book_config, commitment_warmup_steps=4).train()
     resumed.load_state_dict(state(warm))
     assert torch.equal(resumed(given).loss, warm(given).loss)
 
 
 def test_entropy_is_weighed_in(book_config):
-    plain, weighted = build(book_config).train(), build(book_config, entropy=0.3, entropy_temperature=0.5).train()
+    plain, weighted = (
+        build(book_config).train(),
+        build(book_config, entropy=0.3, entropy_temperature=0.5).train(),
+    )
     given = features().requires_grad_()
     output = weighted(given)
     torch.testing.assert_close(output.loss - plain(given).loss, 0.3 * output.parts["entropy"])
@@ -766,7 +842,9 @@ def test_rotation_replaces_straight_through(book_config):
     assert given.grad.isfinite().all() and not torch.allclose(given.grad, same.grad)
 
 
-@pytest.mark.parametrize("wrong", [{"init": "zeros"}, {"codebook": "sum"}, {"metric": "l1"}, {"restart": "never"}])
+@pytest.mark.parametrize(
+    "wrong", [{"init": "zeros"}, {"codebook": "sum"}, {"metric": "l1"}, {"restart": "never"}]
+)
 def test_unknown_choices_are_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"quantizer.{name}='{value}' is not one of"):
@@ -805,10 +883,15 @@ def test_losses_are_those_of_the_paper():
 def test_simvq_learns_the_transform_and_freezes_the_codebook():
     quantizer = SimVQConfig(**SIZES).build().train()
     weight, bias = quantizer.transform.weight, quantizer.transform.bias
-    assert [name for name, _ in quantizer.named_parameters()] == ["transform.weight", "transform.bias"]
+    assert [name for name, _ in quantizer.named_parameters()] == [
+        "transform.weight",
+        "transform.bias",
+    ]
     assert "frozen" in quantizer.state_dict() and bias.abs().min() > 0
     quantizer(features()).loss.backward()
-    assert weight.grad.abs().min() > 0 and bias.grad.abs().min() > 0 and quantizer.frozen.grad is None
+    assert (
+        weight.grad.abs().min() > 0 and bias.grad.abs().min() > 0 and quantizer.frozen.grad is None
+    )
     torch.testing.assert_close(quantizer.vectors, quantizer.frozen @ weight.T + bias)
 
 
@@ -820,14 +903,20 @@ def test_a_simvq_from_before_its_map_had_a_bias_means_what_it_meant():
     torch.testing.assert_close(quantizer.vectors, before.frozen @ before.transform.weight.T)
     assert "transform.bias" not in saved
     with pytest.raises(RuntimeError, match=r"transform\.weight"):
-        quantizer.load_state_dict({name: tensor for name, tensor in saved.items() if name != "transform.weight"})
+        quantizer.load_state_dict(
+            {name: tensor for name, tensor in saved.items() if name != "transform.weight"}
+        )
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("num_codes", [8, 500])
 def test_the_gradient_of_chosen_codes_is_that_of_the_whole_codebook(num_codes, metric):
     """More features than codes, and fewer; and the losses' gradients are those of two mean squared distances."""
-    quantizer = SimVQConfig(num_codes=num_codes, code_dim=DIM, metric=metric, commitment=0.3).build().train()
+    quantizer = (
+        SimVQConfig(num_codes=num_codes, code_dim=DIM, metric=metric, commitment=0.3)
+        .build()
+        .train()
+    )
     given, same = features().requires_grad_(), features().requires_grad_()
     output = quantizer(given)
     (output.vectors.sin().sum() + 7 * output.loss).backward()
@@ -837,13 +926,17 @@ def test_the_gradient_of_chosen_codes_is_that_of_the_whole_codebook(num_codes, m
     learned = list(quantizer.transform.parameters())
     wanted = torch.autograd.grad(passed.sin().sum() + 7 * loss, [same, *learned])
     torch.testing.assert_close(output.loss, loss)
-    for found, gradient in zip([given.grad, *(parameter.grad for parameter in learned)], wanted, strict=True):
+    for found, gradient in zip(
+        [given.grad, *(parameter.grad for parameter in learned)], wanted, strict=True
+    ):
         torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_the_frozen_codebook_is_the_papers():
     frozen = SimVQConfig(num_codes=2000, code_dim=64).build().frozen
-    assert float(frozen.mean()) == pytest.approx(0, abs=2e-3) and float(frozen.std()) == pytest.approx(64**-0.5, 0.02)
+    assert float(frozen.mean()) == pytest.approx(0, abs=2e-3) and float(
+        frozen.std()
+    ) == pytest.approx(64**-0.5, 0.02)
 
 
 def test_no_code_is_restarted_from_the_last_step_for_it_on(book_config):
@@ -869,7 +962,9 @@ def test_simvq_restarts_only_when_it_is_time():
 # levels
 
 
-@pytest.mark.parametrize("name", ["residual", "residual-gradient", "residual-shared", "residual-simvq"])
+@pytest.mark.parametrize(
+    "name", ["residual", "residual-gradient", "residual-shared", "residual-simvq"]
+)
 def test_each_level_quantizes_what_the_others_left(name):
     config = CASES[name]
     quantizer = build(config).eval()
@@ -890,15 +985,23 @@ def test_each_level_quantizes_what_the_others_left(name):
     assert torch.equal(given.grad, torch.full_like(given, 3))
 
 
-@pytest.mark.parametrize("config", [ResidualConfig(depth=3), ResidualConfig(depth=3, shared=True), ProductConfig()])
+@pytest.mark.parametrize(
+    "config", [ResidualConfig(depth=3), ResidualConfig(depth=3, shared=True), ProductConfig()]
+)
 def test_every_level_is_told_of_which_image_its_rows_are(config, monkeypatch):
     quantizer, told = config.build(), []
-    monkeypatch.setattr(type(quantizer.levels[0]), "initialise", lambda *given, images: told.append((given[1], images)))
+    monkeypatch.setattr(
+        type(quantizer.levels[0]),
+        "initialise",
+        lambda *given, images: told.append((given[1], images)),
+    )
     rows, images = torch.randn(6, quantizer.dim), torch.arange(6) // 2
     quantizer.initialise(rows, 0, images=images)
     for of_level, of_image in told:
         assert torch.equal(of_image, images.repeat(len(of_level) // 6))
-    assert [len(of_level) for of_level, _ in told] == ([6, 12, 18] if getattr(config, "shared", 0) else [6] * len(told))
+    assert [len(of_level) for of_level, _ in told] == (
+        [6, 12, 18] if getattr(config, "shared", 0) else [6] * len(told)
+    )
 
 
 def test_a_shared_codebook_learns_from_all_levels():
@@ -930,7 +1033,9 @@ def test_heads_are_searched_at_once_and_are_what_each_would_be_alone(monkeypatch
     for each in (quantizer, alone):
         each.initialise(to_rows(features(seed=2, batch=40)), seed=0)
     searches, nearest = [], search.nearest
-    monkeypatch.setattr(product, "nearest", lambda rows, book: searches.append(rows.shape) or nearest(rows, book))
+    monkeypatch.setattr(
+        product, "nearest", lambda rows, book: searches.append(rows.shape) or nearest(rows, book)
+    )
     for step in range(3):
         given, same = features(seed=step).requires_grad_(), features(seed=step).requires_grad_()
         output = quantizer(given)
@@ -954,7 +1059,11 @@ def test_levels_are_configured_in_place():
     class Holder:
         quantizer: object = configuration.one_of(QUANTIZERS, "vector")
 
-    given = {"kind": "residual", "depth": 2, "level": {"kind": "simvq", "num_codes": 32, "code_dim": 8}}
+    given = {
+        "kind": "residual",
+        "depth": 2,
+        "level": {"kind": "simvq", "num_codes": 32, "code_dim": 8},
+    }
     quantizer = configuration.from_dict(Holder, {"quantizer": given}, "test").quantizer.build()
     assert quantizer.num_codes == (32, 32) and quantizer.dim == 8
 
@@ -979,7 +1088,9 @@ def test_restarts_of_levels_do_not_depend_on_micro_batches(shared):
 
     def trained(parts):
         torch.manual_seed(0)
-        level = VectorConfig(num_codes=64, code_dim=DIM, restart="data", restart_below=0.9, init="normal")
+        level = VectorConfig(
+            num_codes=64, code_dim=DIM, restart="data", restart_below=0.9, init="normal"
+        )
         quantizer = ResidualConfig(depth=2, shared=shared, level=level).build().train()
         for part in features(batch=4).chunk(parts):
             quantizer(part)
@@ -1003,7 +1114,9 @@ def test_settings_that_would_divide_by_zero_are_refused(config):
 def test_the_average_takes_restarted_codes_at_once(kind, restart):
     changes = {"restart_every": 1} if kind == "simvq" else {}
     torch.manual_seed(0)
-    quantizer = QUANTIZERS[kind](num_codes=CODES, code_dim=DIM, restart=restart, restart_below=0.1, **changes).build()
+    quantizer = QUANTIZERS[kind](
+        num_codes=CODES, code_dim=DIM, restart=restart, restart_below=0.1, **changes
+    ).build()
     averaged = Ema(quantizer.train(), 0.99)
     with torch.no_grad():
         quantizer.mean_counts[:3] = -0.5
@@ -1017,4 +1130,6 @@ def test_the_average_takes_restarted_codes_at_once(kind, restart):
     assert changed.shape == (CODES,) and changed[:3].all() and not changed.all()
     assert torch.equal(ours[name][changed], theirs[name][changed])
     if kind == "vector":  # the others are averaged
-        torch.testing.assert_close(ours[name][~changed], before[name][~changed].lerp(theirs[name][~changed], 0.01))
+        torch.testing.assert_close(
+            ours[name][~changed], before[name][~changed].lerp(theirs[name][~changed], 0.01)
+        )

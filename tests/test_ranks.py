@@ -55,22 +55,35 @@ from training.checkpoint import Run
 from training.loop import LoopConfig, Turn
 from training.optim import OptimizerConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # five minutes of one core, for all tests together
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]  # five minutes of one core, for all tests together
 
 STEPS, SIZE = 20, 16
-WORLDS = {"one": (1, 1), "accumulated": (1, 2), "two": (2, 1), "four": (4, 1)}  # processes, micro-batches of each
+WORLDS = {
+    "one": (1, 1),
+    "accumulated": (1, 2),
+    "two": (2, 1),
+    "four": (4, 1),
+}  # processes, micro-batches of each
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 DATA = DataConfig(source="digits", image_size=SIZE, augment="shift")
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=3, weight_decay=0.1)
 CODES = {"num_codes": 16, "code_dim": 8}
-SAMPLED = {"prior": "samples", "masked": "masked-samples"}  # priors, and the folders of what is drawn from them
+SAMPLED = {
+    "prior": "samples",
+    "masked": "masked-samples",
+}  # priors, and the folders of what is drawn from them
 KEY_BIASES = ("key.bias", "k_proj.bias")  # what the decoder and transformers call them
 RESTART = {"restart": "data", "restart_below": 0.5}
 
 
 def conv(quantizer: Any) -> VQVAEConfig:
     sizes = {"channels": 16, "residual_blocks": 1, "residual_channels": 4}
-    return VQVAEConfig(encoder=ConvEncoderConfig(**sizes), quantizer=quantizer, decoder=ConvDecoderConfig(**sizes))
+    return VQVAEConfig(
+        encoder=ConvEncoderConfig(**sizes), quantizer=quantizer, decoder=ConvDecoderConfig(**sizes)
+    )
 
 
 def vqrae(folder: Path, frozen: bool) -> VQRAEConfig:
@@ -111,10 +124,17 @@ def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
             residual_channels=4,
         ),
     }  # fmt: skip
-    stage2 = {"start_from": str(where(folder, "one", torch.float32) / "vqrae 1"), "objective": ADVERSARY}
+    stage2 = {
+        "start_from": str(where(folder, "one", torch.float32) / "vqrae 1"),
+        "objective": ADVERSARY,
+    }
     return {
         "vqrae 1": {"model": vqrae(folder, True)},
-        "vqrae 2, gan": {"model": vqrae(folder, False), "discriminator_optimizer": OPTIMIZER, **stage2},
+        "vqrae 2, gan": {
+            "model": vqrae(folder, False),
+            "discriminator_optimizer": OPTIMIZER,
+            **stage2,
+        },
         **{name: {"model": model} for name, model in models.items()},
     }
 
@@ -133,7 +153,11 @@ def priors_() -> dict[str, Any]:
         "hybrid": UniformConfig(backbone=backbone, mask_share=0.9, parameterisation="posterior", cross_entropy=0.5),
         "pixelcnn": PixelCNNConfig(channels=8, depth=2, kernel=3, dropout=0.1),
     }  # fmt: skip
-    return families | {"hierarchical": HierarchicalConfig(top=families["autoregressive"], bottom=families["masked"])}
+    return families | {
+        "hierarchical": HierarchicalConfig(
+            top=families["autoregressive"], bottom=families["masked"]
+        )
+    }
 
 
 def where(folder: Path, world: str, dtype: torch.dtype) -> Path:
@@ -171,7 +195,11 @@ def train_all(folder: Path, world: str) -> None:
             with in_precision(dtype), pytest.MonkeyPatch.context() as patch:
                 for module in (tokenizer.train, priors.train):
                     patch.setattr(module, "train", watched(turns))
-                start = priors.train.train_prior if isinstance(config, PriorRun) else tokenizer.train.train_tokenizer
+                start = (
+                    priors.train.train_prior
+                    if isinstance(config, PriorRun)
+                    else tokenizer.train.train_tokenizer
+                )
                 start(config)
             spreads[f"{name}, {dtype}"] = max(map(spread, turns))
     if distributed.is_main():
@@ -181,7 +209,9 @@ def train_all(folder: Path, world: str) -> None:
 def watched(seen: list[Turn]) -> Any:
     """The training loop, which leaves its turns in `seen`, without pictures and held-out figures."""
 
-    def train(config: LoopConfig, run: Run, turns: list[Turn], *rest: Any, **more: Any) -> torch.nn.Module:
+    def train(
+        config: LoopConfig, run: Run, turns: list[Turn], *rest: Any, **more: Any
+    ) -> torch.nn.Module:
         seen.extend(turns)
         return loop.train(config, run, turns, *rest, **more | {"preview": None, "measure": None})
 
@@ -207,7 +237,10 @@ def in_precision(dtype: torch.dtype) -> Iterator[None]:
         return functools.wraps(function)(lambda *given, **more: function(*given, **more).double())
 
     def gather(images: Any, keys: Any, plain: Any = Images.gather) -> dict[str, Tensor]:
-        return {name: t.double() if t.is_floating_point() else t for name, t in plain(images, keys).items()}
+        return {
+            name: t.double() if t.is_floating_point() else t
+            for name, t in plain(images, keys).items()
+        }
 
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float64:
@@ -245,10 +278,23 @@ def run_pipeline(folder: Path, world: str) -> None:
             ("masked", MaskedConfig(backbone=backbone)),
         ):
             settings = LoopConfig(steps=STEPS, batch_size=32, preview_every=STEPS)
-            train_prior(PriorRun(name=name, root=str(root), tokens=str(root / "tokens"), prior=prior, loop=settings))
+            train_prior(
+                PriorRun(
+                    name=name,
+                    root=str(root),
+                    tokens=str(root / "tokens"),
+                    prior=prior,
+                    loop=settings,
+                )
+            )
         train_extractor(tiny_extractor(), root / "extractor")
     for name, out in SAMPLED.items():
-        assert command("generate.sample", root / name, "--out", root / out, "--num", 50, "--batch-size", 16) == 0
+        assert (
+            command(
+                "generate.sample", root / name, "--out", root / out, "--num", 50, "--batch-size", 16
+            )
+            == 0
+        )
     assert command("eval.run", "report", root, "--num", 120, "--batch-size", 32) == 0
 
 
@@ -257,7 +303,10 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     distributed.start()
-    finish, distributed.finish = distributed.finish, distributed.barrier  # commands would leave the group
+    finish, distributed.finish = (
+        distributed.finish,
+        distributed.barrier,
+    )  # commands would leave the group
     tokenizer.train.open_split = functools.cache(tokenizer.train.open_split)
     for world, (processes, accumulate) in WORLDS.items():
         if processes == distributed.world():
@@ -273,10 +322,23 @@ def main(folder: Path) -> None:
 def launch(folder: Path, processes: int) -> None:
     root, words = Path(__file__).parents[1], [__file__, str(folder)]
     if processes > 1:
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *words]
+        words = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *words,
+        ]
     path = os.pathsep.join([str(root), str(root / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=root, env=environment)
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=root, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -297,8 +359,12 @@ def prepare(folder: Path) -> Path:
         layout = CodeLayout(grids=((2, 2), (4, 4)), num_codes=(7, 13))
 
         def encode(self, images: Tensor) -> Tensor:
-            greys = [torch.nn.functional.avg_pool2d(images.mean(1), side).flatten(1) for side in (8, 4)]
-            return torch.cat([((g + 1) / 2 * (n - 1)).round().long() for g, n in zip(greys, (7, 13))], 1)
+            greys = [
+                torch.nn.functional.avg_pool2d(images.mean(1), side).flatten(1) for side in (8, 4)
+            ]
+            return torch.cat(
+                [((g + 1) / 2 * (n - 1)).round().long() for g, n in zip(greys, (7, 13))], 1
+            )
 
     save_encoder(folder / "encoder", "dinov2")
     write_weights(folder / "grey" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {})
@@ -327,7 +393,11 @@ def differences(folder: Path, world: str, run: str, dtype: torch.dtype) -> dict[
         del state["meter"]  # of what is logged: means over one rank's samples
     ours, theirs = map(leaves, states)
     assert ours.keys() == theirs.keys()
-    return {name: difference(value, theirs[name]) for name, value in ours.items() if not name.endswith(KEY_BIASES)}
+    return {
+        name: difference(value, theirs[name])
+        for name, value in ours.items()
+        if not name.endswith(KEY_BIASES)
+    }
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -356,7 +426,9 @@ OTHERS = [world for world in WORLDS if world != "one"]
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp64", "fp32"])
 @pytest.mark.parametrize("world", OTHERS)
-def test_every_world_trains_as_one_process_does(folder: Path, world: str, dtype: torch.dtype) -> None:
+def test_every_world_trains_as_one_process_does(
+    folder: Path, world: str, dtype: torch.dtype
+) -> None:
     """Networks, averaged networks, codebooks, their statistics and the optimizers, after 20 steps."""
     runs = configurations(folder, world, dtype)
     assert len(runs) == 21
@@ -381,7 +453,9 @@ def test_tokens_and_samples_are_the_same_bytes(folder: Path, world: str) -> None
     paths = [path.relative_to(one) for path in sorted((one / "tokens").glob("[!.]*"))]
     assert len(paths) == 3 * (6 + 2) + 1  # arrays of 6 and 2 shards, and the manifest
     paths += [Path(out) / name for out in SAMPLED.values() for name in ("samples.npz", "grid.png")]
-    assert [path for path in paths if (one / path).read_bytes() != (other / path).read_bytes()] == []
+    assert [
+        path for path in paths if (one / path).read_bytes() != (other / path).read_bytes()
+    ] == []
 
 
 @pytest.mark.parametrize("world", ["two", "four"])

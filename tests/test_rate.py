@@ -66,16 +66,24 @@ def smooth_images(n: int = 3, size: int = 48, grey: bool = False) -> torch.Tenso
 
 def test_tiers_of_an_untrained_prior_and_known_tables():
     codes, labels = codes_and_labels()
-    prior = AutoregressiveConfig(backbone=SMALL).build(LAYOUT, 3).eval()  # untrained: all codes are as likely
+    prior = (
+        AutoregressiveConfig(backbone=SMALL).build(LAYOUT, 3).eval()
+    )  # untrained: all codes are as likely
     counts = [np.array([9, 9, 0, 0, 0, 0, 0, 0]), np.ones(32)]
     table = TableModel.of_split(counts, LAYOUT)
-    rates = find_rates(codes, LAYOUT, split_table=table, prior=prior, labels=labels, batch_size=7, num_single=3)
+    rates = find_rates(
+        codes, LAYOUT, split_table=table, prior=prior, labels=labels, batch_size=7, num_single=3
+    )
     found = {rate.name: rate for rate in rates.found}
     fixed = 8 * 3 + 16 * 5
     assert not rates.notes
     assert found["fixed"].bits == LAYOUT.bits == fixed
-    shares = [(level.flatten().bincount() / level.numel()).double() for level in codes.split([8, 16], 1)]
-    entropy = -sum(n * float(torch.special.xlogy(p, p).sum()) / math.log(2) for n, p in zip((8, 16), shares))
+    shares = [
+        (level.flatten().bincount() / level.numel()).double() for level in codes.split([8, 16], 1)
+    ]
+    entropy = -sum(
+        n * float(torch.special.xlogy(p, p).sum()) / math.log(2) for n, p in zip((8, 16), shares)
+    )
     assert found["unigram entropy"].bits == pytest.approx(entropy)
     assert found["unigram cross-entropy"].bits == pytest.approx(-8 * math.log2(9.5 / 22) + 16 * 5)
     assert found["prior cross-entropy"].bits == pytest.approx(fixed)
@@ -99,9 +107,14 @@ def test_tiers_of_an_untrained_prior_and_known_tables():
 def test_measurements_come_per_image_and_per_pixel():
     codes, _ = codes_and_labels()
     rates = find_rates(codes, LAYOUT)
-    found = {each.name: each for each in rates.measurements(Origin("held-out", {}, {"tokenizer": "a"}), 64)}
+    found = {
+        each.name: each
+        for each in rates.measurements(Origin("held-out", {}, {"tokenizer": "a"}), 64)
+    }
     assert found["rate, fixed"].value == LAYOUT.bits == 64 * found["rate per pixel, fixed"].value
-    assert {each.n for each in found.values()} == {24} and {each.split for each in found.values()} == {"held-out"}
+    assert {each.n for each in found.values()} == {24} and {
+        each.split for each in found.values()
+    } == {"held-out"}
     assert {each.unit for each in found.values()} == {"bits/image", "bits/pixel"}
     assert len(rates.table(64).splitlines()) == 2 + len(rates.found)
 
@@ -121,8 +134,12 @@ def test_what_cannot_be_had_is_said():
 
 def test_a_point_is_the_mean_over_images():
     images = smooth_images()
-    point = measure_point("a", "fixed", images, images // 2 * 2, bits=48 * 48, bare_bits=24 * 48, chunk=2)
-    each = [measure_point("a", "fixed", i, i // 2 * 2, bits=0, bare_bits=0) for i in images.split(1)]
+    point = measure_point(
+        "a", "fixed", images, images // 2 * 2, bits=48 * 48, bare_bits=24 * 48, chunk=2
+    )
+    each = [
+        measure_point("a", "fixed", i, i // 2 * 2, bits=0, bare_bits=0) for i in images.split(1)
+    ]
     assert (point.bits, point.bare_bits) == (1, 0.5)
     assert point.psnr == pytest.approx(np.mean([one.psnr for one in each]))
     assert point.ssim == pytest.approx(np.mean([one.ssim for one in each])) and point.lpips is None
@@ -133,10 +150,22 @@ def test_a_point_is_the_mean_over_images():
 @pytest.mark.parametrize("name", [name for name in CODECS if features.check(CODECS[name].feature)])
 def test_codecs_trade_bits_for_distortion(name):
     codec, images = dataclasses.replace(CODECS[name], qualities=(5, 40, 90)), smooth_images(2)
-    tried = [try_codec(name, codec, images, scale, quality) for scale in (1, 2, 4) for quality in codec.qualities]
-    assert [point.setting for point in tried[::3]] == ["quality 5", "quality 5, 1/2 size", "quality 5, 1/4 size"]
+    tried = [
+        try_codec(name, codec, images, scale, quality)
+        for scale in (1, 2, 4)
+        for quality in codec.qualities
+    ]
+    assert [point.setting for point in tried[::3]] == [
+        "quality 5",
+        "quality 5, 1/2 size",
+        "quality 5, 1/4 size",
+    ]
     full = tried[:3]
-    assert sorted(full, key=lambda point: point.bits) == full == sorted(full, key=lambda point: point.psnr)
+    assert (
+        sorted(full, key=lambda point: point.bits)
+        == full
+        == sorted(full, key=lambda point: point.psnr)
+    )
     assert all(0 < point.bare_bits < point.bits for point in tried)
     assert full[2].psnr > 30 and full[2].ssim > 0.8
     front = pareto(tried)
@@ -169,7 +198,11 @@ def test_ways_of_jpeg_show_the_same_picture():
     assert all(np.array_equal(shown[0], other) for other in shown[1:])
     # start, JFIF's segment, two tables of quantization, frame and end; and the Huffman tables that all know
     repeated = 2 + 18 + 2 * 69 + 19 + 2
-    assert [len(file) - jpeg_bare(file) for file in files] == [repeated + 2 * (33 + 183), repeated, repeated]
+    assert [len(file) - jpeg_bare(file) for file in files] == [
+        repeated + 2 * (33 + 183),
+        repeated,
+        repeated,
+    ]
 
 
 def test_matching_reads_a_curve_at_a_point():
@@ -179,7 +212,9 @@ def test_matching_reads_a_curve_at_a_point():
     for bare in (False, True):
         for known in pareto(found.curves["JPEG"], bare):
             matched = found.matched(known, "JPEG", bare)
-            assert matched.psnr == pytest.approx(known.psnr) and matched.ssim == pytest.approx(known.ssim)
+            assert matched.psnr == pytest.approx(known.psnr) and matched.ssim == pytest.approx(
+                known.ssim
+            )
     between = dataclasses.replace(front[0], bits=math.sqrt(front[0].bits * front[1].bits))
     assert found.matched(between, "JPEG").psnr == pytest.approx((front[0].psnr + front[1].psnr) / 2)
     assert found.matched(dataclasses.replace(middle, bits=front[0].bits / 2), "JPEG") is None
@@ -198,13 +233,18 @@ def test_the_page_and_the_plot(tmp_path, monkeypatch):
     assert "LPIPS" not in markdown(found)
     distance = Distance()
     points = [
-        dataclasses.replace(point, lpips=measure_point("", "", images, images // 32, 1, 1, distance).lpips)
+        dataclasses.replace(
+            point, lpips=measure_point("", "", images, images // 32, 1, 1, distance).lpips
+        )
         for point in points
     ]
     found = compare(images, points, distance, JPEG_ONLY)
     text = markdown(found)
     rows = [line.split(" | ") for line in text.splitlines()]
-    coarse, fine = (next(i for i, row in enumerate(rows) if f"**{name}**" in row[0]) for name in ("coarse", "fine"))
+    coarse, fine = (
+        next(i for i, row in enumerate(rows) if f"**{name}**" in row[0])
+        for name in ("coarse", "fine")
+    )
     assert "has" in rows[coarse + 1][1] and rows[coarse + 1][2] == "—"
     assert rows[fine + 1][1] == "the same" and float(rows[fine + 1][2]) > 10
     assert "3 images of 48 x 48" in text and rows[coarse - 2][-1] == "LPIPS-made |"

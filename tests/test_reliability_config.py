@@ -40,7 +40,21 @@ SLOWER = ("digits", "fashion_mnist")  # their images are opened
 SECONDS = 20  # of the processor's, that one mutant may take before it counts as hanging
 BEGUN = "training would begin"
 MEMORY = 2 * 2**30
-NUMBERS = [-1, 0, -(2**63), 2**31, 2**62, 2**63, 10**30, 1.5, -0.5, 1e308, float("nan"), float("inf"), float("-inf")]
+NUMBERS = [
+    -1,
+    0,
+    -(2**63),
+    2**31,
+    2**62,
+    2**63,
+    10**30,
+    1.5,
+    -0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+]
 TYPES = [None, True, "", " ", "text", "1e", "0x", "null", [], [1, "a", None], [[[]]], {}, {"kind": "x"}, {1: 2},
          {None: 1}, {"a": {"b": {"c": [{}]}}}, "2026-11-21", "!!", "\u202etxt", "é" * 3, "💥", "a\nb", "../../etc",
          "x" * 5000]  # fmt: skip
@@ -104,7 +118,10 @@ class Answer:
 
 def mutate(path: Path, schema: type, generator: random.Random, place: Path) -> Mutant:
     """Write place/mutant.yaml: the text damaged, or one of the resolved values changed; or a hostile override."""
-    file, kind = place / "mutant.yaml", generator.choice(["text", "text", "value", "value", "value", "override"])
+    file, kind = (
+        place / "mutant.yaml",
+        generator.choice(["text", "text", "value", "value", "value", "override"]),
+    )
     original = path.read_text().replace("include: ", f"include: {path.parent}/")
     words = [*COMMANDS[schema.__name__], str(file)]
     where = overrides(path, schema, place)
@@ -116,12 +133,16 @@ def mutate(path: Path, schema: type, generator: random.Random, place: Path) -> M
     spot = generator.choice(list(spots(raw)))
     if kind == "override":
         file.write_text(original)
-        value = generator.choice([generator.choice(NUMBERS), generator.choice(TYPES), generator.choice(REFERENCES)])
+        value = generator.choice(
+            [generator.choice(NUMBERS), generator.choice(TYPES), generator.choice(REFERENCES)]
+        )
         override = generator.choice(
             ["{0}={1}", "{0}={1}", "{0}={1}", "{0}", "{0}.x={1}", "{0}.0={1}", "={1}", "{0}[0]={1}"]
         )
         override = override.format(".".join(spot), value)
-        return Mutant([*words, *where, override], f"{path.name}: {override[:200]!r} on the command line")
+        return Mutant(
+            [*words, *where, override], f"{path.name}: {override[:200]!r} on the command line"
+        )
     how = change(raw, spot, generator)
     file.write_text(yaml.safe_dump(raw, allow_unicode=generator.random() < 0.5))
     return Mutant(words, f"{path.name}: {how}")
@@ -130,7 +151,9 @@ def mutate(path: Path, schema: type, generator: random.Random, place: Path) -> M
 def overrides(path: Path, schema: type, place: Path) -> list[str]:
     """What lets a configuration of the project run here, without a network."""
     source = (
-        [f"data.source={place / 'images'}"] if path.parent.name == "fashion_mnist" and schema is PretrainRun else []
+        [f"data.source={place / 'images'}"]
+        if path.parent.name == "fashion_mnist" and schema is PretrainRun
+        else []
     )
     return [f"root={place / 'pretrained' if schema is PretrainRun else place}", *source]
 
@@ -143,10 +166,14 @@ def damage(text: str, generator: random.Random) -> tuple[bytes, str]:
         case 0:
             return text[:place].encode(), f"cut at {place}"
         case 1:
-            return text.encode()[:place] + generator.randbytes(3) + text.encode()[place:], f"bytes put in at {place}"
+            return text.encode()[:place] + generator.randbytes(3) + text.encode()[
+                place:
+            ], f"bytes put in at {place}"
         case 2:
             odd = generator.choice("{}[]:,'\"\t&*!|>%@`#-?\u2028\ufeff\x00é$")
-            return (text[:place] + odd + text[place + generator.randrange(2) :]).encode(), f"{odd!r} at {place}"
+            return (
+                text[:place] + odd + text[place + generator.randrange(2) :]
+            ).encode(), f"{odd!r} at {place}"
         case 3:
             del lines[row]
             return "\n".join(lines).encode(), f"line {row} lost"
@@ -188,7 +215,9 @@ def change(raw: dict[str, Any], spot: tuple[str, ...], generator: random.Random)
             del section[key]
             return f"{name} lost"
         case 2:
-            generator.choice([raw, *(entry for entry in raw.values() if isinstance(entry, dict))])[key] = value
+            generator.choice([raw, *(entry for entry in raw.values() if isinstance(entry, dict))])[
+                key
+            ] = value
             return f"{name} copied elsewhere"
         case 3:
             section[key] = [value] if generator.random() < 0.5 else {key: value}
@@ -237,7 +266,12 @@ def judge(count: int, seed: int, place: Path, capsys: pytest.CaptureFixture) -> 
         mutant = mutate(path, schema, generator, place)
         found = answer(mutant, capsys)
         accepted = not found.crash and (found.code == 0 or found.lines == [f"error: {BEGUN}"])
-        refused = not found.crash and found.code == 2 and len(found.lines) == 1 and found.lines[0].isprintable()
+        refused = (
+            not found.crash
+            and found.code == 2
+            and len(found.lines) == 1
+            and found.lines[0].isprintable()
+        )
         if not (accepted or refused) or (refused and not found.lines[0].startswith("error: ")):
             wrong.append((mutant.story, found))
         outcomes["accepted" if accepted else "refused"] += 1
@@ -246,14 +280,19 @@ def judge(count: int, seed: int, place: Path, capsys: pytest.CaptureFixture) -> 
     return outcomes
 
 
-@pytest.mark.parametrize("folder", ["priors", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
+@pytest.mark.parametrize(
+    "folder", ["priors", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)]
+)
 def test_the_originals_are_accepted(place, capsys, folder):
     """So it is what was done to them that mutants are refused for."""
     for path, schema in CONFIGS:
         if path.parent.name == folder:
             words = [*COMMANDS[schema.__name__], str(path), *overrides(path, schema, place)]
             found = answer(Mutant(words, path.name), capsys)
-            assert not found.crash and (found.code == 0 or found.lines == [f"error: {BEGUN}"]), (path, found)
+            assert not found.crash and (found.code == 0 or found.lines == [f"error: {BEGUN}"]), (
+                path,
+                found,
+            )
 
 
 def test_mutants_are_accepted_or_refused_in_one_line(place, capsys):
@@ -273,11 +312,26 @@ def test_a_thousand_mutants(place, capsys, record_property):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["tokenizer.train", "configs/digits/tokenizer-stage1.yaml", "loop.stepz=3"], "did you mean steps?"),
-        (["tokenizer.train", "configs/digits/tokenizer-stage1.yaml", "seed=x", "--dry-run"], "command line: seed: "),
-        (["tokenizer.encode", "configs/digits/tokens.yaml", "views=-1"], "views: -1 is not a number"),
-        (["priors.train", "configs/digits/prior.yaml", "prior.kind=absorbin"], "did you mean absorbing?"),
-        (["tokenizer.encoders.pretrain", "configs/digits/encoder.yml"], "did you mean configs/digits/encoder.yaml?"),
+        (
+            ["tokenizer.train", "configs/digits/tokenizer-stage1.yaml", "loop.stepz=3"],
+            "did you mean steps?",
+        ),
+        (
+            ["tokenizer.train", "configs/digits/tokenizer-stage1.yaml", "seed=x", "--dry-run"],
+            "command line: seed: ",
+        ),
+        (
+            ["tokenizer.encode", "configs/digits/tokens.yaml", "views=-1"],
+            "views: -1 is not a number",
+        ),
+        (
+            ["priors.train", "configs/digits/prior.yaml", "prior.kind=absorbin"],
+            "did you mean absorbing?",
+        ),
+        (
+            ["tokenizer.encoders.pretrain", "configs/digits/encoder.yml"],
+            "did you mean configs/digits/encoder.yaml?",
+        ),
         (["generate.sample", "runs", "--nun", "3"], "did you mean --num?"),
         (["eval.run", "report", "/nowhere"], "/nowhere"),
     ],
@@ -285,4 +339,6 @@ def test_a_thousand_mutants(place, capsys, record_property):
 def test_as_real_processes(words, says):
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
+    assert (
+        done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
+    )

@@ -26,7 +26,13 @@ from training.checkpoint import sha256
 from training.config import load
 
 ROOT = Path(__file__).parents[1]
-TINY = ["loop.steps=2", "loop.batch_size=4", "loop.save_every=1", "loop.preview_every=2", "loop.workers=0"]
+TINY = [
+    "loop.steps=2",
+    "loop.batch_size=4",
+    "loop.save_every=1",
+    "loop.preview_every=2",
+    "loop.workers=0",
+]
 SIZES = ["data.image_size=8", "data.held_out=0.2", "calibration_images=8"]
 CONV = [
     "model.kind=vqvae", "model.encoder.channels=8", "model.encoder.residual_blocks=1",
@@ -41,7 +47,9 @@ PRIOR = ["prior.backbone.dim=16", "prior.backbone.depth=1", "prior.backbone.head
 def cases(name: str, table: dict[str, Any], *light: str) -> Any:
     """A table as a test's parameter; all but the `light` ones are slow."""
     marks = {key: () if key in light else (pytest.mark.slow,) for key in table}
-    return pytest.mark.parametrize(name, [pytest.param(table[key], id=key, marks=marks[key]) for key in table])
+    return pytest.mark.parametrize(
+        name, [pytest.param(table[key], id=key, marks=marks[key]) for key in table]
+    )
 
 
 @pytest.fixture
@@ -113,7 +121,13 @@ def by_tar(path: Path, trap: Path) -> None:
             archive.addfile(entry, io.BytesIO(data))
 
 
-PICKLES = {"pickle": by_pickle, "torch": by_torch, "old torch": by_old_torch, "script": by_script, "tar": by_tar}
+PICKLES = {
+    "pickle": by_pickle,
+    "torch": by_torch,
+    "old torch": by_old_torch,
+    "script": by_script,
+    "tar": by_tar,
+}
 each_pickle = cases("write", PICKLES, "torch")
 
 
@@ -157,12 +171,22 @@ def test_in_an_encoder(root, refused, write):
 
 
 @each_pickle
-@cases("name", {name: name for name in ("decoder.pt", "decoder.bin", "decoder.safetensors")}, "decoder.pt")
+@cases(
+    "name",
+    {name: name for name in ("decoder.pt", "decoder.bin", "decoder.safetensors")},
+    "decoder.pt",
+)
 def test_in_a_decoder(root, refused, write, name):
     save_encoder(root / "encoder")
     write(root / name, root / "executed")
     refused(
-        *train(*VIT, "model.encoder.name=encoder", f"model.decoder.weights={name}", "model.denormalise=true"), says=name
+        *train(
+            *VIT,
+            "model.encoder.name=encoder",
+            f"model.decoder.weights={name}",
+            "model.denormalise=true",
+        ),
+        says=name,
     )
 
 
@@ -174,10 +198,24 @@ def test_in_the_weights_of_a_score(tmp_path, monkeypatch, refused, write):
     save_images(tmp_path / "images")
     (tmp_path / "empty.yaml").write_text(f"root: {tmp_path}\n")
     monkeypatch.chdir(tmp_path)
-    objective = ["objective.perceptual=1", "objective.lpips_net=squeeze", "objective.lpips_weights=trunk.pth"]
+    objective = [
+        "objective.perceptual=1",
+        "objective.lpips_net=squeeze",
+        "objective.lpips_weights=trunk.pth",
+    ]
     refused(*train(*CONV, *objective, "name=run"), says="trunk.pth")
     for flag in ("--lpips-weights", "--inception-weights"):
-        refused("eval.run", "generation", root, "--num", 20, flag, root / "trunk.pth", "--fresh", says="trunk.pth")
+        refused(
+            "eval.run",
+            "generation",
+            root,
+            "--num",
+            20,
+            flag,
+            root / "trunk.pth",
+            "--fresh",
+            says="trunk.pth",
+        )
     (root / "clip").mkdir()
     shutil.copy(root / "trunk.pth", root / "clip" / "pytorch_model.bin")
     (root / "clip" / "config.json").write_text(json.dumps({"model_type": "clip", **REMOTE}))
@@ -200,8 +238,16 @@ REMOTE = {
 
 def remote_code(folder: Path, model_type: str | None) -> None:
     """A model that brings its own code, of a type that transformers knows or not."""
-    for name in ("evil.py", "modeling_evil.py", "configuration_evil.py", "__init__.py", "sitecustomize.py"):
-        (folder / name).write_text("import os\nos.mkdir(os.path.join(os.path.dirname(__file__), '..', 'executed'))\n")
+    for name in (
+        "evil.py",
+        "modeling_evil.py",
+        "configuration_evil.py",
+        "__init__.py",
+        "sitecustomize.py",
+    ):
+        (folder / name).write_text(
+            "import os\nos.mkdir(os.path.join(os.path.dirname(__file__), '..', 'executed'))\n"
+        )
     for name in ("config.json", "preprocessor_config.json"):
         settings = json.loads((folder / name).read_text())
         if model_type is not None and name == "config.json":
@@ -249,7 +295,9 @@ def test_in_a_configuration(root, refused, tag):
     (root / "wrapper.yaml").write_text("include: hostile.yaml\n")
     refused("priors.train", "wrapper.yaml", says="hostile.yaml: ")
     refused("priors.train", "empty.yaml", f"seed={tag}", says="command line: ")
-    assert load(PriorRun, root / "empty.yaml", [f"name={tag}"]).name == tag  # text, and nothing else
+    assert (
+        load(PriorRun, root / "empty.yaml", [f"name={tag}"]).name == tag
+    )  # text, and nothing else
     assert not list(root.rglob("executed*"))
 
 
@@ -273,7 +321,10 @@ def renew(folder: Path, name: str) -> None:
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             if name in shard["files"]:
-                shard["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+                shard["files"][name] = {
+                    "bytes": (folder / name).stat().st_size,
+                    "sha256": sha256(folder / name),
+                }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -292,12 +343,38 @@ def test_in_the_shards_of_a_token_cache(root, refused, array, kind):
 def test_in_references_and_samples_of_an_evaluation(tmp_path, monkeypatch, refused):
     root, trap = make_pipeline(tmp_path, monkeypatch), tmp_path / "executed"
     np.savez(root / "reference.npz", mu=objects(trap), sigma=objects(trap))
-    refused("eval.run", "generation", root, "--num", 20, "--reference", root / "reference.npz", says="reference.npz")
+    refused(
+        "eval.run",
+        "generation",
+        root,
+        "--num",
+        20,
+        "--reference",
+        root / "reference.npz",
+        says="reference.npz",
+    )
     (root / "reference.npz").write_bytes(pickle.dumps(Payload(trap)))
-    refused("eval.run", "generation", root, "--num", 20, "--reference", root / "reference.npz", says="reference.npz")
+    refused(
+        "eval.run",
+        "generation",
+        root,
+        "--num",
+        20,
+        "--reference",
+        root / "reference.npz",
+        says="reference.npz",
+    )
     np.savez(root / "images.npz", arr_0=objects(trap))
     extractor = ["--extractor", root / "extractor"]
-    refused("eval.run", "reference-stats", root / "images.npz", "--out", root / "x.npz", *extractor, says="images.npz")
+    refused(
+        "eval.run",
+        "reference-stats",
+        root / "images.npz",
+        "--out",
+        root / "x.npz",
+        *extractor,
+        says="images.npz",
+    )
     np.savez(root / "samples" / "samples.npz", arr_0=objects(trap), arr_1=objects(trap))
     refused("eval.run", "generation", root, "--num", 20, says="samples.npz")
 
@@ -318,15 +395,18 @@ LIES = {
     "half a length": b"\x08\x00\x00",
     "no JSON": header(8, "AAAAAAAA"),
     "deep JSON": header(200_000, "[" * 200_000),
-    "a negative shape": (t := ENTRY.format(shape="[-1]", offsets="[0, 4]")) and header(len(t), t) + b"\0" * 4,
+    "a negative shape": (t := ENTRY.format(shape="[-1]", offsets="[0, 4]"))
+    and header(len(t), t) + b"\0" * 4,
     "a huge shape": (t := ENTRY.format(shape=f"[{2**40}, {2**40}]", offsets="[0, 4]"))
     and header(len(t), t) + b"\0" * 4,
     "offsets outside": (t := ENTRY.format(shape="[1]", offsets=f"[{2**50}, {2**50 + 4}]"))
     and header(len(t), t) + b"\0" * 4,
-    "offsets backwards": (t := ENTRY.format(shape="[1]", offsets="[4, 0]")) and header(len(t), t) + b"\0" * 4,
+    "offsets backwards": (t := ENTRY.format(shape="[1]", offsets="[4, 0]"))
+    and header(len(t), t) + b"\0" * 4,
     "an unknown type": (t := '{"x": {"dtype": "PICKLE", "shape": [1], "data_offsets": [0, 4]}}')
     and header(len(t), t) + b"\0" * 4,
-    "another network": (t := ENTRY.format(shape="[1]", offsets="[0, 4]")) and header(len(t), t) + b"\0" * 4,
+    "another network": (t := ENTRY.format(shape="[1]", offsets="[0, 4]"))
+    and header(len(t), t) + b"\0" * 4,
 }
 
 
@@ -348,7 +428,10 @@ def outside(manifest: dict, root: Path) -> None:
 
 
 def absolute(manifest: dict, root: Path) -> None:
-    manifest["splits"]["train"]["shards"][0]["files"][str(root / "secret.npy")] = {"bytes": 1, "sha256": ""}
+    manifest["splits"]["train"]["shards"][0]["files"][str(root / "secret.npy")] = {
+        "bytes": 1,
+        "sha256": "",
+    }
 
 
 def endless(manifest: dict, root: Path) -> None:
@@ -410,7 +493,10 @@ def test_manifests_that_lie_are_refused(root, refused, change):
     before = {p for p in root.rglob("*") if root / "tokens" not in p.parents}
     refused("priors.train", "empty.yaml", *PRIOR, *TINY, "name=prior", says="")
     made = {p for p in root.rglob("*") if root / "tokens" not in p.parents} - before
-    assert all((root / "prior") in (p, *p.parents) for p in made) and (root / "secret.npy").read_bytes() == b"x"
+    assert (
+        all((root / "prior") in (p, *p.parents) for p in made)
+        and (root / "secret.npy").read_bytes() == b"x"
+    )
 
 
 def test_symbolic_links_in_a_token_cache(root, refused):
@@ -420,7 +506,9 @@ def test_symbolic_links_in_a_token_cache(root, refused):
     path.unlink()
     path.symlink_to(root / "secret.npy")
     refused("priors.train", "empty.yaml", *PRIOR, *TINY, says="train-00000.codes.npy")
-    refused("tokenizer.encode", "empty.yaml", says="train-00000.codes.npy: no command here wrote it")
+    refused(
+        "tokenizer.encode", "empty.yaml", says="train-00000.codes.npy: no command here wrote it"
+    )
     assert (root / "secret.npy").read_bytes() == b"secret" and path.is_symlink()
     path.unlink()
     assert command("tokenizer.encode", "empty.yaml") == 0
@@ -436,15 +524,21 @@ def test_symbolic_links_in_a_token_cache(root, refused):
 def test_what_does_not_belong_together_is_refused(root, refused):
     assert command("priors.train", "empty.yaml", *PRIOR, *TINY) == 0
     save_tokenizer(root / "tokenizer", root / "images", seed=1)  # retrained since
-    refused("priors.train", "empty.yaml", *PRIOR, *TINY, "name=other", says="run `make tokens` again")
+    refused(
+        "priors.train", "empty.yaml", *PRIOR, *TINY, "name=other", says="run `make tokens` again"
+    )
     refused("generate.sample", root, "--num", 2, says="make the tokens again")
     refused("eval.run", "codebook", root, says="run `make tokens` again")
     assert command("tokenizer.encode", "empty.yaml") == 0
-    refused("priors.train", "empty.yaml", *PRIOR, *TINY, says="made from tokens")  # the old prior, new tokens
+    refused(
+        "priors.train", "empty.yaml", *PRIOR, *TINY, says="made from tokens"
+    )  # the old prior, new tokens
     save_tokenizer(root / "tokenizer", root / "images", num_codes=20)  # of another size
     assert command("tokenizer.encode", "empty.yaml") == 0
     refused("generate.sample", root, "--num", 2, says="make the tokens again")
-    refused(*train(*CONV, "start_from=tokenizer", "name=next"), says="must be the same in both runs")
+    refused(
+        *train(*CONV, "start_from=tokenizer", "name=next"), says="must be the same in both runs"
+    )
     assert not (root / "next").exists() and not (root / "other" / "checkpoints").exists()
 
 
@@ -469,6 +563,8 @@ def test_a_record_of_a_prior_that_lies_is_refused(root, refused):
         refused("generate.sample", root, "--num", 2, says="")
     path.write_text("[]")
     refused("generate.sample", root, "--num", 2, says="prior.json: damaged")
-    (root / "prior" / "weights" / "model.safetensors").write_bytes(pickle.dumps(Payload(root / "executed")))
+    (root / "prior" / "weights" / "model.safetensors").write_bytes(
+        pickle.dumps(Payload(root / "executed"))
+    )
     path.write_text(json.dumps(sound))
     refused("generate.sample", root, "--num", 2, says="model.safetensors: damaged")

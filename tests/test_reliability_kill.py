@@ -21,7 +21,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-LOOP = [f"loop.{key}" for key in ("steps=8", "batch_size=8", "save_every=2", "log_every=1", "preview_every=4")]
+LOOP = [
+    f"loop.{key}"
+    for key in ("steps=8", "batch_size=8", "save_every=2", "log_every=1", "preview_every=4")
+]
 NETWORKS = """\
 model:
   kind: vqvae
@@ -52,7 +55,12 @@ def torture(folder: Path, points: dict[str, int], seed: int) -> dict[str, object
 
     from tokenizer import encode
 
-    for module in (*COMMANDS, "torch._dynamo", "tensorboard.summary.writer.record_writer", "safetensors.torch"):
+    for module in (
+        *COMMANDS,
+        "torch._dynamo",
+        "tensorboard.summary.writer.record_writer",
+        "safetensors.torch",
+    ):
         __import__(module)  # slow imports of a run, once for all forks
     torch.set_num_threads(1)
     encode.IMAGES_PER_SHARD = 5
@@ -63,7 +71,14 @@ def torture(folder: Path, points: dict[str, int], seed: int) -> dict[str, object
     report: dict[str, object] = {"kills": 0, "in_a_row": 0, "failed": {}}
     for module, count in points.items():
         words = [word.format(root=straight) for word in COMMANDS[module]]
-        out = straight / {"tokenizer.train": "tokenizer", "tokenizer.encode": "tokens", "priors.train": "prior"}[module]
+        out = (
+            straight
+            / {
+                "tokenizer.train": "tokenizer",
+                "tokenizer.encode": "tokens",
+                "priors.train": "prior",
+            }[module]
+        )
         touches, started = folder / "touches", time.monotonic()
         ended = forked(lambda: watched(tiny.command, module, words, out, None, touches))  # noqa: B023
         seconds = time.monotonic() - started
@@ -86,7 +101,11 @@ def torture(folder: Path, points: dict[str, int], seed: int) -> dict[str, object
             report["kills"] += done  # type: ignore[operator]
             report["in_a_row"] = max(report["in_a_row"], done)  # type: ignore[type-var]
             ended = forked(lambda: tiny.command(module, *mine))  # noqa: B023
-            left = [path.name for path in killed.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+            left = [
+                path.name
+                for path in killed.rglob("*")
+                if path.name.startswith(".") and path.name != ".lock"
+            ]
             if ended or left or content(killed) != wanted:
                 report["failed"][killed.parent.name] = f"ended {ended}, left {left}"  # type: ignore[index]
     return report
@@ -95,7 +114,9 @@ def torture(folder: Path, points: dict[str, int], seed: int) -> dict[str, object
 def prepare(root: Path, images: Path, straight: Path | None = None) -> None:
     """A root with the configurations of all stages, and links to what `straight` has made for them."""
     root.mkdir()
-    (root / "tokenizer.yaml").write_text(f"root: {root}\n{NETWORKS.rstrip()[:-1]}, source: {images}}}\n")
+    (root / "tokenizer.yaml").write_text(
+        f"root: {root}\n{NETWORKS.rstrip()[:-1]}, source: {images}}}\n"
+    )
     (root / "tokens.yaml").write_text(f"root: {root}\ntokenizer: {straight or root}/tokenizer\n")
     (root / "prior.yaml").write_text(f"root: {root}\ntokens: {straight or root}/tokens\n")
 
@@ -108,12 +129,20 @@ def content(out: Path) -> object:
         return fingerprint(out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["tokenizer"].pop("folder"), manifest.pop("plan_sha256")
-    arrays = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.npy"))}
+    arrays = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.glob("*.npy"))
+    }
     return manifest, arrays
 
 
 def watched(
-    run: Callable[..., int], module: str, words: list[str], out: Path, kill_at: int | None, touches: Path | None
+    run: Callable[..., int],
+    module: str,
+    words: list[str],
+    out: Path,
+    kill_at: int | None,
+    touches: Path | None,
 ) -> int:
     """Run a command; kill this process at that touch of `out`, or write down how many there are."""
     count = 0
@@ -149,7 +178,11 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
 
 
 def killed(folder: Path, seed: int, **points: int) -> dict:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     named = dict(zip(COMMANDS, points.values(), strict=True))
     command = [sys.executable, __file__, str(folder), json.dumps(named), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -169,7 +202,13 @@ def test_a_kill_of_each_command_changes_nothing(tmp_path):
 def test_a_kill_at_every_file_boundary_changes_nothing(tmp_path):
     """Of a toy run with three checkpoints; test_loop.py takes every third."""
     command = [sys.executable, str(Path(__file__).with_name("toy.py")), "kill", str(tmp_path), "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     print(f"file boundaries: {report}")

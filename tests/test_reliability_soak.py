@@ -70,7 +70,9 @@ class TwoGrids(nn.Module):
         return ((torch.cat(levels, 1) + 1) / 2 * 7).round().long()
 
     def decode(self, codes: Tensor) -> Tensor:
-        return repeat(codes[:, 4:].float() / 3.5 - 1, "b (h w) -> b c (h p) (w q)", c=3, h=4, p=2, q=2)
+        return repeat(
+            codes[:, 4:].float() / 3.5 - 1, "b (h w) -> b c (h p) (w q)", c=3, h=4, p=2, q=2
+        )
 
 
 SMALL = [f"backbone.{key}" for key in ("dim=16", "depth=1", "heads=2")]
@@ -100,9 +102,19 @@ def two_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("kind", PRIORS)
 def test_every_prior_goes_on_to_the_same_bits(two_grids, kind):
     """From the first of three checkpoints, as after a kill when it was the last."""
-    loop = [f"loop.{key}" for key in ("steps=6", "batch_size=8", "log_every=1", "save_every=2", "preview_every=3")]
+    loop = [
+        f"loop.{key}"
+        for key in ("steps=6", "batch_size=8", "log_every=1", "save_every=2", "preview_every=3")
+    ]
     sizes = [f"prior.{size}" for size in PRIOR_SIZES[kind]]
-    words = ["priors.train", two_grids / "prior.yaml", f"prior.kind={kind}", *sizes, *loop, "loop.keep=9"]
+    words = [
+        "priors.train",
+        two_grids / "prior.yaml",
+        f"prior.kind={kind}",
+        *sizes,
+        *loop,
+        "loop.keep=9",
+    ]
     assert command(*words) == 0
     run = two_grids / "prior"
     straight = fingerprint(run)
@@ -130,13 +142,17 @@ def soak(folder: Path, steps: int, workers: int = 0) -> tuple[float, dict[str, i
                 held.append((step, memory()))
             yield micro_batches
 
-    config = ToyRun(loop=loop(steps=steps, save_every=50, log_every=20, preview_every=100, workers=workers))
+    config = ToyRun(
+        loop=loop(steps=steps, save_every=50, log_every=20, preview_every=100, workers=workers)
+    )
     Toy(config).train(folder / "long", batches)
     gc.collect()
     after = (len(handles()), len(children()), threads())
     half = np.array(held[len(held) // 2 :], dtype=float)
     slope = np.polyfit(half[:, 0], half[:, 1], 1)[0] * 1000
-    return slope, dict(zip(("descriptors", "processes", "threads"), np.subtract(after, before).tolist()))
+    return slope, dict(
+        zip(("descriptors", "processes", "threads"), np.subtract(after, before).tolist())
+    )
 
 
 def test_a_run_leaves_no_handles(tmp_path):
@@ -174,7 +190,9 @@ def test_commands_again_and_again_do_not_grow(tmp_path):
         everything()
         held.append(memory())
     slope = np.polyfit(np.arange(8), held[8:], 1)[0]
-    print(f"commands: {slope / 2**20:.3f} MiB per round of 16 steps, {(len(handles()), len(children()), threads())}")
+    print(
+        f"commands: {slope / 2**20:.3f} MiB per round of 16 steps, {(len(handles()), len(children()), threads())}"
+    )
     assert slope < 2**20 and (len(handles()), len(children()), threads()) == before
 
 
@@ -185,13 +203,19 @@ def test_randomness_is_in_the_seed_and_the_step(tmp_path):
     """A checkpoint loads with weights_only=True and holds no generator's state, because a step needs none."""
     Toy(ToyRun()).train(tmp_path / "run")
     state = Run(tmp_path / "run", None).latest()
-    assert not [path for path in leaves(state) if "rng" in path or "random" in path or "generator_state" in path]
+    assert not [
+        path
+        for path in leaves(state)
+        if "rng" in path or "random" in path or "generator_state" in path
+    ]
     other = tmp_path / "other"
     torch.manual_seed(999)
     np.random.seed(999)  # noqa: NPY002
     Toy(ToyRun(loop=loop(steps=5))).train(other)
     torch.rand(1000), torch.manual_seed(5)
-    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("steps: 5", "steps: 9"))
+    (other / "config.yaml").write_text(
+        (other / "config.yaml").read_text().replace("steps: 5", "steps: 9")
+    )
     straight = tmp_path / "five"
     Toy(ToyRun(loop=loop(steps=5))).train(straight)
     assert fingerprint(other) == fingerprint(straight)
@@ -199,12 +223,18 @@ def test_randomness_is_in_the_seed_and_the_step(tmp_path):
 
 def test_generator_states_load_as_tensors(tmp_path):
     """What a checkpoint may hold of randomness, should a step ever need it: torch's states, not numpy's legacy one."""
-    states = {"torch": torch.get_rng_state(), "generator": torch.Generator().manual_seed(3).get_state()}
+    states = {
+        "torch": torch.get_rng_state(),
+        "generator": torch.Generator().manual_seed(3).get_state(),
+    }
     torch.save(states, tmp_path / "a")
     loaded = torch.load(tmp_path / "a", weights_only=True)
     generator = torch.Generator()
     generator.set_state(loaded["generator"])
-    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(
+        torch.rand(3, generator=generator),
+        torch.rand(3, generator=torch.Generator().manual_seed(3)),
+    )
 
 
 # row 8: a full disk, for which a limit on the size of files stands
@@ -217,7 +247,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys, 
     prepare(root, tmp_path / "images")
     save_tokenizer(root / "tokenizer", tmp_path / "images")
     if module == "priors.train":
-        assert command("tokenizer.encode", *(word.format(root=root) for word in COMMANDS["tokenizer.encode"])) == 0
+        assert (
+            command(
+                "tokenizer.encode",
+                *(word.format(root=root) for word in COMMANDS["tokenizer.encode"]),
+            )
+            == 0
+        )
     words = [word.format(root=root) for word in COMMANDS[module]]
     if module == "tokenizer.train":
         words.append("name=another")
@@ -230,7 +266,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys, 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         printed = capsys.readouterr().err
-        assert code == 2 and printed.count("\n") == 1 and str(root) in printed, (limit, code, printed)
+        assert code == 2 and printed.count("\n") == 1 and str(root) in printed, (
+            limit,
+            code,
+            printed,
+        )
         assert not list(root.rglob(".*.tmp"))
     assert command(module, *words) == 0
 
@@ -315,7 +355,10 @@ def test_offline_from_a_read_only_folder(tmp_path, module):
             assert command(earlier, *(word.format(root=tmp_path / "runs") for word in words)) == 0
         if earlier == module:
             break
-    here, temporary = tmp_path / "here", tmp_path / "temporary"  # where torch makes an empty folder at its import
+    here, temporary = (
+        tmp_path / "here",
+        tmp_path / "temporary",
+    )  # where torch makes an empty folder at its import
     here.mkdir(), temporary.mkdir()
     (here / "caches").write_text("a file: nothing can be kept below it, not even by root")
     here.chmod(0o555)
@@ -326,7 +369,11 @@ def test_offline_from_a_read_only_folder(tmp_path, module):
         "MPLCONFIGDIR": str(here / "mpl"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    before = {path for path in tmp_path.rglob("*") if tmp_path / "runs" not in path.parents and path.is_file()}
+    before = {
+        path
+        for path in tmp_path.rglob("*")
+        if tmp_path / "runs" not in path.parents and path.is_file()
+    }
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, module, f"{tmp_path / 'runs'}:{temporary}",
          *(word.format(root=tmp_path / "runs") for word in words)],
@@ -334,5 +381,9 @@ def test_offline_from_a_read_only_folder(tmp_path, module):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "outside: []", done.stdout
-    after = {path for path in tmp_path.rglob("*") if tmp_path / "runs" not in path.parents and path.is_file()}
+    after = {
+        path
+        for path in tmp_path.rglob("*")
+        if tmp_path / "runs" not in path.parents and path.is_file()
+    }
     assert after == before

@@ -77,24 +77,44 @@ def keep_in_cache(home: Path, name: str) -> None:
     (folder / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
 
 
-def test_a_silent_hub_ends_in_a_line_after_three_tries_that_are_said(tmp_path: Path, silent_hub: str) -> None:
+def test_a_silent_hub_ends_in_a_line_after_three_tries_that_are_said(
+    tmp_path: Path, silent_hub: str
+) -> None:
     keep_in_cache(tmp_path, "someone/kept")
-    environment = os.environ | {"HF_ENDPOINT": silent_hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    environment = os.environ | {
+        "HF_ENDPOINT": silent_hub,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path),
+    }
     environment |= {"HF_TOKEN": "none", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        cwd=tmp_path,
     )
     assert not ended.returncode, ended.stderr
     lines = ended.stdout.splitlines()
-    outcomes = [json.loads(line.removeprefix("outcome ")) for line in lines if line.startswith("outcome ")]
+    outcomes = [
+        json.loads(line.removeprefix("outcome ")) for line in lines if line.startswith("outcome ")
+    ]
     assert len(outcomes) == 5
     for name, outcome, seconds in outcomes:
-        tries = [line for line in lines if line.startswith(f"warning: {name}: 127.0.0.1 does not answer (try ")]
+        tries = [
+            line
+            for line in lines
+            if line.startswith(f"warning: {name}: 127.0.0.1 does not answer (try ")
+        ]
         assert len(tries) == (1 if name == "someone/upload" else 3), ended.stdout
         assert seconds < 20, (name, outcome, seconds)  # the imports of large libraries among them
         assert "\n" not in outcome and (outcome == "fine") == (name == "someone/kept")
         assert name in outcome or outcome == "fine"
-    assert any(line.startswith("warning: someone/kept: found without 127.0.0.1: in the cache") for line in lines)
+    assert any(
+        line.startswith("warning: someone/kept: found without 127.0.0.1: in the cache")
+        for line in lines
+    )
     assert any(line.startswith("file") and line.endswith("/config.json") for line in lines)
 
 

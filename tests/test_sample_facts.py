@@ -16,7 +16,11 @@ from training.checkpoint import sha256
 from training.command import UserError
 
 OPTIONS = {"seed": 0, "guidance": 1.0}
-FACTS = {"made_from": {"num": 3, "options": OPTIONS, "tokenizer_sha256": "f"}, "device": "cpu", "batch_size": 2}
+FACTS = {
+    "made_from": {"num": 3, "options": OPTIONS, "tokenizer_sha256": "f"},
+    "device": "cpu",
+    "batch_size": 2,
+}
 FACTS |= {"seconds_per_image": 0.5}
 
 
@@ -49,7 +53,9 @@ DAMAGED = {
 def test_damaged_facts_are_one_line(damage, tmp_path):
     folder = write(tmp_path, DAMAGED[damage])
     for read in (read_facts, read_cost, lambda folder: Samples.open(folder, 4)):
-        with pytest.raises(UserError, match=r"samples\.json: damaged .*: remove it, and sample again"):
+        with pytest.raises(
+            UserError, match=r"samples\.json: damaged .*: remove it, and sample again"
+        ):
             read(folder)
     (folder / "samples.json").unlink()
     assert Samples.open(folder, 4).made_from == {} == read_facts(folder)
@@ -97,7 +103,11 @@ def test_damaged_samples_are_not_current(hashed, tmp_path):
 
 
 PLAN = {"pipeline": "..", "varied": ["steps"], "combinations": ["0123"]}
-PLANS = {"pipeline": [3], "varied": [None, ["warmth"], "steps"], "combinations": [[], "abc", [1], None]}
+PLANS = {
+    "pipeline": [3],
+    "varied": [None, ["warmth"], "steps"],
+    "combinations": [[], "abc", [1], None],
+}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key in PLANS for value in PLANS[key]])

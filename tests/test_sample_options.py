@@ -30,7 +30,9 @@ FAMILIES = {
     "posterior": (UniformConfig(backbone=BACKBONE, parameterisation="posterior"), ("mixture",)),
     "hybrid": (UniformConfig(backbone=BACKBONE, mask_share=0.5), ("plug_in",)),
     "hierarchical": (
-        HierarchicalConfig(top=AutoregressiveConfig(backbone=BACKBONE), bottom=MaskedConfig(backbone=BACKBONE)),
+        HierarchicalConfig(
+            top=AutoregressiveConfig(backbone=BACKBONE), bottom=MaskedConfig(backbone=BACKBONE)
+        ),
         ("raster/confidence", "raster/halton"),
     ),
 }
@@ -88,7 +90,9 @@ def test_ranges_end_where_they_say(name):
     for value in ALLOWED[name]:
         assert getattr(SampleOptions(**{name: value}), name) == value
     for value in REFUSED[name]:
-        with pytest.raises(UserError, match=rf"^{name.replace('_', '-')} is .*: it must be") as refused:
+        with pytest.raises(
+            UserError, match=rf"^{name.replace('_', '-')} is .*: it must be"
+        ) as refused:
             SampleOptions(**{name: value})
         assert "\n" not in str(refused.value)
 
@@ -111,7 +115,16 @@ def test_greedy_is_the_limit_of_low_temperatures(family, sampler):
     prior = build(family)
     for guidance in (1.0, 3.0):
         greedy = draw(prior, sampler=sampler, temperature=0.0, guidance=guidance, steps=3)
-        again = draw(prior, (3, 0), sampler=sampler, temperature=0.0, guidance=guidance, steps=3, top_k=2, top_p=0.3)
+        again = draw(
+            prior,
+            (3, 0),
+            sampler=sampler,
+            temperature=0.0,
+            guidance=guidance,
+            steps=3,
+            top_k=2,
+            top_p=0.3,
+        )
         assert torch.equal(greedy[:1], again[1:])  # filters keep the likeliest code
         if "confidence" in sampler:
             continue
@@ -134,7 +147,8 @@ def test_greedy_takes_the_likeliest_code_of_the_guided_logits():
     for slot in range(LAYOUT.length):
         with torch.no_grad():
             conditional, unconditional = (
-                prior.backbone(codes, each)[0][:, slot].double() for each in (labels, torch.full_like(labels, 3))
+                prior.backbone(codes, each)[0][:, slot].double()
+                for each in (labels, torch.full_like(labels, 3))
             )
         codes[:, slot] = (unconditional + 3.0 * (conditional - unconditional)).argmax(1)
     drawn = prior.sample(labels, SampleOptions(guidance=3.0, temperature=0.0), torch.arange(2))
@@ -150,7 +164,9 @@ def test_greedy_keeps_the_most_confident_codes_first():
             chances = prior.backbone(codes, label)[0][0].double().softmax(-1)
         best, unknown = chances.max(-1), codes[0] < 0
         codes[0, unknown] = best.indices[unknown]
-        keep_out = int(length * torch.tensor(torch.pi / 2 * step / steps, dtype=torch.float64).cos())
+        keep_out = int(
+            length * torch.tensor(torch.pi / 2 * step / steps, dtype=torch.float64).cos()
+        )
         keep_out = max(1, min(keep_out, int(unknown.sum()) - 1))
         if step < steps:
             codes[0, best.values.masked_fill(~unknown, torch.inf).argsort()[:keep_out]] = -1

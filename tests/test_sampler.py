@@ -42,7 +42,9 @@ def global_batches(monkeypatch, world, accumulate, batch_size=12, start=0, count
     monkeypatch.setattr(distributed, "world", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        taken = steps(Keys(17), batch_size, start=start, count=count, accumulate=accumulate, workers=workers)
+        taken = steps(
+            Keys(17), batch_size, start=start, count=count, accumulate=accumulate, workers=workers
+        )
         for step, micro_batches in enumerate(taken):
             assert len(micro_batches) == accumulate
             for batch in micro_batches:
@@ -53,7 +55,9 @@ def global_batches(monkeypatch, world, accumulate, batch_size=12, start=0, count
 
 @pytest.mark.parametrize(("num_items", "batch_size"), [(10, 5), (10, 4), (7, 3), (3, 8), (1, 4)])
 def test_each_item_once_per_epoch(num_items, batch_size):
-    stream = [key for step in range(3 * num_items) for key in keys_of_step(num_items, batch_size, 5, step)]
+    stream = [
+        key for step in range(3 * num_items) for key in keys_of_step(num_items, batch_size, 5, step)
+    ]
     for epoch in range(len(stream) // num_items):
         part = stream[epoch * num_items : (epoch + 1) * num_items]
         assert {key[0] for key in part} == {epoch}
@@ -83,7 +87,9 @@ def test_ranks_take_contiguous_shares(monkeypatch):
     assert [batch.positions.tolist() for batch in micro_batches] == [[6, 7, 8], [9, 10, 11]]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than a small machine has cores
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more processes than a small machine has cores
 @pytest.mark.parametrize("workers", range(4))
 @pytest.mark.parametrize("world", [1, 2])
 def test_resuming_gives_what_a_straight_run_gives(monkeypatch, world, workers):
@@ -187,14 +193,18 @@ def test_a_reader_that_dies_is_one_line():
     next(stream)
     os.kill(readers()[0].pid, signal.SIGKILL)
     time.sleep(0.2)  # its end is signalled here, where it must not raise
-    with pytest.raises(UserError, match=r"process that reads images ahead is gone .*lower loop\.workers") as error:
+    with pytest.raises(
+        UserError, match=r"process that reads images ahead is gone .*lower loop\.workers"
+    ) as error:
         list(itertools.islice(stream, 200))
     assert "\n" not in str(error.value)
     assert not readers()
 
 
 def test_workers_change_nothing_not_even_the_global_generator():
-    dataset = open_split(DataConfig(augment="flip_shift", image_size=16), "train", augment=True, seed=3)
+    dataset = open_split(
+        DataConfig(augment="flip_shift", image_size=16), "train", augment=True, seed=3
+    )
     torch.manual_seed(0)
     state = torch.get_rng_state()
     alone = steps(dataset, 8, seed=1, start=178, count=3, accumulate=2)  # crosses an epoch
@@ -227,7 +237,9 @@ def test_other_errors_keep_their_traceback(workers):
 
 def test_uneven_shares_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
-    with pytest.raises(UserError, match=r"batch_size=10 .* 2 processes .*accumulate=3.* multiple of 6"):
+    with pytest.raises(
+        UserError, match=r"batch_size=10 .* 2 processes .*accumulate=3.* multiple of 6"
+    ):
         feed(Keys(17), 10, 0, accumulate=3)
     with pytest.raises(UserError, match="no items"):
         feed(Keys(0), 12, 0)

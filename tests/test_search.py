@@ -14,7 +14,9 @@ NAN, INF = float("nan"), float("inf")
 def product(request, monkeypatch):
     if request.param is search.InInt8 and torch.backends.quantized.engine not in ("x86", "fbgemm"):
         pytest.skip("no 8-bit product on this processor")
-    monkeypatch.setattr(search, "choose_products", lambda num_rows, book: [request.param, search.InFloat32])
+    monkeypatch.setattr(
+        search, "choose_products", lambda num_rows, book: [request.param, search.InFloat32]
+    )
     return request.param
 
 
@@ -25,7 +27,11 @@ def oracle(rows, book, offsets=None):
     else:
         scores = offsets.double() - rows.double() @ book.double().T
     two = scores.topk(min(2, len(book)), largest=False).values
-    gap = two[:, 1] - two[:, 0] if len(book) > 1 else torch.full((len(rows),), INF, dtype=torch.float64)
+    gap = (
+        two[:, 1] - two[:, 0]
+        if len(book) > 1
+        else torch.full((len(rows),), INF, dtype=torch.float64)
+    )
     return scores.argmin(1), gap
 
 
@@ -74,7 +80,11 @@ def test_equal_codes_go_to_the_lowest_index(product, num_codes, num_rows):
 
 def test_equal_distances_go_to_the_lowest_index(product):
     book = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    assert search.nearest(torch.tensor([[0.0, 0.0], [0.0, 3.0], [3.0, 3.0]]), book).tolist() == [1, 1, 0]
+    assert search.nearest(torch.tensor([[0.0, 0.0], [0.0, 3.0], [3.0, 3.0]]), book).tolist() == [
+        1,
+        1,
+        0,
+    ]
     same = torch.ones(9000, 5)  # more candidates than a short list takes
     assert search.nearest(torch.randn(50, 5), same).tolist() == [0] * 50
 
@@ -108,7 +118,9 @@ def test_codes_too_short_for_a_square_in_fp32(product, scale):
 def test_an_infinite_feature_is_flagged_where_all_codes_are_equal(product, value):
     rows, book = torch.randn(3, 24), torch.randn(128, 24)
     rows[0, 3], rows[1, 3], book[:, 3] = INF, -INF, value
-    assert search.nearest(rows, book)[:2].tolist() == [-1, -1] and search.nearest(rows, book)[2] >= 0
+    assert (
+        search.nearest(rows, book)[:2].tolist() == [-1, -1] and search.nearest(rows, book)[2] >= 0
+    )
     assert search.nearest(rows[:2], torch.full((128, 24), value)).tolist() == [-1, -1]
 
 
@@ -116,7 +128,10 @@ def test_codes_of_very_different_lengths(product):
     rows = torch.randn(200, 16) * torch.logspace(-20, 15, 200)[:, None]
     book = torch.randn(300, 16) * torch.logspace(-20, 15, 300)[:, None]
     assert torch.equal(search.nearest(rows, book), oracle(rows, book)[0])
-    assert search.nearest(torch.zeros(3, 16), book).tolist() == oracle(torch.zeros(3, 16), book)[0].tolist()
+    assert (
+        search.nearest(torch.zeros(3, 16), book).tolist()
+        == oracle(torch.zeros(3, 16), book)[0].tolist()
+    )
 
 
 def test_rows_that_are_not_finite_are_flagged_and_change_no_other(product):
@@ -161,7 +176,9 @@ def test_a_search_in_fewer_dimensions_bears_a_large_bias():
     rows, weight, bias = torch.randn(500, 16), torch.randn(128, 16), torch.randn(128) * 1000
     book = torch.randn(300, 16) @ weight.T + bias + 0.1 * torch.randn(300, 128)
     whole = rows.double() @ weight.double().T + bias.double()
-    expected = torch.cdist(whole, book.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    expected = torch.cdist(
+        whole, book.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).argmin(1)
     assert torch.equal(search.LowRank(rows, weight, bias).nearest(book), expected)
 
 
@@ -169,7 +186,10 @@ def test_leading_dimensions_are_searches_of_their_own(product):
     rows, books, offsets = torch.randn(3, 50, 12), torch.randn(3, 40, 12), torch.randn(3, 40)
     for own in (None, offsets):
         several = search.nearest(rows, books, offsets=own)
-        each = [search.nearest(rows[i], books[i], offsets=None if own is None else own[i]) for i in range(3)]
+        each = [
+            search.nearest(rows[i], books[i], offsets=None if own is None else own[i])
+            for i in range(3)
+        ]
         assert torch.equal(several, torch.stack(each))
     assert search.nearest(rows[0][:0], books[0]).shape == (0,)
 
@@ -211,17 +231,25 @@ def test_low_precision_leaves_few_rows_to_a_second_search(monkeypatch):
     """Random features of the width of a ViT, the hardest there are: the short lists hold nearly all winners."""
     searched = []
     whole = search._search
-    monkeypatch.setattr(search, "_search", lambda rows, *rest: searched.append(len(rows)) or whole(rows, *rest))
+    monkeypatch.setattr(
+        search, "_search", lambda rows, *rest: searched.append(len(rows)) or whole(rows, *rest)
+    )
     for kind in (search.InBFloat16, search.InInt8):
-        monkeypatch.setattr(search, "choose_products", lambda num_rows, book, kind=kind: [kind, search.InFloat32])
+        monkeypatch.setattr(
+            search, "choose_products", lambda num_rows, book, kind=kind: [kind, search.InFloat32]
+        )
         searched.clear()
         rows, book = torch.randn(128, 768), torch.randn(8192, 768)
-        assert torch.equal(search.nearest(rows, book), oracle(rows, book, search.half_norms(book.double()))[0])
+        assert torch.equal(
+            search.nearest(rows, book), oracle(rows, book, search.half_norms(book.double()))[0]
+        )
         assert sum(searched) < 1.1 * 128
 
 
 @pytest.mark.parametrize("few", [0, 10**6])
-def test_rows_that_a_product_leaves_open_are_decided_by_the_next_or_in_float64(monkeypatch, product, few):
+def test_rows_that_a_product_leaves_open_are_decided_by_the_next_or_in_float64(
+    monkeypatch, product, few
+):
     monkeypatch.setattr(search, "MANY", 1)
     monkeypatch.setattr(search, "FEW", few)
     rows, book = 0.1 * torch.randn(301, 8), torch.randn(400, 8)
@@ -255,13 +283,17 @@ def test_equal_codes_go_to_the_lowest_index_in_float64(num_codes, dim):
         assert (search.in_float64(rows, book, None) < num_codes - 60).all()
 
 
-@pytest.mark.parametrize("book", [torch.ones(4096, 16), torch.randn(4096, 16) * 1e-9], ids=["equal", "near zero"])
+@pytest.mark.parametrize(
+    "book", [torch.ones(4096, 16), torch.randn(4096, 16) * 1e-9], ids=["equal", "near zero"]
+)
 def test_a_collapsed_codebook_takes_no_more_memory(monkeypatch, book):
     """Pairs that are scored again, of 512 rows and 4096 codes."""
     book = book.clone()
     book[0] = 1.0
     counts, scored = [], search.Book.exact_score
-    monkeypatch.setattr(search.Book, "exact_score", lambda *a: counts.append(len(a[2])) or scored(*a))
+    monkeypatch.setattr(
+        search.Book, "exact_score", lambda *a: counts.append(len(a[2])) or scored(*a)
+    )
     rows = 1e-9 * torch.randn(512, 16)
     assert torch.equal(search.nearest(rows, book), oracle(rows, book)[0])
     assert sum(counts) <= 512 * search.CANDIDATES

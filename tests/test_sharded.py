@@ -67,7 +67,9 @@ class Network(nn.Module):
         features = self.stem(rows)
         for block in self.blocks:
             again = self.gradient_checkpointing and torch.is_grad_enabled()
-            features = checkpoint(block, features, use_reentrant=False) if again else block(features)
+            features = (
+                checkpoint(block, features, use_reentrant=False) if again else block(features)
+            )
         self.seen.append(features.detach()[:, :4])
         return self.head(features)
 
@@ -108,7 +110,9 @@ class Training:
         return Loss(total, {"gap": total})
 
     def measure(self, averaged: nn.Module) -> dict[str, float]:
-        self.shown.append([name for name, tensor in averaged.state_dict().items() if is_shared(tensor)])
+        self.shown.append(
+            [name for name, tensor in averaged.state_dict().items() if is_shared(tensor)]
+        )
         return {"error": float((averaged(Rows.rows) - Rows.rows).square().mean())}
 
     def train(self, folder: Path, stop_at: int | None = None) -> nn.Module:
@@ -118,10 +122,18 @@ class Training:
             return self.network_loss(batch, step)
 
         turns = [
-            Turn("network", self.network, network_loss, self.config.optimizer, after_step=self.network.update),
+            Turn(
+                "network",
+                self.network,
+                network_loss,
+                self.config.optimizer,
+                after_step=self.network.update,
+            ),
             Turn("critic", self.critic, self.critic_loss, self.config.optimizer),
         ]
-        batches = feed(Rows(), self.config.loop.batch_size, seed=5, accumulate=self.config.loop.accumulate)
+        batches = feed(
+            Rows(), self.config.loop.batch_size, seed=5, accumulate=self.config.loop.accumulate
+        )
         run = Run.open(folder, self.config)
         return train(
             self.config.loop, run, turns, batches, seed=7, published=self.network, measure=self.measure
@@ -165,9 +177,23 @@ def two_ranks(tmp_path_factory) -> Path:
     folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[1]
     with pytest.raises(Interrupted):
         Training(NetworkRun(loop())).train(folder / "begun", stop_at=4)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=root, env=environment)
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        str(folder),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=root, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -179,7 +205,9 @@ def assert_same(folder: Path, other: Path, tolerance: float) -> None:
     ours, theirs = leaves(ours), leaves(theirs)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            theirs[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
     weights = load_weights(other)
     assert all(torch.equal(tensor, theirs[f"/ema/{name}"]) for name, tensor in weights.items())
     for line, second in zip(log_lines(folder), log_lines(other), strict=True):
@@ -198,11 +226,17 @@ def test_each_rank_holds_its_part_of_the_blocks(two_ranks):
     first, second = facts_of(two_ranks, 0), facts_of(two_ranks, 1)
     assert first["shared"] == second["shared"] and len(first["shared"]) == 18
     assert all(name.startswith("blocks.") for name in first["shared"])
-    whole = sum(p.numel() for name, p in Network(False).named_parameters() if not name.startswith("blocks."))
+    whole = sum(
+        p.numel() for name, p in Network(False).named_parameters() if not name.startswith("blocks.")
+    )
     assert first["held"] + second["held"] == first["all"] + whole
     assert second["held"] < 0.65 * first["all"]
-    assert second["averaged"] == second["held"] and first["averaged"] == first["all"]  # rank 0's is for others to use
-    assert first["shown"] == [[], []] and second["shown"] == []  # figures are of the whole average, on rank 0
+    assert (
+        second["averaged"] == second["held"] and first["averaged"] == first["all"]
+    )  # rank 0's is for others to use
+    assert (
+        first["shown"] == [[], []] and second["shown"] == []
+    )  # figures are of the whole average, on rank 0
 
 
 def test_a_sharded_run_goes_on_in_one_process(two_ranks, plain):
@@ -296,7 +330,9 @@ def test_the_default_compiler_gives_the_same_to_rounding(plain, tmp_path):
 
 def test_what_cannot_be_sharded_is_refused(monkeypatch):
     turn = Turn("critic", nn.Linear(2, 2), lambda batch, step: None, OPTIMIZER)
-    make = functools.partial(Mover, turn, torch.device("cpu"), steps=1, clip=1.0, low=False, compiled=False)
+    make = functools.partial(
+        Mover, turn, torch.device("cpu"), steps=1, clip=1.0, low=False, compiled=False
+    )
     with pytest.raises(UserError, match=r"loop\.sharding=full: .* no transformer blocks"):
         make(sharded=True)
 

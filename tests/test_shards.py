@@ -39,7 +39,9 @@ class Noise:
 
     def sample(self, labels, options, ids, known=None, given=None):
         self.before(ids.tolist())
-        return (uniform_noise(options.seed, ids, 0, (4,)).mul(64).long() + 64 * labels[:, None]).clamp(0, 255)
+        return (
+            uniform_noise(options.seed, ids, 0, (4,)).mul(64).long() + 64 * labels[:, None]
+        ).clamp(0, 255)
 
 
 class Painter:
@@ -55,13 +57,19 @@ class Stop(Exception):
 
 @pytest.fixture(autouse=True)
 def models(monkeypatch):
-    monkeypatch.setattr(images, "maker", lambda folder, record: {"prior_sha256": "a", "tokenizer_sha256": "b"})
+    monkeypatch.setattr(
+        images, "maker", lambda folder, record: {"prior_sha256": "a", "tokenizer_sha256": "b"}
+    )
     monkeypatch.setattr(images, "load_models", lambda folder, record: (record.prior, Painter()))
 
 
 def sample(out, batch_size=4, prior=None, **changes):
-    record = SimpleNamespace(class_names=["cat", "dog", "cow"], tokenizer="../tokenizer", prior=prior or Noise())
-    images.write_samples(Path("prior"), record, dataclasses.replace(REQUEST, **changes), out, batch_size)
+    record = SimpleNamespace(
+        class_names=["cat", "dog", "cow"], tokenizer="../tokenizer", prior=prior or Noise()
+    )
+    images.write_samples(
+        Path("prior"), record, dataclasses.replace(REQUEST, **changes), out, batch_size
+    )
 
 
 def stopping(after):
@@ -83,10 +91,16 @@ def recording():
 
 def contents(out):
     """What a folder holds, but for times."""
-    files = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
     files.pop(".lock")
     facts = json.loads(files.pop("samples.json"))
-    return files | {"facts": {key: facts[key] for key in ("made_from", "class_names", "samples_sha256")}}
+    return files | {
+        "facts": {key: facts[key] for key in ("made_from", "class_names", "samples_sha256")}
+    }
 
 
 @pytest.fixture
@@ -113,10 +127,21 @@ def test_arrays_are_numpys_to_the_byte_and_read_as_numpy_reads_them(tmp_path):
         },
     )
     assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "theirs.npz").read_bytes()
-    keys = [0, -1, slice(None), slice(3, 9), slice(20, 2, -3), [5, 5, 4], np.array([20, 0, 1, 2]), []]
+    keys = [
+        0,
+        -1,
+        slice(None),
+        slice(3, 9),
+        slice(20, 2, -3),
+        [5, 5, 4],
+        np.array([20, 0, 1, 2]),
+        [],
+    ]
     for name in ("ours.npz", "small.npz"):
         read = Rows(tmp_path / name, "arr_0")
-        assert read.shape == rows.shape and len(read) == 21 and first_damage(tmp_path / name) is None
+        assert (
+            read.shape == rows.shape and len(read) == 21 and first_damage(tmp_path / name) is None
+        )
         for key in keys:
             wanted = rows[np.asarray(key, np.int64)] if isinstance(key, list) else rows[key]
             assert np.array_equal(read[key], wanted) and read[key].dtype == np.uint8
@@ -148,11 +173,18 @@ def test_files_that_lie_are_found_out(tmp_path):
 
 
 def test_pieces_cover_what_is_missing_and_end_at_whole_batches():
-    assert cut([range(3, 25), range(30, 31)], 10) == [range(3, 10), range(10, 20), range(20, 25), range(30, 31)]
+    assert cut([range(3, 25), range(30, 31)], 10) == [
+        range(3, 10),
+        range(10, 20),
+        range(20, 25),
+        range(30, 31),
+    ]
     assert [shard_size(500, batch, world) for batch, world in ((50, 1), (50, 4), (1, 1), (1000, 1), (64, 2))] == [
         100, 100, 64, 1000, 64,
     ]  # fmt: skip
-    assert shard_size(100, 50, 4) == 50 and shard_size(8, 1, 4) == 2  # every process has something to do
+    assert (
+        shard_size(100, 50, 4) == 50 and shard_size(8, 1, 4) == 2
+    )  # every process has something to do
 
 
 @pytest.mark.parametrize("after", range(6))
@@ -176,7 +208,9 @@ def test_another_batch_size_or_number_goes_on_too(tmp_path, whole, monkeypatch):
     with pytest.raises(Stop):
         sample(out, prior=stopping(2), num=60)  # 0 to 7
     with pytest.raises(Stop):
-        sample(out, batch_size=3, prior=stopping(2))  # 8, which ends a batch of the grid, and 9 to 11
+        sample(
+            out, batch_size=3, prior=stopping(2)
+        )  # 8, which ends a batch of the grid, and 9 to 11
     prior, drawn = recording()
     sample(out, batch_size=5, prior=prior)
     assert [ids[0] for ids in drawn] == [12, 15, 20]
@@ -238,7 +272,10 @@ def test_killed_at_every_touch_of_a_file(tmp_path, whole, monkeypatch):
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         sample(out)
-        assert contents(out) == whole and {path.name for path in out.iterdir()} == {*names(whole), ".lock"}
+        assert contents(out) == whole and {path.name for path in out.iterdir()} == {
+            *names(whole),
+            ".lock",
+        }
         if os.WIFEXITED(status):
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -288,13 +325,22 @@ def test_shards_are_dealt_to_processes(tmp_path, whole, monkeypatch):
     (out / "unfinished").rmdir()
     out.rmdir()
     sample(out, prior=Noise(drawn[0].append))
-    assert contents(out)["samples.npz"] == whole["samples.npz"] and contents(out)["grid.png"] == whole["grid.png"]
-    assert [ids[0] for ids in drawn[0]] == [0, 8, 16] and [ids[0] for ids in drawn[1]] == [4, 12, 20]
+    assert (
+        contents(out)["samples.npz"] == whole["samples.npz"]
+        and contents(out)["grid.png"] == whole["grid.png"]
+    )
+    assert [ids[0] for ids in drawn[0]] == [0, 8, 16] and [ids[0] for ids in drawn[1]] == [
+        4,
+        12,
+        20,
+    ]
 
 
 def test_what_another_process_could_not_write_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
-    with pytest.raises(UserError, match="sample 12 is not there: all processes have to write to one file system"):
+    with pytest.raises(
+        UserError, match="sample 12 is not there: all processes have to write to one file system"
+    ):
         sample(tmp_path / "out")
 
 
@@ -378,11 +424,24 @@ distributed.finish()
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path, whole):
     root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": f"{root}:{root / 'tests'}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     (tmp_path / "shared.py").write_text(SHARED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
-        [*launch, tmp_path / "shared.py", tmp_path / "out"], capture_output=True, text=True, env=environment
+        [*launch, tmp_path / "shared.py", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("current, 23 samples") == 1
@@ -417,7 +476,9 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
 
     20,000 images of 32 px are 59 MiB, and were held thrice.
     """
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"
+    }
     peaks = []
     for num in (2_000, 20_000):
         command = [sys.executable, "-c", MEASURE, tmp_path / str(num), str(num)]

@@ -41,7 +41,9 @@ def a_run(folder, model, **changes):
     autoencoder = model.build(16)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "log.jsonl").write_text('{"step": 900, "autoencoder.mse": 0.5}\n{"step": 1000, "held_out.psnr": 21.5}\n')
+    (folder / "log.jsonl").write_text(
+        '{"step": 900, "autoencoder.mse": 0.5}\n{"step": 1000, "held_out.psnr": 21.5}\n'
+    )
     write_weights(weights_path(folder), autoencoder.state_dict(), {"step": "1000"})
     if hasattr(autoencoder.encoder, "save_architecture"):
         autoencoder.encoder.save_architecture(folder / "weights" / "encoder")
@@ -61,12 +63,19 @@ def conv(tmp_path):
 @pytest.fixture
 def vqrae(tmp_path):
     model = VQRAEConfig(
-        encoder=FoundationConfig(name=save_encoder(tmp_path / "made" / "encoder", "dinov2"), frozen=False),
+        encoder=FoundationConfig(
+            name=save_encoder(tmp_path / "made" / "encoder", "dinov2"), frozen=False
+        ),
         quantizer=VectorConfig(num_codes=16, code_dim=8, init="normal"),
         decoder=ViTDecoderConfig(dim=16, depth=1, heads=2),
     )
     objective = ObjectiveConfig(perceptual=1.0, lpips_weights=str(tmp_path / "made" / "trunk.pth"))
-    return a_run(tmp_path / "made" / "vqrae", model, objective=objective, start_from=str(tmp_path / "made" / "stage1"))
+    return a_run(
+        tmp_path / "made" / "vqrae",
+        model,
+        objective=objective,
+        start_from=str(tmp_path / "made" / "stage1"),
+    )
 
 
 def report_of(run, **changes):
@@ -76,10 +85,21 @@ def report_of(run, **changes):
         "settings": {"data": {}, "batch_size": 100, "mean": "over images"}, "subject": {}, "details": {},
         "interval": [23.8354, 23.9276], "settings_hash": "0",
     }  # fmt: skip
-    endless = measured | {"name": "best", "value": "inf", "interval": None, "higher_is_better": None, "unit": ""}
+    endless = measured | {
+        "name": "best",
+        "value": "inf",
+        "interval": None,
+        "higher_is_better": None,
+        "unit": "",
+    }
     settings = {"data": {"source": "pictures", "split": "held_out", "image_size": 16}, "n": 10000}
     settings |= {"tokenizer_sha256": weights_hash(run)} | changes
-    return {"kind": "reconstruction", "settings": settings, "measurements": [measured, endless], "notes": ["Not FID."]}
+    return {
+        "kind": "reconstruction",
+        "settings": settings,
+        "measurements": [measured, endless],
+        "notes": ["Not FID."],
+    }
 
 
 @pytest.mark.parametrize("kind", ["conv", "vqrae"])
@@ -101,8 +121,15 @@ def test_nothing_tells_of_the_makers_machine(kind, tmp_path, request):
     run = request.getfixturevalue(kind)
     out = sharing.save_pretrained(run, tmp_path / "shared")
     files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    encoder = {"weights/encoder/config.json", "weights/encoder/preprocessor_config.json"} if kind == "vqrae" else set()
-    assert set(files) == {"config.yaml", "manifest.json", "README.md", "weights/model.safetensors"} | encoder
+    encoder = (
+        {"weights/encoder/config.json", "weights/encoder/preprocessor_config.json"}
+        if kind == "vqrae"
+        else set()
+    )
+    assert (
+        set(files)
+        == {"config.yaml", "manifest.json", "README.md", "weights/model.safetensors"} | encoder
+    )
     for path in files.values():
         assert str(tmp_path).encode() not in path.read_bytes(), path
     assert weights_hash(out) == weights_hash(run)
@@ -111,8 +138,14 @@ def test_nothing_tells_of_the_makers_machine(kind, tmp_path, request):
 
 
 def test_names_of_the_hub_are_kept():
-    assert sharing._portable("google/siglip2-so400m-patch16-256") == "google/siglip2-so400m-patch16-256"
-    assert sharing._portable({"a": ["hub:a/b"], "b": "/x/y.pth", "c": "../y", "d": "~/z"})["b"] == "y.pth"
+    assert (
+        sharing._portable("google/siglip2-so400m-patch16-256")
+        == "google/siglip2-so400m-patch16-256"
+    )
+    assert (
+        sharing._portable({"a": ["hub:a/b"], "b": "/x/y.pth", "c": "../y", "d": "~/z"})["b"]
+        == "y.pth"
+    )
     assert sharing._portable("hub:a/b") == "hub:a/b" and sharing._portable("~/z") == "z"
 
 
@@ -126,7 +159,11 @@ def test_the_card_is_filled_from_run_and_report(conv, tmp_path):
     (conv.parent / "report").mkdir()
     (conv.parent / "report" / "reconstruction.json").write_text(json.dumps(report_of(conv)))
     front, text = card_of(sharing.save_pretrained(conv, tmp_path / "shared"))
-    assert front["library_name"] == "tessera" and front["license"] == "other" and "vqvae" in front["tags"]
+    assert (
+        front["library_name"] == "tessera"
+        and front["license"] == "other"
+        and "vqvae" in front["tags"]
+    )
     assert "16 discrete codes (4 x 4 of 16), 64 bits" in text
     assert "At step 1000" in text and "held_out.psnr 21.5" in text
     assert "| PSNR ↑ | 23.88 dB | 23.84 – 23.93 | 10000 | held-out | mean over images |" in text
@@ -153,7 +190,9 @@ def test_damage_is_one_line(conv, tmp_path):
     out = sharing.save_pretrained(conv, tmp_path / "shared")
     weights = weights_path(out)
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit, which safetensors cannot see
+    weights.write_bytes(
+        whole[:-1] + bytes([whole[-1] ^ 1])
+    )  # one bit, which safetensors cannot see
     fails(out, r"model\.safetensors: not what manifest\.json says")
     weights.write_bytes(whole[: len(whole) // 2])
     fails(out, r"model\.safetensors: not what")
@@ -182,7 +221,11 @@ def test_a_configuration_of_others_reads_no_file_of_this_machine(conv, tmp_path)
     (tmp_path / "ours.yaml").write_text("seed: 7\n")
     saved = (conv / "config.yaml").read_text()
     (conv / "config.yaml").write_text(f"include: {tmp_path / 'ours.yaml'}\n{saved}")
-    for make in (tokenizer.load, sharing.from_pretrained, lambda run: sharing.save_pretrained(run, tmp_path / "out")):
+    for make in (
+        tokenizer.load,
+        sharing.from_pretrained,
+        lambda run: sharing.save_pretrained(run, tmp_path / "out"),
+    ):
         with pytest.raises(UserError, match=r"config\.yaml: include: .*stands alone"):
             make(conv)
 
@@ -219,7 +262,9 @@ def test_only_shared_folders_are_replaced(conv, tmp_path):
     with pytest.raises(UserError, match="itself"):
         sharing.save_pretrained(out, out)
     assert (tmp_path / "named_alike" / "weights" / "vgg16.pth").read_text() == "theirs"
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and weights_path(conv).is_file()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and weights_path(
+        conv
+    ).is_file()
 
 
 def test_what_others_put_into_a_shared_folder_stays(conv, tmp_path):
@@ -260,7 +305,9 @@ def test_names_are_read_from_the_hub(conv, tmp_path, monkeypatch):
     found = sharing.from_pretrained("owner/name", revision="v2")
     assert torch.equal(found.encode(IMAGES), tokenizer.load(conv).encode(IMAGES))
     assert asked[0][:2] == ("owner/name", "v2")
-    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked[0][2]), "safetensors only"
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked[0][2]), (
+        "safetensors only"
+    )
 
 
 class Api:
@@ -283,13 +330,19 @@ def test_push_uploads_what_save_writes(conv, tmp_path, monkeypatch, capsys):
     assert sharing.push_to_hub(conv, "owner/name") == "https://hub/owner/name"
     created, uploaded = Api.calls
     assert created == ("create", "owner/name", {"private": True, "exist_ok": True})
-    assert uploaded[:3] == ("upload", "owner/name", ["README.md", "config.yaml", "manifest.json", "weights"])
+    assert uploaded[:3] == (
+        "upload",
+        "owner/name",
+        ["README.md", "config.yaml", "manifest.json", "weights"],
+    )
 
     monkeypatch.setattr(sys, "argv", ["sharing", "save", str(conv), str(tmp_path / "shared")])
     sharing.main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "shared")
     (tmp_path / "shared" / "README.md").write_text("mine")
-    monkeypatch.setattr(sys, "argv", ["sharing", "push", str(tmp_path / "shared"), "owner/name", "--public"])
+    monkeypatch.setattr(
+        sys, "argv", ["sharing", "push", str(tmp_path / "shared"), "owner/name", "--public"]
+    )
     sharing.main()
     assert Api.calls[2][2]["private"] is False and Api.calls[3][3] == "mine"
 
@@ -307,8 +360,14 @@ def model(tmp_path):
     (tmp_path / "made").mkdir(exist_ok=True)
     statistics = {"mean": torch.randn(16, 4, 4), "var": torch.rand(16, 4, 4) + 0.5}
     torch.save(statistics, tmp_path / "made" / "stat.pt")
-    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-    (tmp_path / "made" / "decoder.json").write_text(json.dumps(decoder | {"decoder_intermediate_size": 24}))
+    decoder = {
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+    }
+    (tmp_path / "made" / "decoder.json").write_text(
+        json.dumps(decoder | {"decoder_intermediate_size": 24})
+    )
     model = VQRAE(
         encoder_config_path=save_encoder(tmp_path / "made" / "encoder", "dinov2"), encoder_input_size=16,
         decoder_config_path=str(tmp_path / "made" / "decoder.json"), decoder_patch_size=4,
@@ -328,7 +387,9 @@ def test_a_vqrae_comes_back_to_the_bit(model, tmp_path):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
     again = sharing.load_vqrae(out)
     assert torch.equal(again.encode_to_indices(images), codes) and len(codes.unique()) > 1
-    assert torch.equal(again.encode(images), latents) and torch.equal(again.decode_from_indices(codes), decoded)
+    assert torch.equal(again.encode(images), latents) and torch.equal(
+        again.decode_from_indices(codes), decoded
+    )
     assert again.autoencoder.encoder.frozen is False and not again.training
     sharing.save_vqrae(again, tmp_path / "again")
     assert weights_hash(tmp_path / "again") == weights_hash(out)
@@ -357,7 +418,9 @@ def test_a_vqrae_is_pushed(model, monkeypatch):
     assert "# name\n" in Api.calls[1][3] and "VQRAE.from_pretrained" in Api.calls[1][3]
 
 
-def test_a_path_that_is_no_folder_any_more_is_not_published_as_a_name_of_the_hub(tmp_path, monkeypatch):
+def test_a_path_that_is_no_folder_any_more_is_not_published_as_a_name_of_the_hub(
+    tmp_path, monkeypatch
+):
     """The run may have been made elsewhere: encoders/mae was a folder there."""
     from huggingface_hub import constants
 

@@ -27,7 +27,9 @@ class Float64(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
-                assert not (self.has_none and isinstance(tensor, Pretended)), f"{func} makes float64 on the GPU"
+                assert not (self.has_none and isinstance(tensor, Pretended)), (
+                    f"{func} makes float64 on the GPU"
+                )
                 self.made += tensor.numel()
         return made
 
@@ -40,7 +42,10 @@ def on_gpu(features, codebook, offsets=None, float64=True):
     with pytest.MonkeyPatch.context() as patch, pretended_gpu() as waits:
         if not float64:
             patch.setattr(shortlist, "has_float64", lambda device: False)
-        given = [None if part is None else part.to(distributed.device()) for part in (features, codebook, offsets)]
+        given = [
+            None if part is None else part.to(distributed.device())
+            for part in (features, codebook, offsets)
+        ]
         waits.clear()
         with Float64(has_none=not float64):
             codes = shortlist.nearest_listed(*given)
@@ -90,7 +95,9 @@ def test_near_ties_and_equal_codes(nearest, copies):
     """Copies of each code, of which half differ by one unit of the last place in one channel."""
     order = torch.randperm(30 * copies)
     codebook = torch.randn(30, 40).repeat(copies, 1)
-    codebook[len(codebook) // 2 :, 7] = torch.nextafter(codebook[len(codebook) // 2 :, 7], torch.tensor(INF))
+    codebook[len(codebook) // 2 :, 7] = torch.nextafter(
+        codebook[len(codebook) // 2 :, 7], torch.tensor(INF)
+    )
     codebook = codebook[order]
     features = 0.1 * torch.randn(200, 40) + codebook[torch.randint(len(codebook), (200,))]
     features[:, 7] += 1
@@ -99,7 +106,11 @@ def test_near_ties_and_equal_codes(nearest, copies):
 
 def test_equal_distances_go_to_the_lowest_index(nearest):
     codebook = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    assert nearest(torch.tensor([[0.0, 0.0], [0.0, 3.0], [3.0, 3.0]]), codebook).tolist() == [1, 1, 0]
+    assert nearest(torch.tensor([[0.0, 0.0], [0.0, 3.0], [3.0, 3.0]]), codebook).tolist() == [
+        1,
+        1,
+        0,
+    ]
     assert nearest(torch.randn(50, 5), torch.ones(900, 5)).tolist() == [0] * 50
 
 
@@ -115,7 +126,10 @@ def test_rows_and_codes_of_very_different_lengths(nearest):
     norms = codebook.double().square().sum(1) / 2  # a distance would drown in |z|^2
     expected = (norms - features.double() @ codebook.double().T).argmin(1)
     assert torch.equal(nearest(features, codebook), expected)
-    assert nearest(torch.zeros(3, 16), codebook).tolist() == oracle(torch.zeros(3, 16), codebook).tolist()
+    assert (
+        nearest(torch.zeros(3, 16), codebook).tolist()
+        == oracle(torch.zeros(3, 16), codebook).tolist()
+    )
 
 
 def test_what_is_not_finite_is_flagged_never_chosen_and_changes_no_other(nearest):
@@ -126,7 +140,9 @@ def test_what_is_not_finite_is_flagged_never_chosen_and_changes_no_other(nearest
     assert torch.equal(nearest(features, codebook), oracle(features, codebook))
     assert nearest(features[:4], torch.full((5, 24), NAN)).tolist() == [-1] * 4
     offsets = torch.zeros(80)
-    assert nearest(features[:1] * 0, torch.randn(80, 24), offsets.index_fill(0, torch.tensor([0]), INF)).tolist() == [1]
+    assert nearest(
+        features[:1] * 0, torch.randn(80, 24), offsets.index_fill(0, torch.tensor([0]), INF)
+    ).tolist() == [1]
 
 
 def test_a_large_common_mean_costs_no_precision(nearest):
@@ -135,7 +151,11 @@ def test_a_large_common_mean_costs_no_precision(nearest):
 
 
 def test_a_processor_that_flushes_small_numbers_to_zero():
-    cases = [(torch.randn(60, 20) * a, torch.randn(90, 20) * b) for a in (1e-20, 1e-13, 1) for b in (1e-12, 1e-9, 1)]
+    cases = [
+        (torch.randn(60, 20) * a, torch.randn(90, 20) * b)
+        for a in (1e-20, 1e-13, 1)
+        for b in (1e-12, 1e-9, 1)
+    ]
     expected = [oracle(*case) for case in cases]
     try:
         if not torch.set_flush_denormal(True):

@@ -34,7 +34,11 @@ from training.saver import Saver, is_finite
 from training.signals import listening
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 BAD_STEPS = {2, 3, 6, 7, 8}
 
@@ -91,7 +95,9 @@ def test_sigterm_while_looking_at_the_model_saves_and_ends(tmp_path, straight, h
     """What was not looked at to its end is looked at when the run goes on, at its last step too."""
     shown = []
 
-    def interrupted(averaged: nn.Module, path: Path | None = None, at: int | None = None) -> dict[str, float]:
+    def interrupted(
+        averaged: nn.Module, path: Path | None = None, at: int | None = None
+    ) -> dict[str, float]:
         shown.append(at)
         if len(shown) == (5, 9).index(step) + 1:
             stop_me()
@@ -189,14 +195,22 @@ def test_any_command_ends_in_order_on_sigterm(capsys):
 
 def test_a_preempted_process_exits_with_75(tmp_path):
     command = [sys.executable, __file__, "preempted", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=60)
-    assert done.returncode == 75 and done.stderr.count("\n") == 1 and "stopped at step 3 and saved" in done.stderr
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=60
+    )
+    assert (
+        done.returncode == 75
+        and done.stderr.count("\n") == 1
+        and "stopped at step 3 and saved" in done.stderr
+    )
     assert marker(tmp_path / "run")["step"] == 3
 
 
 def test_sigterm_to_torchrun_saves_and_leaves_the_marker(tmp_path):
     command = [*LAUNCH, __file__, "endless", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT
+    )
     try:
         while not any(tmp_path.glob("run/checkpoints/step-*")):
             assert process.poll() is None, process.communicate()
@@ -226,8 +240,20 @@ def test_the_job_script_requeues_what_asks_for_it(tmp_path, srun, requeued, code
         (tmp_path / name).chmod(0o755)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "requeue").write_text("of an earlier start")
-    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "RUNS": str(tmp_path)}
-    command = ["bash", str(ROOT / "docs/slurm/tessera.sbatch"), "priors.train", "x.yaml", f"root={tmp_path}", "name=a"]
+    slurm = {
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "RUNS": str(tmp_path),
+    }
+    command = [
+        "bash",
+        str(ROOT / "docs/slurm/tessera.sbatch"),
+        "priors.train",
+        "x.yaml",
+        f"root={tmp_path}",
+        "name=a",
+    ]
     environment = ENVIRONMENT | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
@@ -243,7 +269,9 @@ class Coder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
-        config = VectorConfig(num_codes=8, code_dim=4, decay=0.5, restart="data", init="normal", restart_below=0.5)
+        config = VectorConfig(
+            num_codes=8, code_dim=4, decay=0.5, restart="data", init="normal", restart_below=0.5
+        )
         self.quantizer = config.build()
 
     def loss(self, batch: Batch, step: int) -> Loss:
@@ -260,7 +288,9 @@ def broken(loss: Callable, kind: str, steps: set[int], rank: int) -> Callable:
         if step not in steps or distributed.rank() != rank:
             return loss(batch, step)
         if kind == "data":
-            return loss(dataclasses.replace(batch, tensors={"rows": batch["rows"] * math.nan}), step)
+            return loss(
+                dataclasses.replace(batch, tensors={"rows": batch["rows"] * math.nan}), step
+            )
         made = loss(batch, step)
         return Loss(made.total + math.inf if kind == "value" else made.total * math.nan, made.parts)
 
@@ -273,9 +303,14 @@ def state_of(*modules: nn.Module) -> list[Tensor]:
 
 def train_broken(folder: Path, kind: str, turn: str, rank: int) -> dict[str, Any]:
     """Meet values that are not finite twice, then until the run stops; what this rank saw of it."""
-    config = ToyRun(dropout=0.0, discriminator_start_step=0, loop=loop(save_every=2, max_bad_steps=3, keep=1))
+    config = ToyRun(
+        dropout=0.0, discriminator_start_step=0, loop=loop(save_every=2, max_bad_steps=3, keep=1)
+    )
     toy, coder = Toy(config), Coder()
-    turns = [*toy.turns, Turn("coder", coder, coder.loss, OPTIMIZER, after_step=coder.quantizer.update)]
+    turns = [
+        *toy.turns,
+        Turn("coder", coder, coder.loss, OPTIMIZER, after_step=coder.quantizer.update),
+    ]
     index = ["generator", "discriminator", "coder"].index(turn)
     states: list[list[Tensor]] = []
 
@@ -284,14 +319,23 @@ def train_broken(folder: Path, kind: str, turn: str, rank: int) -> dict[str, Any
         return inner(batch, step)
 
     turns[0] = dataclasses.replace(turns[0], loss=watched)
-    turns[index] = dataclasses.replace(turns[index], loss=broken(turns[index].loss, kind, BAD_STEPS, rank))
+    turns[index] = dataclasses.replace(
+        turns[index], loss=broken(turns[index].loss, kind, BAD_STEPS, rank)
+    )
     taken = []
     after = turns[index].after_step
     turns[index].after_step = lambda step, was: (taken.append(was), after and after(step, was))
     facts: dict[str, Any] = {}
     try:
         batches = feed(Rows(), config.loop.batch_size, seed=5)
-        train(config.loop, Run.open(folder, config), turns, batches, seed=7, published=turns[index].module)
+        train(
+            config.loop,
+            Run.open(folder, config),
+            turns,
+            batches,
+            seed=7,
+            published=turns[index].module,
+        )
     except UserError as error:
         facts = {"error": str(error), "told": error.told}
     states.append(state_of(coder) if turn == "coder" else state_of(turns[index].module))
@@ -300,14 +344,21 @@ def train_broken(folder: Path, kind: str, turn: str, rank: int) -> dict[str, Any
     ]  # fmt: skip
     facts["finite"] = all(is_finite(tensor) for tensor in states[-1])
     facts["sums"] = [float(tensor.double().sum()) for tensor in states[-1]]
-    return facts | {"taken": taken, "kept": sorted(path.name for path in folder.glob("checkpoints/step-*"))}
+    return facts | {
+        "taken": taken,
+        "kept": sorted(path.name for path in folder.glob("checkpoints/step-*")),
+    }
 
 
 def fill_the_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-CASES = [(kind, turn) for turn in ("generator", "discriminator", "coder") for kind in ("data", "value", "gradient")]
+CASES = [
+    (kind, turn)
+    for turn in ("generator", "discriminator", "coder")
+    for kind in ("data", "value", "gradient")
+]
 
 
 def on_two_ranks(folder: Path) -> None:
@@ -318,7 +369,10 @@ def on_two_ranks(folder: Path) -> None:
     train_toy(folder / "straight")
     again = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if not again:
-        facts = {f"{kind} {turn}": train_broken(folder / f"{kind}-{turn}", kind, turn, 1) for kind, turn in CASES}
+        facts = {
+            f"{kind} {turn}": train_broken(folder / f"{kind}-{turn}", kind, turn, 1)
+            for kind, turn in CASES
+        }
         (folder / "in the way").write_text("")
         for name, attempt in {
             "open": lambda: Run.open(folder / "in the way", ToyRun()),
@@ -343,7 +397,9 @@ def on_two_ranks(folder: Path) -> None:
 def two_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     command = [*LAUNCH, "--max-restarts", "1", __file__, "ranks", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=200)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     (folder / "stderr").write_text(done.stderr)
     return folder
@@ -363,9 +419,14 @@ def test_what_one_rank_finds_not_finite_moves_nothing_on_any(two_ranks, kind, tu
     expected = [step not in BAD_STEPS for step in range(9)]
     for facts in (first, second):
         assert facts["taken"] == expected and facts["unmoved"] == [not moved for moved in expected]
-        assert facts["finite"] and facts["sums"] == first["sums"] and facts["error"] == first["error"]
+        assert (
+            facts["finite"] and facts["sums"] == first["sums"] and facts["error"] == first["error"]
+        )
     assert (first["told"], second["told"]) == (False, True)  # one line for all of them
-    assert "3 steps in a row" in first["error"] and "step-00000008 is kept; lower optimizer.lr" in first["error"]
+    assert (
+        "3 steps in a row" in first["error"]
+        and "step-00000008 is kept; lower optimizer.lr" in first["error"]
+    )
     # `keep` is 1: at step 6 the last good one took the place of all before, and stays during the bad ones
     assert first["kept"] == ["step-00000006", "step-00000008"]
 
@@ -443,7 +504,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, of):
     config = ToyRun(loop=loop(steps=20, keep=1))
     turn = Turn("module", module, loss, OPTIMIZER, after_step=spoil)
     run = Run.open(tmp_path / "run", config)
-    with pytest.raises(UserError, match=r"not finite.*step-00000004 is kept; lower optimizer\.lr") as caught:
+    with pytest.raises(
+        UserError, match=r"not finite.*step-00000004 is kept; lower optimizer\.lr"
+    ) as caught:
         train(config.loop, run, [turn], feed(Rows(), 8, seed=5), seed=0, published=module)
     assert "at step 8 modules.module.bias" in str(caught.value)
     assert Run(tmp_path / "run", None).latest()["step"] == 4
@@ -467,11 +530,16 @@ def test_the_log_says_how_long_training_waits(tmp_path):
             time.sleep(0.2)
             return super().gather(keys)
 
-    Toy(ToyRun(loop=loop(steps=3, log_every=1, save_every=1))).train(tmp_path / "run", feed(Slow(), 8, seed=5))
+    Toy(ToyRun(loop=loop(steps=3, log_every=1, save_every=1))).train(
+        tmp_path / "run", feed(Slow(), 8, seed=5)
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "seconds" in line]
     assert len(lines) == 3 and set(CLOCKS) - {"save_seconds"} < lines[0].keys()
-    assert all(0 < line["data_wait"] <= 1 for line in lines) and lines[2]["data_wait"] * lines[2]["seconds"] > 0.15
+    assert (
+        all(0 < line["data_wait"] <= 1 for line in lines)
+        and lines[2]["data_wait"] * lines[2]["seconds"] > 0.15
+    )
     assert "save_seconds" not in lines[0] and all(line["save_seconds"] > 0 for line in lines[1:])
 
 
@@ -487,8 +555,12 @@ def test_the_share_of_the_batch_may_change_between_starts(tmp_path, accumulate):
     train_toy(tmp_path / "straight", config)
     one, two = (leaves(Run(tmp_path / name, None).latest()) for name in ("run", "straight"))
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-    for line, other in zip(log_lines(tmp_path / "run"), log_lines(tmp_path / "straight"), strict=True):
+        torch.testing.assert_close(
+            two[name], value, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for line, other in zip(
+        log_lines(tmp_path / "run"), log_lines(tmp_path / "straight"), strict=True
+    ):
         assert line == pytest.approx(other, abs=1e-12)
 
 
@@ -499,7 +571,10 @@ def endless(folder: Path) -> None:
 
     def main() -> None:
         try:
-            train_toy(folder / "run", ToyRun(loop=loop(steps=1_000_000, preview_every=1_000_000, save_every=20)))
+            train_toy(
+                folder / "run",
+                ToyRun(loop=loop(steps=1_000_000, preview_every=1_000_000, save_every=20)),
+            )
         except Interrupted as interrupted:
             step = str(interrupted).partition("step ")[2].split()[0]
             (folder / f"rank-{distributed.rank()}").write_text(f"{interrupted.code} {step}")
@@ -518,4 +593,6 @@ def preempted(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ranks": on_two_ranks, "endless": endless, "preempted": preempted}[sys.argv[1]](Path(sys.argv[2]))
+    {"ranks": on_two_ranks, "endless": endless, "preempted": preempted}[sys.argv[1]](
+        Path(sys.argv[2])
+    )

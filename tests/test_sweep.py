@@ -66,7 +66,10 @@ def test_the_front_is_what_nothing_beats():
 
 def test_a_sweep_gives_table_plot_and_lines(swept):
     plan, made = json.loads((swept / "sweep.json").read_text()), lines(swept)
-    assert plan["varied"] == ["temperature", "steps"] and [each["folder"] for each in made] == plan["combinations"]
+    assert (
+        plan["varied"] == ["temperature", "steps"]
+        and [each["folder"] for each in made] == plan["combinations"]
+    )
     assert [(each["options"]["temperature"], each["options"]["steps"]) for each in made] == [
         (0.9, 1),
         (0.9, 2),
@@ -74,7 +77,10 @@ def test_a_sweep_gives_table_plot_and_lines(swept):
         (1.0, 2),
     ]
     rows = (swept / "sweep.md").read_text().splitlines()
-    assert rows[0].split("|")[1:3] == [" temperature ", " steps "] and len([row for row in rows if row[:1] == "|"]) == 6
+    assert (
+        rows[0].split("|")[1:3] == [" temperature ", " steps "]
+        and len([row for row in rows if row[:1] == "|"]) == 6
+    )
     assert "class agreement" in rows[0] and "★" in "".join(rows) and "Not FID" in rows[-1]
     assert (swept / "pareto.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -84,7 +90,9 @@ def test_figures_are_of_their_own_samples(swept, root):
 
     extractor = InDomain(root / "extractor")
     held_out = open_split(DataConfig(source="digits", image_size=16), "held_out")
-    real = extractor(to_uint8(held_out.gather([(0, index) for index in range(len(held_out))])["images"])).features
+    real = extractor(
+        to_uint8(held_out.gather([(0, index) for index in range(len(held_out))])["images"])
+    ).features
     for line in lines(swept):
         with np.load(swept / line["folder"] / "samples.npz") as stored:
             images, labels = torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2), stored["arr_1"]
@@ -93,31 +101,45 @@ def test_figures_are_of_their_own_samples(swept, root):
         expected = frechet_distance(Gaussian.of_features(seen.features), Gaussian.of_features(real))
         assert distance["value"] == pytest.approx(expected, rel=1e-3) and distance["n"] == 60
         share = (seen.probabilities.argmax(1).numpy() == labels).mean()
-        assert agreement["value"] == pytest.approx(100 * share, abs=2) and line["seconds_per_image"] > 0
+        assert (
+            agreement["value"] == pytest.approx(100 * share, abs=2)
+            and line["seconds_per_image"] > 0
+        )
 
 
 def test_what_is_finished_is_never_made_again(swept, root, monkeypatch, capsys):
     kept, before = lines(swept), (swept / "sweep.jsonl").stat().st_mtime_ns
     made = {path: path.stat().st_mtime_ns for path in swept.glob("*/samples.npz")}
     assert len(made) == 4
-    monkeypatch.setattr("generate.sweep.measure", lambda out, *words: command("eval.sweep", out, *words))
+    monkeypatch.setattr(
+        "generate.sweep.measure", lambda out, *words: command("eval.sweep", out, *words)
+    )
     assert command("generate.sweep", root, *WORDS) == 0
     assert capsys.readouterr().out.count("current, 60 samples") == 4
     assert (swept / "sweep.jsonl").stat().st_mtime_ns == before
 
-    (swept / "sweep.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept[:3]))  # stopped before the last
+    (swept / "sweep.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in kept[:3])
+    )  # stopped before the last
     assert command("eval.sweep", swept) == 0
     assert lines(swept)[:3] == kept[:3] and lines(swept)[3]["key"] == kept[3]["key"]
 
     more = ["--temperature", "1", "--steps", "1,2,3", "--num", 60, "--batch-size", 30]
     assert command("generate.sweep", root, *more) == 0
-    assert all(path.stat().st_mtime_ns == then for path, then in made.items()) and len(lines(swept)) == 5
+    assert (
+        all(path.stat().st_mtime_ns == then for path, then in made.items())
+        and len(lines(swept)) == 5
+    )
     assert json.loads((swept / "sweep.json").read_text())["varied"] == ["steps"]
-    assert (swept / "sweep.md").read_text().count("\n|") == 4  # those of this sweep only, under a line
+    assert (swept / "sweep.md").read_text().count(
+        "\n|"
+    ) == 4  # those of this sweep only, under a line
 
 
 def test_unconditional_samples_have_a_distance_alone(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("generate.sweep.measure", lambda out, *words: command("eval.sweep", out, *words))
+    monkeypatch.setattr(
+        "generate.sweep.measure", lambda out, *words: command("eval.sweep", out, *words)
+    )
     words = ["--unconditional", "--num", 4, "--out", tmp_path / "sweep"]
     assert command("generate.sweep", root, *words, "--extractor", root / "extractor") == 0
     (line,) = lines(tmp_path / "sweep")
@@ -125,7 +147,10 @@ def test_unconditional_samples_have_a_distance_alone(root, tmp_path, monkeypatch
 
 
 def test_table_puts_the_best_first(swept, root):
-    figures = [[Measurement.from_dict(fields) for fields in line["measurements"]] for line in lines(swept)[:2]]
+    figures = [
+        [Measurement.from_dict(fields) for fields in line["measurements"]]
+        for line in lines(swept)[:2]
+    ]
     made = [Combination({"steps": steps}, 1.0, found) for steps, found in zip((1, 2), figures)]
     best = dataclasses.replace(made[0].measurements[0], value=0.0, interval=None)
     made[1] = dataclasses.replace(made[1], measurements=[best, *made[1].measurements[1:]])
@@ -161,10 +186,16 @@ def test_a_damaged_file_of_lines_is_named(swept, capsys):
 @pytest.mark.parametrize("cut", [1, 20, 10**6])
 def test_a_last_line_that_was_cut_short_is_measured_again(tmp_path, capsys, cut):
     figure = Measurement("FD", 1.0, "", False, 9, "samples", {})
-    texts = [json.dumps({"key": key, "seconds_per_image": 1.0, "measurements": [figure.to_dict()]}) for key in "ab"]
+    texts = [
+        json.dumps({"key": key, "seconds_per_image": 1.0, "measurements": [figure.to_dict()]})
+        for key in "ab"
+    ]
     path = tmp_path / "sweep.jsonl"
     last = (texts[1] + "\n")[:-cut] or texts[1][:1]
     path.write_text(f"{texts[0]}\n{last}")
-    assert list(_read_lines(path)) == ["a"] and "its last line was cut short" in capsys.readouterr().out
+    assert (
+        list(_read_lines(path)) == ["a"]
+        and "its last line was cut short" in capsys.readouterr().out
+    )
     path.write_text("\n".join([*texts, ""]))
     assert list(_read_lines(path)) == ["a", "b"] and not capsys.readouterr().out

@@ -63,7 +63,9 @@ def samples(numbers, label=lambda number: {"cls": str(number % 2).encode()}, ext
 def shards(root, counts=(5, 7, 8), **options):
     first = 0
     for place, count in enumerate(counts):
-        write_shard(root / f"shards-{place:06d}.tar", samples(range(first, first + count), **options))
+        write_shard(
+            root / f"shards-{place:06d}.tar", samples(range(first, first + count), **options)
+        )
         first += count
     return root
 
@@ -74,7 +76,9 @@ def config_of(source, **options):
 
 def shades(images):
     """Of every image of a split, in order."""
-    return to_uint8(images.gather([(0, i) for i in range(len(images))])["images"])[:, 0, 0, 0].tolist()
+    return to_uint8(images.gather([(0, i) for i in range(len(images))])["images"])[
+        :, 0, 0, 0
+    ].tolist()
 
 
 def everything(source, **options):
@@ -92,7 +96,13 @@ def everything(source, **options):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_headers_are_read_as_tarfile_reads_them(tmp_path, kind):
     random = np.random.default_rng(0)
-    names = ["a.png", "./b.png", "folder/" * 12 + "c" * 60 + ".png", "d" * 99 + "/" + "e" * 90 + ".png", "déjà.png"]
+    names = [
+        "a.png",
+        "./b.png",
+        "folder/" * 12 + "c" * 60 + ".png",
+        "d" * 99 + "/" + "e" * 90 + ".png",
+        "déjà.png",
+    ]
     if kind != "ustar":
         names += ["f" * 300 + ".png", "g" * 300 + "/" + "h" * 5000 + ".png", "日本/猫.png"]
     link = tarfile.TarInfo("link.png")
@@ -100,13 +110,20 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, kind):
     folder = tarfile.TarInfo("folder")
     folder.type = tarfile.DIRTYPE
     entries = [(name, random.bytes(int(random.integers(2000)))) for name in names]
-    path = write_shard(tmp_path / "a.tar", [folder, *entries[:2], link, *entries[2:], ("empty.cls", b"")], kind)
+    path = write_shard(
+        tmp_path / "a.tar", [folder, *entries[:2], link, *entries[2:], ("empty.cls", b"")], kind
+    )
     with tarfile.open(path) as tar:
         expected = [
-            (m.name.encode(), m.type, m.offset_data, m.size) for m in tar if not tar.pax_headers.get("GNU.sparse.name")
+            (m.name.encode(), m.type, m.offset_data, m.size)
+            for m in tar
+            if not tar.pax_headers.get("GNU.sparse.name")
         ]
     with open(path, "rb") as file:
-        found = [(m.name.removesuffix(b"/"), m.kind, m.offset, m.size) for m in tar_index.members(file.fileno())]
+        found = [
+            (m.name.removesuffix(b"/"), m.kind, m.offset, m.size)
+            for m in tar_index.members(file.fileno())
+        ]
     assert found == expected and len(found) == len(names) + 3
 
 
@@ -134,7 +151,9 @@ def test_shards_give_what_a_folder_gives(tmp_path):
     """The same batches, whether decoded once or as they are read, and after a change of how they are kept."""
     root = shards(tmp_path / "set")
     eager = open_split(config_of(root, augment="flip_shift"), "train", augment=True, seed=4)
-    lazy = open_split(config_of(root, augment="flip_shift", memory_mib=0), "train", augment=True, seed=4)
+    lazy = open_split(
+        config_of(root, augment="flip_shift", memory_mib=0), "train", augment=True, seed=4
+    )
     keys = [(epoch, index) for epoch in range(3) for index in range(len(lazy))]
     one, other = eager.gather(keys), lazy.gather(keys)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -142,7 +161,13 @@ def test_shards_give_what_a_folder_gives(tmp_path):
 
 
 def test_the_image_is_the_plain_one(tmp_path):
-    entries = [("a.seg.png", png(1)), ("a.png", png(2)), ("a.jpg", png(3)), ("b.depth.png", png(4)), ("c.txt", b"")]
+    entries = [
+        ("a.seg.png", png(1)),
+        ("a.png", png(2)),
+        ("a.jpg", png(3)),
+        ("b.depth.png", png(4)),
+        ("c.txt", b""),
+    ]
     listing = open_listing(str(write_shard(tmp_path / "a.tar", entries)), 0)
     assert [listing.read(0), listing.read(1)] == [png(2), png(4)]
     assert listing.refused == {2: "holds no image"} and listing.where(2) == "a/c"
@@ -153,8 +178,16 @@ def test_the_image_is_the_plain_one(tmp_path):
 def test_what_belongs_to_no_sample_is_passed_over(tmp_path):
     folder = tarfile.TarInfo("0")
     folder.type = tarfile.DIRTYPE
-    listed = [("README", b"text"), ("0/._a.png", b"of another system"), ("0/a.png", png(1)), ("0/b.png", png(2))]
-    assert everything(write_shard(tmp_path / "a.tar", [folder, *listed])) == ([(1, 0), (2, 0)], ["0"])
+    listed = [
+        ("README", b"text"),
+        ("0/._a.png", b"of another system"),
+        ("0/a.png", png(1)),
+        ("0/b.png", png(2)),
+    ]
+    assert everything(write_shard(tmp_path / "a.tar", [folder, *listed])) == (
+        [(1, 0), (2, 0)],
+        ["0"],
+    )
 
 
 # Classes
@@ -168,8 +201,19 @@ def test_classes_come_from_cls_then_json_then_the_folder(tmp_path):
     cases = [
         ([*samples([1, 2], lambda number: named(number))], ["1", "2"]),
         ([*samples([1, 2], lambda number: named("ab"[number % 2]))], ["a", "b"]),
-        ([*samples([1], lambda number: both), *samples([2], lambda number: {"cls": b"3"})], ["3", "4"]),
-        ([("x/a.png", png(1)), ("y/z/b.png", png(2)), ("./y/c.png", png(3)), ("y/c.json", b"{}")], ["x", "y"]),
+        (
+            [*samples([1], lambda number: both), *samples([2], lambda number: {"cls": b"3"})],
+            ["3", "4"],
+        ),
+        (
+            [
+                ("x/a.png", png(1)),
+                ("y/z/b.png", png(2)),
+                ("./y/c.png", png(3)),
+                ("y/c.json", b"{}"),
+            ],
+            ["x", "y"],
+        ),
         ([*samples([1, 2], lambda number: {"json": b"[1]"})], ["all"]),
     ]
     for place, (entries, class_names) in enumerate(cases):
@@ -179,15 +223,29 @@ def test_classes_come_from_cls_then_json_then_the_folder(tmp_path):
 
 def test_classes_are_those_of_all_shards(tmp_path):
     for place, classes in enumerate([[7, 3], [11, 7], [5]]):
-        entries = [entry for n in classes for entry in ((f"{n}.png", png(n)), (f"{n}.cls", str(n).encode()))]
+        entries = [
+            entry
+            for n in classes
+            for entry in ((f"{n}.png", png(n)), (f"{n}.cls", str(n).encode()))
+        ]
         write_shard(tmp_path / f"{place}.tar", entries)
     listing = open_listing(str(tmp_path), 0)
-    assert listing.class_names == ["3", "5", "7", "11"] and listing.labels.tolist() == [2, 0, 3, 2, 1]
+    assert listing.class_names == ["3", "5", "7", "11"] and listing.labels.tolist() == [
+        2,
+        0,
+        3,
+        2,
+        1,
+    ]
 
 
 def test_one_long_name_of_a_class_does_not_widen_the_others(tmp_path):
     def named(number):
-        return {"json": json.dumps({"label": "x" * (100_000 if number == 7 else 1) + str(number)}).encode()}
+        return {
+            "json": json.dumps(
+                {"label": "x" * (100_000 if number == 7 else 1) + str(number)}
+            ).encode()
+        }
 
     index = tar_index.scan(write_shard(tmp_path / "a.tar", samples(range(200), named)))
     assert sum(part.nbytes for part in index) < 10 * 100_000
@@ -196,7 +254,9 @@ def test_one_long_name_of_a_class_does_not_widen_the_others(tmp_path):
 def test_a_sample_without_a_class_among_others_is_listed(tmp_path):
     entries = [*samples(range(60)), ("lost.png", png(3)), ("folder/lost.png", png(4))]
     path = write_shard(tmp_path / "a.tar", entries)
-    images, held = (open_split(config_of(path, max_bad=0.2), split) for split in ("train", "held_out"))
+    images, held = (
+        open_split(config_of(path, max_bad=0.2), split) for split in ("train", "held_out")
+    )
     lost = ["a/folder/lost: has no class, unlike others", "a/lost: has no class, unlike others"]
     assert sorted(images.bad + held.bad) == lost and images.class_names == ["0", "1"]
 
@@ -228,14 +288,18 @@ def test_other_labels_under_the_same_size_and_date_are_read(tmp_path):
     """As cp -p, rsync --times and tar leave a shard that was written anew."""
 
     def put(*labels):
-        members = [((f"{n}.png", png(n)), (f"{n}.cls", b"%d" % label)) for n, label in enumerate(labels)]
+        members = [
+            ((f"{n}.png", png(n)), (f"{n}.cls", b"%d" % label)) for n, label in enumerate(labels)
+        ]
         return write_shard(tmp_path / "a.tar", [member for pair in members for member in pair])
 
     path = put(0, 0, 1, 1)
     assert everything(path)[0] == [(0, 0), (1, 0), (2, 1), (3, 1)]
     found = path.stat()
     put(0, 1, 0, 1)
-    while path.stat().st_ctime_ns == found.st_ctime_ns or path.stat().st_mtime_ns != found.st_mtime_ns:
+    while (
+        path.stat().st_ctime_ns == found.st_ctime_ns or path.stat().st_mtime_ns != found.st_mtime_ns
+    ):
         os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (found.st_size, found.st_mtime_ns)
     assert everything(path)[0] == [(0, 0), (1, 1), (2, 0), (3, 1)]
@@ -246,7 +310,9 @@ def test_an_index_with_a_flipped_bit_is_made_again(tmp_path, cache):
     first = everything(path)
     (kept,) = cache.iterdir()
     whole = kept.read_bytes()
-    for place in range(0, len(whole), 3):  # headers of the archive, of its arrays, and what they hold
+    for place in range(
+        0, len(whole), 3
+    ):  # headers of the archive, of its arrays, and what they hold
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         kept.write_bytes(damaged)
@@ -261,17 +327,28 @@ def test_an_index_that_cannot_be_kept_is_not_needed(tmp_path, monkeypatch):
 
 def test_processes_begin_at_different_shards(tmp_path, monkeypatch):
     root, order = shards(tmp_path / "set", (1, 1, 1, 1)), []
-    monkeypatch.setattr(tar_index, "scan", lambda path, scan=tar_index.scan: order.append(path.name[-5]) or scan(path))
+    monkeypatch.setattr(
+        tar_index,
+        "scan",
+        lambda path, scan=tar_index.scan: order.append(path.name[-5]) or scan(path),
+    )
     monkeypatch.setattr("tokenizer.data.tar_shards.READERS", 1)
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert open_listing(str(root), 0).labels.tolist() == [0, 1, 0, 1] and order == ["2", "3", "0", "1"]
+    assert open_listing(str(root), 0).labels.tolist() == [0, 1, 0, 1] and order == [
+        "2",
+        "3",
+        "0",
+        "1",
+    ]
 
 
 def test_memory_per_item_is_some_tens_of_bytes(tmp_path):
     """A million samples with short names are 40 MB: arrays, no object per sample."""
     count = 5_000
-    whole = write_shard(tmp_path / "one.tar", [("0000000.cls", b"1"), ("0000000.jpg", b"x")], "ustar").read_bytes()
+    whole = write_shard(
+        tmp_path / "one.tar", [("0000000.cls", b"1"), ("0000000.jpg", b"x")], "ustar"
+    ).read_bytes()
     blocks = bytearray(whole[: 4 * 512] * count)
     for number in range(count):
         for start in (4 * 512 * number, 4 * 512 * number + 2 * 512):
@@ -313,7 +390,9 @@ def test_patterns_name_shards(tmp_path):
         open_listing(str(root / "shards-000009.tar"), 0)
 
 
-@pytest.mark.parametrize("names", [("train-0", "train-1", "validation-0"), ("train/0", "train/1", "val/0")])
+@pytest.mark.parametrize(
+    "names", [("train-0", "train-1", "validation-0"), ("train/0", "train/1", "val/0")]
+)
 def test_shards_with_their_own_split(tmp_path, names):
     for place, name in enumerate([*names, "notes-0"]):
         write_shard(tmp_path / f"{name}.tar", samples(range(10 * place, 10 * place + 4)))
@@ -367,7 +446,10 @@ def test_nothing_that_a_shard_holds_is_run_followed_or_written(tmp_path, monkeyp
     shell = f"touch {trap}"
     entries = [
         *samples(range(40)),
-        *((f"p{n}.{suffix}", code) for n, suffix in enumerate(["pyd", "pickle", "pkl", "pth", "npy", "pt", "bin"])),
+        *(
+            (f"p{n}.{suffix}", code)
+            for n, suffix in enumerate(["pyd", "pickle", "pkl", "pth", "npy", "pt", "bin"])
+        ),
         ("p7.jpg", code),
         ("p7.cls", b"1"),
         ("p8.png", png(1)),
@@ -391,13 +473,22 @@ def test_nothing_that_a_shard_holds_is_run_followed_or_written(tmp_path, monkeyp
     path = write_shard(tmp_path / "shard.tar", entries)
     before = sorted(tmp_path.rglob("*"))
     listing = open_listing(str(path), 0)
-    reasons = {listing.where(item).removeprefix("shard/"): reason for item, reason in listing.refused.items()}
+    reasons = {
+        listing.where(item).removeprefix("shard/"): reason
+        for item, reason in listing.refused.items()
+    }
     outside = {name: reason for name, reason in reasons.items() if "leaves" in reason}
     assert len(outside) == 3 and all("escaped" in name or "absolute" in name for name in outside)
-    assert {name: reasons[name] for name in ("r0", "r1")} == dict.fromkeys(("r0", "r1"), "is a link")
+    assert {name: reasons[name] for name in ("r0", "r1")} == dict.fromkeys(
+        ("r0", "r1"), "is a link"
+    )
     assert all("device" in reasons[f"r{n}"] for n in range(2, 6))
     assert all(reasons[f"p{n}"] == "holds no image" for n in range(7))
-    assert "class number" in reasons["p8"] and "damaged" in reasons["p9"] and "neither" in reasons["q0"]
+    assert (
+        "class number" in reasons["p8"]
+        and "damaged" in reasons["p9"]
+        and "neither" in reasons["q0"]
+    )
     parts = [open_split(config_of(path, max_bad=0.9), split) for split in ("train", "held_out")]
     assert sorted(shades(parts[0]) + shades(parts[1])) == list(range(40))
     assert sum("p7: is not an image" in line for part in parts for line in part.bad) == 1
@@ -453,7 +544,11 @@ def test_damaged_shards_are_one_line(tmp_path):
 def test_mutated_headers_end_in_an_index_or_a_line(tmp_path):
     """Checksums are mended, so that the fields behind them are met."""
     random = np.random.default_rng(0)
-    entries = [("n" * 150 + ".png", png(1)), *samples(range(3)), special("l.png", tarfile.SYMTYPE, "x")]
+    entries = [
+        ("n" * 150 + ".png", png(1)),
+        *samples(range(3)),
+        special("l.png", tarfile.SYMTYPE, "x"),
+    ]
     refused = 0
     for number in range(400):
         kind = list(FORMATS)[number % 3]
@@ -494,11 +589,22 @@ def test_a_shard_that_changes_under_a_run_is_not_misread(tmp_path):
 
 def test_no_image_of_a_name_with_dots_vanishes(tmp_path):
     """Names split at the first dot, so that 22.00.jpg … 22.09.jpg are one sample: of ten items."""
-    entries = [(f"{key}.{frame:02d}.png", png(10 * key + frame)) for key in (2, 3) for frame in range(10)]
-    assert everything(write_shard(tmp_path / "a.tar", entries)) == ([(shade, 0) for shade in range(20, 40)], ["all"])
+    entries = [
+        (f"{key}.{frame:02d}.png", png(10 * key + frame)) for key in (2, 3) for frame in range(10)
+    ]
+    assert everything(write_shard(tmp_path / "a.tar", entries)) == (
+        [(shade, 0) for shade in range(20, 40)],
+        ["all"],
+    )
     listing = open_listing(str(tmp_path / "a.tar"), 0)
-    assert [listing.key(item) for item in (0, 9, 10)] == ["a/2.00", "a/2.09", "a/3.00"] and not listing.refused
-    assert listing.notes == ["2 samples hold several images (2, 3, …): each image is an item of its own"]
+    assert [listing.key(item) for item in (0, 9, 10)] == [
+        "a/2.00",
+        "a/2.09",
+        "a/3.00",
+    ] and not listing.refused
+    assert listing.notes == [
+        "2 samples hold several images (2, 3, …): each image is an item of its own"
+    ]
 
 
 def test_labels_of_images_that_share_a_sample(tmp_path):
@@ -510,14 +616,31 @@ def test_labels_of_images_that_share_a_sample(tmp_path):
     ]  # fmt: skip
     listing = open_listing(str(write_shard(tmp_path / "a.tar", entries)), 0)
     names = [*listing.class_names, None]
-    assert [names[label] for label in listing.labels.tolist()] == ["7", "9", "5", None, "5"] and not listing.refused
+    assert [names[label] for label in listing.labels.tolist()] == [
+        "7",
+        "9",
+        "5",
+        None,
+        "5",
+    ] and not listing.refused
 
 
 def test_bad_members_of_a_sample_of_several_images_are_their_own(tmp_path):
-    entries = [("a.1.png", png(1)), special("a.2.png", tarfile.SYMTYPE, "x"), ("a.3.png", png(3)), ("a.3.cls", b"x")]
+    entries = [
+        ("a.1.png", png(1)),
+        special("a.2.png", tarfile.SYMTYPE, "x"),
+        ("a.3.png", png(3)),
+        ("a.3.cls", b"x"),
+    ]
     listing = open_listing(str(write_shard(tmp_path / "a.tar", entries)), 0)
-    assert [listing.key(item) for item in range(3)] == ["a/a.1", "a/a.2", "a/a.3"] and listing.read(0) == png(1)
-    assert listing.refused.keys() == {1, 2} and "link" in listing.refused[1] and ".cls" in listing.refused[2]
+    assert [listing.key(item) for item in range(3)] == ["a/a.1", "a/a.2", "a/a.3"] and listing.read(
+        0
+    ) == png(1)
+    assert (
+        listing.refused.keys() == {1, 2}
+        and "link" in listing.refused[1]
+        and ".cls" in listing.refused[2]
+    )
 
 
 def test_what_is_passed_over_is_said(tmp_path, monkeypatch):
@@ -565,6 +688,12 @@ def test_a_name_that_is_there_twice_counts_twice_and_is_said(tmp_path):
     """`tar -r` leaves the old member, which `tar -x` would overwrite."""
     path = write_shard(tmp_path / "a.tar", [*samples(range(4)), *samples([1, 2])])
     images = open_split(config_of(path), "train")
-    assert "2 items have the name of an earlier one in their shard (000001, 000002): both count" in images.notes
+    assert (
+        "2 items have the name of an earlier one in their shard (000001, 000002): both count"
+        in images.notes
+    )
     assert len(images.ids) + len(open_split(config_of(path), "held_out").ids) == 6
-    assert not any("earlier" in note for note in open_split(config_of(shards(tmp_path / "plain")), "train").notes)
+    assert not any(
+        "earlier" in note
+        for note in open_split(config_of(shards(tmp_path / "plain")), "train").notes
+    )

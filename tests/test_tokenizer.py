@@ -50,7 +50,13 @@ def config_of(kind, quantizer, encoder_folder, frozen=True, decoder=None, **chan
     parts = {"encoder": encoder, "decoder": DECODERS[decoder](**DECODER_SIZES[decoder])}
     made = QUANTIZERS[quantizer](**QUANTIZER_SIZES[quantizer])
     if kind == "vqvae2":
-        parts |= {"top": made, "bottom": made, "channels": 16, "residual_blocks": 1, "residual_channels": 8}
+        parts |= {
+            "top": made,
+            "bottom": made,
+            "channels": 16,
+            "residual_blocks": 1,
+            "residual_channels": 8,
+        }
     else:
         parts["quantizer"] = made
     return dataclasses.replace(config, **{**parts, **changes})
@@ -120,7 +126,12 @@ def test_decode_of_encode_is_forward(case, size):
     layout.check(codes)
     assert torch.equal(codes, output.codes) and len(codes) == 6
     assert torch.equal(autoencoder.decode(codes, layout), output.images)
-    assert output.images.shape == given.shape and output.features.shape == (6, 16, size[0] // 4, size[1] // 4)
+    assert output.images.shape == given.shape and output.features.shape == (
+        6,
+        16,
+        size[0] // 4,
+        size[1] // 4,
+    )
     assert output.latents.shape == output.vectors.shape
     if size == (16, 16):
         assert layout == autoencoder.layout
@@ -227,7 +238,9 @@ def test_every_autoencoder_logs_usage(case):
 # one by one
 
 
-@pytest.mark.parametrize("code_dim", [4, 16, 48])  # with projections, without, and with a search in fewer dimensions
+@pytest.mark.parametrize(
+    "code_dim", [4, 16, 48]
+)  # with projections, without, and with a search in fewer dimensions
 def test_calibration_normalises_and_starts_the_codebook(encoder_folder, code_dim):
     config = config_of("vqrae", "vector", encoder_folder)
     autoencoder = dataclasses.replace(
@@ -239,20 +252,28 @@ def test_calibration_normalises_and_starts_the_codebook(encoder_folder, code_dim
     features = torch.cat([autoencoder.encoder(batch) for batch in batches])
     normal = autoencoder.normaliser(features)
     torch.testing.assert_close(normal.mean(0), torch.zeros(16, 4, 4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(normal.var((0, 2, 3), correction=0), torch.ones(16), atol=1e-2, rtol=0)
-    torch.testing.assert_close(autoencoder.normaliser.inverse(normal), features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        normal.var((0, 2, 3), correction=0), torch.ones(16), atol=1e-2, rtol=0
+    )
+    torch.testing.assert_close(
+        autoencoder.normaliser.inverse(normal), features, atol=1e-5, rtol=1e-5
+    )
     assert len(autoencoder.encode(torch.cat(batches)).unique()) == 20
 
 
 def test_codes_start_where_latents_are_though_the_projection_drops_channels(encoder_folder):
     """Centres of what is searched, not projected centres of what is not."""
     config = config_of("vqrae", "vector", encoder_folder)
-    autoencoder = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, code_dim=3)).build(16)
+    autoencoder = dataclasses.replace(
+        config, quantizer=dataclasses.replace(config.quantizer, code_dim=3)
+    ).build(16)
     given = images(batch=64)
     autoencoder.calibrate([given], seed=5)
     normal = autoencoder.normaliser(autoencoder.encoder(given))
     latents = to_rows(autoencoder.project_in(normal).detach())
-    torch.testing.assert_close(autoencoder.quantizer.codebook, kmeans(latents, 20, 5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        autoencoder.quantizer.codebook, kmeans(latents, 20, 5), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["vqrae", "vqvae", "vqvae2"])
@@ -261,7 +282,9 @@ def test_calibration_says_of_which_image_each_row_is(encoder_folder, kind, batch
     autoencoder, given = build(kind, "vector", encoder_folder), images(batch=24)
     asked = []
     for quantizer in [part for part in autoencoder.modules() if hasattr(part, "initialise")]:
-        monkeypatch.setattr(quantizer, "initialise", lambda rows, *_, images: asked.append((rows, images)))
+        monkeypatch.setattr(
+            quantizer, "initialise", lambda rows, *_, images: asked.append((rows, images))
+        )
     autoencoder.calibrate(list(given.split(batches)), seed=0)
     for rows, of_image in asked:
         assert torch.equal(of_image, torch.arange(24).repeat_interleave(len(rows) // 24))
@@ -271,17 +294,28 @@ def test_calibration_says_of_which_image_each_row_is(encoder_folder, kind, batch
 @pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])
 def test_calibration_reads_no_images_for_nothing(encoder_folder, kind):
     autoencoder = build(kind, "fsq", encoder_folder)
-    assert not autoencoder.starts_from_data and build(kind, "vector", encoder_folder).starts_from_data
+    assert (
+        not autoencoder.starts_from_data and build(kind, "vector", encoder_folder).starts_from_data
+    )
     autoencoder.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder ran"))
     autoencoder.calibrate([images()], seed=0)
 
 
 def test_weights_of_a_decoder_are_for_pretrained_encoders(encoder_folder):
-    decoder, foundation = ViTDecoderConfig(weights="decoder.safetensors"), FoundationConfig(name=encoder_folder)
+    decoder, foundation = (
+        ViTDecoderConfig(weights="decoder.safetensors"),
+        FoundationConfig(name=encoder_folder),
+    )
     for model, message in (
-        (dict(kind="vqvae2", decoder=decoder), "model.kind=vqvae2 with encoder.kind=conv has none that they fit"),
+        (
+            dict(kind="vqvae2", decoder=decoder),
+            "model.kind=vqvae2 with encoder.kind=conv has none that they fit",
+        ),
         (dict(kind="vqvae", decoder=decoder), "model.kind=vqvae with encoder.kind=conv has none"),
-        (dict(kind="vqvae", encoder=foundation, decoder=decoder, normalise=True), "set model.normalise=false"),
+        (
+            dict(kind="vqvae", encoder=foundation, decoder=decoder, normalise=True),
+            "set model.normalise=false",
+        ),
         (dict(kind="vqrae", encoder=foundation, decoder=decoder), "set model.denormalise=true"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -290,7 +324,11 @@ def test_weights_of_a_decoder_are_for_pretrained_encoders(encoder_folder):
 
 def test_a_search_in_fewer_dimensions_finds_the_same_codes(encoder_folder):
     config = config_of("vqrae", "vector", encoder_folder)
-    wide = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, code_dim=48)).build(16).eval()
+    wide = (
+        dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, code_dim=48))
+        .build(16)
+        .eval()
+    )
     wide.calibrate([images(batch=32)], seed=0)
     with torch.no_grad():
         features = wide.encoder(images(batch=64, seed=3))
@@ -332,7 +370,9 @@ def test_normaliser_takes_other_grids():
     others = 5 + torch.randn(2, 3, 6, 6)
     assert normaliser(others).abs().mean() < 2
     torch.testing.assert_close(normaliser.inverse(normaliser(others)), others)
-    with pytest.raises(ValueError, match=r"latent statistics: mean is \(4, 1, 1\), features are \(3, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"latent statistics: mean is \(4, 1, 1\), features are \(3, 4, 4\)"
+    ):
         normaliser.load(torch.zeros(4, 1, 1), torch.ones(3, 1, 1))
 
 
@@ -349,18 +389,24 @@ def test_calibration_is_the_same_however_images_come_and_normalises_what_it_saw(
     torch.testing.assert_close(whole.normaliser.var, spread.expand_as(mean))
     rows = to_rows(features)
     positions = torch.arange(len(rows)) % mean[0].numel()
-    torch.testing.assert_close(whole.normaliser.of_rows(rows, positions), to_rows(whole.normaliser(features)))
+    torch.testing.assert_close(
+        whole.normaliser.of_rows(rows, positions), to_rows(whole.normaliser(features))
+    )
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "decoder"), [("vqvae", "vit"), ("vqrae", "conv"), ("vqvae", "resnet")])
+@pytest.mark.parametrize(
+    ("kind", "decoder"), [("vqvae", "vit"), ("vqrae", "conv"), ("vqvae", "resnet")]
+)
 def test_any_encoder_goes_with_any_decoder(kind, decoder, encoder_folder):
     autoencoder, given = build(kind, "vector", encoder_folder, decoder=decoder).eval(), images()
     assert torch.equal(autoencoder.decode(autoencoder.encode(given)), autoencoder(given).images)
 
 
-@pytest.mark.parametrize(("kind", "pixels", "size"), [("vqvae", 4, 32), ("vqrae", 4, 32), ("vqvae2", 8, 32)])
+@pytest.mark.parametrize(
+    ("kind", "pixels", "size"), [("vqvae", 4, 32), ("vqrae", 4, 32), ("vqvae2", 8, 32)]
+)
 def test_an_image_of_no_whole_number_of_patches_is_refused(kind, pixels, size, encoder_folder):
     message = rf"data.image_size=30 does not divide by the encoder's {pixels} .*: {size} would"
     with pytest.raises(ValueError, match=message):
@@ -396,5 +442,7 @@ def test_positions_tell_places_apart():
 
 
 def test_perception_needs_its_weights():
-    with pytest.raises(ValueError, match=r"objective\.perceptual=1\.0 needs objective\.lpips_weights"):
+    with pytest.raises(
+        ValueError, match=r"objective\.perceptual=1\.0 needs objective\.lpips_weights"
+    ):
         ObjectiveConfig(perceptual=1.0)

@@ -36,13 +36,16 @@ SIZE = 16
 DATA = DataConfig(source="digits", image_size=SIZE, augment="shift")
 LOOP = LoopConfig(steps=8, batch_size=8, ema_decay=0.9, log_every=1, save_every=4, preview_every=8)
 FAST = OptimizerConfig(lr=2e-3, warmup_steps=2)
-MAE = MAEConfig(patch_size=4, dim=16, depth=2, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2)
+MAE = MAEConfig(
+    patch_size=4, dim=16, depth=2, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2
+)
 DECODER = ViTDecoderConfig(dim=16, depth=1, heads=2)
 
 
 def pretraining(root, /, **changes):
     return dataclasses.replace(
-        PretrainRun(name="encoder", root=str(root), data=DATA, mae=MAE, optimizer=FAST, loop=LOOP), **changes
+        PretrainRun(name="encoder", root=str(root), data=DATA, mae=MAE, optimizer=FAST, loop=LOOP),
+        **changes,
     )
 
 
@@ -53,7 +56,13 @@ def stage1(root, /, **changes):
         decoder=DECODER,
     )
     config = TokenizerRun(
-        name="stage1", root=str(root), data=DATA, model=model, optimizer=FAST, loop=LOOP, calibration_images=64
+        name="stage1",
+        root=str(root),
+        data=DATA,
+        model=model,
+        optimizer=FAST,
+        loop=LOOP,
+        calibration_images=64,
     )
     return dataclasses.replace(config, **changes)
 
@@ -61,7 +70,9 @@ def stage1(root, /, **changes):
 def stage2(root, /, **changes):
     """All learns, held near the frozen teacher, with an adversary."""
     first = stage1(root)
-    model = dataclasses.replace(first.model, encoder=dataclasses.replace(first.model.encoder, frozen=False))
+    model = dataclasses.replace(
+        first.model, encoder=dataclasses.replace(first.model.encoder, frozen=False)
+    )
     objective = ObjectiveConfig(
         distillation=0.5, adversarial=0.1, adversarial_start_step=1, adversarial_ramp_steps=2,
         discriminator=PatchConfig(channels=8, layers=1),
@@ -77,7 +88,12 @@ def vqvae(root, /, **changes):
     model = VQVAEConfig(
         encoder=ConvEncoderConfig(channels=16, residual_blocks=1, residual_channels=4),
         quantizer=SimVQConfig(
-            num_codes=16, code_dim=8, init="kmeans", restart="data", restart_below=0.1, restart_every=3
+            num_codes=16,
+            code_dim=8,
+            init="kmeans",
+            restart="data",
+            restart_below=0.1,
+            restart_every=3,
         ),
         decoder=ConvDecoderConfig(channels=16, residual_blocks=1, residual_channels=4),
     )
@@ -114,7 +130,9 @@ def figures(run_folder):
 
 def assert_same_run(folder, other):
     """Weights, optimizers, discriminator and log are equal to the last bit."""
-    assert sha256(folder / "weights" / "model.safetensors") == sha256(other / "weights" / "model.safetensors")
+    assert sha256(folder / "weights" / "model.safetensors") == sha256(
+        other / "weights" / "model.safetensors"
+    )
     last = "checkpoints/step-00000008/state.pt"
     one, two = (torch.load(path / last, weights_only=True) for path in (folder, other))
     assert_equal(one, two)
@@ -186,17 +204,27 @@ def test_a_frozen_encoder_is_published_as_it_came(root):
 def test_the_teacher_is_the_pretrained_encoder_after_any_stages(root, tmp_path):
     """The second stage learned, a third was frozen again, and a fourth distils."""
     second = stage2(root)
-    frozen = dataclasses.replace(second.model, encoder=dataclasses.replace(second.model.encoder, frozen=True))
+    frozen = dataclasses.replace(
+        second.model, encoder=dataclasses.replace(second.model.encoder, frozen=True)
+    )
     third = dataclasses.replace(
-        stage1(root, name="stage3"), root=str(tmp_path), start_from=str(root / "stage2"), model=frozen
+        stage1(root, name="stage3"),
+        root=str(tmp_path),
+        start_from=str(root / "stage2"),
+        model=frozen,
     )
     train_tokenizer(dataclasses.replace(third, loop=dataclasses.replace(third.loop, steps=1)))
     fourth = stage2(root, start_from=str(tmp_path / "stage3"))
     learned = load(tmp_path / "stage3")
     teacher = teacher_of(fourth, learned)
     pretrained = load(root / "stage1").encoder.state_dict()
-    assert all(torch.equal(tensor, pretrained[name]) for name, tensor in teacher.state_dict().items())
-    assert not all(torch.equal(tensor, pretrained[name]) for name, tensor in learned.encoder.state_dict().items())
+    assert all(
+        torch.equal(tensor, pretrained[name]) for name, tensor in teacher.state_dict().items()
+    )
+    assert not all(
+        torch.equal(tensor, pretrained[name])
+        for name, tensor in learned.encoder.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,14 +240,18 @@ def test_distillation_without_a_pretrained_encoder_that_learns_is_refused(tmp_pa
 
 
 def test_distillation_starts_at_zero_and_grows_as_the_encoder_moves(root):
-    parts = [values["autoencoder.distillation"] for _, values in sorted(figures(root / "stage2").items())]
+    parts = [
+        values["autoencoder.distillation"] for _, values in sorted(figures(root / "stage2").items())
+    ]
     assert parts[0] == 0 and min(parts[1:]) > 0
     assert "autoencoder.distillation" not in figures(root / "stage1")[8]
 
 
 def test_the_adversary_plays_from_its_step_on(root):
     log = figures(root / "stage2")
-    assert "autoencoder.adversarial" not in log[2] and all("autoencoder.adversarial" in log[s] for s in range(3, 9))
+    assert "autoencoder.adversarial" not in log[2] and all(
+        "autoencoder.adversarial" in log[s] for s in range(3, 9)
+    )
     assert all("discriminator.hinge" in log[step] for step in range(1, 9))
     assert all(0 < log[step]["autoencoder.adaptive_weight"] <= 1 for step in range(3, 9))
 
@@ -235,7 +267,9 @@ def test_the_teacher_is_the_first_encoder_and_never_moves(root, tmp_path, monkey
     monkeypatch.setattr(train_module, "Objective", Watched)
     train_tokenizer(stage2(root, root=str(tmp_path)))
     further = stage2(root, root=str(tmp_path), name="further", start_from=str(tmp_path / "stage2"))
-    train_tokenizer(further)  # from an encoder that has learned: the teacher is still the pretrained one
+    train_tokenizer(
+        further
+    )  # from an encoder that has learned: the teacher is still the pretrained one
     pretrained = load_weights(root / "stage1")
     for teacher in teachers:
         for name, tensor in teacher.state_dict().items():
@@ -280,13 +314,17 @@ def test_stopped_pretraining_goes_on_to_the_same_bits(root, tmp_path, monkeypatc
     assert not (tmp_path / "encoder" / "model").exists()
     pretrain(config)
     assert_same_run(tmp_path / "encoder", root / "encoder")
-    assert sha256(tmp_path / "encoder/model/model.safetensors") == sha256(root / "encoder/model/model.safetensors")
+    assert sha256(tmp_path / "encoder/model/model.safetensors") == sha256(
+        root / "encoder/model/model.safetensors"
+    )
 
 
 def test_a_run_goes_on_from_its_start_when_its_checkpoints_are_damaged(root, tmp_path, capsys):
     config = stage1(root, root=str(tmp_path))
     train_tokenizer(config)
-    assert f"{tmp_path / 'stage1'}: starting from the features of" in capsys.readouterr().out  # it may take minutes
+    assert (
+        f"{tmp_path / 'stage1'}: starting from the features of" in capsys.readouterr().out
+    )  # it may take minutes
     for state in (tmp_path / "stage1" / "checkpoints").glob("*/state.pt"):
         state.write_bytes(b"")
     train_tokenizer(config)
@@ -304,7 +342,9 @@ def test_a_finished_run_says_so_and_moves_nothing(root, capsys):
 def test_accumulation_gives_the_same_codebook_and_weights(root, tmp_path):
     loop = dataclasses.replace(LOOP, steps=3, accumulate=4)
     train_tokenizer(stage1(root, root=str(tmp_path), name="parts", loop=loop))
-    train_tokenizer(stage1(root, root=str(tmp_path), name="whole", loop=dataclasses.replace(loop, accumulate=1)))
+    train_tokenizer(
+        stage1(root, root=str(tmp_path), name="whole", loop=dataclasses.replace(loop, accumulate=1))
+    )
     parts, whole = (load_weights(tmp_path / name) for name in ("parts", "whole"))
     for name, tensor in whole.items():
         if not name.endswith("key.bias"):  # softmax does not see it: its gradient is rounding
@@ -324,7 +364,9 @@ def test_an_encoder_of_another_image_size_is_interpolated(root, tmp_path):
     train_tokenizer(stage1(root, name="large", data=data, loop=dataclasses.replace(LOOP, steps=1)))
     trained = tokenizer.load(root / "large")
     assert trained.layout.grids == ((6, 6),)
-    assert torch.equal(trained.decode(trained.encode(images(size=24))), trained(images(size=24)).images)
+    assert torch.equal(
+        trained.decode(trained.encode(images(size=24))), trained(images(size=24)).images
+    )
 
 
 # mistakes
@@ -340,7 +382,9 @@ def refused(config, run=train_tokenizer):
 
 def test_an_image_size_that_does_not_divide_is_refused_and_mended(root, tmp_path):
     odd = dataclasses.replace(DATA, image_size=18)
-    assert "data.image_size=18 does not divide by the encoder's 4" in refused(stage1(root, name="odd", data=odd))
+    assert "data.image_size=18 does not divide by the encoder's 4" in refused(
+        stage1(root, name="odd", data=odd)
+    )
     message = refused(pretraining(tmp_path, data=odd), pretrain)
     assert "data.image_size=18 does not divide by mae.patch_size=4" in message
     short = dataclasses.replace(LOOP, steps=1)
@@ -357,11 +401,15 @@ def test_an_encoder_that_is_not_there_leaves_no_run(root, tmp_path):
 def test_weights_that_do_not_fit_are_named(root):
     base = stage2(root, name="misfit")
     quantizer = dataclasses.replace(base.model.quantizer, num_codes=32)
-    message = refused(dataclasses.replace(base, model=dataclasses.replace(base.model, quantizer=quantizer)))
+    message = refused(
+        dataclasses.replace(base, model=dataclasses.replace(base.model, quantizer=quantizer))
+    )
     assert str(root / "stage1") in message
     assert "quantizer.codebook is (16, 8) there and (32, 8) by these settings" in message
     simvq = SimVQConfig(num_codes=16, code_dim=8)
-    message = refused(dataclasses.replace(base, model=dataclasses.replace(base.model, quantizer=simvq)))
+    message = refused(
+        dataclasses.replace(base, model=dataclasses.replace(base.model, quantizer=simvq))
+    )
     assert "quantizer.codebook" in message and "must be the same in both runs" in message
     assert not (root / "misfit").exists()
 

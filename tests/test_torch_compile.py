@@ -92,7 +92,11 @@ def trained(folder, module, turns, batches, *, compile_, accumulate=1, **options
     stream = lambda step: (batches(at, accumulate) for at in range(step, 100))  # noqa: E731
     average = train(loop, run, turns, stream, seed=3, published=module)
     modules = {turn.name: turn.module for turn in turns} | {"average": average}
-    return {f"{kind}.{name}": value for kind, each in modules.items() for name, value in each.state_dict().items()}
+    return {
+        f"{kind}.{name}": value
+        for kind, each in modules.items()
+        for name, value in each.state_dict().items()
+    }
 
 
 def compile_with(monkeypatch, backend):
@@ -109,7 +113,9 @@ def assert_same(ours, theirs, bound=2e-5):
 
 def conv(**quantizer):
     made = QUANTIZERS[quantizer.pop("kind")](**quantizer)
-    return VQVAEConfig(encoder=ConvEncoderConfig(**SIZES), quantizer=made, decoder=ConvDecoderConfig(**SIZES))
+    return VQVAEConfig(
+        encoder=ConvEncoderConfig(**SIZES), quantizer=made, decoder=ConvDecoderConfig(**SIZES)
+    )
 
 
 @pytest.mark.timeout(1800)  # of the second
@@ -119,7 +125,8 @@ def test_an_adversary_with_adaptive_weight(tmp_path, monkeypatch, backend):
     compile_with(monkeypatch, backend)
     model = conv(kind="vector", num_codes=20, code_dim=8)
     plain, compiled = (
-        trained(tmp_path / str(on), *tokenizer_turns(model, **ADVERSARY), images, compile_=on) for on in (False, True)
+        trained(tmp_path / str(on), *tokenizer_turns(model, **ADVERSARY), images, compile_=on)
+        for on in (False, True)
     )
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
     assert_same(compiled, plain)
@@ -135,7 +142,9 @@ def autoencoder_of(kind, folder):
         folder.mkdir()
         encoder = FoundationConfig(name=save_encoder(folder, "dinov2"), frozen=False)
         decoder = ViTDecoderConfig(dim=16, depth=2, heads=2, mlp=32)
-        return VQRAEConfig(encoder=encoder, quantizer=level, decoder=decoder, normalise=False, noise_tau=0.5)
+        return VQRAEConfig(
+            encoder=encoder, quantizer=level, decoder=decoder, normalise=False, noise_tau=0.5
+        )
     if kind == "resnet":
         sizes = {"channels": 8, "multipliers": (1, 2, 2), "blocks": 1}
         encoder = ResNetEncoderConfig(**sizes, out_channels=8)
@@ -154,7 +163,13 @@ def test_every_tokenizer(kind, tmp_path, monkeypatch):
         judge = DinoConfig(name=model.encoder.name, layers=(0, 1), kernel=3)
         objective = ADVERSARY | {"discriminator": judge, "distillation": 0.1}
     plain, compiled = (
-        trained(tmp_path / str(on), *tokenizer_turns(model, **objective), images, compile_=on, accumulate=2)
+        trained(
+            tmp_path / str(on),
+            *tokenizer_turns(model, **objective),
+            images,
+            compile_=on,
+            accumulate=2,
+        )
         for on in (False, True)
     )
     breaks = torch._dynamo.utils.counters["graph_break"]
@@ -164,7 +179,8 @@ def test_every_tokenizer(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "masked" else pytest.param(kind, marks=pytest.mark.slow) for kind in PRIORS]
+    "kind",
+    [kind if kind == "masked" else pytest.param(kind, marks=pytest.mark.slow) for kind in PRIORS],
 )
 def test_every_prior(kind, tmp_path, monkeypatch):
     """Dropout and label dropout included; blocks that are alike are compiled once."""
@@ -179,7 +195,9 @@ def test_every_prior(kind, tmp_path, monkeypatch):
             uniform = distributed.draw((7, step), batch.positions, shape, torch.float64)
             return prior.loss(batch["codes"], batch["labels"], uniform)
 
-        return prior, [Turn("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))]
+        return prior, [
+            Turn("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))
+        ]
 
     def codes(step, accumulate):
         generator = torch.Generator().manual_seed(step)

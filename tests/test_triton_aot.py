@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tokenizer.quantizers import fused
 from training import philox_kernel
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be compiled")
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed: its kernels cannot be compiled"
+)
 ROOT = Path(__file__).parent.parent
 
 
@@ -111,11 +113,17 @@ def measured(made, name: str, precision: str | None, target: Target) -> Compiled
     file.write_bytes(made.asm["cubin"])
 
     def shown(what: str) -> str:
-        return subprocess.run([disassembler, what, file], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [disassembler, what, file], capture_output=True, text=True, check=True
+        ).stdout
 
     stack, local = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown("-res-usage")).groups()
-    products = re.search(target.product, made.asm["ptx"]) and re.search(rf"\b{target.assembled}\b", shown("-sass"))
-    return Compiled(name, precision, made.metadata.shared / 1024, int(stack) + int(local), bool(products))
+    products = re.search(target.product, made.asm["ptx"]) and re.search(
+        rf"\b{target.assembled}\b", shown("-sass")
+    )
+    return Compiled(
+        name, precision, made.metadata.shared / 1024, int(stack) + int(local), bool(products)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +132,13 @@ def own_kernels(monkeypatch, tmp_path):
 
 
 def search(coarse: str, rows: int, num_codes: int, channels: int, given: bool) -> None:
-    features, codebook = torch.empty(rows, channels, device="cuda"), torch.empty(num_codes, channels, device="cuda")
-    fused.search(features, codebook, torch.empty(num_codes, device="cuda") if given else None, coarse)
+    features, codebook = (
+        torch.empty(rows, channels, device="cuda"),
+        torch.empty(num_codes, channels, device="cuda"),
+    )
+    fused.search(
+        features, codebook, torch.empty(num_codes, device="cuda") if given else None, coarse
+    )
 
 
 def random_words(count: int, from_zero: bool) -> None:
@@ -137,14 +150,21 @@ def check(found: list[Compiled], capability: int) -> None:
     print(*found, sep="\n")
     for kernel in found:
         assert kernel.shared <= TARGETS[capability].shared, kernel
-        multiplied = kernel.name == "_shortlist" and kernel.precision != "ieee"  # fp32 as it is has no tensor cores
+        multiplied = (
+            kernel.name == "_shortlist" and kernel.precision != "ieee"
+        )  # fp32 as it is has no tensor cores
         assert kernel.spilled <= SPILLED and kernel.products == multiplied, kernel
 
 
 def test_these_are_all_kernels():
     """What defines kernels is compiled here: a new file of them must come along."""
     folders = ("training", "tokenizer", "priors", "generate", "eval")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if "triton.jit" in path.read_text()]
+    files = [
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if "triton.jit" in path.read_text()
+    ]
     assert {path.relative_to(ROOT).as_posix() for path in files} == {
         "tokenizer/quantizers/fused.py",
         "training/philox_kernel.py",
@@ -170,12 +190,16 @@ def test_every_kernel_of_the_search(which, capability):
     only = (("_shortlist", coarse), ("_round_rows", None)) if coarse in ("bf16", "tf32") else ()
     with compiling_for(capability, *only) as found:
         search(*SEARCHES[which])
-    names = {"_measure_rows", "_round_rows", "_shortlist", "_decide"} - ({"_round_rows"} if coarse == "ieee" else set())
+    names = {"_measure_rows", "_round_rows", "_shortlist", "_decide"} - (
+        {"_round_rows"} if coarse == "ieee" else set()
+    )
     assert {kernel.name for kernel in found} == ({name for name, _ in only} or names)
     check(found, capability)
 
 
-@pytest.mark.parametrize("capability", [80, *(pytest.param(key, marks=pytest.mark.slow) for key in (89, 90, 100, 120))])
+@pytest.mark.parametrize(
+    "capability", [80, *(pytest.param(key, marks=pytest.mark.slow) for key in (89, 90, 100, 120))]
+)
 def test_random_words(capability):
     with compiling_for(capability) as found:
         random_words(7, True)

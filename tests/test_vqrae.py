@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
     save_encoder(root / "mae")
     (root / "decoder").mkdir()
     (root / "decoder" / "config.json").write_text(json.dumps(TINY_DECODER))
-    torch.save({"mean": torch.randn(16, 4, 4), "var": 0.5 + torch.rand(16, 4, 4)}, root / "statistics.pt")
+    torch.save(
+        {"mean": torch.randn(16, 4, 4), "var": 0.5 + torch.rand(16, 4, 4)}, root / "statistics.pt"
+    )
     return root
 
 
@@ -52,7 +54,10 @@ VARIANTS = {
     "ema": {"use_simvq": False},
     "no projection": {"use_projection": False},
     "statistics": {"normalization_stat_path": "statistics.pt"},
-    "quantized first": {"normalization_stat_path": "statistics.pt", "quantize_before_reshape": True},
+    "quantized first": {
+        "normalization_stat_path": "statistics.pt",
+        "quantize_before_reshape": True,
+    },
     "larger patches": {"decoder_patch_size": 6},
 }
 
@@ -96,7 +101,9 @@ def test_tokens_where_no_grid_is_asked_for(folder):
         latents = tokens.encode(images())
         assert torch.equal(latents, plain.encode(images()).flatten(2).transpose(1, 2))
         assert torch.equal(tokens.decode(latents), plain(images()))
-    assert torch.equal(tokens.encode_to_indices(images()), plain.encode_to_indices(images()).flatten(1))
+    assert torch.equal(
+        tokens.encode_to_indices(images()), plain.encode_to_indices(images()).flatten(1)
+    )
     with pytest.raises(ValueError, match="15 tokens are no square grid"):
         tokens.decode(latents[:, :15])
 
@@ -110,7 +117,9 @@ def test_latents_are_normalised_by_the_statistics(folder):
         expected = (raw.encode(images()) - saved["mean"]) / (saved["var"] + 1e-5).sqrt()
         torch.testing.assert_close(first.encode(images()), expected)
         torch.testing.assert_close(first(images()), raw(images()), atol=1e-4, rtol=1e-4)
-    assert isinstance(model(folder, normalization_stat_path=path).autoencoder.normaliser, LatentNormaliser)
+    assert isinstance(
+        model(folder, normalization_stat_path=path).autoencoder.normaliser, LatentNormaliser
+    )
 
 
 def test_noise_is_added_in_training_alone(folder):
@@ -118,7 +127,9 @@ def test_noise_is_added_in_training_alone(folder):
     with torch.no_grad():
         assert not torch.equal(noisy.train().encode(images()), noisy.encode(images()))
         assert torch.equal(noisy.eval().encode(images()), noisy.encode(images()))
-        assert torch.equal(noisy.train().encode_to_indices(images()), noisy.eval().encode_to_indices(images()))
+        assert torch.equal(
+            noisy.train().encode_to_indices(images()), noisy.eval().encode_to_indices(images())
+        )
 
 
 @pytest.mark.parametrize("use_simvq", [True, False])
@@ -153,7 +164,11 @@ def test_usage_counts_what_training_met(folder):
 
 def test_usage_is_a_number_that_knows_more(folder):
     usage = CodebookUsage(0.6543, perplexity=12.5, num_codes=20)
-    assert isinstance(usage, float) and f"{usage * 100:.1f}%" == f"{usage:.1%}" == "65.4%" and usage > 0.5
+    assert (
+        isinstance(usage, float)
+        and f"{usage * 100:.1f}%" == f"{usage:.1%}" == "65.4%"
+        and usage > 0.5
+    )
     assert json.loads(json.dumps({"usage": usage})) == {"usage": 0.6543} and round(usage, 2) == 0.65
     assert torch.tensor(usage) == torch.tensor(0.6543) and sum([usage, usage]) / 2 == usage
     for again in (copy.deepcopy(usage), pickle.loads(pickle.dumps(usage))):
@@ -196,11 +211,16 @@ def test_what_users_of_the_interface_write(folder, choice, tmp_path, capsys):
     loss.backward()
     optimizer.step()
     assert x_rec.shape == x.shape and loss.isfinite() and vqrae.last_vq_loss.ndim == 0
-    assert any(not torch.equal(*pair) for pair in zip(before, (p for p in vqrae.parameters() if p.requires_grad)))
+    assert any(
+        not torch.equal(*pair)
+        for pair in zip(before, (p for p in vqrae.parameters() if p.requires_grad))
+    )
     vqrae(x)  # the codebook's statistics of a step are applied by the next
     usage = vqrae.get_codebook_usage()
     print(f"Codebook usage: {usage * 100:.1f}%")
-    assert 0 < usage <= 1 and capsys.readouterr().out == f"Codebook usage: {100 * float(usage):.1f}%\n"
+    assert (
+        0 < usage <= 1 and capsys.readouterr().out == f"Codebook usage: {100 * float(usage):.1f}%\n"
+    )
 
     vqrae.set_stage(2)
     assert all(p.requires_grad for p in vqrae.autoencoder.encoder.parameters())
@@ -248,7 +268,10 @@ def test_what_does_not_fit_is_refused(folder):
 
 
 def test_decoder_names_are_presets():
-    assert _decoder_config("vit_mae-base").preset == "B" and _decoder_config("configs/decoder/ViTXL").preset == "XL"
+    assert (
+        _decoder_config("vit_mae-base").preset == "B"
+        and _decoder_config("configs/decoder/ViTXL").preset == "XL"
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)

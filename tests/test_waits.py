@@ -43,7 +43,9 @@ def a_kernel_for_random_numbers(monkeypatch):
     """As CUDA has one: torch's integer operations are tested elsewhere, and take half of a step here."""
 
     def words(ids, seed, stream, count, first=None):
-        return Pretended(philox._words(ids.held, seed, stream, count, None if first is None else first.held))
+        return Pretended(
+            philox._words(ids.held, seed, stream, count, None if first is None else first.held)
+        )
 
     monkeypatch.setattr(philox, "in_torch", words)
 
@@ -77,7 +79,9 @@ def test_no_step_of_a_tokenizer_waits(kind, tmp_path):
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_no_step_of_a_prior_waits(kind, tmp_path):
     with pretended_gpu() as waits:
-        assert waits_of_a_steady_step(tmp_path, *prior_turns(prior_of(kind)), sequences, waits) == {}
+        assert (
+            waits_of_a_steady_step(tmp_path, *prior_turns(prior_of(kind)), sequences, waits) == {}
+        )
 
 
 @pytest.mark.slow
@@ -124,7 +128,9 @@ def a_twin():
 
 def test_a_step_of_several_processes_waits_for_the_one_before_alone(tmp_path):
     """With an adversary, restarts from the data and all that is reduced over ranks."""
-    model = conv(kind="vector", num_codes=20, code_dim=8, restart="data", restart_below=0.9, entropy=0.1)
+    model = conv(
+        kind="vector", num_codes=20, code_dim=8, restart="data", restart_below=0.9, entropy=0.1
+    )
     with pretended_gpu() as waits:
         made = tokenizer_turns(model, **ADVERSARY)
         with a_twin():
@@ -163,7 +169,10 @@ def test_all_processes_stop_at_the_same_step(monkeypatch, late):
                 return
 
     for asked_at in (4, 5, 6):
-        threads = [threading.Thread(target=run, args=(number, at)) for number, at in enumerate((99, asked_at))]
+        threads = [
+            threading.Thread(target=run, args=(number, at))
+            for number, at in enumerate((99, asked_at))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -208,7 +217,13 @@ MODELS = {
         "decay": 0.5,
         "commitment_warmup_steps": 9,
     },
-    "learned codes, split": {"kind": "vector", "codebook": "gradient", "restart": "split", "decay": 0.5, **RESTARTED},
+    "learned codes, split": {
+        "kind": "vector",
+        "codebook": "gradient",
+        "restart": "split",
+        "decay": 0.5,
+        **RESTARTED,
+    },
     "frozen codes": {"kind": "simvq", "restart": "data", "restart_every": 1, **RESTARTED},
     "a temperature": {"kind": "gumbel", "num_codes": 20, "code_dim": 8, "anneal_steps": 9},
 }
@@ -217,7 +232,9 @@ MODELS = {
 DEAR = ("frozen codes", "a temperature")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEAR)) for name in MODELS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEAR)) for name in MODELS]
+)
 def test_a_step_that_is_not_finite_leaves_no_trace(name, tmp_path):
     """To the bit: codebooks that follow averages and are restarted, schedules, LeCAM's anchors, both averages."""
 
@@ -235,18 +252,29 @@ def test_a_step_that_is_not_finite_leaves_no_trace(name, tmp_path):
         restarted = getattr(module.quantizer, "changed", None)
         assert restarted is None or bool(restarted.any()), "the test is of none"
     good, bad = tensors(good), tensors(bad)
-    assert good.keys() == bad.keys() and any("num_updates" in each or "usage" in each for each in good)
+    assert good.keys() == bad.keys() and any(
+        "num_updates" in each or "usage" in each for each in good
+    )
     assert [each for each in good if not torch.equal(good[each], bad[each])] == []
 
 
-@pytest.mark.parametrize("spoilt", [pytest.param("autoencoder", marks=pytest.mark.slow), "discriminator"])
+@pytest.mark.parametrize(
+    "spoilt", [pytest.param("autoencoder", marks=pytest.mark.slow), "discriminator"]
+)
 def test_after_steps_that_are_not_finite_all_is_as_on_the_cpu(spoilt, tmp_path):
     """Where one of two turns is skipped too, which keeps the average where it is."""
     states, logs = [], []
-    for folder, device in ((tmp_path / "cpu", contextlib.nullcontext()), (tmp_path / "gpu", pretended_gpu())):
+    for folder, device in (
+        (tmp_path / "cpu", contextlib.nullcontext()),
+        (tmp_path / "gpu", pretended_gpu()),
+    ):
         with device:
-            module, turns = tokenizer_turns(conv(**MODELS["averaged codes from the data"]), **ADVERSARY)
-            states.append(tensors(state_after(folder, 4, module, spoil(turns, spoilt, {0, 2}), images)))
+            module, turns = tokenizer_turns(
+                conv(**MODELS["averaged codes from the data"]), **ADVERSARY
+            )
+            states.append(
+                tensors(state_after(folder, 4, module, spoil(turns, spoilt, {0, 2}), images))
+            )
         logs.append(log_lines(folder))
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
@@ -254,7 +282,9 @@ def test_after_steps_that_are_not_finite_all_is_as_on_the_cpu(spoilt, tmp_path):
     assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
     skipped = [line.get(f"{spoilt}.skipped") for line in logs[1]]
     assert skipped == [1, 0, 1, 0]
-    assert [f"{spoilt}.gradient_norm" in line for line in logs[1]] == [each == 0 for each in skipped]
+    assert [f"{spoilt}.gradient_norm" in line for line in logs[1]] == [
+        each == 0 for each in skipped
+    ]
 
 
 def test_a_schedule_of_a_prior_stays_too(tmp_path):
@@ -265,7 +295,9 @@ def test_a_schedule_of_a_prior_stays_too(tmp_path):
     for device in (contextlib.nullcontext, pretended_gpu):
         with device():
             prior, turns = prior_turns(config)
-            state = state_after(tmp_path / device.__name__, 3, prior, spoil(turns, "prior", {2}), sequences)
+            state = state_after(
+                tmp_path / device.__name__, 3, prior, spoil(turns, "prior", {2}), sequences
+            )
         assert state["/modules/prior/next_step"] == 2
 
 
@@ -280,10 +312,16 @@ def test_bad_steps_in_a_row_end_a_run_on_a_gpu(tmp_path):
     def stream(step):
         return ([Batch({"rows": torch.ones(4, 1)}, torch.arange(4))] for _ in range(step, 100))
 
-    with pretended_gpu(), pytest.raises(UserError, match=r"3 steps in a row .* step 9: .*step-00000008 is kept"):
+    with (
+        pretended_gpu(),
+        pytest.raises(UserError, match=r"3 steps in a row .* step 9: .*step-00000008 is kept"),
+    ):
         turns = spoil([Turn("linear", module, loss, OPTIMIZER)], "linear", {1, 2, *range(6, 40)})
         train(loop, Run.open(tmp_path, loop), turns, stream, seed=0, published=module)
-    assert sorted(path.name for path in tmp_path.glob("checkpoints/step-*")) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/step-*")) == [
+        "step-00000006",
+        "step-00000008",
+    ]
 
 
 @pytest.mark.parametrize("first", ["cpu", "gpu"])
@@ -300,7 +338,11 @@ def test_a_run_goes_on_on_another_device(first, tmp_path):
         rows = torch.arange(8.0).view(4, 2)
         with pretended_gpu() if on_gpu else contextlib.nullcontext():
             batches = lambda step, accumulate: [Batch({"rows": rows + step}, torch.arange(4))]  # noqa: E731
-            return tensors(state_after(folder, steps, module, [Turn("linear", module, loss, OPTIMIZER)], batches))
+            return tensors(
+                state_after(
+                    folder, steps, module, [Turn("linear", module, loss, OPTIMIZER)], batches
+                )
+            )
 
     straight = goes_on(tmp_path / "straight", 4, on_gpu=False)
     goes_on(tmp_path / "run", 2, on_gpu=first == "gpu")
@@ -313,10 +355,16 @@ def test_a_run_goes_on_on_another_device(first, tmp_path):
 def test_a_meter_does_not_count_what_has_no_weight():
     meter, resumed = Meter(), Meter()
     for value, taken in ((1.0, 1.0), (0.0, 0.0), (3.0, 1.0)):
-        meter.add({"norm": torch.tensor(value), "other": torch.tensor(value)}, torch.tensor(taken, dtype=torch.float64))
+        meter.add(
+            {"norm": torch.tensor(value), "other": torch.tensor(value)},
+            torch.tensor(taken, dtype=torch.float64),
+        )
         meter.add({"never": torch.tensor(0.0)}, torch.tensor(0.0))
     state = meter.state_dict()
-    assert state["counts"] == {"norm": 2.0, "other": 2.0} and state["sums"].keys() == state["counts"].keys()
+    assert (
+        state["counts"] == {"norm": 2.0, "other": 2.0}
+        and state["sums"].keys() == state["counts"].keys()
+    )
     resumed.load_state_dict(state)
     assert meter.read() == resumed.read() == {"norm": 2.0, "other": 2.0}
 

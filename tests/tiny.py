@@ -13,7 +13,13 @@ from tokenizer.encoders.pretrain import initialise
 from tokenizer.quantizers.vector import VectorConfig
 from training.command import run_command
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+SHAPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 WIDE = {**SHAPE, "intermediate_size": 32}
 NAFLEX = {**{key: WIDE[key] for key in WIDE if key != "image_size"}, "num_patches": 16}
 INTERN = {**WIDE, "attention_bias": True}
@@ -38,7 +44,10 @@ MODELS = {
     "vit_mae": ("ViTMAEForPreTraining", {**WIDE, **MAE_DECODER}),
     "vit": ("ViTModel", WIDE),
     "dinov2": ("Dinov2Model", {**SHAPE, "mlp_ratio": 2}),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", {**SHAPE, "mlp_ratio": 2, "num_register_tokens": 3}),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        {**SHAPE, "mlp_ratio": 2, "num_register_tokens": 3},
+    ),
     "dinov3_vit": ("DINOv3ViTModel", {**WIDE, "num_register_tokens": 2}),
     "siglip_vision_model": ("SiglipVisionModel", WIDE),
     "siglip2_vision_model": ("Siglip2VisionModel", NAFLEX),

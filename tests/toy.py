@@ -69,7 +69,9 @@ class Rows:
     """A map-style data set of 20 rows."""
 
     def __init__(self) -> None:
-        self.rows = torch.randn((20, 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        self.rows = torch.randn(
+            (20, 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,7 +128,9 @@ def loop(**changes: Any) -> LoopConfig:
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Nested containers as {path: tensor or scalar}."""
     if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}/{key}").items()}
+        return {
+            k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}/{key}").items()
+        }
     if isinstance(value, list | tuple):
         return leaves(dict(enumerate(value)), path)
     return {path: value}
@@ -144,7 +148,9 @@ def fingerprint(folder: Path) -> str:
     state = Run(folder, None).latest()
     assert state is not None
     for name, value in sorted(leaves(state).items()):
-        found.update(f"{name} {value.numpy().tobytes() if isinstance(value, Tensor) else value}".encode())
+        found.update(
+            f"{name} {value.numpy().tobytes() if isinstance(value, Tensor) else value}".encode()
+        )
     found.update(json.dumps(log_lines(folder)).encode())
     return found.hexdigest()
 
@@ -237,8 +243,12 @@ def drawn_samples() -> dict[str, Any] | None:
     from generate.drawing import Request, draw_samples
     from priors.interface import SampleOptions
 
-    prior = SimpleNamespace(sample=lambda labels, options, ids, known: ids[:, None] * 10 + labels[:, None])
-    decoder = SimpleNamespace(decode=lambda codes: (codes[:, :, None, None] / 255 - 1).expand(-1, 3, 2, 2).double())
+    prior = SimpleNamespace(
+        sample=lambda labels, options, ids, known: ids[:, None] * 10 + labels[:, None]
+    )
+    decoder = SimpleNamespace(
+        decode=lambda codes: (codes[:, :, None, None] / 255 - 1).expand(-1, 3, 2, 2).double()
+    )
     samples = draw_samples(prior, decoder, Request(301, (0, 1, 2), SampleOptions()), batch_size=7)
     if samples is None:
         return None

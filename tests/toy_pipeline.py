@@ -46,7 +46,9 @@ def make_pipeline(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = BlockTokenizer()
     for module in ("tokenizer.encode.load", "eval.pipeline.load_tokenizer"):
         monkeypatch.setattr(module, lambda folder: model)
-    write_weights(root / "tokenizer" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {})
+    write_weights(
+        root / "tokenizer" / "weights" / "model.safetensors", {"none": torch.zeros(1)}, {}
+    )
     (root / "tokenizer" / "config.yaml").write_text(to_yaml(TokenizerRun(data=DATA)))
     encode.encode_data(encode.TokensRun(root=str(root), tokenizer=str(root / "tokenizer")))
     train = open_split(DATA, "train").gather([(0, index) for index in range(NUM_SAMPLES)])

@@ -36,7 +36,9 @@ class VQVAEConfig:
     def __post_init__(self) -> None:
         check_decoder_weights(self)
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> Autoencoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> Autoencoder:
         """The autoencoder for square images; without pretrained weights where `saved` holds its own, or on request.
 
         Raises ValueError when the image does not divide into whole patches.
@@ -55,8 +57,12 @@ def check_decoder_weights(model: Any) -> None:
             f"encoder.kind={model.encoder.kind} has none that they fit: leave them out"
         )
     if model.normalise and not getattr(model, "denormalise", False):
-        remedy = "model.denormalise=true" if hasattr(model, "denormalise") else "model.normalise=false"
-        raise ValueError(f"decoder.weights were trained on features as the encoder gives them: set {remedy}")
+        remedy = (
+            "model.denormalise=true" if hasattr(model, "denormalise") else "model.normalise=false"
+        )
+        raise ValueError(
+            f"decoder.weights were trained on features as the encoder gives them: set {remedy}"
+        )
 
 
 def build_parts(
@@ -75,7 +81,10 @@ def build_parts(
 def _decoder_channels(config: Any, channels: int) -> int:
     """What the decoder is given: features' channels, or where no projection follows, those of codes' vectors."""
     quantizer = config.quantizer
-    projects = getattr(config, "projections", False) or getattr(quantizer, "code_dim", channels) != channels
+    projects = (
+        getattr(config, "projections", False)
+        or getattr(quantizer, "code_dim", channels) != channels
+    )
     return channels if projects else getattr(quantizer, "vector_dim", None) or channels
 
 
@@ -144,7 +153,9 @@ class Autoencoder(nn.Module):
         """The weight whose gradients balance the adversarial loss."""
         return self.decoder.last_layer
 
-    def forward(self, images: Tensor, noise: Tensor | None = None, features: Tensor | None = None) -> Reconstruction:
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, features: Tensor | None = None
+    ) -> Reconstruction:
         """`noise` (B, C, h, w) is added to the features, in training of decoders that must bear it (RAE, section 4).
 
         `features` (B, C, h, w) are what a frozen encoder made of the images, where that is known: it does not run.
@@ -153,7 +164,9 @@ class Autoencoder(nn.Module):
         latents, quantized = self.quantize(features if noise is None else features + noise)
         pictures = self.from_vectors(quantized.vectors)
         codes = quantized.codes.flatten(1)
-        return Reconstruction(pictures, features, latents, quantized.vectors, codes, quantized.loss, quantized.parts)
+        return Reconstruction(
+            pictures, features, latents, quantized.vectors, codes, quantized.loss, quantized.parts
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -183,9 +196,13 @@ class Autoencoder(nn.Module):
     def set_stage(self, stage: int) -> None:
         """1: the encoder is frozen; 2: it learns. Raises ValueError for others, or an encoder without stages."""
         if stage not in (1, 2):
-            raise ValueError(f"stage {stage!r} is neither 1 (the encoder is frozen) nor 2 (it learns)")
+            raise ValueError(
+                f"stage {stage!r} is neither 1 (the encoder is frozen) nor 2 (it learns)"
+            )
         if not hasattr(self.encoder, "set_frozen"):
-            raise ValueError("only pretrained encoders have stages; this one is trained from the start")
+            raise ValueError(
+                "only pretrained encoders have stages; this one is trained from the start"
+            )
         self.encoder.set_frozen(stage == 1)
 
     @property
@@ -200,7 +217,9 @@ class Autoencoder(nn.Module):
             return
         self.eval()
         num_positions, device = self.grid[0] * self.grid[1], next(self.parameters()).device
-        sample = Reservoir(rows_to_keep(self.quantizer, num_positions * sum(map(len, batches))), seed)
+        sample = Reservoir(
+            rows_to_keep(self.quantizer, num_positions * sum(map(len, batches))), seed
+        )
         moments = _Moments()
         for images in batches:
             features = self.encoder(images.to(device))
@@ -223,7 +242,10 @@ class Autoencoder(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             given = self.normaliser(features.float())
             latents = self.project_in(given)
-            if getattr(self.quantizer, "takes_low_rank", False) and 2 * given.shape[1] <= latents.shape[1]:
+            if (
+                getattr(self.quantizer, "takes_low_rank", False)
+                and 2 * given.shape[1] <= latents.shape[1]
+            ):
                 low_rank = LowRank(to_rows(given), self.project_in.weight, self.project_in.bias)
                 return latents, self.quantizer(latents, low_rank)
             return latents, self.quantizer(latents)
@@ -312,12 +334,17 @@ class _Moments:
         """(B, C, h, w)."""
         features = features.double()
         self.count += len(features)
-        self.sums, self.squares = self.sums + features.sum(0), self.squares + features.square().sum(0)
+        self.sums, self.squares = (
+            self.sums + features.sum(0),
+            self.squares + features.square().sum(0),
+        )
 
     def mean_and_variance(self) -> tuple[Tensor, Tensor]:
         """(C, h, w), (C, 1, 1)."""
         mean = self.sums / self.count
-        return mean, (self.squares / self.count - mean.square()).clamp(min=0).mean((1, 2))[:, None, None]
+        return mean, (self.squares / self.count - mean.square()).clamp(min=0).mean((1, 2))[
+            :, None, None
+        ]
 
 
 def rows_to_keep(quantizer: nn.Module, available: int) -> int:

@@ -76,7 +76,11 @@ class Shards:
             out[mine] = self.parts[shard][flat[mine] - self.starts[shard]]
         if not places.ndim:
             return out[0][tuple(rest)] if rest else out[0]
-        return out[(slice(None) if isinstance(rows, slice) else np.arange(len(flat)), *rest)] if rest else out
+        return (
+            out[(slice(None) if isinstance(rows, slice) else np.arange(len(flat)), *rest)]
+            if rest
+            else out
+        )
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.concatenate([np.asarray(part, dtype) for part in self.parts])
@@ -117,13 +121,17 @@ class TokenCache:
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder}: there is no finished token cache (no manifest.json): run `make tokens`")
+            raise UserError(
+                f"{folder}: there is no finished token cache (no manifest.json): run `make tokens`"
+            )
         for split in SPLITS:
             for shard in manifest["splits"][split]["shards"]:
                 for name, entry in shard["files"].items():
                     path = folder / name
                     if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                        raise UserError(f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}")
+                        raise UserError(
+                            f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}"
+                        )
         return cls(folder, manifest)
 
     @property
@@ -133,7 +141,9 @@ class TokenCache:
             return sha256(self.folder / "manifest.json")
         known = {key: self.manifest[key] for key in ("layout", "views", "class_names")}
         shards = {split: self.manifest["splits"][split]["shards"] for split in SPLITS}
-        return digest({**known, "tokenizer": self.manifest["tokenizer"]["weights_sha256"], "shards": shards})
+        return digest(
+            {**known, "tokenizer": self.manifest["tokenizer"]["weights_sha256"], "shards": shards}
+        )
 
     def check_images(self, images: Images) -> None:
         """Raise UserError unless these codes are of this very split."""
@@ -142,7 +152,10 @@ class TokenCache:
 
     def check_tokenizer(self) -> None:
         """Raise UserError unless the tokenizer's weights are those that made these codes."""
-        now, then = weights_hash(self.tokenizer_folder), self.manifest["tokenizer"]["weights_sha256"]
+        now, then = (
+            weights_hash(self.tokenizer_folder),
+            self.manifest["tokenizer"]["weights_sha256"],
+        )
         if now != then:
             raise UserError(
                 f"{self.folder}: the cache was made by {self.tokenizer_folder} with weights {then[:8]}…, and they are "
@@ -155,23 +168,38 @@ class TokenCache:
             for shard in self.manifest["splits"][split]["shards"]:
                 for name, entry in shard["files"].items():
                     if sha256(self.folder / name) != entry["sha256"]:
-                        raise UserError(f"{self.folder / name}: its SHA-256 is not the manifest's: {REMAKE}")
+                        raise UserError(
+                            f"{self.folder / name}: its SHA-256 is not the manifest's: {REMAKE}"
+                        )
             whole = self.split(split)
-            if len(whole.labels) and not 0 <= whole.labels.min() <= whole.labels.max() < self.num_classes:
-                raise UserError(f"{self.folder}: {split} holds labels outside its {self.num_classes} classes: {REMAKE}")
+            if (
+                len(whole.labels)
+                and not 0 <= whole.labels.min() <= whole.labels.max() < self.num_classes
+            ):
+                raise UserError(
+                    f"{self.folder}: {split} holds labels outside its {self.num_classes} classes: {REMAKE}"
+                )
             for codes in map(np.asarray, whole.codes.parts):
                 for span, size in self.layout.spans():
                     if codes[..., span].size and codes[..., span].max() >= size:
-                        raise UserError(f"{self.folder}: {split} holds codes of {size} and more: {REMAKE}")
+                        raise UserError(
+                            f"{self.folder}: {split} holds codes of {size} and more: {REMAKE}"
+                        )
 
     def split(self, name: str) -> TokenSplit:
         """ "train" or "held_out"."""
         shards = self.manifest["splits"][name]["shards"]
 
         def read(array: str) -> list[NpyFile]:
-            return [self._open(shard_file(name, index, array), shard["count"]) for index, shard in enumerate(shards)]
+            return [
+                self._open(shard_file(name, index, array), shard["count"])
+                for index, shard in enumerate(shards)
+            ]
 
-        labels, ids = (np.concatenate([*map(np.asarray, read(array))]).astype(np.int64) for array in ("labels", "ids"))
+        labels, ids = (
+            np.concatenate([*map(np.asarray, read(array))]).astype(np.int64)
+            for array in ("labels", "ids")
+        )
         return TokenSplit(Shards(read("codes")), labels, ids)
 
     def _open(self, name: str, count: int) -> NpyFile:
@@ -180,7 +208,9 @@ class TokenCache:
         found = NpyFile(self.folder / name, REMAKE)
         if found.shape != (count, *codes) or found.dtype.kind not in "iu":
             wanted = f"whole numbers {(count, *codes)}"
-            raise UserError(f"{self.folder / name}: is {found.dtype} {found.shape}, not {wanted}: {REMAKE}")
+            raise UserError(
+                f"{self.folder / name}: is {found.dtype} {found.shape}, not {wanted}: {REMAKE}"
+            )
         return found
 
 
@@ -214,7 +244,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
-            raise UserError(f"{path}: its format is {manifest['format']!r}, not {FORMAT!r}: {REMAKE}")
+            raise UserError(
+                f"{path}: its format is {manifest['format']!r}, not {FORMAT!r}: {REMAKE}"
+            )
         _check(manifest)
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -240,11 +272,18 @@ def _check(manifest: dict[str, Any]) -> None:
             raise ValueError(f"tokenizer.{key}")
     for split in SPLITS:
         entry = manifest["splits"][split]
-        if "identity" in manifest and (type(entry["listed"]), type(entry["ids_sha256"])) != (int, str):
+        if "identity" in manifest and (type(entry["listed"]), type(entry["ids_sha256"])) != (
+            int,
+            str,
+        ):
             raise ValueError(f"listed or ids_sha256 of {split}")
         for index, shard in enumerate(entry["shards"]):
             if shard["files"].keys() != {shard_file(split, index, array) for array in ARRAYS}:
                 raise ValueError(f"shard {index} of {split} has files {', '.join(shard['files'])}")
-            for value in (manifest["views"], shard["count"], *(entry["bytes"] for entry in shard["files"].values())):
+            for value in (
+                manifest["views"],
+                shard["count"],
+                *(entry["bytes"] for entry in shard["files"].values()),
+            ):
                 if not isinstance(value, int):
                     raise ValueError(f"{value!r} is no count")

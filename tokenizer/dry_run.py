@@ -98,7 +98,9 @@ def plan(config: TokenizerRun) -> Plan:
     needs, (num_images, _) = _needs(config), num_training_images(config.data)
     model = networks.model
     children = dict(model.named_children())
-    names = [name for name in ORDER if name in children] + [name for name in children if name not in ORDER]
+    names = [name for name in ORDER if name in children] + [
+        name for name in children if name not in ORDER
+    ]
     modules = {name: children[name] for name in names}
     if networks.objective.discriminator is not None:
         modules["discriminator"] = networks.objective.discriminator
@@ -132,7 +134,9 @@ def _estimate(config: TokenizerRun, networks: _Networks) -> Estimate:
         precision=networks.precision,
         tokens=model.layout.length,
         networks={name: Network.of(module) for name, module in learning.items()},
-        helpers={name: num_bytes([*module.parameters(), *module.buffers()]) for name, module in helpers},
+        helpers={
+            name: num_bytes([*module.parameters(), *module.buffers()]) for name, module in helpers
+        },
         moves=moves,
         again=again,
         search=4 * (BUDGET + max(max(q.num_codes) * q.dim for q in _quantizers(model))),
@@ -158,13 +162,24 @@ class _Networks:
         try:
             with torch.device("meta"):
                 self.model = config.model.build(self.size, saved, weights=False)
-                network = objective.discriminator.build(self.size, weights=False) if objective.adversarial > 0 else None
-                adversary = Adversary(network, LeCam() if objective.lecam > 0 else None) if network else None
+                network = (
+                    objective.discriminator.build(self.size, weights=False)
+                    if objective.adversarial > 0
+                    else None
+                )
+                adversary = (
+                    Adversary(network, LeCam() if objective.lecam > 0 else None)
+                    if network
+                    else None
+                )
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"{config.root}/{config.name}: {error}") from None
-        for module, optimizer in ((self.model, config.optimizer), (adversary, config.discriminator_optimizer)):
+        for module, optimizer in (
+            (self.model, config.optimizer),
+            (adversary, config.discriminator_optimizer),
+        ):
             if module is not None:
                 optimizer.build(module)  # finds prefixes of `rates` that name nothing
         teacher = None
@@ -181,7 +196,13 @@ class _Networks:
     def cost_before_adversary(self, late: Cost) -> Cost:
         """The difference to `late` is in proportion to the samples."""
         with self._adversary_at_rest():
-            many = trace(self._autoencoder_loss(0), late.samples[1], self.precision, self.model, self._parts())
+            many = trace(
+                self._autoencoder_loss(0),
+                late.samples[1],
+                self.precision,
+                self.model,
+                self._parts(),
+            )
         return late.less(many)
 
     def discriminator_cost(self) -> Cost:
@@ -194,12 +215,20 @@ class _Networks:
             adversary.update(0, False)
             return total
 
-        return cost(loss, extremes(self.config.loop), self.precision, adversary, {"discriminator": adversary})
+        return cost(
+            loss,
+            extremes(self.config.loop),
+            self.precision,
+            adversary,
+            {"discriminator": adversary},
+        )
 
     def helpers(self) -> dict[str, nn.Module]:
         """What a run holds beside the modules that learn."""
         objective, found = self.objective, {}
-        if objective.discriminator is not None and isinstance(objective.discriminator.network, DinoDiscriminator):
+        if objective.discriminator is not None and isinstance(
+            objective.discriminator.network, DinoDiscriminator
+        ):
             found["discriminator's trunk"] = objective.discriminator.network.trunk
         if objective.teacher is not None:
             found["teacher"] = objective.teacher
@@ -210,7 +239,11 @@ class _Networks:
     @property
     def _late(self) -> int:
         """A step at which all terms of the loss have begun."""
-        return self.config.objective.adversarial_start_step + self.config.objective.adversarial_ramp_steps + 1
+        return (
+            self.config.objective.adversarial_start_step
+            + self.config.objective.adversarial_ramp_steps
+            + 1
+        )
 
     def _autoencoder_loss(self, step: int) -> Callable[[int], Tensor]:
         def loss(samples: int) -> Tensor:
@@ -228,14 +261,21 @@ class _Networks:
         return Batch(tensors, torch.empty(samples, dtype=torch.int64, device="meta"))
 
     def _parts(self) -> dict[str, nn.Module]:
-        helpers = {"LPIPS": self.objective.perceptual, "discriminator": self.objective.discriminator}
-        return dict(self.model.named_children()) | {name: part for name, part in helpers.items() if part is not None}
+        helpers = {
+            "LPIPS": self.objective.perceptual,
+            "discriminator": self.objective.discriminator,
+        }
+        return dict(self.model.named_children()) | {
+            name: part for name, part in helpers.items() if part is not None
+        }
 
     @contextlib.contextmanager
     def _adversary_at_rest(self) -> Iterator[None]:
         """As between its turns."""
         adversary = self.objective.discriminator
-        learning = [p for p in adversary.parameters() if p.requires_grad] if adversary is not None else []
+        learning = (
+            [p for p in adversary.parameters() if p.requires_grad] if adversary is not None else []
+        )
         for parameter in learning:
             parameter.requires_grad_(False)
         try:
@@ -249,9 +289,18 @@ class _Losses(Objective):
     """The objective without draws and files, neither of which has a place on the meta device."""
 
     def __init__(
-        self, config: ObjectiveConfig, autoencoder: nn.Module, adversary: nn.Module | None, teacher: nn.Module | None
+        self,
+        config: ObjectiveConfig,
+        autoencoder: nn.Module,
+        adversary: nn.Module | None,
+        teacher: nn.Module | None,
     ) -> None:
-        self.config, self.autoencoder, self.discriminator, self.teacher = config, autoencoder, adversary, teacher
+        self.config, self.autoencoder, self.discriminator, self.teacher = (
+            config,
+            autoencoder,
+            adversary,
+            teacher,
+        )
         self.perceptual = _perceptual(config.lpips_net) if config.perceptual > 0 else None
 
     def _judge(self, images: Tensor, batch: Batch, step: int, stream: int) -> Tensor:
@@ -334,7 +383,11 @@ def _needs(config: TokenizerRun) -> list[str]:
         if not weights_path(Path(config.start_from)).is_file():
             found.append(f"a finished run: start_from={config.start_from}")
     elif isinstance(model.encoder, FoundationConfig) and not Path(model.encoder.name).is_dir():
-        origin = "a model of the Hub" if made_by(PretrainRun, Path(model.encoder.name).parent) is None else "an encoder"
+        origin = (
+            "a model of the Hub"
+            if made_by(PretrainRun, Path(model.encoder.name).parent) is None
+            else "an encoder"
+        )
         found.append(f"{origin}: model.encoder.name={model.encoder.name}")
     decoder = getattr(model.decoder, "weights", None)
     if decoder and not config.start_from and not Path(decoder).exists():
@@ -355,15 +408,26 @@ def _describe(config: TokenizerRun, plan: Plan) -> Iterator[str]:
     yield f"{'part':<22}{'trainable':>15}{'frozen':>15}{'buffers':>15}"
     for part in plan.parts:
         yield f"{part.name:<22}{part.trainable:>15,}{part.frozen:>15,}{part.buffers:>15,}"
-    total = [sum(getattr(part, kind) for part in plan.parts) for kind in ("trainable", "frozen", "buffers")]
+    total = [
+        sum(getattr(part, kind) for part in plan.parts)
+        for kind in ("trainable", "frozen", "buffers")
+    ]
     yield f"{'all':<22}{total[0]:>15,}{total[1]:>15,}{total[2]:>15,}"
     yield ""
     yield f"codes: {layout.length} per image ({layout.text}), {layout.bits:.0f} bits, {plan.config.data.image_size} px"
     yield from estimate.describe(plan.num_images)
     kept = estimate.moves[0].cost.of_each.kept
-    shares = ", ".join(f"{name} {size / MIB:.3g}" for name, size in kept.items() if size >= 0.01 * sum(kept.values()))
+    shares = ", ".join(
+        f"{name} {size / MIB:.3g}"
+        for name, size in kept.items()
+        if size >= 0.01 * sum(kept.values())
+    )
     yield f"activations kept per image, MiB: {shares}"
-    stored = f", stored features of {plan.features / MIB:.3g} an image" if plan.features is not None else ""
+    stored = (
+        f", stored features of {plan.features / MIB:.3g} an image"
+        if plan.features is not None
+        else ""
+    )
     yield estimate.disk() + stored
     for need in plan.needs:
         yield f"needs: {need}"

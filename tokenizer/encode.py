@@ -63,8 +63,12 @@ class TokensRun:
     tokenizer: str = "${root}/tokenizer"  # its run folder
     views: int = 1  # versions of each image, all but the first augmented as data.augment says
     source: str | None = None  # another data set than the tokenizer's own
-    precision: str = "auto"  # of the encoder: bf16 on a GPU that has it, else fp32; or "fp32", "bf16", "fp16"
-    workers: int | None = None  # processes that read images; as many as the tokenizer was trained with
+    precision: str = (
+        "auto"  # of the encoder: bf16 on a GPU that has it, else fp32; or "fp32", "bf16", "fp16"
+    )
+    workers: int | None = (
+        None  # processes that read images; as many as the tokenizer was trained with
+    )
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -91,7 +95,9 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
     if config.source is not None:
         data = dataclasses.replace(data, source=config.source)
     if views > 1 and data.augment == "none":
-        raise UserError(f"views={views}: {run_folder} has data.augment=none, so all views are equal: set views=1")
+        raise UserError(
+            f"views={views}: {run_folder} has data.augment=none, so all views are equal: set views=1"
+        )
     maker = {
         "folder": os.path.relpath(run_folder.resolve(), out.resolve()),
         "weights_sha256": weights_hash(run_folder),
@@ -137,12 +143,22 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         _note_shards(files, split, len(sources[0]))
         _encode_split(encoder, Views(*sources), split, out, views, workers)
         inventory = sources[0].inventory
-        splits[split] = {"count": len(sources[0]), **sources[0].identity(), "listed": inventory.num_items}
+        splits[split] = {
+            "count": len(sources[0]),
+            **sources[0].identity(),
+            "listed": inventory.num_items,
+        }
         names = sources[0].class_names
     after = {split: inventory.sha256 for split, inventory in take_inventories(data).items()}
-    if after != plan["identity"] or any(splits[split]["ids_sha256"] != after[split] for split in SPLITS):
-        distributed.on_main(lambda: files.remove([PLAN]))  # or those shards would be taken for the plan's
-        raise UserError(f"{data.source} changed while it was encoded: run the same command again, which begins anew")
+    if after != plan["identity"] or any(
+        splits[split]["ids_sha256"] != after[split] for split in SPLITS
+    ):
+        distributed.on_main(
+            lambda: files.remove([PLAN])
+        )  # or those shards would be taken for the plan's
+        raise UserError(
+            f"{data.source} changed while it was encoded: run the same command again, which begins anew"
+        )
     distributed.barrier()
     if distributed.is_main():
         for split in SPLITS:
@@ -181,7 +197,11 @@ def _made(folder: Path) -> bool:
 
 TOKENS = Kind(
     "token cache",
-    (r"manifest\.json", re.escape(PLAN), rf"({'|'.join(SPLITS)})-[0-9]{{5,}}\.({'|'.join(ARRAYS)})\.npy"),
+    (
+        r"manifest\.json",
+        re.escape(PLAN),
+        rf"({'|'.join(SPLITS)})-[0-9]{{5,}}\.({'|'.join(ARRAYS)})\.npy",
+    ),
     remedy="give it another name=",
     made=_made,
 )
@@ -192,7 +212,9 @@ def _in_precision(plan: dict[str, Any], precision: str) -> dict[str, Any]:
     return plan if precision == "fp32" else {**plan, "precision": precision}
 
 
-def _current(out: Path, plan: dict[str, Any], inventories: Mapping[str, Inventory], asked: str) -> TokenCache | None:
+def _current(
+    out: Path, plan: dict[str, Any], inventories: Mapping[str, Inventory], asked: str
+) -> TokenCache | None:
     """The finished cache of this plan, or None when there is none, its files are damaged or its images others.
 
     With the precision `asked` for; "auto" is content with any, so that codes are not made again because of another
@@ -210,7 +232,9 @@ def _current(out: Path, plan: dict[str, Any], inventories: Mapping[str, Inventor
         except UserError as error:
             reason = f"warning: {error}"
     else:
-        found = (other_images(manifest, split, inventory) for split, inventory in inventories.items())
+        found = (
+            other_images(manifest, split, inventory) for split, inventory in inventories.items()
+        )
         reason = next((f"{out}: {words}" for words in found if words), "")
     if reason and distributed.is_main():
         print(f"{reason}: making it again", flush=True)
@@ -222,7 +246,9 @@ def _note_source(cache: TokenCache, source: str) -> None:
     if cache.manifest["data"]["source"] != source:
         cache.manifest["data"]["source"] = source
         with Folder(cache.folder, TOKENS).taken():
-            replace_file(cache.folder / "manifest.json", json.dumps(cache.manifest, indent=1).encode())
+            replace_file(
+                cache.folder / "manifest.json", json.dumps(cache.manifest, indent=1).encode()
+            )
 
 
 def _check_room(out: Path, counts: Mapping[str, int], views: int, layout: CodeLayout) -> None:
@@ -230,17 +256,23 @@ def _check_room(out: Path, counts: Mapping[str, int], views: int, layout: CodeLa
     each = views * layout.length * code_dtype(layout).itemsize  # bytes of an image
     needed = each * sum(counts.values())
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    ours = sum(path.stat().st_size for path in out.glob("*.npy")) if out.is_dir() else 0  # which go, or count
+    ours = (
+        sum(path.stat().st_size for path in out.glob("*.npy")) if out.is_dir() else 0
+    )  # which go, or count
     free = shutil.disk_usage(existing).free + ours
     if needed > free:
         raise UserError(
             f"{out}: views={views} makes {needed:,} bytes of codes, and {free:,} are free: lower views, or make room"
         )
-    held = 2 * each * min(IMAGES_PER_SHARD, max(counts.values()))  # as an array, and as the file that it becomes
+    held = (
+        2 * each * min(IMAGES_PER_SHARD, max(counts.values()))
+    )  # as an array, and as the file that it becomes
     try:
         np.empty(held, np.uint8)
     except (MemoryError, ValueError):  # ValueError: beyond what can be addressed
-        raise UserError(f"{out}: views={views} takes {held:,} bytes of memory: lower views") from None
+        raise UserError(
+            f"{out}: views={views} takes {held:,} bytes of memory: lower views"
+        ) from None
 
 
 def _prepare(files: Folder, plan: str) -> None:
@@ -250,7 +282,10 @@ def _prepare(files: Folder, plan: str) -> None:
     same = unfinished.is_file() and unfinished.read_bytes() == plan.encode()
     if not same or (files.path / "manifest.json").exists():
         if unfinished.is_file():
-            print(f"{files.path}: what is there is of other images or settings: beginning anew", flush=True)
+            print(
+                f"{files.path}: what is there is of other images or settings: beginning anew",
+                flush=True,
+            )
         files.clear()
     files.note("manifest.json", PLAN)
     replace_file(unfinished, plan.encode())
@@ -259,7 +294,11 @@ def _prepare(files: Folder, plan: str) -> None:
 def _note_shards(files: Folder, split: str, count: int) -> None:
     """List a split's files before any process writes one."""
     shards = range(-(-count // IMAGES_PER_SHARD))
-    distributed.on_main(lambda: files.note(*(shard_file(split, shard, array) for shard in shards for array in ARRAYS)))
+    distributed.on_main(
+        lambda: files.note(
+            *(shard_file(split, shard, array) for shard in shards for array in ARRAYS)
+        )
+    )
 
 
 class Views:
@@ -276,7 +315,9 @@ class Views:
         return (self.augmented if keys[0][0] else self.plain).gather(keys)
 
 
-def _encode_split(encode: BatchEncoder, images: Views, split: str, out: Path, views: int, workers: int) -> None:
+def _encode_split(
+    encode: BatchEncoder, images: Views, split: str, out: Path, views: int, workers: int
+) -> None:
     """Shards are dealt to ranks in turn; finished ones are kept."""
     count, layout = len(images), encode.tokenizer.layout
     progress = Progress(f"{out} {split}", count)
@@ -289,7 +330,9 @@ def _encode_split(encode: BatchEncoder, images: Views, split: str, out: Path, vi
         return (range(start, min(start + BATCH, last)) for start in range(first, last, BATCH))
 
     own = range(distributed.rank(), -(-count // IMAGES_PER_SHARD), distributed.world())
-    missing = [shard for shard in own if not all(path.exists() for path in files_of(shard).values())]
+    missing = [
+        shard for shard in own if not all(path.exists() for path in files_of(shard).values())
+    ]
     keys = (
         [(view, index) for index in places]
         for shard in missing
@@ -302,7 +345,9 @@ def _encode_split(encode: BatchEncoder, images: Views, split: str, out: Path, vi
             codes = np.empty((size, views, layout.length), code_dtype(layout))
             labels, ids = np.empty(size, "<i4"), np.empty(size, "<i8")
             for places in batches_of(shard):
-                rows = slice(places.start - shard * IMAGES_PER_SHARD, places.stop - shard * IMAGES_PER_SHARD)
+                rows = slice(
+                    places.start - shard * IMAGES_PER_SHARD, places.stop - shard * IMAGES_PER_SHARD
+                )
                 for view in range(views):
                     batch = next(batches)
                     found = encode(batch["images"])
@@ -329,12 +374,19 @@ def _shards(out: Path, split: str, count: int) -> list[dict[str, Any]]:
     shards = []
     for shard in range(-(-count // IMAGES_PER_SHARD)):
         names = [shard_file(split, shard, array) for array in ARRAYS]
-        files = {name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)} for name in names}
-        shards.append({"count": min(IMAGES_PER_SHARD, count - shard * IMAGES_PER_SHARD), "files": files})
+        files = {
+            name: {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)}
+            for name in names
+        }
+        shards.append(
+            {"count": min(IMAGES_PER_SHARD, count - shard * IMAGES_PER_SHARD), "files": files}
+        )
     return shards
 
 
-def encode_published(reference: str, overrides: list[str], kind: str | None = None, *, fresh: bool = False) -> None:
+def encode_published(
+    reference: str, overrides: list[str], kind: str | None = None, *, fresh: bool = False
+) -> None:
     """Import a published tokenizer to its place in the root, and encode with it."""
     from tokenizer.published.imports import import_tokenizer
 
@@ -342,21 +394,32 @@ def encode_published(reference: str, overrides: list[str], kind: str | None = No
     data = raw.pop("data", {})
     config = from_dict(TokensRun, raw, COMMAND_LINE)
     if config.source is not None:
-        raise UserError(f"{COMMAND_LINE}: source={config.source}: say data.source={config.source}, it has no other")
+        raise UserError(
+            f"{COMMAND_LINE}: source={config.source}: say data.source={config.source}, it has no other"
+        )
     if not isinstance(data, dict) or "source" not in data:
-        raise UserError(f"{COMMAND_LINE}: data.source: which images are to be encoded with {reference}?")
+        raise UserError(
+            f"{COMMAND_LINE}: data.source: which images are to be encoded with {reference}?"
+        )
     import_tokenizer(reference, config.tokenizer, data, as_=kind)
     encode_data(config, fresh=fresh)
 
 
 def main() -> None:
     if not any(word.startswith("published:") for word in sys.argv[1:2]):
-        return config_command("tokenizer.encode", "Encode a data set to tokens.", TokensRun, encode_data)
-    parser = Parser(prog="python -m tokenizer.encode", description="Encode a data set with a published tokenizer.")
+        return config_command(
+            "tokenizer.encode", "Encode a data set to tokens.", TokensRun, encode_data
+        )
+    parser = Parser(
+        prog="python -m tokenizer.encode",
+        description="Encode a data set with a published tokenizer.",
+    )
     parser.add_argument("reference", help="published:NAME, or published:PATH of a file or a folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--as", dest="kind", metavar="KIND", help="of which kind the weights are")
-    parser.add_argument("--fresh", action="store_true", help="remove what the cache holds and start over")
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove what the cache holds and start over"
+    )
     given = parser.parse_intermixed_args()
     distributed.start()
     encode_published(given.reference, given.overrides, given.kind, fresh=given.fresh)

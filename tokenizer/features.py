@@ -38,7 +38,9 @@ from training.log import Progress
 
 FORMAT = "tessera-features-1"
 # Its name is the hash of what it holds, so no one else has a use for it.
-FEATURES = Kind("cache of features", (r"manifest\.json", r"[0-9]{5,}\.npy"), made=lambda folder: True)
+FEATURES = Kind(
+    "cache of features", (r"manifest\.json", r"[0-9]{5,}\.npy"), made=lambda folder: True
+)
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SHARD_BYTES = 64 * 2**20  # about: what a kill can cost, and what a process holds in memory
 BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
@@ -60,7 +62,9 @@ class FeaturesConfig:
     def check(self, data: DataConfig, model: Any, objective: ObjectiveConfig) -> None:
         """Raise ValueError for a run whose encoder has to see the images."""
         if isinstance(model, VQVAE2Config) or not isinstance(model.encoder, FoundationConfig):
-            raise ValueError(f"features.views={self.views}: {model.kind} learns its encoder: set features=null")
+            raise ValueError(
+                f"features.views={self.views}: {model.kind} learns its encoder: set features=null"
+            )
         if not model.encoder.frozen:
             raise ValueError(
                 f"features.views={self.views}: model.encoder.frozen=false changes its features at every step: "
@@ -72,7 +76,9 @@ class FeaturesConfig:
                 "images, and a frozen encoder needs none: set objective.distillation=0"
             )
         if self.views > 1 and data.augment == "none":
-            raise ValueError(f"features.views={self.views}: with data.augment=none all views are equal: set it to 1")
+            raise ValueError(
+                f"features.views={self.views}: with data.augment=none all views are equal: set it to 1"
+            )
 
     def bytes_per_image(self, channels: int, grid: tuple[int, int]) -> int:
         """On disk, of features (channels, *grid)."""
@@ -102,7 +108,11 @@ class StoredFeatures:
         self.plan = {
             "format": FORMAT,
             "encoder": _identity(encoder),
-            "images": {"identity": images.inventory.sha256, "n": len(images), "image_size": images.image_size},
+            "images": {
+                "identity": images.inventory.sha256,
+                "n": len(images),
+                "image_size": images.image_size,
+            },
             "views": {"augment": augment, "seed": seed},
             "shape": list(self.shape),
             "dtype": self.dtype.str,
@@ -118,7 +128,10 @@ class StoredFeatures:
         """(epoch, index) keys -> images (B, 3, S, S), features (B, C, h, w) of these very images, labels and ids."""
         keys = [(epoch % self.views, index) for epoch, index in keys]
         views, indices = np.array(keys, dtype=np.int64).reshape(-1, 2).T
-        rows, shards = np.empty((len(keys), *self.shape[1:]), self.dtype), indices // self.images_per_shard
+        rows, shards = (
+            np.empty((len(keys), *self.shape[1:]), self.dtype),
+            indices // self.images_per_shard,
+        )
         for shard in np.unique(shards).tolist():
             mine = shards == shard
             places = indices[mine] % self.images_per_shard * self.views + views[mine]
@@ -142,15 +155,23 @@ class StoredFeatures:
                 for part in self._batches(shard)
                 for view in range(self.views)
             )
-            with contextlib.closing(read(self.images, keys, self.images.readers(workers), "loop.workers")) as batches:
+            with contextlib.closing(
+                read(self.images, keys, self.images.readers(workers), "loop.workers")
+            ) as batches:
                 for shard in missing:
                     self._make(shard, batches, encoder, progress)
             distributed.barrier()
         if distributed.is_main():
-            progress.finish(f"{len(self)} images, {self.views} views, {len(self) * self.bytes_per_image:,} bytes")
+            progress.finish(
+                f"{len(self)} images, {self.views} views, {len(self) * self.bytes_per_image:,} bytes"
+            )
 
     def _make(
-        self, shard: int, batches: Iterator[dict[str, Tensor]], encoder: FoundationEncoder, progress: Progress
+        self,
+        shard: int,
+        batches: Iterator[dict[str, Tensor]],
+        encoder: FoundationEncoder,
+        progress: Progress,
     ) -> None:
         """`batches`: of each part of the shard all views."""
         places = self._places(shard)
@@ -178,7 +199,9 @@ class StoredFeatures:
         missing = [shard for shard in range(self._num_shards) if not self._is_whole(shard)]
         manifest, text = self.folder / "manifest.json", json.dumps(self.plan, indent=1).encode()
         if manifest.is_file() and manifest.read_bytes() != text:
-            raise UserError(f"{manifest}: is not what these settings make: remove its folder and run again")
+            raise UserError(
+                f"{manifest}: is not what these settings make: remove its folder and run again"
+            )
         if not missing:
             return
         files = held.enter_context(Folder(self.folder, FEATURES).taken())

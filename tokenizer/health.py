@@ -36,12 +36,17 @@ class Health:
     """
 
     def __init__(
-        self, num_codes: tuple[int, ...], adaptive_cap: float | None = None, thresholds: Thresholds = Thresholds()
+        self,
+        num_codes: tuple[int, ...],
+        adaptive_cap: float | None = None,
+        thresholds: Thresholds = Thresholds(),
     ) -> None:
         """`num_codes` per level; `adaptive_cap`: the objective's, where the adaptive weight is to be watched."""
         self.num_codes = sum(num_codes) / len(num_codes)  # perplexity is a mean over levels, too
         self.adaptive_cap, self.thresholds = adaptive_cap, thresholds
-        self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=thresholds.readings))
+        self.recent: dict[str, deque[float]] = defaultdict(
+            lambda: deque(maxlen=thresholds.readings)
+        )
         self.best: dict[str, float] = defaultdict(lambda: -math.inf)
         self.said: set[str] = set()
 
@@ -70,14 +75,22 @@ class Health:
         for name in figures:
             if name.endswith(".skipped"):
                 yield name, self._skipped(name)
-            if name.startswith("autoencoder.") and name.endswith("usage"):  # the mean's, and levels' that log theirs
+            if name.startswith("autoencoder.") and name.endswith(
+                "usage"
+            ):  # the mean's, and levels' that log theirs
                 yield name, self._dead_codes(name)
         if "autoencoder.perplexity" in figures:
             yield "collapse", self._collapse("autoencoder.perplexity")
             yield "drift", self._drift("autoencoder.perplexity")
         if "discriminator.accuracy" in figures and "autoencoder.adversarial" in figures:
-            yield "strong", self._strong("discriminator.accuracy", self.recent["autoencoder.adversarial"])
-            yield "weak", self._weak("discriminator.accuracy", self.recent["autoencoder.adversarial"])
+            yield (
+                "strong",
+                self._strong("discriminator.accuracy", self.recent["autoencoder.adversarial"]),
+            )
+            yield (
+                "weak",
+                self._weak("discriminator.accuracy", self.recent["autoencoder.adversarial"]),
+            )
         if "autoencoder.adaptive_weight" in figures and self.adaptive_cap is not None:
             yield "pinned", self._pinned("autoencoder.adaptive_weight", self.adaptive_cap)
         if "held_out.psnr" in figures:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.autoencoder import Projection, Reconstruction, check_decoder_weights, grid_of, rows_to_keep
+from tokenizer.autoencoder import (
+    Projection,
+    Reconstruction,
+    check_decoder_weights,
+    grid_of,
+    rows_to_keep,
+)
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.conv import ConvDecoder
 from tokenizer.encoders import ENCODERS
@@ -33,15 +39,21 @@ class VQVAE2Config:
     residual_blocks: int = 2
     residual_channels: int = 32
     activation: str = "relu"  # the papers'; or "gelu", "silu"
-    narrow: bool = False  # between the grids half the channels on the way up, and code_dim on the way down
+    narrow: bool = (
+        False  # between the grids half the channels on the way up, and code_dim on the way down
+    )
 
     def __post_init__(self) -> None:
         check_activation("model", self.activation)
         check_decoder_weights(self)
         if self.top_stride < 2 or self.top_stride & (self.top_stride - 1):
-            raise ValueError(f"model.top_stride={self.top_stride} must be a power of two, at least 2")
+            raise ValueError(
+                f"model.top_stride={self.top_stride} must be a power of two, at least 2"
+            )
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> Hierarchical:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> Hierarchical:
         """The autoencoder for square images. Raises ValueError when the image does not divide into whole top codes."""
         encoder = self.encoder.build(image_size, saved, weights)
         top_grid = grid_of(image_size, encoder.stride * self.top_stride)
@@ -67,7 +79,9 @@ class VQVAE2Config:
                 activation=self.activation,
             ),
             bottom,
-            nn.ConvTranspose2d(top.dim, top.dim, self.top_stride * 2, self.top_stride, self.top_stride // 2),
+            nn.ConvTranspose2d(
+                top.dim, top.dim, self.top_stride * 2, self.top_stride, self.top_stride // 2
+            ),
             self.decoder.build(top.dim + bottom.dim, encoder.stride, grid, encoder),
             (top_grid, grid),
         )
@@ -95,7 +109,12 @@ class Hierarchical(nn.Module):
         """`top_decoder`: top vectors to channels on the bottom grid; `upsample`: top vectors to that grid."""
         super().__init__()
         self.encoder, self.top_encoder, self.top_decoder = encoder, top_encoder, top_decoder
-        self.top_quantizer, self.quantizer, self.upsample, self.decoder = top_quantizer, quantizer, upsample, decoder
+        self.top_quantizer, self.quantizer, self.upsample, self.decoder = (
+            top_quantizer,
+            quantizer,
+            upsample,
+            decoder,
+        )
         self.project_top = Projection(top_encoder.channels, top_quantizer.dim)
         self.project_in = Projection(top_decoder.out_channels + encoder.channels, quantizer.dim)
         self.layout = self._layout_of(grids)
@@ -111,11 +130,17 @@ class Hierarchical(nn.Module):
         latents = self._bottom_latents(top.vectors, features)
         bottom = self.quantizer(latents)
         codes = torch.cat([top.codes.flatten(1), bottom.codes.flatten(1)], 1)
-        parts = {name: (top.parts[name] + value) / 2 for name, value in bottom.parts.items() if name in top.parts}
+        parts = {
+            name: (top.parts[name] + value) / 2
+            for name, value in bottom.parts.items()
+            if name in top.parts
+        }
         for level, output in (("top", top), ("bottom", bottom)):
             parts |= {f"{level}_{name}": output.parts[name] for name in ("usage", "perplexity")}
         pictures = self._to_images(top.vectors, bottom.vectors)
-        return Reconstruction(pictures, features, latents, bottom.vectors, codes, top.loss + bottom.loss, parts)
+        return Reconstruction(
+            pictures, features, latents, bottom.vectors, codes, top.loss + bottom.loss, parts
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -140,7 +165,9 @@ class Hierarchical(nn.Module):
     def layout_of(self, height: int, width: int) -> CodeLayout:
         """What the codes of images (3, height, width) mean."""
         grid = (height // self.encoder.stride, width // self.encoder.stride)
-        return self._layout_of(((grid[0] // self.top_encoder.stride, grid[1] // self.top_encoder.stride), grid))
+        return self._layout_of(
+            ((grid[0] // self.top_encoder.stride, grid[1] // self.top_encoder.stride), grid)
+        )
 
     def update(self, step: int, taken: bool) -> None:
         """After each optimizer step; see Quantizer."""
@@ -166,13 +193,17 @@ class Hierarchical(nn.Module):
             sample = Reservoir(rows_to_keep(quantizer, num_images * num_positions), seed)
             for images in batches:
                 sample.add(to_rows(latents_of(self.encoder(images.to(device)))))
-            quantizer.initialise(sample.rows, seed, images=(sample.places // num_positions).to(device))
+            quantizer.initialise(
+                sample.rows, seed, images=(sample.places // num_positions).to(device)
+            )
 
     def _top_latents(self, features: Tensor) -> Tensor:
         return self.project_top(self.top_encoder(features))
 
     def _latents(self, features: Tensor) -> Tensor:
-        return self._bottom_latents(self._quantize_top(self.top_encoder(features)).vectors, features)
+        return self._bottom_latents(
+            self._quantize_top(self.top_encoder(features)).vectors, features
+        )
 
     def _quantize_top(self, encoded: Tensor) -> QuantizerOutput:
         with torch.autocast(encoded.device.type, enabled=False):
@@ -187,7 +218,9 @@ class Hierarchical(nn.Module):
         return self.decoder(torch.cat([self.upsample(top), bottom], 1))
 
     def _layout_of(self, grids: tuple[tuple[int, int], tuple[int, int]]) -> CodeLayout:
-        levels = [(grid, size) for grid, q in zip(grids, self._quantizers()) for size in q.num_codes]
+        levels = [
+            (grid, size) for grid, q in zip(grids, self._quantizers()) for size in q.num_codes
+        ]
         return CodeLayout(tuple(grid for grid, _ in levels), tuple(size for _, size in levels))
 
     def _quantizers(self) -> tuple[nn.Module, nn.Module]:

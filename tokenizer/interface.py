@@ -25,12 +25,18 @@ class CodeLayout:
 
     def __post_init__(self) -> None:
         # JSON and YAML give lists; a layout is hashable and compares by value.
-        object.__setattr__(self, "grids", tuple(tuple(int(side) for side in grid) for grid in self.grids))
+        object.__setattr__(
+            self, "grids", tuple(tuple(int(side) for side in grid) for grid in self.grids)
+        )
         object.__setattr__(self, "num_codes", tuple(int(count) for count in self.num_codes))
         if len(self.grids) != len(self.num_codes):
-            raise ValueError(f"layout: {len(self.grids)} grids and {len(self.num_codes)} codebook sizes: one per level")
+            raise ValueError(
+                f"layout: {len(self.grids)} grids and {len(self.num_codes)} codebook sizes: one per level"
+            )
         if min((1, *self.num_codes, *(side for grid in self.grids for side in grid))) < 1:
-            raise ValueError(f"layout: grids {self.grids} of {self.num_codes} codes: all must be at least 1")
+            raise ValueError(
+                f"layout: grids {self.grids} of {self.num_codes} codes: all must be at least 1"
+            )
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -50,7 +56,9 @@ class CodeLayout:
     @property
     def text(self) -> str:
         """For people: "8 x 8 of 512, 16 x 16 of 512"."""
-        return ", ".join(f"{' x '.join(map(str, grid))} of {k}" for grid, k in zip(self.grids, self.num_codes))
+        return ", ".join(
+            f"{' x '.join(map(str, grid))} of {k}" for grid, k in zip(self.grids, self.num_codes)
+        )
 
     def split(self, codes: Tensor) -> list[Tensor]:
         """(B, N) -> one (B, *grid) per level."""
@@ -71,11 +79,15 @@ class CodeLayout:
     def check(self, codes: Tensor) -> None:
         """Raise ValueError unless codes are (B, N) int64, each in [0, num_codes) of its level."""
         if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != self.length:
-            raise ValueError(f"codes must be (B, {self.length}) int64, not {tuple(codes.shape)} {codes.dtype}")
+            raise ValueError(
+                f"codes must be (B, {self.length}) int64, not {tuple(codes.shape)} {codes.dtype}"
+            )
         for span, size in self.spans():
             level = codes[:, span]
             if level.numel() and not (0 <= int(level.min()) and int(level.max()) < size):
-                raise ValueError(f"codes {int(level.min())}..{int(level.max())} are outside [0, {size})")
+                raise ValueError(
+                    f"codes {int(level.min())}..{int(level.max())} are outside [0, {size})"
+                )
 
 
 class Tokenizer(Protocol):
@@ -113,7 +125,9 @@ class Quantizer(Protocol):
 
     def forward(self, features: Tensor) -> QuantizerOutput: ...  # (B, C, H, W)
 
-    def lookup(self, codes: Tensor) -> Tensor: ...  # (B, L, H, W) -> (B, C, H, W), exactly what forward produced
+    def lookup(
+        self, codes: Tensor
+    ) -> Tensor: ...  # (B, L, H, W) -> (B, C, H, W), exactly what forward produced
 
     # from features of training images, (N, C), or (N, c) that `project` maps there; once before training.
     # `images`: of which image each row is, (N,) int64; each of its own, without it
@@ -125,4 +139,6 @@ class Quantizer(Protocol):
         images: Tensor | None = None,
     ) -> None: ...
 
-    def update(self, step: int, taken: bool) -> None: ...  # after each optimizer step, taken or skipped
+    def update(
+        self, step: int, taken: bool
+    ) -> None: ...  # after each optimizer step, taken or skipped

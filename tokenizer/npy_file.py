@@ -32,7 +32,12 @@ class NpyFile:
                 self._start = file.tell()
         except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
             raise self._error(f"no array: {' '.join(str(error).split())}") from None
-        if fortran_order or self.dtype.hasobject or not self.shape or not all(side >= 0 for side in self.shape):
+        if (
+            fortran_order
+            or self.dtype.hasobject
+            or not self.shape
+            or not all(side >= 0 for side in self.shape)
+        ):
             raise self._error(f"is {self.dtype} {self.shape}, no plain array of rows")
         self._row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=object))
         if self._stamp[0] != self._start + self.shape[0] * self._row_bytes:

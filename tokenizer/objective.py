@@ -31,12 +31,16 @@ class ObjectiveConfig:
     lpips_net: str = "vgg"
     lpips_weights: str | None = None  # the trunk's file
     distillation: float = 0.0  # stage 2
-    distillation_target: str = "teacher"  # or "codes": the quantized vectors follow the continuous ones
+    distillation_target: str = (
+        "teacher"  # or "codes": the quantized vectors follow the continuous ones
+    )
     adversarial: float = 0.0
     gan: str = "hinge"  # or "non_saturating"
     adversarial_start_step: int = 0
     adversarial_ramp_steps: int = 500
-    adaptive: bool = True  # weigh the adversarial term by the ratio of gradients at the decoder's last layer
+    adaptive: bool = (
+        True  # weigh the adversarial term by the ratio of gradients at the decoder's last layer
+    )
     adaptive_cap: float = 1.0  # largest such ratio (VQGAN's reaches 1e4)
     augment: float = 0.0  # DiffAugment: the probability of each of its transformations
     lecam: float = 0.0  # weight of LeCAM
@@ -45,14 +49,28 @@ class ObjectiveConfig:
     discriminator: Any = one_of(DISCRIMINATORS, "patch")
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "distillation", "adversarial", "adaptive_cap", "lecam"):
+        for name in (
+            "l1",
+            "l2",
+            "perceptual",
+            "distillation",
+            "adversarial",
+            "adaptive_cap",
+            "lecam",
+        ):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"objective.{name}={getattr(self, name)} must not be negative: 0 leaves it out")
+                raise ValueError(
+                    f"objective.{name}={getattr(self, name)} must not be negative: 0 leaves it out"
+                )
         for name, choices in (("distillation_target", DISTILLATION_TARGETS), ("gan", tuple(GANS))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"objective.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise ValueError(
+                    f"objective.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
+                )
         if not 0 <= self.augment <= 1:
-            raise ValueError(f"objective.augment={self.augment} is a probability: give it a value from 0 to 1")
+            raise ValueError(
+                f"objective.augment={self.augment} is a probability: give it a value from 0 to 1"
+            )
         if self.adversarial > 0 and self.discriminator_start_step > self.adversarial_start_step:
             raise ValueError(
                 f"objective.discriminator_start_step={self.discriminator_start_step} would set an untrained "
@@ -70,7 +88,11 @@ class Objective:
     """The losses of both turns. Holds the frozen helpers (LPIPS, teacher), which no checkpoint contains."""
 
     def __init__(
-        self, config: ObjectiveConfig, autoencoder: nn.Module, teacher: nn.Module | None, seed: int = 0
+        self,
+        config: ObjectiveConfig,
+        autoencoder: nn.Module,
+        teacher: nn.Module | None,
+        seed: int = 0,
     ) -> None:
         """`teacher`: a frozen copy of the pretrained encoder, when the config distils from one.
 
@@ -85,7 +107,9 @@ class Objective:
             self.discriminator = Adversary(config.discriminator.build(image_size), lecam)
         self.perceptual = None
         if config.perceptual > 0:
-            self.perceptual = lay_out(Perceptual(config.lpips_net, Path(config.lpips_weights)).to(device), device)
+            self.perceptual = lay_out(
+                Perceptual(config.lpips_net, Path(config.lpips_weights)).to(device), device
+            )
             self.perceptual.check(image_size)
         self.teacher = None
         if config.distillation > 0 and config.distillation_target == "teacher":
@@ -95,8 +119,13 @@ class Objective:
     def autoencoder_loss(self, batch: Batch, step: int) -> Loss:
         """Reconstruction + quantizer + distillation (VQRAE, stage 2) + ramped, capped adversarial term."""
         images = batch["images"]
-        given = {"noise": self._noise(images, batch.positions, step), "features": batch.tensors.get("features")}
-        output = self.autoencoder(images, **{name: value for name, value in given.items() if value is not None})
+        given = {
+            "noise": self._noise(images, batch.positions, step),
+            "features": batch.tensors.get("features"),
+        }
+        output = self.autoencoder(
+            images, **{name: value for name, value in given.items() if value is not None}
+        )
         error = output.images.float() - images
         mse = error.square().mean()
         parts = {"mse": mse, "quantizer": output.loss, **output.parts}
@@ -115,7 +144,9 @@ class Objective:
             batch.extras["reconstruction"] = output.images.detach()
             weight = self._ramp(step)
             if weight > 0:
-                fooling = GANS[self.config.gan].generator(self._judge(output.images, batch, step, 0))
+                fooling = GANS[self.config.gan].generator(
+                    self._judge(output.images, batch, step, 0)
+                )
                 parts["adversarial"] = fooling
                 if self.config.adaptive:
                     parts["adaptive_weight"] = self._adaptive_weight(reconstruction, fooling)
@@ -130,7 +161,12 @@ class Objective:
         fake = self._judge(batch.extras["reconstruction"], batch, step, 2)
         total = GANS[self.config.gan].discriminator(real, fake)
         right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-        parts = {self.config.gan: total, "real_logit": real.mean(), "fake_logit": fake.mean(), "accuracy": right}
+        parts = {
+            self.config.gan: total,
+            "real_logit": real.mean(),
+            "fake_logit": fake.mean(),
+            "accuracy": right,
+        }
         if self.discriminator.lecam is not None:
             parts["lecam"] = self.discriminator.lecam(real, fake)
             if step >= self.config.lecam_start_step:
@@ -143,7 +179,9 @@ class Objective:
         images = images.float()
         if self.config.augment > 0:
             seed = (self.seed, step, AUGMENT_STREAM, stream)
-            images = diff_augment(images, distributed.draw(seed, batch.positions, (NUM_DRAWS,)), self.config.augment)
+            images = diff_augment(
+                images, distributed.draw(seed, batch.positions, (NUM_DRAWS,)), self.config.augment
+            )
         return self.discriminator(images)
 
     def _distillation(self, images: Tensor, output: Any) -> Tensor:
@@ -159,11 +197,15 @@ class Objective:
         if tau == 0 or not self.autoencoder.training:
             return None
         height, width = (side // encoder.stride for side in images.shape[2:])
-        return feature_noise((self.seed, step, NOISE_STREAM), positions, (encoder.channels, height, width), tau)
+        return feature_noise(
+            (self.seed, step, NOISE_STREAM), positions, (encoder.channels, height, width), tau
+        )
 
     def _ramp(self, step: int) -> float:
         since = step - self.config.adversarial_start_step
-        return self.config.adversarial * min(1.0, max(0.0, since / max(1, self.config.adversarial_ramp_steps)))
+        return self.config.adversarial * min(
+            1.0, max(0.0, since / max(1, self.config.adversarial_ramp_steps))
+        )
 
     def _adaptive_weight(self, reconstruction: Tensor, fooling: Tensor) -> Tensor:
         """|d reconstruction / d W| / |d fooling / d W| at the decoder's last layer W (Esser et al. 2021, eq. 7).
@@ -171,8 +213,13 @@ class Objective:
         Of gradients that are averaged over the global batch first.
         """
         last = self.autoencoder.last_layer
-        gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reconstruction, fooling)]
-        wanted, other = distributed.batch_mean(torch.stack(gradients).float()).flatten(1).norm(dim=1)
+        gradients = [
+            torch.autograd.grad(loss, last, retain_graph=True)[0]
+            for loss in (reconstruction, fooling)
+        ]
+        wanted, other = (
+            distributed.batch_mean(torch.stack(gradients).float()).flatten(1).norm(dim=1)
+        )
         return (wanted / (other + 1e-4)).clamp(max=self.config.adaptive_cap)
 
 
@@ -208,14 +255,18 @@ class LeCam(nn.Module):
         self.decay = decay
         self.register_buffer("anchors", torch.zeros(2))  # of real and fake logits
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("sums", torch.zeros(3), persistent=False)  # of both means this step, and their number
+        self.register_buffer(
+            "sums", torch.zeros(3), persistent=False
+        )  # of both means this step, and their number
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """Penalty on logits of any shape; what they are is gathered for `update`."""
         with torch.no_grad():
             self.sums += torch.stack([real.mean(), fake.mean(), torch.ones_like(self.sums[0])])
         real_anchor, fake_anchor = self.anchors
-        penalty = F.relu(real - fake_anchor).square().mean() + F.relu(real_anchor - fake).square().mean()
+        penalty = (
+            F.relu(real - fake_anchor).square().mean() + F.relu(real_anchor - fake).square().mean()
+        )
         return penalty * (self.num_updates > 0)
 
     @torch.no_grad()
@@ -233,7 +284,9 @@ def distillation_loss(features: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(features.float(), target.detach().float())
 
 
-def feature_noise(seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...], tau: float) -> Tensor:
+def feature_noise(
+    seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...], tau: float
+) -> Tensor:
     """(len(positions), *shape): normal noise of a deviation that each sample draws from [0, tau) (RAE, section 4).
 
     A sample's noise depends on its place in the global batch alone, not on how the batch is split.
@@ -260,5 +313,7 @@ def _logistic(real: Tensor, fake: Tensor) -> Tensor:
 
 GANS = {
     "hinge": Gan(lambda fake: -fake.mean(), _hinge),  # Lim & Ye 2017, arXiv:1705.02894
-    "non_saturating": Gan(lambda fake: F.softplus(-fake).mean(), _logistic),  # Goodfellow et al. 2014, arXiv:1406.2661
+    "non_saturating": Gan(
+        lambda fake: F.softplus(-fake).mean(), _logistic
+    ),  # Goodfellow et al. 2014, arXiv:1406.2661
 }

@@ -42,10 +42,20 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
     from huggingface_hub.utils import get_session
 
     patience = patience or PATIENCE
-    xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True  # it has its own client, and own patience
-    client = type(get_session())  # of httpx or of its successor; all of its instances, as the session is renewed
+    xet, constants.HF_HUB_DISABLE_XET = (
+        constants.HF_HUB_DISABLE_XET,
+        True,
+    )  # it has its own client, and own patience
+    client = type(
+        get_session()
+    )  # of httpx or of its successor; all of its instances, as the session is renewed
     timed_out = importlib.import_module(client.__module__.partition(".")[0]).TimeoutException
-    limits = {"connect": patience.connect, "read": patience.read, "write": patience.read, "pool": patience.read}
+    limits = {
+        "connect": patience.connect,
+        "read": patience.read,
+        "write": patience.read,
+        "pool": patience.read,
+    }
     silent: set[str] = set()
 
     def send(session: Any, request: Any, **options: Any) -> Any:
@@ -60,7 +70,9 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
             try:
                 return original(session, request, **options)
             except timed_out as error:
-                _say(f"{what}: {host} does not answer (try {number} of {tries}: {type(error).__name__})")
+                _say(
+                    f"{what}: {host} does not answer (try {number} of {tries}: {type(error).__name__})"
+                )
         silent.add(host)
         raise OfflineModeIsEnabled(f"{host} does not answer")
 
@@ -68,10 +80,16 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
     try:
         yield
         if silent:
-            _say(f"{what}: found without {', '.join(silent)}: in the cache of earlier downloads, or elsewhere")
+            _say(
+                f"{what}: found without {', '.join(silent)}: in the cache of earlier downloads, or elsewhere"
+            )
     except Exception as error:
-        if silent and any(isinstance(cause, ConnectionError) for cause in _causes(error)):  # Offline… is one
-            raise SilentHub(f"{', '.join(silent)} does not answer, and no earlier download is in the cache") from error
+        if silent and any(
+            isinstance(cause, ConnectionError) for cause in _causes(error)
+        ):  # Offline… is one
+            raise SilentHub(
+                f"{', '.join(silent)} does not answer, and no earlier download is in the cache"
+            ) from error
         raise
     finally:
         client.send, constants.HF_HUB_DISABLE_XET = original, xet

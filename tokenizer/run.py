@@ -41,7 +41,9 @@ class TokenizerRun:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-    features: FeaturesConfig | None = None  # train from stored features of the frozen encoder, not through it
+    features: FeaturesConfig | None = (
+        None  # train from stored features of the frozen encoder, not through it
+    )
 
     def __post_init__(self) -> None:
         if self.features is not None:
@@ -65,7 +67,9 @@ def load_config(run_folder: Path) -> TokenizerRun:
     """The resolved configuration of a tokenizer's run. Raises UserError when the folder holds none."""
     path = Path(run_folder) / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`")
+        raise UserError(
+            f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`"
+        )
     return read_config(TokenizerRun, path, alone=True)
 
 
@@ -87,7 +91,9 @@ def load_autoencoder_weights(autoencoder: nn.Module, run_folder: Path) -> None:
     weights, own = load_weights(run_folder), autoencoder.state_dict()
     for name in sorted(weights.keys() ^ own.keys()):
         lacking = "these settings have no" if name in weights else "has no"
-        raise UserError(f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, dims, …)")
+        raise UserError(
+            f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, dims, …)"
+        )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise UserError(

@@ -32,9 +32,19 @@ from training.command import Parser, UserError, run_command
 from training.config import from_dict, to_dict, to_yaml
 from training.words import dump
 
-FILES = ["config.yaml", "config.json", "manifest.json", "README.md", "weights/*.safetensors", "weights/*/*.json"]
+FILES = [
+    "config.yaml",
+    "config.json",
+    "manifest.json",
+    "README.md",
+    "weights/*.safetensors",
+    "weights/*/*.json",
+]
 FORMAT = "tessera-tokenizer-1"
-HUB_KEYS = ("name", "encoder_config_path")  # what may hold a name of the Hub; elsewhere a/b is a path
+HUB_KEYS = (
+    "name",
+    "encoder_config_path",
+)  # what may hold a name of the Hub; elsewhere a/b is a path
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 USAGE = """```python
 from tokenizer.sharing import from_pretrained
@@ -56,7 +66,9 @@ LICENCE = (
 )
 
 
-def save_pretrained(run_folder: str | Path, out: str | Path, report: str | Path | None = None) -> Path:
+def save_pretrained(
+    run_folder: str | Path, out: str | Path, report: str | Path | None = None
+) -> Path:
     """Write the folder `out` that `from_pretrained` reads, of a run or of such a folder; return it.
 
     `report` is a reconstruction.json of these weights; without one the run's own is taken where it has one. Raises
@@ -109,10 +121,16 @@ def _is_published(name: str | Path) -> bool:
     if str(name).startswith("published:") or path.is_file():
         return True
     ours = ("config.yaml", "manifest.json", "weights")
-    return path.is_dir() and any(path.glob("*.safetensors")) and not any((path / part).exists() for part in ours)
+    return (
+        path.is_dir()
+        and any(path.glob("*.safetensors"))
+        and not any((path / part).exists() for part in ours)
+    )
 
 
-def save_autoencoder(model: nn.Module, config: TokenizerRun, out: str | Path, about: list[str]) -> Path:
+def save_autoencoder(
+    model: nn.Module, config: TokenizerRun, out: str | Path, about: list[str]
+) -> Path:
     """Write the folder `out` that `from_pretrained` reads, of a tokenizer at hand and its run; return it.
 
     `about` are lines of its card. Raises UserError when `out` holds something else.
@@ -123,11 +141,16 @@ def save_autoencoder(model: nn.Module, config: TokenizerRun, out: str | Path, ab
     with _replacing(out) as temporary:
         (temporary / "config.yaml").write_text(to_yaml(config))
         write_weights(weights_path(temporary), model.state_dict(), {})
-        _seal(temporary, _front_matter([config.model.kind], None, None) + _lines(out.name, [*about, "", USAGE]))
+        _seal(
+            temporary,
+            _front_matter([config.model.kind], None, None) + _lines(out.name, [*about, "", USAGE]),
+        )
     return out
 
 
-def push_to_hub(run_folder: str | Path, repo_id: str, *, private: bool = True, report: str | Path | None = None) -> str:
+def push_to_hub(
+    run_folder: str | Path, repo_id: str, *, private: bool = True, report: str | Path | None = None
+) -> str:
     """Upload a run, or a folder that `save_pretrained` wrote (with your changes to its card); return its address.
 
     A new repository is private unless told otherwise. Raises UserError when the Hub refuses.
@@ -156,12 +179,17 @@ def save_vqrae(model: VQRAE, folder: str | Path) -> Path:
     about = f"A VQRAE: images to {grid[0]} x {grid[1]} codes of {num_codes}, and back."
     front = _front_matter(["vqrae"], arguments["encoder_config_path"], None)
     with _replacing(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps({"class": "VQRAE", "arguments": arguments}, indent=1))
+        (temporary / "config.json").write_text(
+            json.dumps({"class": "VQRAE", "arguments": arguments}, indent=1)
+        )
         write_weights(weights_path(temporary), model.state_dict(), {})
         encoder.save_architecture(temporary / "weights" / "encoder")
         (temporary / "weights" / "decoder").mkdir()
         (temporary / "weights" / "decoder" / "config.json").write_text(json.dumps(sizes, indent=1))
-        _seal(temporary, front + _lines(folder.name, [about, "", VQRAE_USAGE, "", "## Licence", "", LICENCE]))
+        _seal(
+            temporary,
+            front + _lines(folder.name, [about, "", VQRAE_USAGE, "", "## Licence", "", LICENCE]),
+        )
     return folder
 
 
@@ -170,7 +198,9 @@ def load_vqrae(name_or_folder: str | Path, revision: str | None = None) -> VQRAE
     folder = _fetch(name_or_folder, revision)
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder}: it holds no VQRAE (there is no config.json): give what save_pretrained wrote")
+        raise UserError(
+            f"{folder}: it holds no VQRAE (there is no config.json): give what save_pretrained wrote"
+        )
     try:
         arguments = json.loads(file.read_text())["arguments"]
         arguments["decoder_config_path"] = str(folder / "weights" / "decoder")
@@ -186,7 +216,9 @@ def load_vqrae(name_or_folder: str | Path, revision: str | None = None) -> VQRAE
 def push_vqrae(model: VQRAE, repo_id: str, *, private: bool = True) -> str:
     """Upload a VQRAE; return its address. A new repository is private unless told otherwise."""
     with tempfile.TemporaryDirectory() as temporary:
-        return _upload(save_vqrae(model, Path(temporary, repo_id.rpartition("/")[2])), repo_id, private)
+        return _upload(
+            save_vqrae(model, Path(temporary, repo_id.rpartition("/")[2])), repo_id, private
+        )
 
 
 def _check_target(source: Path | None, out: Path) -> None:
@@ -194,7 +226,9 @@ def _check_target(source: Path | None, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file is in the way: name a folder")
     settle(out)
-    strangers = sorted(path.name for path in out.iterdir() if path.name != STAGED) if out.is_dir() else []
+    strangers = (
+        sorted(path.name for path in out.iterdir() if path.name != STAGED) if out.is_dir() else []
+    )
     if _is_shared(out):
         strangers = []
     if strangers or (source is not None and out.resolve() == source.resolve()):
@@ -207,7 +241,9 @@ def _replacing(out: Path) -> contextlib.AbstractContextManager[Path]:
     try:
         manifest = json.loads((out / "manifest.json").read_text())
         ours = {"manifest.json", *manifest["files"]}
-        if (out / "README.md").is_file() and sha256(out / "README.md") == manifest.get("card_sha256"):
+        if (out / "README.md").is_file() and sha256(out / "README.md") == manifest.get(
+            "card_sha256"
+        ):
             ours.add("README.md")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = set()
@@ -215,7 +251,9 @@ def _replacing(out: Path) -> contextlib.AbstractContextManager[Path]:
     def check(names: list[str]) -> None:
         for name in names:
             if name not in ours and os.path.lexists(out / name):
-                raise UserError(f"{out / name}: was edited, or is not ours, and would be replaced: move it away")
+                raise UserError(
+                    f"{out / name}: was edited, or is not ours, and would be replaced: move it away"
+                )
 
     return atomic_folder(out, ours=ours.__contains__, noting=check, last="manifest.json")
 
@@ -240,7 +278,11 @@ def _portable(value: Any, key: str = "name") -> Any:
         return {name: _portable(entry, name) for name, entry in value.items()}
     if isinstance(value, Path):
         value = str(value)
-    if not isinstance(value, str) or value.startswith("hub:") or ("/" not in value and not value.startswith("~")):
+    if (
+        not isinstance(value, str)
+        or value.startswith("hub:")
+        or ("/" not in value and not value.startswith("~"))
+    ):
         return value
     return value if key in HUB_KEYS and _is_of_the_hub(value) else Path(value).name or "."
 
@@ -260,7 +302,8 @@ def _is_of_the_hub(name: str) -> bool:
 def _seal(folder: Path, card: str) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in files
     }
     (folder / "README.md").write_text(card)
     manifest = {"format": FORMAT, "files": entries, "card_sha256": sha256(folder / "README.md")}
@@ -272,7 +315,9 @@ def _fetch(name: str | Path, revision: str | None) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if not HUB_NAME.fullmatch(str(name)):
-            raise UserError(f"{name}: there is no such folder, and it is no name of the Hub (owner/name)")
+            raise UserError(
+                f"{name}: there is no such folder, and it is no name of the Hub (owner/name)"
+            )
         folder = _download(str(name), revision)
     _verify(folder)
     return folder
@@ -299,15 +344,22 @@ def _verify(folder: Path) -> None:
     try:
         entries = json.loads(file.read_text())["files"].items()
         wanted = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in entries]
-        if any("\0" in str(path) or type(size) is not int or type(told) is not str for path, size, told in wanted):
+        if any(
+            "\0" in str(path) or type(size) is not int or type(told) is not str
+            for path, size, told in wanted
+        ):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{file}: damaged: download the folder again, or save it again") from None
     for path, size, digest in wanted:
         if not path.resolve().is_file():
-            raise UserError(f"{path}: missing, though manifest.json has it: download the folder again")
+            raise UserError(
+                f"{path}: missing, though manifest.json has it: download the folder again"
+            )
         if path.stat().st_size != size or sha256(path) != digest:
-            raise UserError(f"{path}: not what manifest.json says (SHA-256 {digest[:8]}…): download the folder again")
+            raise UserError(
+                f"{path}: not what manifest.json says (SHA-256 {digest[:8]}…): download the folder again"
+            )
 
 
 def _upload(folder: Path, repo_id: str, private: bool) -> str:
@@ -340,9 +392,13 @@ def _find_report(folder: Path, given: str | Path | None) -> dict[str, Any] | Non
         if record is None:
             raise UserError(f"{given}: there is no such report: run `python -m eval.run` first")
         if record["settings"]["tokenizer_sha256"] != weights_hash(folder):
-            raise UserError(f"{given}: measured on other weights than {folder}'s: run `python -m eval.run` again")
+            raise UserError(
+                f"{given}: measured on other weights than {folder}'s: run `python -m eval.run` again"
+            )
         return record
-    records = (_read_report(place / "report" / "reconstruction.json") for place in (folder, folder.parent))
+    records = (
+        _read_report(place / "report" / "reconstruction.json") for place in (folder, folder.parent)
+    )
     mine = (r for r in records if r and r["settings"]["tokenizer_sha256"] == weights_hash(folder))
     return next(mine, None)
 
@@ -356,13 +412,19 @@ def _read_report(file: Path) -> dict[str, Any] | None:
         record["settings"]["tokenizer_sha256"], record["measurements"], record["notes"]
         return record
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: damaged, or no record of a reconstruction: run `python -m eval.run` again") from None
+        raise UserError(
+            f"{file}: damaged, or no record of a reconstruction: run `python -m eval.run` again"
+        ) from None
 
 
-def _card(config: TokenizerRun, layout: CodeLayout, folder: Path, record: dict[str, Any] | None) -> str:
+def _card(
+    config: TokenizerRun, layout: CodeLayout, folder: Path, record: dict[str, Any] | None
+) -> str:
     source, loop = config.data.source, config.loop
     encoder = getattr(config.model.encoder, "name", None)
-    grids = ", ".join(f"{' x '.join(map(str, grid))} of {k}" for grid, k in zip(layout.grids, layout.num_codes))
+    grids = ", ".join(
+        f"{' x '.join(map(str, grid))} of {k}" for grid, k in zip(layout.grids, layout.num_codes)
+    )
     name = f" on {encoder}" if encoder and HUB_NAME.fullmatch(encoder) else ""
     lines = [
         f"A {config.model.kind} tokenizer{name}: images of {config.data.image_size} px to {layout.length} discrete "
@@ -378,7 +440,11 @@ def _card(config: TokenizerRun, layout: CodeLayout, folder: Path, record: dict[s
         *_last_figures(folder),
         "## Figures",
         "",
-        *(_measurements(record) if record else ["No report was made of these weights (`python -m eval.run`)."]),
+        *(
+            _measurements(record)
+            if record
+            else ["No report was made of these weights (`python -m eval.run`)."]
+        ),
         "",
         "## Licence",
         "",
@@ -398,7 +464,9 @@ def _last_figures(folder: Path) -> list[str]:
     except (OSError, ValueError):
         return []
     step = figures.pop("step", None)
-    shown = [f"{name} {value:.4g}" for name, value in sorted(figures.items()) if isinstance(value, float)]
+    shown = [
+        f"{name} {value:.4g}" for name, value in sorted(figures.items()) if isinstance(value, float)
+    ]
     return [f"At step {step}: {', '.join(shown)}.", ""] if shown else []
 
 
@@ -409,10 +477,20 @@ def _measurements(record: dict[str, Any]) -> list[str]:
     for each in record["measurements"]:
         arrow = {True: " ↑", False: " ↓", None: ""}[each["higher_is_better"]]
         value = f"{float(each['value']):.4g} {each['unit']}".strip()
-        interval = "" if not each["interval"] else " – ".join(f"{float(end):.4g}" for end in each["interval"])
-        how = ", ".join(f"{k} {v}" for k, v in each["settings"].items() if k not in ("data", "batch_size"))
-        rows.append(f"| {each['name']}{arrow} | {value} | {interval} | {each['n']} | {each['split']} | {how} |")
-    about = f"Of {data['source']} ({data['split']}, {data['image_size']} px), by `python -m eval.run`."
+        interval = (
+            ""
+            if not each["interval"]
+            else " – ".join(f"{float(end):.4g}" for end in each["interval"])
+        )
+        how = ", ".join(
+            f"{k} {v}" for k, v in each["settings"].items() if k not in ("data", "batch_size")
+        )
+        rows.append(
+            f"| {each['name']}{arrow} | {value} | {interval} | {each['n']} | {each['split']} | {how} |"
+        )
+    about = (
+        f"Of {data['source']} ({data['split']}, {data['image_size']} px), by `python -m eval.run`."
+    )
     return [about, "", *rows, *([""] if record["notes"] else []), *record["notes"]]
 
 
@@ -438,12 +516,18 @@ def main() -> None:
     parser = Parser(prog="python -m tokenizer.sharing", description="Share trained tokenizers.")
     commands = parser.add_subparsers(dest="command", required=True)
     save = commands.add_parser("save", help="write a folder to be shared")
-    push = commands.add_parser("push", help="upload a run, or what `save` wrote, to the Hugging Face Hub")
+    push = commands.add_parser(
+        "push", help="upload a run, or what `save` wrote, to the Hugging Face Hub"
+    )
     for command, target in ((save, "OUT"), (push, "OWNER/NAME")):
         command.add_argument("run", metavar="RUN", help="the run's folder")
         command.add_argument("target", metavar=target)
-        command.add_argument("--report", metavar="FILE", help="reconstruction.json of these weights")
-    push.add_argument("--public", action="store_true", help="for all to see, where the repository is new")
+        command.add_argument(
+            "--report", metavar="FILE", help="reconstruction.json of these weights"
+        )
+    push.add_argument(
+        "--public", action="store_true", help="for all to see, where the repository is new"
+    )
     given = parser.parse_args()
     if given.command == "save":
         print(save_pretrained(given.run, given.target, given.report))

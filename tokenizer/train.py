@@ -52,7 +52,9 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         raise UserError(f"{folder}: {error}") from None
     if config.start_from is not None:
         load_autoencoder_weights(autoencoder, Path(config.start_from))
-    objective = Objective(config.objective, autoencoder, teacher_of(config, autoencoder), config.seed)
+    objective = Objective(
+        config.objective, autoencoder, teacher_of(config, autoencoder), config.seed
+    )
     if config.start_from is None and isinstance(autoencoder.encoder, FoundationEncoder):
         inputs["encoder"] = autoencoder.encoder.fingerprint()
     if objective.discriminator is not None and hasattr(objective.discriminator.network, "trunk"):
@@ -89,7 +91,10 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
 
     def measure(averaged: nn.Module) -> dict[str, float]:
         errors = [
-            (averaged(part.to(distributed.device())).images.clamp(-1, 1).cpu() - part).div(2).square().mean((1, 2, 3))
+            (averaged(part.to(distributed.device())).images.clamp(-1, 1).cpu() - part)
+            .div(2)
+            .square()
+            .mean((1, 2, 3))
             for part in shown.split(64)
         ]
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}

@@ -39,22 +39,32 @@ class VQRAEConfig:
     decoder: Any = one_of(DECODERS, "vit")
     normalise: bool = True  # features, by measured statistics
     denormalise: bool = False  # undo it before the decoder, as RAE does
-    noise_tau: float = 0.0  # training adds noise of a standard deviation drawn from [0, noise_tau) (RAE: 0.8)
+    noise_tau: float = (
+        0.0  # training adds noise of a standard deviation drawn from [0, noise_tau) (RAE: 0.8)
+    )
 
     def __post_init__(self) -> None:
         if self.denormalise and not self.normalise:
-            raise ValueError("model.denormalise=true undoes what model.normalise=false does not do: set one of them")
+            raise ValueError(
+                "model.denormalise=true undoes what model.normalise=false does not do: set one of them"
+            )
         check_decoder_weights(self)
         if self.noise_tau < 0:
             raise ValueError(f"model.noise_tau={self.noise_tau} must be at least 0")
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> Autoencoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> Autoencoder:
         """The autoencoder for square images; without pretrained weights where `saved` holds its own, or on request.
 
         Raises ValueError when the image does not divide into whole patches.
         """
         parts = build_parts(self, image_size, saved, weights)
-        options = {"normalise": self.normalise, "denormalise": self.denormalise, "noise_tau": self.noise_tau}
+        options = {
+            "normalise": self.normalise,
+            "denormalise": self.denormalise,
+            "noise_tau": self.noise_tau,
+        }
         return Autoencoder(*parts, **options)
 
 
@@ -121,10 +131,16 @@ class VQRAE(nn.Module):
 
         Raises UserError or ValueError for what cannot be loaded or does not fit.
         """
-        self.arguments = {name: value for name, value in locals().items() if name not in ("self", "saved", "__class__")}
+        self.arguments = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("self", "saved", "__class__")
+        }
         super().__init__()
         if encoder_cls not in ENCODER_CLASSES:
-            raise ValueError(f"encoder_cls={encoder_cls!r} is not one of {', '.join(ENCODER_CLASSES)}")
+            raise ValueError(
+                f"encoder_cls={encoder_cls!r} is not one of {', '.join(ENCODER_CLASSES)}"
+            )
         encoder = FoundationConfig(
             name=encoder_config_path,
             revision=(encoder_params or {}).get("revision"),
@@ -135,33 +151,58 @@ class VQRAE(nn.Module):
         tokens = encoder.build(encoder_input_size, None if saved is None else Path(saved))
         family = tokens.model.config.model_type
         if family not in ENCODER_CLASSES[encoder_cls]:
-            raise ValueError(f"encoder_cls={encoder_cls} does not go with {encoder_config_path}, which is {family!r}")
+            raise ValueError(
+                f"encoder_cls={encoder_cls} does not go with {encoder_config_path}, which is {family!r}"
+            )
         side = encoder_input_size // tokens.stride
         tokens.stride = decoder_patch_size  # of the images that are decoded
         dim = codebook_dim if use_projection else tokens.channels
         if use_simvq:
-            quantizer = SimVQConfig(num_codes=num_embeddings, code_dim=dim, commitment=commitment_cost)
+            quantizer = SimVQConfig(
+                num_codes=num_embeddings, code_dim=dim, commitment=commitment_cost
+            )
         else:
             quantizer = VectorConfig(
-                num_codes=num_embeddings, code_dim=dim, commitment=commitment_cost, decay=vq_decay, epsilon=vq_epsilon
+                num_codes=num_embeddings,
+                code_dim=dim,
+                commitment=commitment_cost,
+                decay=vq_decay,
+                epsilon=vq_epsilon,
             )
-        built = _decoder_config(decoder_config_path).build(tokens.channels, decoder_patch_size, (side, side), tokens)
+        built = _decoder_config(decoder_config_path).build(
+            tokens.channels, decoder_patch_size, (side, side), tokens
+        )
         if pretrained_decoder_path is not None and saved is None:
-            load_decoder(built, Path(pretrained_decoder_path), tokens.mean.flatten(), tokens.std.flatten())
+            load_decoder(
+                built, Path(pretrained_decoder_path), tokens.mean.flatten(), tokens.std.flatten()
+            )
         normalise = normalization_stat_path is not None
         within = normalise and not quantize_before_reshape
         self.autoencoder = Autoencoder(
-            tokens, quantizer.build(), built, (side, side), normalise=within, denormalise=within, noise_tau=noise_tau
+            tokens,
+            quantizer.build(),
+            built,
+            (side, side),
+            normalise=within,
+            denormalise=within,
+            noise_tau=noise_tau,
         )
         # With quantize_before_reshape the tokenizer proper knows nothing of the normalisation of latents.
         outer = normalise and quantize_before_reshape
-        self.normaliser = LatentNormaliser(tokens.channels, (side, side)) if outer else nn.Identity()
+        self.normaliser = (
+            LatentNormaliser(tokens.channels, (side, side)) if outer else nn.Identity()
+        )
         for normaliser in (self.normaliser, self.autoencoder.normaliser):
             if isinstance(normaliser, LatentNormaliser):
                 normaliser.eps = eps
                 if saved is None:
                     normaliser.load(*load_statistics(Path(normalization_stat_path)))
-        self.reshape_to_2d, self.codebook_dim, self._steps, self._pending = reshape_to_2d, dim, 0, False
+        self.reshape_to_2d, self.codebook_dim, self._steps, self._pending = (
+            reshape_to_2d,
+            dim,
+            0,
+            False,
+        )
         self.last_vq_loss: Tensor | None = None  # of the last encode, already weighted
 
     def encode(self, images: Tensor) -> Tensor:
@@ -171,7 +212,10 @@ class VQRAE(nn.Module):
         """
         features = self._features(images)
         if self.training and self.autoencoder.noise_tau > 0:
-            scale = torch.rand(len(features), 1, 1, 1, device=features.device) * self.autoencoder.noise_tau
+            scale = (
+                torch.rand(len(features), 1, 1, 1, device=features.device)
+                * self.autoencoder.noise_tau
+            )
             features = features + scale * torch.randn_like(features)
         _, quantized = self.autoencoder.quantize(features)
         self._pending = self.training
@@ -187,7 +231,9 @@ class VQRAE(nn.Module):
         if latents.ndim == 3:
             side = round(latents.shape[1] ** 0.5)
             if side * side != latents.shape[1]:
-                raise ValueError(f"{latents.shape[1]} tokens are no square grid: give latents as (B, C, h, w)")
+                raise ValueError(
+                    f"{latents.shape[1]} tokens are no square grid: give latents as (B, C, h, w)"
+                )
             latents = latents.transpose(1, 2).unflatten(2, (side, side))
         if isinstance(self.normaliser, LatentNormaliser):
             latents = self.normaliser.inverse(latents)
@@ -214,7 +260,9 @@ class VQRAE(nn.Module):
         """(B, h, w) or (B, N) int64 -> images (B, 3, H, W), about [0, 1]. Raises ValueError for other codes."""
         codes = indices.flatten(1)
         grid = tuple(indices.shape[1:]) if indices.ndim == 3 else self.autoencoder.grid
-        layout = self.autoencoder.layout_of(*(side * self.autoencoder.encoder.stride for side in grid))
+        layout = self.autoencoder.layout_of(
+            *(side * self.autoencoder.encoder.stride for side in grid)
+        )
         return (self.autoencoder.decode(codes, layout) + 1) / 2
 
     def set_stage(self, stage: int) -> None:
@@ -233,7 +281,9 @@ class VQRAE(nn.Module):
         """Share of codes met in recent training steps, a number in [0, 1]; beside it what CodebookUsage has."""
         figures = self.autoencoder.quantizer.statistics.figures()
         return CodebookUsage(
-            float(figures["usage"]), float(figures["perplexity"]), self.autoencoder.quantizer.num_codes[0]
+            float(figures["usage"]),
+            float(figures["perplexity"]),
+            self.autoencoder.quantizer.num_codes[0],
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -269,7 +319,9 @@ def _decoder_config(path: str) -> ViTDecoderConfig:
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         known = ", ".join(DECODER_PRESETS)
-        raise UserError(f"decoder_config_path={path}: there is no such file, and it is none of {known}")
+        raise UserError(
+            f"decoder_config_path={path}: there is no such file, and it is none of {known}"
+        )
     try:
         fields = json.loads(file.read_text())
         return ViTDecoderConfig(
@@ -279,7 +331,9 @@ def _decoder_config(path: str) -> ViTDecoderConfig:
             mlp=fields["decoder_intermediate_size"],
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: describes no decoder ({error}): decoder_hidden_size, … are needed") from None
+        raise UserError(
+            f"{file}: describes no decoder ({error}): decoder_hidden_size, … are needed"
+        ) from None
 
 
 DECODER_PRESETS = {

@@ -40,18 +40,31 @@ def training_on(device: torch.device, *, deterministic: bool) -> Iterator[None]:
         yield
         return
     cudnn = torch.backends.cudnn
-    kept = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    kept = (
+        cudnn.allow_tf32,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     try:
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = True, not deterministic, deterministic
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = (
+            True,
+            not deterministic,
+            deterministic,
+        )
         torch.use_deterministic_algorithms(deterministic)
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks when it is first used
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # cuBLAS looks when it is first used
         yield
     except RuntimeError as error:
         name, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not (deterministic and found):
             raise
-        raise UserError(f"loop.deterministic: {name} has no deterministic algorithm: set it to false") from error
+        raise UserError(
+            f"loop.deterministic: {name} has no deterministic algorithm: set it to false"
+        ) from error
     finally:
         cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept[:3]
         torch.use_deterministic_algorithms(kept[3])
@@ -63,7 +76,9 @@ def lay_out(module: Module, device: torch.device) -> Module:
     Not where there is a GroupNorm: on CUDA it puts them first again, and each, and what follows it, would copy.
     """
     parts = list(module.modules())
-    convolved = sum(p.numel() for part in parts if isinstance(part, nn.Conv2d) for p in part.parameters())
+    convolved = sum(
+        p.numel() for part in parts if isinstance(part, nn.Conv2d) for p in part.parameters()
+    )
     most = 2 * convolved > sum(p.numel() for p in module.parameters())
     if most and device.type != "cpu" and not any(isinstance(part, nn.GroupNorm) for part in parts):
         module.to(memory_format=torch.channels_last)

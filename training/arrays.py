@@ -25,12 +25,16 @@ def read_arrays(path: Path, wanted: Collection[str] | None = None) -> dict[str, 
             names = _names(archive)
             chosen = [name for name in names if wanted is None or name in wanted]
             return {
-                name: np.lib.format.read_array(io.BytesIO(archive.read(names[name])), allow_pickle=False)
+                name: np.lib.format.read_array(
+                    io.BytesIO(archive.read(names[name])), allow_pickle=False
+                )
                 for name in chosen
             }
     except FileNotFoundError:
         raise
-    except Exception as error:  # of zip, of what decompresses, of numpy, of memory: they share no base
+    except (
+        Exception
+    ) as error:  # of zip, of what decompresses, of numpy, of memory: they share no base
         raise DamagedFile(reason_of(error)) from error
 
 

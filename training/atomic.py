@@ -22,7 +22,12 @@ from training.command import DEEDS, UserError
 
 LOCK, STAGED, COMMITTED = ".lock", ".tessera-staged", ".tessera-committed"
 JOURNAL = ".names"  # within COMMITTED: what is to be put in place, and what is to go
-BUSY = (errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST, errno.ESTALE)  # of network file systems, for what is still open
+BUSY = (
+    errno.EBUSY,
+    errno.ENOTEMPTY,
+    errno.EEXIST,
+    errno.ESTALE,
+)  # of network file systems, for what is still open
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -130,7 +135,9 @@ def settle(path: Path) -> None:
     except FileNotFoundError:  # it goes when everything is in place
         names, gone, last = [], [], None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{committed}: damaged ({error}): move it away, and make the folder anew") from None
+        raise UserError(
+            f"{committed}: damaged ({error}): move it away, and make the folder anew"
+        ) from None
     if last in names and os.path.lexists(committed / last):
         gone, names = [last, *gone], [name for name in names if name != last] + [last]
     for name in gone:
@@ -160,16 +167,22 @@ def make_folder(path: Path) -> None:
         what = "is a link to nothing" if path.is_symlink() else "is a file"
         raise UserError(f"{path}: {what}, where a folder is needed: move it away") from None
     except OSError as error:
-        if any(error.errno in numbers for numbers in DEEDS.values()):  # which every command tells in one line
+        if any(
+            error.errno in numbers for numbers in DEEDS.values()
+        ):  # which every command tells in one line
             raise
-        raise UserError(f"{path}: no folder can be made here ({error.strerror}): name another one") from None
+        raise UserError(
+            f"{path}: no folder can be made here ({error.strerror}): name another one"
+        ) from None
 
 
 def _commit(path: Path, staged: Path, names: list[str], gone: list[str], last: str | None) -> None:
     """Put what is staged in place. Whatever ends it after the one renaming, `settle` completes."""
     for name in names:
         _sync_file(staged / name)
-    replace_file(staged / JOURNAL, json.dumps({"names": names, "gone": gone, "last": last}).encode())
+    replace_file(
+        staged / JOURNAL, json.dumps({"names": names, "gone": gone, "last": last}).encode()
+    )
     os.rename(staged, path / COMMITTED)
     _sync_folder(path)
     settle(path)
@@ -209,7 +222,9 @@ def _hold(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
-    except OSError:  # network file systems lock no folders; the folder's own `.lock` is what counts there
+    except (
+        OSError
+    ):  # network file systems lock no folders; the folder's own `.lock` is what counts there
         pass
     return descriptor
 
@@ -248,7 +263,10 @@ def remove_file(path: Path) -> None:
     except OSError as error:
         if error.errno not in BUSY:
             raise
-        print(f"warning: {path}: cannot be removed ({os.strerror(error.errno)}), and stays", flush=True)
+        print(
+            f"warning: {path}: cannot be removed ({os.strerror(error.errno)}), and stays",
+            flush=True,
+        )
 
 
 def remove_empty(path: Path, names: Iterable[str]) -> None:

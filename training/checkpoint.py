@@ -51,12 +51,16 @@ def sha256(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def _made(folder: Path) -> bool:
     """Whether a folder without a list holds a run: of before there were lists, or copied without hidden files."""
-    has_checkpoints = any(RUN.fits(f"checkpoints/{name}", folder=True) for name in _entries(folder / "checkpoints"))
+    has_checkpoints = any(
+        RUN.fits(f"checkpoints/{name}", folder=True) for name in _entries(folder / "checkpoints")
+    )
     is_marked = (folder / ".lock").is_file() and (folder / "inputs.json").is_file()
     return (folder / "config.yaml").is_file() and (has_checkpoints or is_marked)
 
@@ -65,7 +69,9 @@ def _entries(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # exactly as `_name` writes it: a copy of another name is no one's
+STEP = re.compile(
+    r"step-([0-9]{8}|[1-9][0-9]{8,})"
+)  # exactly as `_name` writes it: a copy of another name is no one's
 CHECKPOINT = ("state.pt", "manifest.json")
 ALWAYS = ("config.yaml", "inputs.json", "log.jsonl", "requeue", "weights/model.safetensors")
 RUN = Kind(
@@ -124,7 +130,9 @@ class Run:
             try:
                 run._take(fresh, inputs or {}, where)
                 replace_file(run.folder / "config.yaml", to_yaml(config).encode())
-                replace_file(run.folder / "inputs.json", json.dumps(inputs or {}, indent=1).encode())
+                replace_file(
+                    run.folder / "inputs.json", json.dumps(inputs or {}, indent=1).encode()
+                )
             except BaseException:
                 run.files.release()  # or who catches the error would hold the folder with it
                 raise
@@ -136,9 +144,13 @@ class Run:
         has_lock = (self.folder / ".lock").is_file()
         if self.folder.is_dir() and not has_lock and self.files.strangers():
             if not (self.folder / "config.yaml").is_file():
-                raise UserError(f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder")
+                raise UserError(
+                    f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder"
+                )
             if fresh:
-                raise UserError(f"{self.folder}: no run here made this folder: remove it yourself to start over")
+                raise UserError(
+                    f"{self.folder}: no run here made this folder: remove it yourself to start over"
+                )
         self.files.take()
         for name in self._steps():
             settle(self.checkpoints / name)
@@ -155,7 +167,9 @@ class Run:
             try:
                 old = undump(kept)
             except ValueError as error:
-                raise UserError(f"{kept}: damaged ({error}): start the run over with --fresh") from None
+                raise UserError(
+                    f"{kept}: damaged ({error}): start the run over with --fresh"
+                ) from None
             before = self._inputs()
             known = before or {}
             movable = {key for name, key in where.items() if name in known}
@@ -167,7 +181,9 @@ class Run:
                         f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
                         "or start it over with --fresh (make: FRESH=1)"
                     )
-                said.append(f"{self.folder}: {key} was {was} and is {now}, which is the same: it goes on")
+                said.append(
+                    f"{self.folder}: {key} was {was} and is {now}, which is the same: it goes on"
+                )
             for name, now in inputs.items():
                 if known.get(name, now) != now:
                     raise OtherInput(
@@ -200,11 +216,16 @@ class Run:
         file = self.folder / "inputs.json"
         try:
             before = json.loads(file.read_text())
-            if not isinstance(before, dict) or not all(isinstance(value, str) for value in before.values()):
+            if not isinstance(before, dict) or not all(
+                isinstance(value, str) for value in before.values()
+            ):
                 raise ValueError("no hashes by name")
             return before
         except (OSError, ValueError) as error:
-            print(f"warning: {file}: damaged ({error}): what the run was made from is not compared", flush=True)
+            print(
+                f"warning: {file}: damaged ({error}): what the run was made from is not compared",
+                flush=True,
+            )
             return None
 
     @property
@@ -241,7 +262,11 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, Interrupted) and error.number == signal.SIGTERM and distributed.is_main():
+            if (
+                isinstance(error, Interrupted)
+                and error.number == signal.SIGTERM
+                and distributed.is_main()
+            ):
                 step = int(self.newest().removeprefix("step-") or 0)
                 facts = {"step": step, "signal": "SIGTERM", "time": datetime.now(UTC).isoformat()}
                 replace_file(marker, json.dumps(facts).encode())
@@ -259,13 +284,18 @@ class Run:
         try:
             with self.files.subfolder(f"checkpoints/{folder.name}") as temporary:
                 torch.save(state, temporary / "state.pt")
-                files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in temporary.iterdir()}
+                files = {
+                    p.name: {"sha256": sha256(p), "bytes": p.stat().st_size}
+                    for p in temporary.iterdir()
+                }
                 manifest = {"step": step, "files": files}
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
             raise _unwritable(folder, _size(state), error) from None
         found = self._steps()
-        earlier = [name for name in found if _number(name) <= step]  # later ones are damaged: we passed them over
+        earlier = [
+            name for name in found if _number(name) <= step
+        ]  # later ones are damaged: we passed them over
         for old in [name for name in found if name not in earlier[-keep:]] if keep else ():
             reason = self.files.drop(f"checkpoints/{old}")
             if reason and old not in self._warned:
@@ -279,10 +309,15 @@ class Run:
             if damage is None:
                 try:
                     return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                except Exception as error:  # a file that is what its manifest says, but was not made by `save`
+                except (
+                    Exception
+                ) as error:  # a file that is what its manifest says, but was not made by `save`
                     damage = f"state.pt: {type(error).__name__}: {str(error).splitlines()[0]}"
             if distributed.is_main():
-                print(f"warning: {folder} is damaged ({damage}); falling back to the one before it", flush=True)
+                print(
+                    f"warning: {folder} is damaged ({damage}); falling back to the one before it",
+                    flush=True,
+                )
         return None
 
     def publish(self, tensors: dict[str, Tensor], step: int) -> None:
@@ -316,11 +351,18 @@ def load_weights(run_folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: there are no weights here: train that run first")
     try:
         with safe_open(path, "pt") as file:
-            tensors, expected = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            tensors, expected = (
+                {name: file.get_tensor(name) for name in file.keys()},
+                file.metadata() or {},
+            )
         if expected.get(CHECKSUM, found := _tensors_hash(tensors)) != found:
-            raise SafetensorError(f"its tensors have the SHA-256 {found[:8]}, not {expected[CHECKSUM][:8]} as written")
+            raise SafetensorError(
+                f"its tensors have the SHA-256 {found[:8]}, not {expected[CHECKSUM][:8]} as written"
+            )
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}): remove it and run its training command again") from None
+        raise UserError(
+            f"{path}: damaged ({error}): remove it and run its training command again"
+        ) from None
     return tensors
 
 
@@ -401,6 +443,8 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(k for k in old if k not in new)]:
             if key not in FREE_KEYS:
-                yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+                yield from _differences(
+                    old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key
+                )
     elif old != new:
         yield prefix, old, new

@@ -36,7 +36,9 @@ def run_command(main: Callable[[], None]) -> None:
     Of processes that fail together one says why. Anything else is our own bug and keeps its traceback.
     """
     open_closed_streams()
-    os.environ["MPLBACKEND"] = "agg"  # pictures become files here, and matplotlib would stop at a name it does not know
+    os.environ["MPLBACKEND"] = (
+        "agg"  # pictures become files here, and matplotlib would stop at a name it does not know
+    )
     with surviving(*GONE):
         _run(main)
 
@@ -70,7 +72,10 @@ def _run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _short_of_memory(error):
             raise
-        _fail(f"error: out of memory: {_first_line(error)}: take a smaller model, or smaller batches", 2)
+        _fail(
+            f"error: out of memory: {_first_line(error)}: take a smaller model, or smaller batches",
+            2,
+        )
 
 
 DEEDS = {
@@ -78,7 +83,11 @@ DEEDS = {
     "open": (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
 }
 NULLS = ("embedded null byte", "embedded null character in path")  # Python's
-SHORTAGES = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # torch's, by device
+SHORTAGES = (
+    "can't allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+)  # torch's, by device
 
 
 def _short_of_memory(error: Exception) -> bool:
@@ -92,7 +101,9 @@ def _first_line(error: Exception) -> str:
 def _fail(message: str, code: int) -> None:
     if message:
         start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the progress line
-        line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+        line = "".join(
+            letter if letter.isprintable() else "?" for letter in " ".join(message.split())
+        )
         with contextlib.suppress(OSError):  # nobody is there to be told
             print(start + line, file=sys.stderr, flush=True)
     sys.exit(code)
@@ -101,7 +112,9 @@ def _fail(message: str, code: int) -> None:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, with the nearest right flag."""
 
-    def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(
+        self, *arguments: Any, **options: Any
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse does, with `~` in paths read as in configurations."""
         namespace, others = super().parse_known_args(*arguments, **options)
         for name, value in vars(namespace).items():
@@ -111,8 +124,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
-        flags = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-        near = [n for flag in flags if flag not in options for n in difflib.get_close_matches(flag, options, 1)]
+        flags = [
+            word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")
+        ]
+        near = [
+            n
+            for flag in flags
+            if flag not in options
+            for n in difflib.get_close_matches(flag, options, 1)
+        ]
         hint = f"did you mean {near[0]}?" if near else "see --help"
         raise UserError(f"{self.prog}: {message}; {hint}")
 
@@ -131,10 +151,21 @@ def config_command(
     """
     parser = Parser(prog=f"python -m {program}", description=description)
     parser.add_argument("config", type=Path, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
-    parser.add_argument("--fresh", action="store_true", help="remove what the run's folder holds and start over")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that override the file's",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove what the run's folder holds and start over"
+    )
     if dry_run:
-        parser.add_argument("--dry-run", action="store_true", help="print what the run would take, and write nothing")
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print what the run would take, and write nothing",
+        )
     arguments = parser.parse_intermixed_args()
 
     from training import config, distributed
@@ -157,8 +188,18 @@ def _building(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "build"]
-        owners = [owner for frame in frames if dataclasses.is_dataclass(owner := frame.f_locals.get("self"))]
+        frames = [
+            frame
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+            if frame.f_code.co_name == "build"
+        ]
+        owners = [
+            owner
+            for frame in frames
+            if dataclasses.is_dataclass(owner := frame.f_locals.get("self"))
+        ]
         if isinstance(error, UserError) or _short_of_memory(error) or not owners:
             raise
-        raise UserError(f"{path}: {type(owners[-1]).__name__} does not work out: {_first_line(error)}") from error
+        raise UserError(
+            f"{path}: {type(owners[-1]).__name__} does not work out: {_first_line(error)}"
+        ) from error

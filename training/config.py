@@ -33,9 +33,14 @@ from training.words import REFERENCE, Word, dump, escaped, parse, read, shown
 T = TypeVar("T")
 COMMAND_LINE = "command line"
 LARGEST = 2**63 - 1  # what a tensor of integers holds
-LAYERS, MOST_LAYERS = ("depth", "layers", "blocks"), 1000  # ends of keys: counts of what is built one by one
+LAYERS, MOST_LAYERS = (
+    ("depth", "layers", "blocks"),
+    1000,
+)  # ends of keys: counts of what is built one by one
 WHOLE = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
-NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?\.?inf|\.?nan", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(
+    r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?\.?inf|\.?nan", re.ASCII | re.IGNORECASE
+)
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 NULLS = ("", "null")
 Fail = Callable[[str, str], UserError]  # of a key, and what is wrong with it
@@ -66,7 +71,9 @@ def signed(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"signed": True})
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, alone: bool = False) -> T:
+def load(
+    schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, alone: bool = False
+) -> T:
     """The config of class `schema` that a YAML file and `section.key=value` overrides describe.
 
     With `alone` the file includes no other one: people who should read none here may have written it.
@@ -126,7 +133,9 @@ def _layers(
     if path.resolve() in seen:
         raise UserError(f"{path}: include: the files include each other")
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.4)
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.4
+        )
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise UserError(f"{path}: there is no such configuration file{hint}")
     raw = read(path)
@@ -135,7 +144,11 @@ def _layers(
         raise UserError(f"{path}: include: one file name is expected, not {shown(include)}")
     if include and alone:
         raise UserError(f"{path}: include: a saved configuration stands alone")
-    layers = _layers(path.parent / expand_home(include), origins, (*seen, path.resolve())) if include else []
+    layers = (
+        _layers(path.parent / expand_home(include), origins, (*seen, path.resolve()))
+        if include
+        else []
+    )
     _note_origins(raw, str(path), origins)
     return [*layers, raw]
 
@@ -164,14 +177,18 @@ def _merge(before: Any, after: Any) -> Any:
     return before | {key: _merge(before.get(key), value) for key, value in after.items()}
 
 
-def _note_origins(raw: Mapping[str, Any], source: str, origins: dict[str, str], prefix: str = "") -> None:
+def _note_origins(
+    raw: Mapping[str, Any], source: str, origins: dict[str, str], prefix: str = ""
+) -> None:
     for key, value in raw.items():
         origins[f"{prefix}{key}"] = source
         if isinstance(value, Mapping):
             _note_origins(value, source, origins, f"{prefix}{key}.")
 
 
-def _overlay(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _overlay(
+    lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
     merged = dict(lower)
     for key, value in upper.items():
         below = merged.get(key)
@@ -192,7 +209,9 @@ def _made(schema: type[T], raw: Any, source: str, origins: Mapping[str, str]) ->
     """The config itself. What a class says of its own values is told with the file's name."""
 
     def make(section: Section) -> Any:
-        return section.schema(**{name: make(v) if isinstance(v, Section) else v for name, v in section.values.items()})
+        return section.schema(
+            **{name: make(v) if isinstance(v, Section) else v for name, v in section.values.items()}
+        )
 
     fail = _failing(source, origins)
     tree = _typed(schema, raw, "", fail)
@@ -212,11 +231,19 @@ def _failing(source: str, origins: Mapping[str, str]) -> Fail:
     return fail
 
 
-def _typed(schema: type, raw: Any, prefix: str, fail: Fail, defaults: Mapping[str, Any] = {}) -> Section:
+def _typed(
+    schema: type, raw: Any, prefix: str, fail: Fail, defaults: Mapping[str, Any] = {}
+) -> Section:
     """What `raw` says and, where it says nothing, the defaults. Unknown keys and wrong types fail here."""
     if not isinstance(raw, Mapping):
-        raise fail(prefix.rstrip(".") or "config", f"a section of keys is expected, not {shown(raw)}")
-    fields, hints, values = {field.name: field for field in dataclasses.fields(schema)}, get_type_hints(schema), {}
+        raise fail(
+            prefix.rstrip(".") or "config", f"a section of keys is expected, not {shown(raw)}"
+        )
+    fields, hints, values = (
+        {field.name: field for field in dataclasses.fields(schema)},
+        get_type_hints(schema),
+        {},
+    )
     for key in raw:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, 1, 0.5)
@@ -227,12 +254,20 @@ def _typed(schema: type, raw: Any, prefix: str, fail: Fail, defaults: Mapping[st
         hint, optional = _without_none(hints[name])
         given = _section(raw[name], key) if name in raw and hint is not str else raw.get(name)
         if "table" in field.metadata:
-            chosen, inner = _chosen(field, given if name in raw else {}, defaults.get(name), key, fail)
+            chosen, inner = _chosen(
+                field, given if name in raw else {}, defaults.get(name), key, fail
+            )
             values[name] = _typed(chosen, given if name in raw else {}, f"{key}.", fail, inner)
-        elif optional and name in raw and (given is None or (isinstance(given, Word) and given in NULLS)):
+        elif (
+            optional
+            and name in raw
+            and (given is None or (isinstance(given, Word) and given in NULLS))
+        ):
             values[name] = None
         elif dataclasses.is_dataclass(hint) and (name in raw or default is not None):
-            values[name] = _typed(hint, given if name in raw else {}, f"{key}.", fail, _fields(default))
+            values[name] = _typed(
+                hint, given if name in raw else {}, f"{key}.", fail, _fields(default)
+            )
         elif name in raw:
             values[name] = _value(hint, given, key, fail, "signed" in field.metadata)
         elif default is dataclasses.MISSING:
@@ -242,9 +277,15 @@ def _typed(schema: type, raw: Any, prefix: str, fail: Fail, defaults: Mapping[st
     return Section(schema, values)
 
 
-def _chosen(field: Any, given: Any, default: Any, key: str, fail: Fail) -> tuple[type, Mapping[str, Any]]:
+def _chosen(
+    field: Any, given: Any, default: Any, key: str, fail: Fail
+) -> tuple[type, Mapping[str, Any]]:
     """The class that a field made by `one_of` is to hold, and the defaults of its fields."""
-    table, kind, defaults = field.metadata["table"], field.metadata["kind"], field.metadata["defaults"]
+    table, kind, defaults = (
+        field.metadata["table"],
+        field.metadata["kind"],
+        field.metadata["defaults"],
+    )
     if default is not None:
         kind, defaults = default.kind, _fields(default)
     if isinstance(given, str):
@@ -259,7 +300,9 @@ def _chosen(field: Any, given: Any, default: Any, key: str, fail: Fail) -> tuple
 
 def _default(field: Any) -> Any:
     """A field's default, or MISSING."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -301,15 +344,29 @@ def _converted(hint: Any, given: Any) -> Any:
         if not isinstance(given, list | tuple) or not (many or len(given) == len(items)):
             raise Misfit(f"{shown(given)} is of a wrong type or length")
         try:
-            return get_origin(hint)([_converted(items[0 if many else i], each) for i, each in enumerate(given)])
+            return get_origin(hint)(
+                [_converted(items[0 if many else i], each) for i, each in enumerate(given)]
+            )
         except Misfit:
             raise Misfit(f"{shown(given)} is of a wrong type or length") from None
     if isinstance(given, Mapping | list | tuple) or given is None or hint not in READERS:
-        what = "nothing (null)" if given is None else "a section" if isinstance(given, Mapping) else shown(given)
-        raise Misfit(f"Cannot convert {what} to {NAMES.get(hint, hint)}{QUOTE if hint is str else ''}")
+        what = (
+            "nothing (null)"
+            if given is None
+            else "a section"
+            if isinstance(given, Mapping)
+            else shown(given)
+        )
+        raise Misfit(
+            f"Cannot convert {what} to {NAMES.get(hint, hint)}{QUOTE if hint is str else ''}"
+        )
     if type(given) is hint or (hint is float and type(given) is int):
         return hint(given)
-    value = READERS[hint](str(given).strip().lower() if hint is not str else given) if isinstance(given, str) else None
+    value = (
+        READERS[hint](str(given).strip().lower() if hint is not str else given)
+        if isinstance(given, str)
+        else None
+    )
     if value is None:
         raise Misfit(f"Value {str(given)!r} is not {NAMES[hint]}{QUOTE if hint is str else ''}")
     return value
@@ -351,7 +408,9 @@ def _resolved(value: Any, known: DictConfig, holder: Any, place: Any, key: str, 
             for name, each in value.items()
         }
     if isinstance(value, list | tuple):
-        inner = [_resolved(each, known, holder[place], i, key, fail) for i, each in enumerate(value)]
+        inner = [
+            _resolved(each, known, holder[place], i, key, fail) for i, each in enumerate(value)
+        ]
         return type(value)(inner)
     try:
         return _text(value, known, holder, place) if isinstance(value, str) else value
@@ -370,7 +429,9 @@ def _text(text: str, known: DictConfig, holder: Any, place: Any) -> str:
     resolved = expand_home(str(found))
     # Bytes of a path that are no UTF-8 have no place in YAML.
     if resolved != resolved.encode(errors="replace").decode():
-        raise Misfit(f"{printable(resolved)} is not UTF-8: rename it, or give a link to it with another name")
+        raise Misfit(
+            f"{printable(resolved)} is not UTF-8: rename it, or give a link to it with another name"
+        )
     return resolved
 
 

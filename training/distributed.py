@@ -22,7 +22,10 @@ from training import algorithms, philox
 from training.command import UserError
 
 T = TypeVar("T")
-GROUPS = {"cuda": "nccl", "xpu": "xccl"}  # what joins the processes on a kind of GPU; gloo joins those on CPUs
+GROUPS = {
+    "cuda": "nccl",
+    "xpu": "xccl",
+}  # what joins the processes on a kind of GPU; gloo joins those on CPUs
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's constants, as signed integers of 64 bits
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
@@ -53,12 +56,18 @@ def start() -> None:
                 "start at most one process for each (make: NPROC)"
             )
         if not dist.is_backend_available(backend):
-            raise UserError(f"this torch was built without {backend}, which joins processes on GPUs: start only one")
+            raise UserError(
+                f"this torch was built without {backend}, which joins processes on GPUs: start only one"
+            )
         gpus.set_device(local)
         bound = device()
     store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps the addresses of before a restart
-        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if (
+        os.environ.get("GROUP_WORLD_SIZE") == "1"
+    ):  # torchrun on one machine keeps the addresses of before a restart
+        store = dist.PrefixStore(
+            f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
 
 
@@ -120,7 +129,11 @@ def unused_gpu() -> str | None:
 def device() -> torch.device:
     """Where this process computes."""
     kind = gpu()
-    return torch.device("cpu") if kind is None else torch.device(kind, getattr(torch, kind).current_device())
+    return (
+        torch.device("cpu")
+        if kind is None
+        else torch.device(kind, getattr(torch, kind).current_device())
+    )
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -230,7 +243,9 @@ def broadcast_(tensor: Tensor) -> Tensor:
 
 def _here(tensor: Tensor) -> Tensor:
     """A tensor that the process group can take: NCCL, which joins GPUs, knows no other device."""
-    assert tensor.device.type == device().type, f"a collective of a tensor on {tensor.device}, not on {device()}"
+    assert tensor.device.type == device().type, (
+        f"a collective of a tensor on {tensor.device}, not on {device()}"
+    )
     return tensor
 
 
@@ -242,7 +257,10 @@ def equalise(module: nn.Module) -> None:
 
 
 def draw(
-    seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+    seed: tuple[int, ...],
+    positions: Tensor,
+    shape: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform numbers that belong to samples of the *global* batch, (len(positions), *shape) on their device.
 
@@ -296,7 +314,9 @@ def samples(seed: tuple[int, ...], positions: Tensor) -> Iterator[None]:
         _samples = kept
 
 
-_samples: Tensor | None = None  # (B, 2) int64: a number of the step, and each sample's place in the global batch
+_samples: Tensor | None = (
+    None  # (B, 2) int64: a number of the step, and each sample's place in the global batch
+)
 
 
 class Stream(nn.Module):

@@ -22,11 +22,17 @@ class Ema:
     def __init__(self, source: nn.Module, decay: float) -> None:
         self.source, self.decay = source, decay
         self.module = copy.deepcopy(source).eval().requires_grad_(False)
-        self._unshared: nn.Module | None = None  # of a sharded source, where to put the whole average
-        trainable = [name for name, parameter in source.named_parameters() if parameter.requires_grad]
+        self._unshared: nn.Module | None = (
+            None  # of a sharded source, where to put the whole average
+        )
+        trainable = [
+            name for name, parameter in source.named_parameters() if parameter.requires_grad
+        ]
         state = source.state_dict()
         self.buffers = [name for name, _ in source.named_buffers() if name in state]
-        self.averaged = trainable + [name for name in self.buffers if state[name].is_floating_point()]
+        self.averaged = trainable + [
+            name for name in self.buffers if state[name].is_floating_point()
+        ]
 
     def share(self, device: torch.device) -> None:
         """After the source was sharded: keep only its parts. The average is to be on the CPU until now."""
@@ -46,8 +52,14 @@ class Ema:
         ours = self.module.state_dict()
         theirs = {name: sharding.local(tensor) for name, tensor in self.source.state_dict().items()}
         _lerp_([ours[n] for n in self.averaged], [theirs[n] for n in self.averaged], weight, taken)
-        counters = [name for name in self.buffers if not theirs[name].is_floating_point()]  # and flags
-        parts = [pair for pair in zip(self.module.modules(), self.source.modules()) if hasattr(pair[0], "follow")]
+        counters = [
+            name for name in self.buffers if not theirs[name].is_floating_point()
+        ]  # and flags
+        parts = [
+            pair
+            for pair in zip(self.module.modules(), self.source.modules())
+            if hasattr(pair[0], "follow")
+        ]
         followers = [tensor for part, _ in parts for tensor in part.state_dict().values()]
         with undone_unless(taken, [*(ours[name] for name in counters), *followers]):
             for name in counters:
@@ -58,12 +70,18 @@ class Ema:
     def state_dict(self) -> dict[str, Tensor]:
         """The whole average: on rank 0 alone where the source is sharded. Collective."""
         theirs = self.source.state_dict()
-        return {name: sharding.whole(tensor, theirs[name]) for name, tensor in self.module.state_dict().items()}
+        return {
+            name: sharding.whole(tensor, theirs[name])
+            for name, tensor in self.module.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Of a whole average, which every process has."""
         theirs = self.source.state_dict()
-        parts = {name: sharding.part(t, theirs[name]) if name in theirs else t for name, t in state.items()}
+        parts = {
+            name: sharding.part(t, theirs[name]) if name in theirs else t
+            for name, t in state.items()
+        }
         self.module.load_state_dict(parts)
 
     @contextlib.contextmanager

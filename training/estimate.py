@@ -126,7 +126,9 @@ class Estimate:
     networks: dict[str, Network]  # by turn; the first one's moving average is kept
     helpers: dict[str, int]  # weights of what does not learn
     moves: list[Move]
-    again: Cost | None  # of the first move, where activations are computed again in the backward pass
+    again: (
+        Cost | None
+    )  # of the first move, where activations are computed again in the backward pass
     search: int  # what nearest-neighbour search holds beside its inputs
     checkpoint: int
     published: int
@@ -137,7 +139,12 @@ class Estimate:
         return each if each and not rest else None
 
     def memory(
-        self, world: int, accumulate: int | None = None, *, sharded: bool = False, again: bool = False
+        self,
+        world: int,
+        accumulate: int | None = None,
+        *,
+        sharded: bool = False,
+        again: bool = False,
     ) -> dict[str, int]:
         """Of one GPU, by what takes it; `again` computes activations again in the backward pass."""
         samples = self.samples(world, accumulate)
@@ -148,12 +155,19 @@ class Estimate:
         def held(each: int, whole: int, shared: int) -> int:
             return round(each * (whole - shared * (1 - mine)))
 
-        costs = [move.cost for move in self.moves if move.end_step is None]  # what ends is a part of what follows
+        costs = [
+            move.cost for move in self.moves if move.end_step is None
+        ]  # what ends is a part of what follows
         if again and self.again is not None:
             costs[0] = self.again
         weights = held(1, published.bytes, published.shared_bytes)
-        learning = [(published.trainable, published.shared_trainable), *((other.trainable, 0) for other in others)]
-        in_buckets = sum(whole for whole, _ in (learning[1:] if sharded else learning)) if world > 1 else 0
+        learning = [
+            (published.trainable, published.shared_trainable),
+            *((other.trainable, 0) for other in others),
+        ]
+        in_buckets = (
+            sum(whole for whole, _ in (learning[1:] if sharded else learning)) if world > 1 else 0
+        )
         first, *rest = self.networks
         return {
             first: weights,
@@ -172,7 +186,10 @@ class Estimate:
         """The least multiple of loop.accumulate with which a GPU of so many bytes has room."""
         most = self.loop.batch_size // world
         for accumulate in range(self.loop.accumulate, most + 1, self.loop.accumulate):
-            if self.samples(world, accumulate) and sum(self.memory(world, accumulate, **how).values()) <= room:
+            if (
+                self.samples(world, accumulate)
+                and sum(self.memory(world, accumulate, **how).values()) <= room
+            ):
                 return accumulate
         return None
 
@@ -192,7 +209,8 @@ class Estimate:
             edges |= {move.start_step, move.end_step or self.loop.steps}
         edges = sorted(min(edge, self.loop.steps) for edge in edges)
         spans = (
-            (end - start) * accelerator.seconds(self.flops(world, start, accumulate)) for start, end in pairwise(edges)
+            (end - start) * accelerator.seconds(self.flops(world, start, accumulate))
+            for start, end in pairwise(edges)
         )
         return sum(spans) / UTILISATION
 
@@ -210,25 +228,43 @@ class Estimate:
         worlds = sorted({*WORLDS, distributed.world()})
         able = [world for world in worlds if self.samples(world)]
         published = next(iter(self.networks.values()))
-        shared = [world for world in able if world > 1 and published.shared_bytes and published.shareable]
+        shared = [
+            world for world in able if world > 1 and published.shared_bytes and published.shareable
+        ]
         columns = [(world, False) for world in able] + [(world, True) for world in shared]
         memories = [self.memory(world, sharded=sharded) for world, sharded in columns]
-        heads = [f"{world} GPU{'s' * (world > 1)}" for world in able] + [f"{world} shared" for world in shared]
+        heads = [f"{world} GPU{'s' * (world > 1)}" for world in able] + [
+            f"{world} shared" for world in shared
+        ]
         least = min(sum(memory.values()) for memory in memories)
         unit, size_of = ("GiB", GIB) if least >= GIB / 4 else ("MiB", MIB)
         yield _row(f"memory of a GPU, {unit} ({self.precision})", heads)
         yield _row("  samples in a micro-batch", [str(self.samples(world)) for world, _ in columns])
         for name in memories[0]:
             if any(memory[name] for memory in memories):
-                yield _row(f"  {LONG.get(name, name)}", [_short(memory[name] / size_of) for memory in memories])
+                yield _row(
+                    f"  {LONG.get(name, name)}",
+                    [_short(memory[name] / size_of) for memory in memories],
+                )
         yield _row("  together", [_short(sum(memory.values()) / size_of) for memory in memories])
-        for title, again in (("  loop.accumulate that fits 80 GB", False), ("  loop.accumulate that then fits", True)):
+        for title, again in (
+            ("  loop.accumulate that fits 80 GB", False),
+            ("  loop.accumulate that then fits", True),
+        ):
             if again and self.again is None:
                 continue
             if again:
-                sizes = [self.memory(world, sharded=sharded, again=True) for world, sharded in columns]
-                yield _row("  activations computed again", [_short(size["activations"] / size_of) for size in sizes])
-            fitting = [self.fitting(world, ROOM, sharded=sharded, again=again) for world, sharded in columns]
+                sizes = [
+                    self.memory(world, sharded=sharded, again=True) for world, sharded in columns
+                ]
+                yield _row(
+                    "  activations computed again",
+                    [_short(size["activations"] / size_of) for size in sizes],
+                )
+            fitting = [
+                self.fitting(world, ROOM, sharded=sharded, again=again)
+                for world, sharded in columns
+            ]
             yield _row(title, [str(accumulate or "none") for accumulate in fitting])
         for world in worlds:
             if world not in able:
@@ -243,18 +279,32 @@ class Estimate:
 
     def _describe_time(self, able: list[int]) -> Iterator[str]:
         loop, last = self.loop, self.loop.steps - 1
-        yield _row(f"computing at {UTILISATION:.0%} of peak", [f"{world} GPU{'s' * (world > 1)}" for world in able])
+        yield _row(
+            f"computing at {UTILISATION:.0%} of peak",
+            [f"{world} GPU{'s' * (world > 1)}" for world in able],
+        )
         fitting = {world: self.fitting(world, ROOM) or self.loop.accumulate for world in able}
         yield _row("  with loop.accumulate", [str(fitting[world]) for world in able])
         for accelerator in (*ACCELERATORS, this_cpu()):
             worlds = able if accelerator in ACCELERATORS else able[:1]
-            steps = [accelerator.seconds(self.flops(world, last, fitting[world])) / UTILISATION for world in worlds]
-            yield _row(f"  {accelerator.name}: images/s", [_short(loop.batch_size / seconds) for seconds in steps])
+            steps = [
+                accelerator.seconds(self.flops(world, last, fitting[world])) / UTILISATION
+                for world in worlds
+            ]
+            yield _row(
+                f"  {accelerator.name}: images/s",
+                [_short(loop.batch_size / seconds) for seconds in steps],
+            )
             hours = [self.seconds(world, accelerator, fitting[world]) / 3600 for world in worlds]
-            yield _row("  hours to the end", [_short(number) if number >= 0.01 else "< 0.01" for number in hours])
+            yield _row(
+                "  hours to the end",
+                [_short(number) if number >= 0.01 else "< 0.01" for number in hours],
+            )
         flops = self.flops(able[0], last)
         total, tokens = sum(flops.values()) * able[0], loop.batch_size * self.tokens
-        shares = ", ".join(f"{flops[rate] / sum(flops.values()):.0%} {name}" for rate, name in RATES.items())
+        shares = ", ".join(
+            f"{flops[rate] / sum(flops.values()):.0%} {name}" for rate, name in RATES.items()
+        )
         yield "  without communication and waiting for data; the share of the peak is assumed: docs/scaling.md"
         yield (
             f"a step: {tokens:,} tokens, {total:.3g} FLOPs ({shares}), {total / loop.batch_size:.3g} per image; "

@@ -39,9 +39,16 @@ from training.atomic import (
 from training.command import UserError
 
 HEADER = "tessera-files-1"
-TEMPORARY = re.compile(r"\.(.+)\.[0-9]+\.(?:tmp|old)", re.DOTALL)  # of a file or a folder, with the process's number
+TEMPORARY = re.compile(
+    r"\.(.+)\.[0-9]+\.(?:tmp|old)", re.DOTALL
+)  # of a file or a folder, with the process's number
 OF_THE_SYSTEM = re.compile(r"\.nfs[0-9a-f]+|\.DS_Store|lost\+found")
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+)  # of some network file systems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +106,9 @@ class Folder:
         """
         path, what = self.path, self.kind.name
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: a {what} needs a folder, and this is a file: {self.kind.remedy}")
+            raise UserError(
+                f"{path}: a {what} needs a folder, and this is a file: {self.kind.remedy}"
+            )
         known = self._read() is not None
         others = [] if known else self.strangers()
         if others and not self.kind.shared and not self.kind.made(path):
@@ -107,7 +116,9 @@ class Folder:
         make_folder(path)
         refusal = f"another process is writing to this {what}: wait for it, or stop it"
         self.lock = _open_locked(path, refusal, wait=wait)
-        os.register_at_fork(after_in_child=_closing(self.lock))  # or whoever reads data would outlive us with it
+        os.register_at_fork(
+            after_in_child=_closing(self.lock)
+        )  # or whoever reads data would outlive us with it
         try:
             self._begin()
             settle(path)
@@ -131,7 +142,10 @@ class Folder:
         found = []
         for folder in ["", *sorted(folders)]:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found += [f"{folder}/{entry}".lstrip("/") for entry in sorted(os.listdir(self.path / folder))]
+                found += [
+                    f"{folder}/{entry}".lstrip("/")
+                    for entry in sorted(os.listdir(self.path / folder))
+                ]
         own = {*self.listed, *folders, LOCK, STAGED, COMMITTED}
         found = [name for name in found if name not in own and not self._is_temporary(name)]
         return [name for name in found if not OF_THE_SYSTEM.fullmatch(name.rpartition("/")[2])]
@@ -142,13 +156,17 @@ class Folder:
         for name in new:
             assert self.kind.fits(name), f"{name} is no file of a {self.kind.name}"
             if os.path.lexists(self.path / name):
-                raise UserError(f"{self.path / name}: no command here wrote it, and it is in the way: move it away")
+                raise UserError(
+                    f"{self.path / name}: no command here wrote it, and it is in the way: move it away"
+                )
         self._append("+", new)
         self.listed |= set(new)
 
     def adopt(self, *names: str) -> None:
         """List files that are known to be ours by what they hold: of before they were listed."""
-        new = [name for name in names if name not in self.listed and os.path.lexists(self.path / name)]
+        new = [
+            name for name in names if name not in self.listed and os.path.lexists(self.path / name)
+        ]
         self._append("+", new)
         self.listed |= set(new)
 
@@ -160,7 +178,9 @@ class Folder:
         """Raise UserError for the first file that would be taken for ours, and that is not."""
         for name in self.kind.find(self.path):
             if name not in self.listed or not stat.S_ISREG(os.lstat(self.path / name).st_mode):
-                raise UserError(f"{self.path / name}: no command here wrote it, and it is in the way: move it away")
+                raise UserError(
+                    f"{self.path / name}: no command here wrote it, and it is in the way: move it away"
+                )
 
     def clear(self) -> None:
         """Remove all that is listed, and say what stays. Raises UserError as `check_free`, before."""
@@ -185,7 +205,11 @@ class Folder:
         `note` the names before the work, so that a file in the way is found before it.
         """
         before = set(self.listed)
-        options = {"ours": before.__contains__, "noting": lambda names: self.note(*names), "last": last}
+        options = {
+            "ours": before.__contains__,
+            "noting": lambda names: self.note(*names),
+            "last": last,
+        }
         with atomic_folder(self.path, **options) as staged:
             yield staged
         self._forget([name for name in self.listed if not os.path.lexists(self.path / name)])
@@ -208,8 +232,12 @@ class Folder:
         the file system does not let go of it yet, as of what is still open."""
         path = self.path / name
         entries = os.listdir(path) if path.is_dir() and not path.is_symlink() else None
-        if entries is None or (others := [entry for entry in entries if f"{name}/{entry}" not in self.listed]):
-            return "it is no folder" if entries is None else f"no command here wrote {others[0]} in it"
+        if entries is None or (
+            others := [entry for entry in entries if f"{name}/{entry}" not in self.listed]
+        ):
+            return (
+                "it is no folder" if entries is None else f"no command here wrote {others[0]} in it"
+            )
         hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
         try:
             os.rename(path, hidden)  # at once, so that no half of it is ever met
@@ -225,7 +253,9 @@ class Folder:
 
     def _say(self, strangers: list[str]) -> None:
         if strangers:
-            shown = ", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if len(strangers) > 5 else "")
+            shown = ", ".join(strangers[:5]) + (
+                f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+            )
             print(f"{self.path}: what no command here wrote stays: {shown}", flush=True)
 
     def _header(self) -> bytes:
@@ -241,11 +271,17 @@ class Folder:
             data = b"?"
         if data != self._header() and self._header().startswith(data):
             return None  # of a process that was killed, or met a full disk, as it began
-        first, *lines = data.split(b"\n")[:-1] or [data]  # what follows the last line's end was cut short
+        first, *lines = data.split(b"\n")[:-1] or [
+            data
+        ]  # what follows the last line's end was cut short
         if first + b"\n" != self._header():
             what = first.decode(errors="replace").partition(" ")
-            held = f"holds a {what[2]}" if what[0] == HEADER else f"its {LOCK} is of another program"
-            raise UserError(f"{self.path}: {held}, so it is no {self.kind.name}: {self.kind.remedy}")
+            held = (
+                f"holds a {what[2]}" if what[0] == HEADER else f"its {LOCK} is of another program"
+            )
+            raise UserError(
+                f"{self.path}: {held}, so it is no {self.kind.name}: {self.kind.remedy}"
+            )
         listed: set[str] = set()
         for line in (line.decode("utf-8", "surrogateescape") for line in lines):
             if line[:1] == "-":
@@ -313,7 +349,9 @@ class Folder:
         meant = f"{folder}/{match[1]}" if folder else match[1]
         if path.is_dir():
             inner = [name for name in files_below(path) if not OF_THE_SYSTEM.fullmatch(name)]
-            return self.kind.fits(meant, folder=True) and all(self.kind.fits(f"{meant}/{name}") for name in inner)
+            return self.kind.fits(meant, folder=True) and all(
+                self.kind.fits(f"{meant}/{name}") for name in inner
+            )
         return self.kind.fits(meant)
 
 
@@ -322,9 +360,16 @@ def _open_locked(folder: Path, refusal: str, *, wait: bool) -> IO[bytes]:
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     for _ in range(3):
         try:
-            file = open(folder / LOCK, "ab+", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))
+            file = open(
+                folder / LOCK,
+                "ab+",
+                buffering=0,
+                opener=lambda name, _: os.open(name, flags, 0o666),
+            )
         except IsADirectoryError:
-            raise UserError(f"{folder / LOCK}: a folder is in the way of a file: move it away") from None
+            raise UserError(
+                f"{folder / LOCK}: a folder is in the way of a file: move it away"
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return file

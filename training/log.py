@@ -17,7 +17,12 @@ from torch import Tensor
 from training import distributed
 from training.atomic import naming, replace_file
 
-CLOCKS = ("seconds", "images_per_second", "data_wait", "save_seconds")  # figures that no two runs have alike
+CLOCKS = (
+    "seconds",
+    "images_per_second",
+    "data_wait",
+    "save_seconds",
+)  # figures that no two runs have alike
 
 
 class Meter:
@@ -40,8 +45,16 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Means over what was added and over ranks; starts anew. Call it on every rank."""
         names = list(self.sums)  # the same on every rank: turns insert them in order
-        totals = distributed.mean_(torch.stack([self.sums[name] for name in names])).tolist() if names else []
-        means = {name: total / count for name, total in zip(names, totals) if (count := float(self.counts[name]))}
+        totals = (
+            distributed.mean_(torch.stack([self.sums[name] for name in names])).tolist()
+            if names
+            else []
+        )
+        means = {
+            name: total / count
+            for name, total in zip(names, totals)
+            if (count := float(self.counts[name]))
+        }
         self.sums, self.counts = {}, {}
         return means
 
@@ -50,13 +63,20 @@ class Meter:
         counts = {name: count for name, weight in self.counts.items() if (count := float(weight))}
         own = [self.sums[name] for name in counts]
         sums = distributed.gather_rows(torch.stack(own)[None]).cpu() if own else None
-        return {"sums": {name: sums[:, i].clone() for i, name in enumerate(counts)}, "counts": counts}
+        return {
+            "sums": {name: sums[:, i].clone() for i, name in enumerate(counts)},
+            "counts": counts,
+        }
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """A rank goes on from its own sums, or from the mean of all where there were more or fewer of them."""
         rank, world = distributed.rank(), distributed.world()
-        own = {name: sums.flatten().to(distributed.device()) for name, sums in state["sums"].items()}
-        self.sums = {name: sums[rank] if len(sums) == world else sums.mean() for name, sums in own.items()}
+        own = {
+            name: sums.flatten().to(distributed.device()) for name, sums in state["sums"].items()
+        }
+        self.sums = {
+            name: sums[rank] if len(sums) == world else sums.mean() for name, sums in own.items()
+        }
         self.counts = dict(state["counts"])
 
 
@@ -66,12 +86,16 @@ class Log:
     `note` is told the name of a file before it is made.
     """
 
-    def __init__(self, folder: Path, step: int, note: Callable[[str], object] = lambda name: None) -> None:
+    def __init__(
+        self, folder: Path, step: int, note: Callable[[str], object] = lambda name: None
+    ) -> None:
         self.path = folder / "log.jsonl"
         self.kept: list[dict[str, Any]] = []  # what a resumed run had written
         if self.path.exists():
             lines = self.path.read_bytes().splitlines()
-            damaged = sum(_step_of(line) is None for line in lines[:-1])  # the last one is cut short by any crash
+            damaged = sum(
+                _step_of(line) is None for line in lines[:-1]
+            )  # the last one is cut short by any crash
             if damaged:
                 print(f"warning: {self.path}: {damaged} damaged lines are left out", flush=True)
             kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
@@ -97,7 +121,9 @@ class Events:
     written yet, and meets a full disk with a traceback.
     """
 
-    def __init__(self, folder: Path, step: int, note: Callable[[str], object] = lambda name: None) -> None:
+    def __init__(
+        self, folder: Path, step: int, note: Callable[[str], object] = lambda name: None
+    ) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -118,7 +144,10 @@ class Events:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        scalars = [Summary.Value(tag=name.replace(".", "/"), simple_value=value) for name, value in values.items()]
+        scalars = [
+            Summary.Value(tag=name.replace(".", "/"), simple_value=value)
+            for name, value in values.items()
+        ]
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
     def _add(self, event: Any) -> None:
@@ -157,7 +186,9 @@ class Progress:
             return
         self.last = now
         progressed = done - self.first
-        left = (now - self.started) / progressed * (self.total - done) if progressed else float("nan")
+        left = (
+            (now - self.started) / progressed * (self.total - done) if progressed else float("nan")
+        )
         line = f"{self.title} {done}/{self.total} | {_duration(left)} left | {note}"
         if self.terminal:
             line = line[: shutil.get_terminal_size().columns - 1]
@@ -172,7 +203,9 @@ class Progress:
 
     def finish(self, note: str) -> None:
         end = "\r\x1b[K" if self.terminal else ""
-        print(f"{end}{self.title}: {note} ({_duration(time.monotonic() - self.started)})", flush=True)
+        print(
+            f"{end}{self.title}: {note} ({_duration(time.monotonic() - self.started)})", flush=True
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -48,7 +48,9 @@ class LoopConfig:
     clip: float = 1.0  # largest gradient norm
     precision: str = "auto"  # bf16 autocast on a GPU that has it, else fp32; or "fp32", "bf16"
     sharding: str = "none"  # "full": each process keeps a part of every transformer block (FSDP2)
-    deterministic: bool = False  # on a GPU: the same bits from the same steps, as a CPU gives them; slower
+    deterministic: bool = (
+        False  # on a GPU: the same bits from the same steps, as a CPU gives them; slower
+    )
     compile: bool = False  # torch.compile, of each transformer block or of what has none
     ema_decay: float = 0.999
     log_every: int = 20
@@ -61,8 +63,18 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name, known in (("precision", PRECISIONS), ("sharding", SHARDINGS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"loop.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep")
+                raise ValueError(
+                    f"loop.{name}={getattr(self, name)!r} is not one of {', '.join(known)}"
+                )
+        counts = (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "save_every",
+            "preview_every",
+            "keep",
+        )
         for name in (*counts, "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}={getattr(self, name)} must be at least 1")
@@ -95,8 +107,15 @@ def train(
     after `max_bad_steps` non-finite steps, or where a checkpoint cannot be written. What cannot be printed is no
     reason to stop, nor is a terminal that is closed (SIGHUP).
     """
-    with outliving_the_terminal(), listening(signal.SIGINT, signal.SIGTERM) as requests, run.marking():
-        with training_on(distributed.device(), deterministic=config.deterministic), Saver(run) as saver:
+    with (
+        outliving_the_terminal(),
+        listening(signal.SIGINT, signal.SIGTERM) as requests,
+        run.marking(),
+    ):
+        with (
+            training_on(distributed.device(), deterministic=config.deterministic),
+            Saver(run) as saver,
+        ):
             with requests.at_once():
                 loop = _Loop(config, run, turns, published, seed, begin)
             loop.preview, loop.measure, loop.watch = preview, measure, watch
@@ -141,7 +160,10 @@ class _Loop:
         self.precision = decide(config.precision, self.device, "loop.precision", self.title)
         if self.main and config.deterministic and self.device.type != "cpu":
             slow = "convolutions, attention, resizing and sums by index are slower for it"
-            print(f"{self.title}: loop.deterministic: the same steps give the same bits; {slow}", flush=True)
+            print(
+                f"{self.title}: loop.deterministic: the same steps give the same bits; {slow}",
+                flush=True,
+            )
         self.ema = Ema(published, config.ema_decay)
         self.movers = [
             Mover(turn, self.device, steps=config.steps, clip=config.clip, low=self.precision == "bf16",
@@ -151,7 +173,9 @@ class _Loop:
         if sharded:
             self.ema.share(self.device)
         self.meter = Meter()
-        self.pending = False  # whether the preview and the held-out figures of this step are still to be made
+        self.pending = (
+            False  # whether the preview and the held-out figures of this step are still to be made
+        )
         if state is not None:
             for mover in self.movers:
                 mover.load(state["modules"][mover.turn.name], state["optimizers"][mover.turn.name])
@@ -159,7 +183,9 @@ class _Loop:
             self.meter.load_state_dict(state["meter"])
             self.pending = state.get("pending", False)
 
-    def train(self, batches: Callable[[int], Iterator[list[Batch]]], requests: Requests, saver: Saver) -> nn.Module:
+    def train(
+        self, batches: Callable[[int], Iterator[list[Batch]]], requests: Requests, saver: Saver
+    ) -> nn.Module:
         """See the function `train`."""
         config = self.config
         if self.step >= config.steps and not self.pending:
@@ -168,9 +194,13 @@ class _Loop:
             mover.rest()
         self.log = Log(self.run.folder, self.step, self.run.files.note) if self.main else None
         self.progress = Progress(self.title, config.steps)
-        for kept in self.log.kept if self.log and self.watch else []:  # what was warned of is not warned of again
+        for kept in (
+            self.log.kept if self.log and self.watch else []
+        ):  # what was warned of is not warned of again
             if "warning" not in kept:
-                self.watch(kept["step"], {name: value for name, value in kept.items() if name != "step"})
+                self.watch(
+                    kept["step"], {name: value for name, value in kept.items() if name != "step"}
+                )
         number = 0  # of the signal that asked any rank to stop
         if self.pending:
             number = self._show(requests)
@@ -182,13 +212,19 @@ class _Loop:
         while self.step < config.steps and not number:
             with window.waiting():
                 micro_batches = next(stream)
-            with requests.at_once() if warming else contextlib.nullcontext():  # minutes; nothing is lost yet
+            with (
+                requests.at_once() if warming else contextlib.nullcontext()
+            ):  # minutes; nothing is lost yet
                 taken = self._move([batch.to(self.device) for batch in micro_batches])
             outcomes.add(taken, self.step)
             warming = False
             last = self.step == config.steps
-            logged, saved = (self.step % every == 0 or last for every in (config.log_every, config.save_every))
-            shown = (self.step % config.preview_every == 0 or last) and bool(self.preview or self.measure)
+            logged, saved = (
+                self.step % every == 0 or last for every in (config.log_every, config.save_every)
+            )
+            shown = (self.step % config.preview_every == 0 or last) and bool(
+                self.preview or self.measure
+            )
             settled = logged or saved or shown  # nowhere else is a GPU waited for
             if settled:
                 outcomes.settle()
@@ -208,7 +244,9 @@ class _Loop:
                 number = self._show(requests)
             if saved or number:
                 outcomes.settle()
-                with window.timing("save_seconds"):  # also after bad steps, which moved nothing; but see _give_up
+                with window.timing(
+                    "save_seconds"
+                ):  # also after bad steps, which moved nothing; but see _give_up
                     self._save(saver, None if outcomes.in_a_row else config.keep)
         distributed.on_main(saver.wait)
         if number and (self.step < config.steps or self.pending):
@@ -244,7 +282,10 @@ class _Loop:
                         picture.parent.mkdir(exist_ok=True)
                         self.preview(averaged, picture, self.step)
                     if self.measure:
-                        figures = {f"held_out.{name}": value for name, value in self.measure(averaged).items()}
+                        figures = {
+                            f"held_out.{name}": value
+                            for name, value in self.measure(averaged).items()
+                        }
                 drawn = True
                 if self.measure:
                     self._report(figures)
@@ -289,9 +330,15 @@ class _Loop:
                 load_weights(self.run.folder)
             except UserError:  # someone removed them, or they are not what was written
                 if path.is_file():
-                    print(f"warning: {path}: damaged: it is written again from the last checkpoint", flush=True)
+                    print(
+                        f"warning: {path}: damaged: it is written again from the last checkpoint",
+                        flush=True,
+                    )
                 self.run.publish(state, self.step)
-            print(f"{self.title}: finished at step {self.step}; start over with --fresh (make: FRESH=1)", flush=True)
+            print(
+                f"{self.title}: finished at step {self.step}; start over with --fresh (make: FRESH=1)",
+                flush=True,
+            )
         return self._averaged()
 
     def _averaged(self) -> nn.Module:
@@ -347,5 +394,9 @@ def _note(latest: dict[str, float]) -> str:
     """The figures of a progress line."""
     hidden = (*CLOCKS, "skipped", "gradient_norm")
     parts = [f"{latest['images_per_second']:.0f} images/s"] if "images_per_second" in latest else []
-    parts += [f"{k.partition('.')[2]} {v:.4g}" for k, v in latest.items() if k.rpartition(".")[2] not in hidden]
+    parts += [
+        f"{k.partition('.')[2]} {v:.4g}"
+        for k, v in latest.items()
+        if k.rpartition(".")[2] not in hidden
+    ]
     return ", ".join(parts)

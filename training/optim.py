@@ -23,10 +23,16 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+            raise ValueError(
+                f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}"
+            )
         for prefix, rate in self.rates.items():
-            if not isinstance(rate, int | float):  # what `optimizer.rates.a.b=1e-4` on the command line makes
-                raise ValueError(f"optimizer.rates.{prefix}={rate!r} is no number: write dotted prefixes in the file")
+            if not isinstance(
+                rate, int | float
+            ):  # what `optimizer.rates.a.b=1e-4` on the command line makes
+                raise ValueError(
+                    f"optimizer.rates.{prefix}={rate!r} is no number: write dotted prefixes in the file"
+                )
 
     def build(self, module: nn.Module, *, fused: bool = False) -> torch.optim.AdamW:
         """An optimizer over the module's trainable parameters; decay spares vectors and scalars.
@@ -44,7 +50,9 @@ class OptimizerConfig:
                 decay = self.weight_decay if parameter.ndim >= 2 else 0.0
                 groups.setdefault((rate, decay), []).append(parameter)
         if unused:
-            raise UserError(f"optimizer.rates: {sorted(unused)[0]} begins the name of no trainable parameter")
+            raise UserError(
+                f"optimizer.rates: {sorted(unused)[0]} begins the name of no trainable parameter"
+            )
         return torch.optim.AdamW(
             [
                 {"params": group, "lr": rate, "base_lr": rate, "weight_decay": decay}

@@ -70,7 +70,10 @@ class Outcomes:
     def __init__(self, device: torch.device, most: int) -> None:
         """`most` steps in a row that are not taken are too many."""
         self.device, self.most, self.at_once = device, most, is_known_at_once(device)
-        self.in_a_row, self.end = 0, 0  # as far as is known; the step that made them too many, 0 for none
+        self.in_a_row, self.end = (
+            0,
+            0,
+        )  # as far as is known; the step that made them too many, 0 for none
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # the same on a GPU
         self.coming: Reading | None = None
 

@@ -62,7 +62,9 @@ def surviving(*numbers: int) -> Iterator[None]:
     """Within, standard output and error pass over errors of these numbers, or over all."""
     kept = sys.stdout, sys.stderr
     for stream in kept:
-        if isinstance(stream, io.TextIOWrapper):  # a name that its encoding does not have is no reason to fail
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a name that its encoding does not have is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     ours = Output(kept[0], STDOUT, numbers), Output(kept[1], STDERR, numbers)
     sys.stdout, sys.stderr = ours

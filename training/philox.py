@@ -25,7 +25,13 @@ RAISES = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)  # of the key, from round to r
 ROUNDS = 10
 PIECE = 1 << 18  # words that `normal` has in hand at a time, or one row of them
 # the state of numpy's generator when it has drawn nothing, without its counter and key
-EMPTY = {"bit_generator": "Philox", "buffer": np.zeros(4, np.uint64), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+EMPTY = {
+    "bit_generator": "Philox",
+    "buffer": np.zeros(4, np.uint64),
+    "buffer_pos": 4,
+    "has_uint32": 0,
+    "uinteger": 0,
+}
 
 
 def words(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None) -> Tensor:
@@ -53,7 +59,9 @@ def uniform(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | Non
     return numbers.clamp_min_(torch.finfo(torch.float64).tiny)
 
 
-def short_uniform(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None) -> Tensor:
+def short_uniform(
+    seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None
+) -> Tensor:
     """(N, count) float32 in [0, 1), multiples of 2^-24: two numbers of each of `words`. `first` counts words."""
     halves = words(seed, ids, stream, -(-count // 2), first).view(torch.int32)[:, :count]
     return ((halves >> 8) & 0xFFFFFF).float() * 2.0**-24
@@ -65,7 +73,10 @@ def normal(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None
     By the inverse of its distribution function, from 32 bits: half of them for each side, which reach 5.4 deviations.
     """
     out, num_words = torch.empty(len(ids), count, device=ids.device), -(-count // 2)
-    starts, height = torch.zeros_like(ids) if first is None else first, max(1, PIECE // max(1, num_words))
+    starts, height = (
+        torch.zeros_like(ids) if first is None else first,
+        max(1, PIECE // max(1, num_words)),
+    )
     for rows in (slice(row, row + height) for row in range(0, len(ids), height)):
         drawn = words(seed, ids[rows], stream, num_words, starts[rows]).view(torch.int32)[:, :count]
         torch.mul(drawn, 2.0**-31 * (1 - 2.0**-24), out=out[rows])  # in (-1, 1)
@@ -92,7 +103,9 @@ def _words(ids: Tensor, seed: int, stream: int, count: int, first: Tensor | None
     return in_torch(ids, seed, stream, count, first)
 
 
-_philox = torch.library.custom_op("tessera::philox", _words, mutates_args=())  # opaque to torch.compile
+_philox = torch.library.custom_op(
+    "tessera::philox", _words, mutates_args=()
+)  # opaque to torch.compile
 
 
 @_philox.register_fake
@@ -113,7 +126,10 @@ HOST = _Host()
 
 def _runs(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None) -> Iterator[slice]:
     """Rows that follow one another in one sequence, with the thread's generator set to where they begin."""
-    owners, starts = ids.numpy().view(np.uint64), np.zeros(len(ids), np.int64) if first is None else first.numpy()
+    owners, starts = (
+        ids.numpy().view(np.uint64),
+        np.zeros(len(ids), np.int64) if first is None else first.numpy(),
+    )
     begins = np.ones(len(ids) + 1, bool)
     begins[1:-1] = (owners[1:] != owners[:-1]) | (starts[1:] != starts[:-1] + count)
     edges = begins.nonzero()[0].tolist()
@@ -130,7 +146,9 @@ def _runs(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None)
 def in_torch(ids: Tensor, seed: int, stream: int, count: int, first: Tensor | None) -> Tensor:
     """`words` on any device: unsigned integers of 64 bits in signed ones, whose sums and products wrap alike."""
     num_blocks = -(-count // 4) + (first is not None)  # of four words
-    places = torch.arange(1, num_blocks + 1, device=ids.device)  # numpy's generator counts before it draws
+    places = torch.arange(
+        1, num_blocks + 1, device=ids.device
+    )  # numpy's generator counts before it draws
     counters = places.expand(len(ids), -1) if first is None else (first // 4)[:, None] + places
     out = block(seed, ids[:, None], (counters, 0, 0, stream)).flatten(1)
     if first is not None:
@@ -141,12 +159,16 @@ def in_torch(ids: Tensor, seed: int, stream: int, count: int, first: Tensor | No
 def block(seed: int, ids: Tensor, counter: tuple[Tensor | int, ...]) -> Tensor:
     """(..., 4) int64, Philox4x64-10 of the key (seed, ids) and the four words of the counter, which broadcast."""
     a, b, c, d = (
-        torch.full((), _signed(word), device=ids.device) if isinstance(word, int) else word for word in counter
+        torch.full((), _signed(word), device=ids.device) if isinstance(word, int) else word
+        for word in counter
     )  # filled there: nothing is copied from the host
     for turn in range(ROUNDS):
         high_a, low_a = _product(FACTORS[0], a)
         high_c, low_c = _product(FACTORS[1], c)
-        a, c = high_c ^ b ^ _signed(seed + turn * RAISES[0]), high_a ^ d ^ (ids + _signed(turn * RAISES[1]))
+        a, c = (
+            high_c ^ b ^ _signed(seed + turn * RAISES[0]),
+            high_a ^ d ^ (ids + _signed(turn * RAISES[1])),
+        )
         b, d = low_c, low_a
     return torch.stack(torch.broadcast_tensors(a, b, c, d), -1)
 

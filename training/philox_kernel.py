@@ -34,24 +34,47 @@ def words(ids: Tensor, seed: int, stream: int, count: int, first: Tensor | None)
     ids, starts = ids.contiguous(), ids if first is None else first.contiguous()
     with torch.cuda.device_of(ids):
         _fill[(len(ids) * blocks,)](
-            out, ids, starts, seed, stream, count, blocks, FROM_ZERO=first is None, SIZE=size, ROUNDS=ROUNDS
+            out,
+            ids,
+            starts,
+            seed,
+            stream,
+            count,
+            blocks,
+            FROM_ZERO=first is None,
+            SIZE=size,
+            ROUNDS=ROUNDS,
         )
     return out
 
 
 @jit
 def _fill(
-    out, ids, starts, seed, stream, count, blocks, FROM_ZERO: tl.constexpr, SIZE: tl.constexpr, ROUNDS: tl.constexpr
+    out,
+    ids,
+    starts,
+    seed,
+    stream,
+    count,
+    blocks,
+    FROM_ZERO: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
     row = tl.program_id(0) // blocks
     start = tl.zeros((), tl.int64) if FROM_ZERO else tl.load(starts + row)
-    number = (tl.program_id(0) % blocks) * SIZE + tl.arange(0, SIZE).to(tl.int64)  # of a block, from the row's first
+    number = (tl.program_id(0) % blocks) * SIZE + tl.arange(0, SIZE).to(
+        tl.int64
+    )  # of a block, from the row's first
     zero = tl.zeros((SIZE,), tl.uint64)
     a = (start // 4 + 1 + number).to(tl.uint64)
     b, c, d = zero, zero, zero + stream.to(tl.uint64)
     key, other_key = zero + seed.to(tl.uint64), zero + tl.load(ids + row).to(tl.uint64)
     for _ in tl.static_range(ROUNDS):
-        high_a, high_c = tl.umulhi(a, zero + 0xD2E7470EE14C6C93), tl.umulhi(c, zero + 0xCA5A826395121157)
+        high_a, high_c = (
+            tl.umulhi(a, zero + 0xD2E7470EE14C6C93),
+            tl.umulhi(c, zero + 0xCA5A826395121157),
+        )
         low_a, low_c = a * 0xD2E7470EE14C6C93, c * 0xCA5A826395121157
         a, b, c, d = high_c ^ b ^ key, low_c, high_a ^ d ^ other_key, low_a
         key += 0x9E3779B97F4A7C15

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     import torch
 
 LOW = ("bf16", "fp16")
-PRECISIONS = ("auto", "fp32", *LOW)  # what may be asked for; training has no fp16, for it does not scale losses
+PRECISIONS = (
+    "auto",
+    "fp32",
+    *LOW,
+)  # what may be asked for; training has no fp16, for it does not scale losses
 
 HELP = "of the networks' products: bf16 on a GPU that has it, else fp32 (auto)"
 
@@ -39,7 +43,10 @@ def decide(asked: str, device: torch.device, setting: str = "", title: str = "")
     if has_bf16(device):
         return "bf16"
     if setting and device.type != "cpu" and distributed.is_main():
-        print(f"{title}: fp32, as this GPU only emulates bf16 ({setting}=bf16 asks for it)", flush=True)
+        print(
+            f"{title}: fp32, as this GPU only emulates bf16 ({setting}=bf16 asks for it)",
+            flush=True,
+        )
     return "fp32"
 
 

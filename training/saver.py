@@ -28,7 +28,12 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         if self._thread is not None:
             self._thread.join()
         if kind is None:
@@ -39,7 +44,9 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
         if not self.failed:
-            self._thread = threading.Thread(target=self._write, args=(step, copied(state), keep), name="saver")
+            self._thread = threading.Thread(
+                target=self._write, args=(step, copied(state), keep), name="saver"
+            )
             self._thread.start()
 
     @property
@@ -64,7 +71,9 @@ class Saver:
                             f"{self.run.folder}: at step {step} {name} is not finite, and was not saved: "
                             + advice(self.run)
                         )
-            self.run.publish(state["ema"], step)  # first: whoever finds the last checkpoint finds its weights
+            self.run.publish(
+                state["ema"], step
+            )  # first: whoever finds the last checkpoint finds its weights
             self.run.save(step, state, keep)
         except BaseException as error:  # of any kind: it goes on in the thread that waits
             self._error = error

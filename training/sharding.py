@@ -29,14 +29,22 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 def _is_block(module: nn.Module) -> bool:
     parameters = dict(module.named_parameters())
-    composite = any(True for _ in module.children()) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
-    return composite and 0 < len(parameters) == len(module.state_dict()) and all(p.ndim for p in parameters.values())
+    composite = any(True for _ in module.children()) and not isinstance(
+        module, nn.ModuleList | nn.ModuleDict
+    )
+    return (
+        composite
+        and 0 < len(parameters) == len(module.state_dict())
+        and all(p.ndim for p in parameters.values())
+    )
 
 
 def share_of(blocks: Sequence[nn.Module], module: nn.Module) -> float:
     """The share of a module's parameters that are the blocks'."""
     whole = sum(parameter.numel() for parameter in module.parameters())
-    return sum(parameter.numel() for block in blocks for parameter in block.parameters()) / max(1, whole)
+    return sum(parameter.numel() for block in blocks for parameter in block.parameters()) / max(
+        1, whole
+    )
 
 
 def shareable_blocks(module: nn.Module) -> list[nn.Module]:
@@ -63,7 +71,9 @@ def shard_(engine: nn.Module, device: torch.device) -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     rest = {parameter for parameter in engine.parameters() if not is_shared(parameter)}
-    fully_shard(engine, mesh=mesh, ignored_params=rest)  # owns nothing, but lets blocks be fetched ahead
+    fully_shard(
+        engine, mesh=mesh, ignored_params=rest
+    )  # owns nothing, but lets blocks be fetched ahead
     for tensor in [*rest, *engine.buffers()]:
         tensor.data = tensor.data.to(device)
 
@@ -84,7 +94,9 @@ def shared(full: Tensor, like: Tensor) -> Tensor:
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:
@@ -99,7 +111,12 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     tensor = DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
     )
     full = tensor.full_tensor()
     return full.cpu() if distributed.is_main() else full.new_empty(0)
@@ -110,7 +127,9 @@ def reduce_gradients(parameters: Sequence[Tensor]) -> None:
     gradients = [p.grad for p in parameters if not is_shared(p) and p.grad is not None]
     if gradients:
         flat = distributed.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        for gradient, mean in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients])
+        ):
             gradient.copy_(mean.view_as(gradient))
 
 

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 WORKER_GRACE = 20  # seconds that a process which reads data goes on for, to feed the step that is to be finished
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: os.EX_TEMPFAIL}  # 128 + 2 as shells say it, 75: try again later
+EXIT_CODES = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: os.EX_TEMPFAIL,
+}  # 128 + 2 as shells say it, 75: try again later
 
 
 class Interrupted(BaseException):
@@ -41,7 +44,9 @@ class Requests:
             self._at_once = False
 
     def _receive(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._owner:  # forked: ends by the signal, but not while its parent finishes a step
+        if (
+            os.getpid() != self._owner
+        ):  # forked: ends by the signal, but not while its parent finishes a step
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, 1e-3 if self._at_once else WORKER_GRACE)
             return

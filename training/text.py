@@ -11,7 +11,9 @@ from collections.abc import Sequence
 UNSAFE = ("Cc", "Cs", "Zl", "Zp")
 # What turns the order of the letters after it: a name could show itself as another one.
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-UNDECODED = range(0xDC80, 0xDD00)  # how Python keeps the bytes of a file's name that are no UTF-8 (PEP 383)
+UNDECODED = range(
+    0xDC80, 0xDD00
+)  # how Python keeps the bytes of a file's name that are no UTF-8 (PEP 383)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -37,7 +39,10 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 def _look(text: str) -> str:
     """What of a text is seen, where letters that are composed and their parts are the same."""
-    seen = (" " if unicodedata.category(letter) == "Zs" else letter for letter in unicodedata.normalize("NFC", text))
+    seen = (
+        " " if unicodedata.category(letter) == "Zs" else letter
+        for letter in unicodedata.normalize("NFC", text)
+    )
     return "".join(letter for letter in seen if unicodedata.category(letter) != "Cf").strip()
 
 
@@ -45,5 +50,7 @@ def _shown(letter: str) -> str:
     number = ord(letter)
     if number in UNDECODED:
         return f"\\x{number - 0xDC00:02x}"
-    unsafe = unicodedata.category(letter) in UNSAFE or letter in DIRECTIONS or number & 0xFFFE == 0xFFFE
+    unsafe = (
+        unicodedata.category(letter) in UNSAFE or letter in DIRECTIONS or number & 0xFFFE == 0xFFFE
+    )
     return letter.encode("unicode_escape").decode() if unsafe else letter

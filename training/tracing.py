@@ -69,7 +69,9 @@ class Cost:
     def less(self, many: Count) -> Cost:
         """Of a loss that does less for every sample, whose count of the large micro-batch is given."""
         share = self.samples[0] / self.samples[1]
-        few = _combined(lambda low, high, less: low - share * (high - less), self.few, self.many, many)
+        few = _combined(
+            lambda low, high, less: low - share * (high - less), self.few, self.many, many
+        )
         return Cost(self.samples, few, many)
 
 
@@ -78,7 +80,9 @@ def _combined(rule: Callable[..., float], first: Count, *others: Count) -> Count
 
     def of(*values: Any) -> Any:
         if isinstance(values[0], Counter):
-            return Counter({key: rule(*(value[key] for value in values)) for key in sum(values, Counter())})
+            return Counter(
+                {key: rule(*(value[key] for value in values)) for key in sum(values, Counter())}
+            )
         return values[-1] if isinstance(values[0], bool) else rule(*values)
 
     fields = [field.name for field in dataclasses.fields(Count)]
@@ -97,7 +101,11 @@ def cost(
 
 
 def trace(
-    loss: Callable[[int], Tensor], samples: int, precision: str, module: nn.Module, parts: Mapping[str, nn.Module]
+    loss: Callable[[int], Tensor],
+    samples: int,
+    precision: str,
+    module: nn.Module,
+    parts: Mapping[str, nn.Module],
 ) -> Count:
     """One forward and backward pass in training mode; memory is told apart by which of `parts` took it."""
     tracer, like_cuda = _Tracer(), _LikeCuda(precision == "bf16")
@@ -138,13 +146,19 @@ class _Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in _tensors(args):
-            self.known.setdefault(tensor.untyped_storage()._cdata)  # older than the trace, if not met yet
+            self.known.setdefault(
+                tensor.untyped_storage()._cdata
+            )  # older than the trace, if not met yet
         result = self._result(func, args, kwargs)
         for tensor in _tensors((result,)):
             self._meet(tensor.untyped_storage())
         packet = func._overloadpacket
         if packet in flop_registry:
-            self.note(flop_registry[packet](*args, **kwargs, out_val=result), args[0].dtype, "conv" in func.name())
+            self.note(
+                flop_registry[packet](*args, **kwargs, out_val=result),
+                args[0].dtype,
+                "conv" in func.name(),
+            )
         elif func.name() == "tessera::nearest":  # whose kernel for GPUs multiplies in halves
             self.note(2 * args[0].numel() * len(args[1]), torch.float16)
         return result
@@ -157,7 +171,9 @@ class _Tracer(TorchDispatchMode):
         key = (func, _kind(args), _kind(kwargs.values()), *kwargs)
         if key not in self.made:
             result = func(*args, **kwargs)
-            self.made[key] = tree_map_only(Tensor, lambda t: _Like(t.shape, t.stride(), t.dtype), result)
+            self.made[key] = tree_map_only(
+                Tensor, lambda t: _Like(t.shape, t.stride(), t.dtype), result
+            )
             return result
         return tree_map_only(_Like, _Like.make, self.made[key])
 
@@ -191,7 +207,10 @@ class _Tracer(TorchDispatchMode):
         def leave(*_: Any) -> None:
             self.within.pop()
 
-        hooks = part.register_forward_pre_hook(enter), part.register_forward_hook(leave, always_call=True)
+        hooks = (
+            part.register_forward_pre_hook(enter),
+            part.register_forward_hook(leave, always_call=True),
+        )
         try:
             yield
         finally:
@@ -217,7 +236,9 @@ class _LikeCuda(TorchFunctionMode):
     def __init__(self, low: bool) -> None:
         super().__init__()
         self.low = low
-        self.copies: dict[int, Tensor] | None = {}  # of weights, for one forward pass as autocast keeps them
+        self.copies: (
+            dict[int, Tensor] | None
+        ) = {}  # of weights, for one forward pass as autocast keeps them
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -231,7 +252,9 @@ class _LikeCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
     @staticmethod
-    def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _attended(
+        query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return query, key, value
 
     def _halved(self, tensor: Tensor) -> Tensor:
@@ -260,7 +283,10 @@ class _LikeCuda(TorchFunctionMode):
                 self.__exit__(None, None, None)
                 outermost.clear()
 
-        hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+        hooks = (
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        )
         try:
             yield
         finally:
@@ -271,7 +297,9 @@ class _LikeCuda(TorchFunctionMode):
         """Methods in place of those of torch.autocast, which does not know the meta device."""
         before = []
 
-        def start(context: Any, device_type: str, dtype: Any = None, enabled: bool = True, **_: Any) -> None:
+        def start(
+            context: Any, device_type: str, dtype: Any = None, enabled: bool = True, **_: Any
+        ) -> None:
             context.enabled = enabled or device_type != "meta"
 
         def enter(context: Any) -> None:
@@ -304,10 +332,14 @@ class _Attention(torch.autograd.Function):
     """Shapes and operations of attention that keeps its inputs, its output and one number per row."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[..., None]) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, note: Callable[..., None]
+    ) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         norms = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.flops = 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        ctx.flops = (
+            2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        )
         ctx.note = note
         ctx.save_for_backward(query, key, value, output, norms)
         note(ctx.flops, query.dtype)
@@ -358,4 +390,6 @@ class WeightsOnMeta(TorchFunctionMode):
     """Modules built in it take no memory for weights, and may compute with small tables, as torch.device may not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        return func(
+            *args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})}
+        )

@@ -34,7 +34,9 @@ class Batch:
 
     tensors: dict[str, Tensor]
     positions: Tensor  # (B,) int64, each sample's place in the global batch
-    extras: dict[str, Any] = dataclasses.field(default_factory=dict)  # what one turn leaves for the next
+    extras: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # what one turn leaves for the next
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -67,7 +69,15 @@ class Mover:
     """A turn with its optimizer, wrapped for several processes."""
 
     def __init__(
-        self, turn: Turn, device: torch.device, *, steps: int, clip: float, low: bool, sharded: bool, compiled: bool
+        self,
+        turn: Turn,
+        device: torch.device,
+        *,
+        steps: int,
+        clip: float,
+        low: bool,
+        sharded: bool,
+        compiled: bool,
     ) -> None:
         """`low`: in bf16 autocast; `sharded`: the module's blocks over all processes."""
         self.turn, self.device, self.steps, self.clip, self.low = turn, device, steps, clip, low
@@ -97,8 +107,12 @@ class Mover:
             # Buffers are equal by construction: statistics are reduced where they are updated.
             ids = [device.index] if device.type == "cuda" else None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames what 2.11 does not know yet
-                self.engine = DistributedDataParallel(self.engine, device_ids=ids, broadcast_buffers=False)
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # torch 2.15 renames what 2.11 does not know yet
+                self.engine = DistributedDataParallel(
+                    self.engine, device_ids=ids, broadcast_buffers=False
+                )
 
     def move(self, micro_batches: list[Batch], step: int, meter: Meter, seed: int) -> Taken:
         """One optimizer step; False on every process, and nothing moved, where a loss or gradient is not finite."""
@@ -124,7 +138,9 @@ class Mover:
         meter.add({f"{self.turn.name}.skipped": (~finite).float()})
         taken: Taken = bool(finite) if self.at_once else finite
         if taken is not False:
-            factor = self.turn.optimizer.factor(step - self.turn.start_step, self.steps - self.turn.start_step)
+            factor = self.turn.optimizer.factor(
+                step - self.turn.start_step, self.steps - self.turn.start_step
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             if not self.at_once:  # the fused AdamW then moves nothing, and does not count the step
@@ -146,7 +162,9 @@ class Mover:
         with whole.part(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
             return self.engine(batch, step)
 
-    def _rehearse(self, rest: list[Batch], step: int, whole: distributed.WholeBatch, seed: int) -> None:
+    def _rehearse(
+        self, rest: list[Batch], step: int, whole: distributed.WholeBatch, seed: int
+    ) -> None:
         """Let the micro-batches after the first say, too, what the losses need to know of the whole batch."""
         for batch in rest:
             with distributed.samples((seed, step), batch.positions):
@@ -162,7 +180,10 @@ class Mover:
 
     def module_state(self) -> dict[str, Tensor]:
         """The module's whole state dict: on rank 0 of a sharded one. Collective."""
-        return {name: sharding.whole(sharding.local(t), t) for name, t in self.turn.module.state_dict().items()}
+        return {
+            name: sharding.whole(sharding.local(t), t)
+            for name, t in self.turn.module.state_dict().items()
+        }
 
     def optimizer_state(self) -> dict[str, Any]:
         """As `module_state`; numbered as without sharding."""
@@ -172,18 +193,30 @@ class Mover:
         """Go on from whole states, which every process has."""
         own = self.turn.module.state_dict()
         self.turn.module.load_state_dict(
-            {name: sharding.shared(t, own[name]) if name in own else t for name, t in module_state.items()}
+            {
+                name: sharding.shared(t, own[name]) if name in own else t
+                for name, t in module_state.items()
+            }
         )
-        state = self._map_state(optimizer_state, lambda moment, like: _laid_out(sharding.part(moment, like), like))
-        pairs = zip(state["param_groups"], self.optimizer.param_groups)  # which kernels move them is this device's
+        state = self._map_state(
+            optimizer_state, lambda moment, like: _laid_out(sharding.part(moment, like), like)
+        )
+        pairs = zip(
+            state["param_groups"], self.optimizer.param_groups
+        )  # which kernels move them is this device's
         groups = [saved | {name: own[name] for name in KERNELS} for saved, own in pairs]
         self.optimizer.load_state_dict(state | {"param_groups": groups})
 
-    def _map_state(self, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+    def _map_state(
+        self, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Any]:
         """AdamW's moments, by `change(moment, parameter)`; step counts, which have no axes, stay."""
         return state | {
             "state": {
-                number: {n: change(v, self.parameters[number]) if v.ndim else v for n, v in values.items()}
+                number: {
+                    n: change(v, self.parameters[number]) if v.ndim else v
+                    for n, v in values.items()
+                }
                 for number, values in state["state"].items()
             }
         }
@@ -222,7 +255,9 @@ def _updated(module: nn.Module) -> list[Tensor]:
     """What `after_step` may change of the state that a checkpoint holds."""
     kept = module.state_dict()
     buffers = [buffer for name, buffer in module.named_buffers() if name in kept]
-    codebooks = [p for part in module.modules() if hasattr(part, "follow") for p in part.parameters()]
+    codebooks = [
+        p for part in module.modules() if hasattr(part, "follow") for p in part.parameters()
+    ]
     return buffers + codebooks
 
 

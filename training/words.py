@@ -24,7 +24,9 @@ class Word(str):
 class _Dumper(yaml.SafeDumper):
     def represent_str(self, text: str) -> yaml.ScalarNode:
         """In single quotes, some characters that end a line elsewhere (U+0085) would come back as others."""
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+        )
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
@@ -75,7 +77,18 @@ def _one_line() -> Iterator[None]:
 
 def _plain(node: yaml.Node, counter: Iterator[int], within: tuple[yaml.Node, ...] = ()) -> Any:
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if kind not in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "seq", "map"):
+    if kind not in (
+        "str",
+        "int",
+        "float",
+        "bool",
+        "null",
+        "timestamp",
+        "value",
+        "merge",
+        "seq",
+        "map",
+    ):
         raise _at(node, f"the tag {node.tag!r} is not known here")
     if next(counter) > MOST_VALUES or node in within:
         raise _at(node, f"more than {MOST_VALUES} values, or one that holds itself")
@@ -83,7 +96,10 @@ def _plain(node: yaml.Node, counter: Iterator[int], within: tuple[yaml.Node, ...
         return [_plain(each, counter, (*within, node)) for each in node.value]
     if isinstance(node, yaml.ScalarNode):
         if "${" in REFERENCE.sub("", node.value):
-            raise _at(node, f"{node.value!r}: ${{key}} refers to another key, and $${{ stands for the characters")
+            raise _at(
+                node,
+                f"{node.value!r}: ${{key}} refers to another key, and $${{ stands for the characters",
+            )
         return None if kind == "null" else str(node.value) if node.style else Word(node.value)
     made: dict[str, Any] = {}
     for key, value in node.value:

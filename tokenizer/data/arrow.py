@@ -21,7 +21,9 @@ PARTS, STATE = "dataset_dict.json", "state.json"  # of a folder of splits, of on
 
 
 def is_saved(root: Path) -> bool:
-    return (root / PARTS).is_file() or ((root / STATE).is_file() and (root / "dataset_info.json").is_file())
+    return (root / PARTS).is_file() or (
+        (root / STATE).is_file() and (root / "dataset_info.json").is_file()
+    )
 
 
 class ArrowListing:
@@ -36,7 +38,9 @@ class ArrowListing:
         split = own_split(parts)
         used = parts if split is None else [*split.train, *split.held_out]
         self._files = [file for part in used for file in _files(root / part)]
-        self._stamps = {file.relative_to(root).as_posix(): tar_index.stamp(file) for file in self._files}
+        self._stamps = {
+            file.relative_to(root).as_posix(): tar_index.stamp(file) for file in self._files
+        }
         self._chunks: list[Any] = []  # of encoded images
         self._file_of: list[str] = []  # that each is in
         starts, values, held_out, tables = [0], [], [], []
@@ -45,12 +49,18 @@ class ArrowListing:
             tables.append(Table.of_schema(str(file), content.schema, choice))
             table = tables[-1]
             if (table.class_names, table.label) != (tables[0].class_names, tables[0].label):
-                raise UserError(f"{self._files[0]} and {file} name classes differently: keep one kind of file")
+                raise UserError(
+                    f"{self._files[0]} and {file} name classes differently: keep one kind of file"
+                )
             chunks = content.column(table.image).chunks
             self._chunks += map(binary, chunks)
             self._file_of += [file.relative_to(root).as_posix()] * len(chunks)
-            starts += [starts[-1] + count for count in np.cumsum([len(chunk) for chunk in chunks]).tolist()]
-            values += content.column(table.label).to_pylist() if table.label else [None] * len(content)
+            starts += [
+                starts[-1] + count for count in np.cumsum([len(chunk) for chunk in chunks]).tolist()
+            ]
+            values += (
+                content.column(table.label).to_pylist() if table.label else [None] * len(content)
+            )
             is_held_out = split is not None and file.relative_to(root).parts[0] in split.held_out
             held_out += [is_held_out] * len(content)
         if not values:
@@ -83,7 +93,9 @@ class ArrowListing:
 
     def digests(self, items: np.ndarray) -> FileDigests:
         chunks = np.unique(np.searchsorted(self._starts, items, "right") - 1)
-        return file_digests(self._root, list(dict.fromkeys(self._file_of[chunk] for chunk in chunks.tolist())))
+        return file_digests(
+            self._root, list(dict.fromkeys(self._file_of[chunk] for chunk in chunks.tolist()))
+        )
 
 
 def _parts(root: Path) -> list[str]:
@@ -96,7 +108,9 @@ def _parts(root: Path) -> list[str]:
 
 def _files(folder: Path) -> Iterator[Path]:
     for entry in _read(folder / STATE, "_data_files"):
-        yield folder / _plain(folder / STATE, entry.get("filename") if isinstance(entry, dict) else None)
+        yield folder / _plain(
+            folder / STATE, entry.get("filename") if isinstance(entry, dict) else None
+        )
 
 
 def _read(file: Path, key: str) -> list[Any]:
@@ -112,7 +126,9 @@ def _read(file: Path, key: str) -> list[Any]:
 def _plain(file: Path, name: Any) -> str:
     """The name of something in the same folder: what is written there leads nowhere else."""
     if not isinstance(name, str) or not name or name != Path(name).name or name == "..":
-        raise UserError(f"{file} is damaged ({printable(repr(name))} is no name of a file): save the data set again")
+        raise UserError(
+            f"{file} is damaged ({printable(repr(name))} is no name of a file): save the data set again"
+        )
     return name
 
 
@@ -124,4 +140,6 @@ def _map(file: Path) -> Any:
             return pa.ipc.open_stream(source).read_all()
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read as Arrow ({reason}): save the data set again") from None
+        raise UserError(
+            f"{file} cannot be read as Arrow ({reason}): save the data set again"
+        ) from None

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 from tokenizer.data.naming import some
 from training.command import UserError
 
-LABEL_WORDS = {"label", "labels", "class", "classes", "category", "categories", "target", "targets", "cls"}
+LABEL_WORDS = {
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "category",
+    "categories",
+    "target",
+    "targets",
+    "cls",
+}
 SPLIT_WORDS = {"split", "splits", "subset", "partition"}
 NO_LABELS = "none"  # a label column: the images have no classes
 
@@ -27,13 +37,17 @@ class Choice(NamedTuple):
         """Raise UserError where a setting is given that a source has no use for."""
         for field in fields:
             if getattr(self, field) is not None:
-                raise UserError(f"data.{field}={getattr(self, field)}: data.source={source} has no use for it")
+                raise UserError(
+                    f"data.{field}={getattr(self, field)}: data.source={source} has no use for it"
+                )
 
 
 NO_CHOICE = Choice()
 
 
-def choose_label(source: str, columns: Sequence[str], choice: Choice, classes: Collection[str] = ()) -> str | None:
+def choose_label(
+    source: str, columns: Sequence[str], choice: Choice, classes: Collection[str] = ()
+) -> str | None:
     """The column of labels: the one chosen, else the only one whose name or description says so; None without.
 
     `classes` are the columns that the source itself describes as classes.
@@ -42,7 +56,9 @@ def choose_label(source: str, columns: Sequence[str], choice: Choice, classes: C
         return None
     if choice.label_column is not None:
         if choice.label_column not in columns:
-            raise UserError(f"data.label_column={choice.label_column}: {source} has only {', '.join(columns)}")
+            raise UserError(
+                f"data.label_column={choice.label_column}: {source} has only {', '.join(columns)}"
+            )
         return choice.label_column
     found = [name for name in columns if name in classes or _words(name) & LABEL_WORDS]
     if len(found) > 1:
@@ -57,13 +73,17 @@ def choose_image(source: str, columns: Sequence[str], images: Sequence[str], cho
     """The column of images: the one chosen, else "image", else the only one of `images`, which hold images."""
     if choice.image_column is not None:
         if choice.image_column not in columns:
-            raise UserError(f"data.image_column={choice.image_column}: {source} has only {', '.join(columns)}")
+            raise UserError(
+                f"data.image_column={choice.image_column}: {source} has only {', '.join(columns)}"
+            )
         return choice.image_column
     if "image" in images:
         return "image"
     if len(images) != 1:
         shown = ", ".join(images or columns)
-        raise UserError(f"{source} has no column image: {{bytes, path}}, only {shown}: name one with data.image_column")
+        raise UserError(
+            f"{source} has no column image: {{bytes, path}}, only {shown}: name one with data.image_column"
+        )
     return images[0]
 
 
@@ -86,14 +106,21 @@ class Table(NamedTuple):
         label = choose_label(source, rest, choice, classes)
         others = [name for name in images if name != image]
         return Table(
-            image, _encoded(source, schema, image), label, classes.get(label or ""), others, split_columns(rest)
+            image,
+            _encoded(source, schema, image),
+            label,
+            classes.get(label or ""),
+            others,
+            split_columns(rest),
         )
 
     def notes(self, values: Sequence[Any]) -> list[str]:
         """What people should know of it, given the labels."""
         notes = []
         if self.others:
-            notes.append(f"images are taken from column {self.image}; passed over: {some(self.others)}")
+            notes.append(
+                f"images are taken from column {self.image}; passed over: {some(self.others)}"
+            )
         if self.label is not None and all(value is None or value == -1 for value in values):
             notes.append(f"column {self.label} holds no label: all images are of one class")
         notes += [split_note(self.splits)] if self.splits else []
@@ -134,17 +161,27 @@ def _encoded(source: str, schema: Any, column: str) -> str:
         return f"{column}.bytes"
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return column
-    raise UserError(f"data.image_column={column}: in {source} it holds {kind}, neither bytes nor {{bytes, path}}")
+    raise UserError(
+        f"data.image_column={column}: in {source} it holds {kind}, neither bytes nor {{bytes, path}}"
+    )
 
 
 def class_columns(schema: Any) -> dict[str, list[str]]:
     """What `datasets` wrote into an Arrow schema about columns of classes: their names."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        named = {name: feature.get("names") for name, feature in features.items() if isinstance(feature, dict)}
+        named = {
+            name: feature.get("names")
+            for name, feature in features.items()
+            if isinstance(feature, dict)
+        }
     except (KeyError, TypeError, AttributeError, ValueError):
         return {}
-    return {name: names for name, names in named.items() if isinstance(names, list) and name in schema.names}
+    return {
+        name: names
+        for name, names in named.items()
+        if isinstance(names, list) and name in schema.names
+    }
 
 
 def _has_bytes(kind: Any) -> bool:

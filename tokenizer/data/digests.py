@@ -28,7 +28,10 @@ RECORD = np.dtype(
         ("name", "<u8"),  # hash of the name below the root
         ("size", "<i8"),  # bytes; -1: not known, or not to be trusted
         ("modified", "<i8"),  # ns
-        ("changed", "<i8"),  # ns; also moves where a program sets `modified` back, as cp -p and tar do
+        (
+            "changed",
+            "<i8",
+        ),  # ns; also moves where a program sets `modified` back, as cp -p and tar do
         ("sha256", "u1", 32),
     ]
 )
@@ -47,13 +50,19 @@ class FileDigests(NamedTuple):
         return FileDigests(list(contents), np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32))
 
     @staticmethod
-    def of_rows(title: str, files: Sequence[Path], items: np.ndarray, rows: Iterable[bytes]) -> FileDigests:
+    def of_rows(
+        title: str, files: Sequence[Path], items: np.ndarray, rows: Iterable[bytes]
+    ) -> FileDigests:
         """Of these `items`, whose contents are `rows`: one digest, kept while `files`, which hold
         them, are as they were. Of what lies in memory alone, without files, nothing is kept.
         """
         stamps = _stamps(Path(title), list(map(str, files)))
-        state = hashlib.sha256(FORMAT + stamps.tobytes() + np.ascontiguousarray(items).tobytes()).digest()
-        place = kept.kept_at("digests", Path(f"{files[0]}#{len(items)}.{items[0]}")) if files else None
+        state = hashlib.sha256(
+            FORMAT + stamps.tobytes() + np.ascontiguousarray(items).tobytes()
+        ).digest()
+        place = (
+            kept.kept_at("digests", Path(f"{files[0]}#{len(items)}.{items[0]}")) if files else None
+        )
         before = (place and kept.read_kept(place)) or b""
         if before.startswith(state):
             return FileDigests([""], np.frombuffer(before[len(state) :], np.uint8).reshape(1, 32))
@@ -75,18 +84,25 @@ def file_digests(root: Path, names: list[str], largest: int | None = None) -> Fi
     was costs one stat. Call it on every rank: the files are dealt to them. Raises UserError where ranks name
     different files.
     """
-    place, short = kept.kept_at("digests", root), np.array([short_hash(name) for name in names], np.uint64)
+    place, short = (
+        kept.kept_at("digests", root),
+        np.array([short_hash(name) for name in names], np.uint64),
+    )
     _check_ranks_agree(root, short)
     before = _read(place)
     mine = np.arange(distributed.rank(), len(names), distributed.world())
-    paths = [os.path.join(root, names[item]) if names[item] else str(root) for item in mine.tolist()]
+    paths = [
+        os.path.join(root, names[item]) if names[item] else str(root) for item in mine.tolist()
+    ]
     stamps = _stamps(root, paths)
     own = np.zeros(len(mine), RECORD)
     own["name"], own["size"] = short[mine], -1
     known = _known(before, own["name"], stamps)
     own[known >= 0] = before[known[known >= 0]]
     try:
-        _read_files(root, paths, stamps, np.flatnonzero((known < 0) & (stamps[:, 0] >= 0)), largest, own)
+        _read_files(
+            root, paths, stamps, np.flatnonzero((known < 0) & (stamps[:, 0] >= 0)), largest, own
+        )
     except BaseException:
         if distributed.is_main():
             _keep(place, before, own)  # or who starts again would read it all again
@@ -99,12 +115,17 @@ def file_digests(root: Path, names: list[str], largest: int | None = None) -> Fi
 
 def short_hash(name: str) -> int:
     """64 bits of a name, whatever bytes it came from."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    return int.from_bytes(
+        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    )
 
 
 def _stamps(root: Path, paths: Sequence[str]) -> np.ndarray:
     """(n, 3) int64: bytes, and the times in ns of the last change of content and of any change; -1 for no file."""
-    stamps, progress = np.full((len(paths), 3), -1, np.int64), Progress(f"{root}: files", len(paths))
+    stamps, progress = (
+        np.full((len(paths), 3), -1, np.int64),
+        Progress(f"{root}: files", len(paths)),
+    )
     for row, path in enumerate(paths):
         if row % 256 == 0 and distributed.is_main():
             progress.show(row, "looking whether they are as they were")
@@ -129,7 +150,12 @@ def _known(before: np.ndarray, names: np.ndarray, stamps: np.ndarray) -> np.ndar
 
 
 def _read_files(
-    root: Path, paths: Sequence[str], stamps: np.ndarray, rows: np.ndarray, largest: int | None, own: np.ndarray
+    root: Path,
+    paths: Sequence[str],
+    stamps: np.ndarray,
+    rows: np.ndarray,
+    largest: int | None,
+    own: np.ndarray,
 ) -> None:
     """Read the files of these rows and write what they hold into `own`."""
     progress = Progress(f"{root}: bytes", int(stamps[rows, 0].clip(max=largest or 2**62).sum()))
@@ -150,11 +176,15 @@ def _read_files(
                 own[field][row] = value
 
 
-def _read_digest(path: str, largest: int | None, tick: Callable[[int], None]) -> tuple[bytes, list[int]]:
+def _read_digest(
+    path: str, largest: int | None, tick: Callable[[int], None]
+) -> tuple[bytes, list[int]]:
     """A file's digest, zeros where it cannot be read, and its size and times afterwards."""
     whole, left = hashlib.sha256(), largest
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a pipe in its place would never open
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK
+        )  # or a pipe in its place would never open
         try:
             while block := os.read(descriptor, BLOCK if left is None else min(BLOCK, left)):
                 whole.update(block)
@@ -175,7 +205,9 @@ def _of_all_ranks(own: np.ndarray, count: int) -> np.ndarray:
     world = distributed.world()
     if world == 1:
         return own
-    rows = distributed.gather_rows(torch.from_numpy(own.view(np.uint8).reshape(len(own), RECORD.itemsize)))
+    rows = distributed.gather_rows(
+        torch.from_numpy(own.view(np.uint8).reshape(len(own), RECORD.itemsize))
+    )
     places = np.concatenate([np.arange(rank, count, world) for rank in range(world)])
     found = np.empty(count, RECORD)
     found[places] = rows.numpy().reshape(-1).view(RECORD)
@@ -185,7 +217,9 @@ def _of_all_ranks(own: np.ndarray, count: int) -> np.ndarray:
 def _check_ranks_agree(root: Path, names: np.ndarray) -> None:
     own = int.from_bytes(hashlib.sha256(names.tobytes()).digest()[:7])
     if distributed.any_true(distributed.largest(own) != own):
-        raise UserError(f"{root}: the processes find different files there: give every machine the same data")
+        raise UserError(
+            f"{root}: the processes find different files there: give every machine the same data"
+        )
 
 
 def _read(place: Path) -> np.ndarray:
@@ -207,4 +241,7 @@ def _keep(place: Path, before: np.ndarray, found: np.ndarray) -> None:
 
 def _warn_of(reason: str | None) -> None:
     if reason is not None:
-        print(f"warning: what files hold is not kept ({reason}): they will be read again to know them", flush=True)
+        print(
+            f"warning: what files hold is not kept ({reason}): they will be read again to know them",
+            flush=True,
+        )

@@ -15,7 +15,14 @@ import numpy as np
 from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
 from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.label_files import read_label_files
-from tokenizer.data.naming import EXTENSIONS, OwnSplit, folder_split, number_classes, some, split_word
+from tokenizer.data.naming import (
+    EXTENSIONS,
+    OwnSplit,
+    folder_split,
+    number_classes,
+    some,
+    split_word,
+)
 from tokenizer.data.transforms import BadImage
 from tokenizer.data.walk import Walk, walk
 from training.command import UserError
@@ -56,8 +63,14 @@ class FolderListing:
         self.name, self._root = root.resolve().name, root
         if not images:
             others = "".join(f"; it holds {text}" for text in [_by_extension(found.files)] if text)
-            lack = f"holds no images ({' '.join(EXTENSIONS)}){others}" if any(root.iterdir()) else "is empty"
-            raise UserError(f"data.source={root} {lack}: give images, or one subfolder of images per class")
+            lack = (
+                f"holds no images ({' '.join(EXTENSIONS)}){others}"
+                if any(root.iterdir())
+                else "is empty"
+            )
+            raise UserError(
+                f"data.source={root} {lack}: give images, or one subfolder of images per class"
+            )
         layout = _layout(root, images, found)
         self._paths = [path for path in images if layout.part(path) is not None]
         files = read_label_files(root, found.files, images, choice)
@@ -67,14 +80,24 @@ class FolderListing:
         if choice.label_column == NO_LABELS or numbered:
             values = [None] * len(values)
         self.labels, self.class_names = number_classes(str(root), values)
-        held_out = [] if layout.split is None else [f"{layout.top}{name}/" for name in layout.split.held_out]
+        held_out = (
+            []
+            if layout.split is None
+            else [f"{layout.top}{name}/" for name in layout.split.held_out]
+        )
         in_held_out = [layout.part(path) in held_out for path in self._paths]
         self.held_out = None if layout.split is None else np.array(in_held_out)
-        others = [path for path in found.files if not path.lower().endswith(EXTENSIONS) and path not in files.used]
+        others = [
+            path
+            for path in found.files
+            if not path.lower().endswith(EXTENSIONS) and path not in files.used
+        ]
         self.notes = [*_left_out(images, layout), *files.notes, *other_files(found, others)]
         if numbered:
             shards = some(sorted({name for name in classes if name}))
-            self.notes.append(f"folders {shards} number img2dataset's downloads, and are no classes")
+            self.notes.append(
+                f"folders {shards} number img2dataset's downloads, and are no classes"
+            )
         self.notes += [*_repeats(root, found, layout), *_without_images(images, found, layout)]
 
     def key(self, item: int) -> str:
@@ -105,7 +128,10 @@ def _layout(root: Path, images: Sequence[str], found: Walk) -> Layout:
     A split's folder counts without images, too: it may be closed, or a link to another split's.
     """
     top, begin = "", ""
-    images = [*images, *(f"{path}/" for path, first in found.repeats if not _leads_back(path, first))]
+    images = [
+        *images,
+        *(f"{path}/" for path, first in found.repeats if not _leads_back(path, first)),
+    ]
     while True:
         below = [path[len(top) :] for path in images]
         below += [f"{path[len(top) :]}/" for path in found.folders if _is_split_of(path, top)]
@@ -120,7 +146,11 @@ def _layout(root: Path, images: Sequence[str], found: Walk) -> Layout:
 
 
 def _is_split_of(path: str, top: str) -> bool:
-    return path.startswith(top) and "/" not in path[len(top) :] and split_word(path[len(top) :]) is not None
+    return (
+        path.startswith(top)
+        and "/" not in path[len(top) :]
+        and split_word(path[len(top) :]) is not None
+    )
 
 
 def _first_folder(path: str, layout: Layout) -> str | None:
@@ -134,7 +164,10 @@ def _are_shards(images: Sequence[str], classes: Sequence[str | None], files: Seq
     if not all(name and re.fullmatch(r"\d{5,}", name) for name in classes):
         return False
     stems = [os.path.splitext(path)[0] for path in images]
-    numbers = [re.fullmatch(rf"{name}\d{{4,}}", stem.rpartition("/")[2]) for stem, name in zip(stems, classes)]
+    numbers = [
+        re.fullmatch(rf"{name}\d{{4,}}", stem.rpartition("/")[2])
+        for stem, name in zip(stems, classes)
+    ]
     return bool(stems) and all(numbers) and set(files).issuperset(f"{stem}.json" for stem in stems)
 
 
@@ -148,18 +181,36 @@ def _left_out(images: Sequence[str], layout: Layout) -> list[str]:
             below = path[len(layout.top) :]
             beside[below.partition("/")[0] + "/" if "/" in below else below] += 1
     used = f"{some(layout.split.train)} and {some(layout.split.held_out)}"
-    names = [f"{name} ({count:,})" if name.endswith("/") else name for name, count in beside.items()]
-    return [f"passed over {sum(beside.values()):,} images beside {used}: {some(names)}"] if beside else []
+    names = [
+        f"{name} ({count:,})" if name.endswith("/") else name for name, count in beside.items()
+    ]
+    return (
+        [f"passed over {sum(beside.values()):,} images beside {used}: {some(names)}"]
+        if beside
+        else []
+    )
 
 
 def _without_images(images: Sequence[str], found: Walk, layout: Layout) -> list[str]:
     """Folders that stand where classes do, among others that are classes."""
-    classes = {f"{layout.part(path)}{_first_folder(path, layout)}" for path in images if _first_folder(path, layout)}
+    classes = {
+        f"{layout.part(path)}{_first_folder(path, layout)}"
+        for path in images
+        if _first_folder(path, layout)
+    }
     passed_over = {path for path, _ in found.repeats} | found.unreadable.keys()
     parts = {path: layout.part(f"{path}/") for path in found.folders if path not in passed_over}
-    places = [path for path, part in parts.items() if part is not None and re.fullmatch("[^/]+", path[len(part) :])]
+    places = [
+        path
+        for path, part in parts.items()
+        if part is not None and re.fullmatch("[^/]+", path[len(part) :])
+    ]
     empty = [path for path in places if path not in classes]
-    return [f"{len(empty):,} folders hold no images, and are no classes: {some(empty)}"] if classes and empty else []
+    return (
+        [f"{len(empty):,} folders hold no images, and are no classes: {some(empty)}"]
+        if classes and empty
+        else []
+    )
 
 
 def other_files(found: Walk, others: Sequence[str]) -> list[str]:
@@ -183,14 +234,20 @@ def _repeats(root: Path, found: Walk, layout: Layout) -> list[str]:
     shown = []
     for path, first in found.repeats:
         parts = layout.part(f"{path}/"), layout.part(f"{first}/")
-        owners = [(part, _first_folder(f"{name}/", layout)) for part, name in zip(parts, (path, first))]
+        owners = [
+            (part, _first_folder(f"{name}/", layout)) for part, name in zip(parts, (path, first))
+        ]
         if not _leads_back(path, first) and None not in parts and owners[0] != owners[1]:
             raise UserError(
                 f"data.source={root}: {printable(path)} and {printable(first)} are the same folder, whose images would "
                 "be of two classes or splits: remove one of the links"
             )
         shown.append(f"{path} is {first or 'the whole'}")
-    return [f"passed over {len(shown):,} links to folders that are listed already ({some(shown)})"] if shown else []
+    return (
+        [f"passed over {len(shown):,} links to folders that are listed already ({some(shown)})"]
+        if shown
+        else []
+    )
 
 
 def _leads_back(path: str, first: str) -> bool:
@@ -200,6 +257,8 @@ def _leads_back(path: str, first: str) -> bool:
 
 def _by_extension(files: Sequence[str]) -> str:
     """ ".txt 12, .json 3", the most frequent first."""
-    counts = collections.Counter(os.path.splitext(file)[1].lower() or "without an ending" for file in files)
+    counts = collections.Counter(
+        os.path.splitext(file)[1].lower() or "without an ending" for file in files
+    )
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return some([f"{extension} {count:,}" for extension, count in ordered], 6)

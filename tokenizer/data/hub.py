@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer.data.columns import NO_CHOICE, Choice, Table, choose_image, choose_label, split_columns
+from tokenizer.data.columns import (
+    NO_CHOICE,
+    Choice,
+    Table,
+    choose_image,
+    choose_label,
+    split_columns,
+)
 from tokenizer.data.digests import FileDigests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
@@ -42,18 +49,28 @@ class HubListing:
         except Exception as error:  # anything from a typing slip to a lost connection
             reason = " ".join(str(error).split())
             remedy = "check the name and the connection"
-            if "onfig" in reason and not wanted:  # "Config name is missing. Please pick one among …"
+            if (
+                "onfig" in reason and not wanted
+            ):  # "Config name is missing. Please pick one among …"
                 remedy = "choose one with data.hub_config"
-            raise UserError(f"data.source={source} cannot be loaded ({reason}): {remedy}") from error
+            raise UserError(
+                f"data.source={source} cannot be loaded ({reason}): {remedy}"
+            ) from error
         self.name = name.split("/")[-1]
         split = own_split(list(parts))
         used = list(parts) if split is None else [*split.train, *split.held_out]
         whole = datasets.concatenate_datasets([parts[part] for part in used])
-        images = [key for key, feature in whole.features.items() if isinstance(feature, datasets.Image)]
+        images = [
+            key for key, feature in whole.features.items() if isinstance(feature, datasets.Image)
+        ]
         self._column = choose_image(f"data.source={source}", list(whole.features), images, choice)
         if self._column not in images:
             raise UserError(f"data.image_column={self._column}: in {source} it holds no images")
-        classes = {key: kind.names for key, kind in whole.features.items() if isinstance(kind, datasets.ClassLabel)}
+        classes = {
+            key: kind.names
+            for key, kind in whole.features.items()
+            if isinstance(kind, datasets.ClassLabel)
+        }
         rest = [key for key in whole.features if key != self._column]
         label = choose_label(f"data.source={source}", rest, choice, classes)
         rows = whole.select_columns(self._column)
@@ -61,9 +78,13 @@ class HubListing:
         values = [None] * len(whole) if label is None else list(whole[label])
         self.labels, self.class_names = number_classes(source, values, classes.get(label or ""))
         in_held_out = [split is not None and part in split.held_out for part in used]
-        self.held_out = None if split is None else np.repeat(in_held_out, [len(parts[p]) for p in used])
+        self.held_out = (
+            None if split is None else np.repeat(in_held_out, [len(parts[p]) for p in used])
+        )
         others = [key for key in images if key != self._column]
-        table = Table(self._column, self._column, label, classes.get(label or ""), others, split_columns(rest))
+        table = Table(
+            self._column, self._column, label, classes.get(label or ""), others, split_columns(rest)
+        )
         self.notes = [*(split.notes() if split else []), *table.notes(values)]
 
     def key(self, item: int) -> str:
@@ -77,7 +98,9 @@ class HubListing:
         if image is None:
             raise BadImage("has no bytes")
         try:
-            return image["bytes"] or Path(image["path"]).read_bytes()  # Hub folders stay files in the cache
+            return (
+                image["bytes"] or Path(image["path"]).read_bytes()
+            )  # Hub folders stay files in the cache
         except (TypeError, OSError) as error:
             raise BadImage(f"cannot be read ({error})") from error
 

@@ -43,12 +43,16 @@ class Inventory:
         whole = hashlib.sha256()
         for item, label in zip(items.tolist(), listing.labels[items].tolist()):
             whole.update(f"{listing.key(item)}\0{label}\n".encode("utf-8", "surrogatepass"))
-        return Inventory(list(listing.class_names), len(items), whole.hexdigest(), listing.digests(items))
+        return Inventory(
+            list(listing.class_names), len(items), whole.hexdigest(), listing.digests(items)
+        )
 
     @functools.cached_property
     def sha256(self) -> str:
         """The identity of the split: equal where, and only where, all that training can see of it is."""
-        whole = hashlib.sha256(json.dumps([FORMAT, self.class_names, self.num_items, self.items_sha256]).encode())
+        whole = hashlib.sha256(
+            json.dumps([FORMAT, self.class_names, self.num_items, self.items_sha256]).encode()
+        )
         for name in self.files.names:
             whole.update(name.encode("utf-8", "surrogatepass") + b"\0")
         whole.update(self.files.sha256.tobytes())
@@ -104,11 +108,18 @@ def of_classes(before: Sequence[str], now: Sequence[str]) -> str:
     """How two lists of classes differ, in words; nothing where they do not."""
     if list(before) == list(now):
         return ""
-    added, removed = ([name for name in one if name not in set(other)] for one, other in ((now, before), (before, now)))
+    added, removed = (
+        [name for name in one if name not in set(other)]
+        for one, other in ((now, before), (before, now))
+    )
     if added and len(added) == len(removed):
         return f"class {_first([f'{was} is now {name}' for was, name in zip(removed, added)])}"
     counts = f"{len(before)} classes are now {len(now)}"
-    came = [f"{verb} {_first(names)}" for verb, names in (("with", added), ("without", removed)) if names]
+    came = [
+        f"{verb} {_first(names)}"
+        for verb, names in (("with", added), ("without", removed))
+        if names
+    ]
     return " ".join([counts, *came]) if came else "its classes stand in another order"
 
 
@@ -119,9 +130,15 @@ def _of_files(before: Mapping[str, Any], now: Sequence[Inventory]) -> str:
     added = [short for short in current if short not in was]
     removed = [short for short in was if short not in current]
     changed = [short for short, content in current.items() if was.get(short, content) != content]
-    moved = collections.Counter(current[short] for short in added) & collections.Counter(was[s] for s in removed)
+    moved = collections.Counter(current[short] for short in added) & collections.Counter(
+        was[s] for s in removed
+    )
     renamed = moved.total()
-    counts = {"changed": len(changed), "added": len(added) - renamed, "removed": len(removed) - renamed}
+    counts = {
+        "changed": len(changed),
+        "added": len(added) - renamed,
+        "removed": len(removed) - renamed,
+    }
     counts["under another name"] = renamed
     shown = changed or [short for short in added if current[short] not in moved]
     example = f" ({named[shown[0]]})" if shown and named[shown[0]] else ""

@@ -19,7 +19,9 @@ from training.text import printable
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"
-ANNOTATIONS = "_annotations.txt"  # of val/val_annotations.txt: file, class and a box, divided by tabs
+ANNOTATIONS = (
+    "_annotations.txt"  # of val/val_annotations.txt: file, class and a box, divided by tabs
+)
 
 
 class LabelFiles(NamedTuple):
@@ -42,7 +44,9 @@ class LabelFiles(NamedTuple):
         return folder_class
 
 
-def read_label_files(root: Path, files: Sequence[str], images: Sequence[str], choice: Choice) -> LabelFiles:
+def read_label_files(
+    root: Path, files: Sequence[str], images: Sequence[str], choice: Choice
+) -> LabelFiles:
     """`files` are all those below `root`, of which `images` are images. Raises UserError for a damaged file, one whose
     labels are in doubt, and where two say different things of one image."""
     found = LabelFiles({}, set(), set(), [])
@@ -59,12 +63,18 @@ def read_label_files(root: Path, files: Sequence[str], images: Sequence[str], ch
             continue
         if labels is None:
             continue
-        labels = _joined(root / file, [(posixpath.join(folder, image), label) for image, label in labels])
+        labels = _joined(
+            root / file, [(posixpath.join(folder, image), label) for image, label in labels]
+        )
         if missing := [image for image in labels if image not in known]:
-            found.notes.append(f"{file} names {len(missing)} images that are not there ({some(missing)})")
+            found.notes.append(
+                f"{file} names {len(missing)} images that are not there ({some(missing)})"
+            )
         for image in labels.keys() & found.labels.keys():
             if labels[image] != found.labels[image]:
-                raise UserError(f"{root / file} and another file give {image} different classes: keep one of them")
+                raise UserError(
+                    f"{root / file} and another file give {image} different classes: keep one of them"
+                )
         found.labels.update({image: label for image, label in labels.items() if image in known})
         found.folders.add(folder)
         found.used.add(file)
@@ -92,7 +102,9 @@ def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
-def _of_metadata(root: Path, file: str, choice: Choice, notes: list[str]) -> list[tuple[str, Any]] | None:
+def _of_metadata(
+    root: Path, file: str, choice: Choice, notes: list[str]
+) -> list[tuple[str, Any]] | None:
     """Images, relative to the file's folder, and their labels; None, with a note, where the file has no labels."""
     path = root / file
     try:
@@ -114,7 +126,11 @@ def _of_metadata(root: Path, file: str, choice: Choice, notes: list[str]) -> lis
         notes.append(f"{file}: {split_note(splits)}")
     column = choose_label(str(path), columns, choice)
     if column is None:
-        notes.append(f"{file} holds no labels, only {some(columns)}" if columns else f"{file} holds no labels")
+        notes.append(
+            f"{file} holds no labels, only {some(columns)}"
+            if columns
+            else f"{file} holds no labels"
+        )
         return None
     rows = [row for row in rows if isinstance(row.get(FILE_NAME), str)]
     labels = [row.get(column) for row in rows]
@@ -131,7 +147,9 @@ def _rows(text: str) -> Iterator[dict[str, Any]]:
 
 def _numbered(labels: Sequence[str | None]) -> list[int | str | None]:
     """CSV's text: numbers where all are written as numbers are (007 is a name), nothing where there is none."""
-    as_number = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", label, re.ASCII) for label in labels if label)
+    as_number = all(
+        re.fullmatch(r"0|-?[1-9]\d{0,17}", label, re.ASCII) for label in labels if label
+    )
     return [(int(label) if as_number else label) if label else None for label in labels]
 
 
@@ -141,11 +159,19 @@ def _of_annotations(root: Path, file: str, images: Iterable[str]) -> list[tuple[
     try:
         lines = _read(path).replace("\r\n", "\n").split("\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): mend or remove it") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): mend or remove it"
+        ) from None
     rows = [line.split("\t") for line in lines if line.strip()]
     if not rows or any(len(row) < 2 for row in rows):
-        raise UserError(f"{path} is no list of files and their classes, divided by tabs: mend or remove it")
+        raise UserError(
+            f"{path} is no list of files and their classes, divided by tabs: mend or remove it"
+        )
     named = _joined(path, [(row[0], row[1]) for row in rows])
-    below = {image[len(folder) + 1 :]: posixpath.basename(image) for image in images if image.startswith(f"{folder}/")}
+    below = {
+        image[len(folder) + 1 :]: posixpath.basename(image)
+        for image in images
+        if image.startswith(f"{folder}/")
+    }
     there = [(image, named.get(name)) for image, name in below.items()]
     return there + [(name, named[name]) for name in sorted(named.keys() - set(below.values()))]

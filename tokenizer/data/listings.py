@@ -38,7 +38,9 @@ class Listing(Protocol):
 
     def read(self, item: int) -> bytes: ...  # the encoded image; raises BadImage
 
-    def digests(self, items: np.ndarray) -> FileDigests: ...  # of the files that hold these items; on every rank
+    def digests(
+        self, items: np.ndarray
+    ) -> FileDigests: ...  # of the files that hold these items; on every rank
 
 
 def open_listing(source: str, cache_bytes: int, choice: Choice = NO_CHOICE) -> Listing:
@@ -54,7 +56,9 @@ def open_listing(source: str, cache_bytes: int, choice: Choice = NO_CHOICE) -> L
     if path.suffix == ".tar" and path.is_file():
         return TarListing(path, [path], choice)
     if path.exists():
-        raise UserError(f"data.source={source} is no folder, .parquet or .tar file: unpack it into a folder")
+        raise UserError(
+            f"data.source={source} is no folder, .parquet or .tar file: unpack it into a folder"
+        )
     if source.startswith("hub:"):
         return HubListing(source.removeprefix("hub:"), choice)
     if is_pattern(source):
@@ -77,7 +81,9 @@ def _open_folder(root: Path, cache_bytes: int, choice: Choice) -> Listing:
     if is_saved(root):
         return ArrowListing(root, choice)
     found = walk(root)
-    tables, shards, images = (found.having(*kinds) for kinds in ((".parquet",), (".tar",), EXTENSIONS))
+    tables, shards, images = (
+        found.having(*kinds) for kinds in ((".parquet",), (".tar",), EXTENSIONS)
+    )
     with_images = [name for name in tables if holds_images(root / name, choice)]
     listing: Listing
     if with_images or (tables and not images and not shards):
@@ -103,7 +109,9 @@ def unseen_classes(listing: Listing) -> list[str]:
     if not alone:
         return []
     names = [f"{listing.class_names[label]} ({counts[1][label]:,} images)" for label in alone]
-    return [f"{len(alone):,} classes are in the held-out split alone, so that nothing trains on them: {some(names)}"]
+    return [
+        f"{len(alone):,} classes are in the held-out split alone, so that nothing trains on them: {some(names)}"
+    ]
 
 
 class DigitsListing:
@@ -129,7 +137,9 @@ class DigitsListing:
         return f"digit {item}"
 
     def read(self, item: int) -> bytes:
-        return b"P5 8 8 255\n" + self._images[item].tobytes()  # PGM: digits take the path of any file
+        return (
+            b"P5 8 8 255\n" + self._images[item].tobytes()
+        )  # PGM: digits take the path of any file
 
     def digests(self, items: np.ndarray) -> FileDigests:
         return FileDigests.of_bytes({"": self._images[items].tobytes()})

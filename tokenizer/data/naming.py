@@ -13,8 +13,15 @@ from training.command import UserError
 from training.text import distinct, printable
 
 TRAIN_WORDS = ("train", "training")
-HELD_OUT_WORDS = ("validation", "val", "valid", "test")  # the first one that a source has is held out
-EXTENSIONS = tuple(".png .jpg .jpeg .jpe .jfif .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
+HELD_OUT_WORDS = (
+    "validation",
+    "val",
+    "valid",
+    "test",
+)  # the first one that a source has is held out
+EXTENSIONS = tuple(
+    ".png .jpg .jpeg .jpe .jfif .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split()
+)
 
 
 # What may follow such a word in a folder's name: train2017, val_256, test-images. A "bullet_train" is a class.
@@ -31,7 +38,9 @@ class OwnSplit(NamedTuple):
     def notes(self) -> list[str]:
         """What people should know of it."""
         held_out = some(self.held_out)
-        return [f"passed over {some(self.left_out)}: {held_out} is held out"] if self.left_out else []
+        return (
+            [f"passed over {some(self.left_out)}: {held_out} is held out"] if self.left_out else []
+        )
 
 
 def own_split(names: Sequence[str]) -> OwnSplit | None:
@@ -41,7 +50,9 @@ def own_split(names: Sequence[str]) -> OwnSplit | None:
     Of several that could be held out one is taken and the others, like names that say nothing, are left out.
     """
     above = len(os.path.commonpath(names)) if names and all("/" in name for name in names) else 0
-    return _own_split(names, {name: set(re.findall("[a-z]+", name[above:].lower())) for name in names})
+    return _own_split(
+        names, {name: set(re.findall("[a-z]+", name[above:].lower())) for name in names}
+    )
 
 
 def folder_split(source: str, names: Sequence[str]) -> OwnSplit | None:
@@ -64,12 +75,16 @@ def split_word(name: str) -> str | None:
     return next((word for word in words if re.fullmatch(word + SUFFIX, name.lower())), None)
 
 
-def _own_split(names: Sequence[str], words: Mapping[str, Collection[str | None]]) -> OwnSplit | None:
+def _own_split(
+    names: Sequence[str], words: Mapping[str, Collection[str | None]]
+) -> OwnSplit | None:
     train = [name for name in names if not set(TRAIN_WORDS).isdisjoint(words[name])]
     for held_out_word in HELD_OUT_WORDS:
         held_out = [name for name in names if held_out_word in words[name] and name not in train]
         if train and held_out:
-            return OwnSplit(train, held_out, [name for name in names if name not in {*train, *held_out}])
+            return OwnSplit(
+                train, held_out, [name for name in names if name not in {*train, *held_out}]
+            )
     return None
 
 
@@ -87,7 +102,10 @@ def number_classes(
     A missing value, -1, or one that `class_names` does not know, is -1; where all are missing, all are of one class.
     The names given back are printable, and no two of them look alike.
     """
-    values = [str(value) if isinstance(value, bool) else None if value == -1 else value for value in values]
+    values = [
+        str(value) if isinstance(value, bool) else None if value == -1 else value
+        for value in values
+    ]
     if all(value is None for value in values):
         return np.zeros(len(values), np.int64), ["all"]
     kinds = {type(value) for value in values if value is not None}
@@ -101,6 +119,9 @@ def number_classes(
     if class_names is not None:
         known = {number: number for number in range(len(class_names))}
     else:
-        known = {value: number for number, value in enumerate(sorted({v for v in values if v is not None}))}
+        known = {
+            value: number
+            for number, value in enumerate(sorted({v for v in values if v is not None}))
+        }
     labels = np.array([known.get(value, -1) for value in values], dtype=np.int64)
     return labels, distinct([str(name) for name in (known if class_names is None else class_names)])

@@ -36,7 +36,9 @@ class ParquetListing:
 
     refused: Mapping[int, str] = {}
 
-    def __init__(self, root: Path, files: list[Path], cache_bytes: int, choice: Choice = NO_CHOICE) -> None:
+    def __init__(
+        self, root: Path, files: list[Path], cache_bytes: int, choice: Choice = NO_CHOICE
+    ) -> None:
         import pyarrow as pa
 
         choice.refuse(str(root), "hub_config", "hub_revision")
@@ -60,8 +62,13 @@ class ParquetListing:
                 raise _damaged(path, error) from error
             in_held_out = split is not None and path.relative_to(root).as_posix() in split.held_out
             held_out += [in_held_out] * (len(values) - len(held_out))
-            if tables[-1].class_names != tables[0].class_names or tables[-1].label != tables[0].label:
-                raise UserError(f"{files[0]} and {path} name classes differently: keep one kind of file")
+            if (
+                tables[-1].class_names != tables[0].class_names
+                or tables[-1].label != tables[0].label
+            ):
+                raise UserError(
+                    f"{files[0]} and {path} name classes differently: keep one kind of file"
+                )
         if not values:
             raise UserError(f"data.source={root} has no rows: give parquet files with images")
         self.labels, self.class_names = number_classes(str(root), values, tables[0].class_names)
@@ -73,7 +80,9 @@ class ParquetListing:
 
     def where(self, item: int) -> str:
         group, row = self._place(item)
-        return f"{printable(self._groups[group].path.name)} row {self._groups[group].first_row + row}"
+        return (
+            f"{printable(self._groups[group].path.name)} row {self._groups[group].first_row + row}"
+        )
 
     def read(self, item: int) -> bytes:
         group, row = self._place(item)
@@ -95,7 +104,9 @@ class ParquetListing:
         with pq.ParquetFile(path, memory_map=True) as file:
             first_row = self._starts[-1]
             for index in range(file.metadata.num_row_groups):
-                self._groups.append(RowGroup(path, index, table.encoded, self._starts[-1] - first_row))
+                self._groups.append(
+                    RowGroup(path, index, table.encoded, self._starts[-1] - first_row)
+                )
                 self._starts.append(self._starts[-1] + file.metadata.row_group(index).num_rows)
             if table.label is not None:
                 return file.read(columns=[table.label]).column(0).to_pylist()
@@ -114,12 +125,17 @@ class ParquetListing:
         if group not in self._cache:
             path, index, column, _ = self._groups[group]
             try:
-                with pq.ParquetFile(path) as file:  # not mapped: a file that is cut short would end the process
+                with pq.ParquetFile(
+                    path
+                ) as file:  # not mapped: a file that is cut short would end the process
                     table = file.read_row_group(index, columns=[column], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise BadImage(f"its row group cannot be read ({error})") from error
             self._cache[group] = binary(table.column(0).combine_chunks())
-            while len(self._cache) > 1 and sum(a.nbytes for a in self._cache.values()) > self._cache_bytes:
+            while (
+                len(self._cache) > 1
+                and sum(a.nbytes for a in self._cache.values()) > self._cache_bytes
+            ):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group]

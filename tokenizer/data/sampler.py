@@ -43,7 +43,9 @@ def order(num_items: int, seed: int, epoch: int, start: int, stop: int) -> list[
     """Items at the places [start, stop) of an epoch's order."""
     if num_items <= LARGEST_TABLE:
         return permutation(num_items, seed, epoch)[start:stop].tolist()
-    return encipher(np.arange(start, min(stop, num_items)), num_items, distributed.mix(seed, epoch)).tolist()
+    return encipher(
+        np.arange(start, min(stop, num_items)), num_items, distributed.mix(seed, epoch)
+    ).tolist()
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
@@ -57,10 +59,14 @@ def encipher(places: np.ndarray, num_items: int, seed: int) -> np.ndarray:
     """Places (n,) in [0, num_items) -> where a permutation that only the seed decides puts them, (n,) int64."""
     half = np.uint64(max(1, -(-(num_items - 1).bit_length() // 2)))  # bits
     mask = (np.uint64(1) << half) - np.uint64(1)
-    rounds = np.array([distributed.mix(seed, number) for number in range(FEISTEL_ROUNDS)], np.uint64)
+    rounds = np.array(
+        [distributed.mix(seed, number) for number in range(FEISTEL_ROUNDS)], np.uint64
+    )
     found = places.astype(np.uint64)
     outside = np.ones(len(found), dtype=bool)
-    while outside.any():  # on average under four times: the domain is less than four times the items
+    while (
+        outside.any()
+    ):  # on average under four times: the domain is less than four times the items
         left, right = found[outside] >> half, found[outside] & mask
         for key in rounds:
             left, right = right, left ^ (_scramble(right ^ key) & mask)
@@ -100,7 +106,10 @@ def feed(
     if len(dataset) == 0:
         raise UserError("the data set has no items to train on")
     first = distributed.rank() * accumulate * micro
-    shares = [torch.arange(start, start + micro) for start in range(first, first + accumulate * micro, micro)]
+    shares = [
+        torch.arange(start, start + micro)
+        for start in range(first, first + accumulate * micro, micro)
+    ]
 
     def keys_from(start_step: int) -> Iterator[list[Key]]:
         for step in itertools.count(start_step):
@@ -108,7 +117,9 @@ def feed(
             yield from (keys[share[0] : share[-1] + 1] for share in shares)
 
     def batches(start_step: int) -> Iterator[list[Batch]]:
-        with contextlib.closing(read(dataset, keys_from(start_step), workers, "loop.workers")) as parts:
+        with contextlib.closing(
+            read(dataset, keys_from(start_step), workers, "loop.workers")
+        ) as parts:
             while True:
                 yield [Batch(next(parts), share) for share in shares]
 
@@ -149,13 +160,17 @@ def _read_ahead(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> Iter
         worker_init_fn=_leave_stopping_to_the_loop,
     )
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # of the processes, too, until they do not mind
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, STOPS
+    )  # of the processes, too, until they do not mind
     try:
         parts = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)  # the loader's would raise in the middle of whatever runs, not in `next`
+        signal.signal(
+            signal.SIGCHLD, handler
+        )  # the loader's would raise in the middle of whatever runs, not in `next`
     return parts
 
 
@@ -178,7 +193,9 @@ class _Gathered(torch.utils.data.Dataset):
             skipped.tell_another()
         try:
             gathered: Any = self.dataset.gather(keys)
-        except UserError as error:  # travels as a value: DataLoader would bury the line in a traceback
+        except (
+            UserError
+        ) as error:  # travels as a value: DataLoader would bury the line in a traceback
             gathered = error
         return gathered, None if skipped is None else skipped.drain()
 

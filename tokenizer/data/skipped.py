@@ -21,14 +21,18 @@ class Skipped:
     it found is added up where it is read for (`drain`, `merge`), so that any number of processes say what one says.
     """
 
-    def __init__(self, source: str, split: str, listed: int, max_bad: float, fewest_reads: int) -> None:
+    def __init__(
+        self, source: str, split: str, listed: int, max_bad: float, fewest_reads: int
+    ) -> None:
         """`listed`: items of the split; `max_bad`: the share of bad ones that is borne, of `fewest_reads` or more."""
         self.source, self.split, self.listed = source, split, listed
         self.max_bad, self.fewest_reads = max_bad, fewest_reads
         self.lines: list[str] = []  # "item: reason"
         self.reads = 0  # of items, where they are decoded as they are read
         self._places: set[int] = set()
-        self._untold: list[tuple[int, str]] | None = None  # for another process; None: this one tells people
+        self._untold: list[tuple[int, str]] | None = (
+            None  # for another process; None: this one tells people
+        )
 
     def __contains__(self, place: int) -> bool:
         """Whether the item at this place is known to be unreadable."""

@@ -39,19 +39,29 @@ class DataConfig:
 
     source: str = "digits"  # an embedded name, a path, or hub:owner/name
     image_size: int = 32  # pixels, square
-    held_out: float = 0.2  # share per class, where the source has no test or validation split of its own
+    held_out: float = (
+        0.2  # share per class, where the source has no test or validation split of its own
+    )
     augment: str = "none"  # of transforms.AUGMENTATIONS, in training only
-    max_bad: float = 0.05  # largest share of unreadable items, of a split or of what was read, that is skipped
+    max_bad: float = (
+        0.05  # largest share of unreadable items, of a split or of what was read, that is skipped
+    )
     max_pixels: int = 64_000_000  # larger images are refused before they are decoded
     memory_mib: int = 1024  # for decoded pixels; larger sets are decoded each time
-    image_column: str | None = None  # of a table (parquet, Arrow, Hub), where not "image" or the only one
-    label_column: str | None = None  # of a table or metadata.csv, where several may be; "none": without classes
+    image_column: str | None = (
+        None  # of a table (parquet, Arrow, Hub), where not "image" or the only one
+    )
+    label_column: str | None = (
+        None  # of a table or metadata.csv, where several may be; "none": without classes
+    )
     hub_config: str | None = None  # of a data set of the Hub that has several
     hub_revision: str | None = None  # branch, tag or commit of a data set of the Hub
 
     def __post_init__(self) -> None:
         if not self.source.strip():
-            raise UserError(f"data.source={self.source}: nothing is named; the working folder is data.source=.")
+            raise UserError(
+                f"data.source={self.source}: nothing is named; the working folder is data.source=."
+            )
         if self.augment not in transforms.AUGMENTATIONS:
             known = ", ".join(transforms.AUGMENTATIONS)
             raise UserError(f"data.augment={self.augment}: choose one of {known}")
@@ -84,7 +94,10 @@ def open_split(config: DataConfig, split: str, augment: bool = False, seed: int 
 def take_inventories(config: DataConfig) -> dict[str, Inventory]:
     """What each split of the configured source is made of; nothing is decoded. Call it on every rank."""
     listing = open_listing(config.source, 0, config.choice)
-    return {split: Inventory.take(listing, split_items(listing, split, config.held_out)) for split in SPLITS}
+    return {
+        split: Inventory.take(listing, split_items(listing, split, config.held_out))
+        for split in SPLITS
+    }
 
 
 class Images:
@@ -96,7 +109,9 @@ class Images:
     than `ids`. Either way what was skipped is in `bad`.
     """
 
-    def __init__(self, listing: Listing, split: str, config: DataConfig, augmentation: str, seed: int):
+    def __init__(
+        self, listing: Listing, split: str, config: DataConfig, augmentation: str, seed: int
+    ):
         self.name = printable(listing.name)
         self.split = split
         self.class_names = listing.class_names
@@ -113,19 +128,29 @@ class Images:
         self.inventory = Inventory.take(listing, items)  # of what is listed, readable or not
         self.skipped = Skipped(config.source, split, len(items), config.max_bad, FEWEST_READS)
         unlabelled = listing.labels[items] < 0
-        bad = {item: listing.refused.get(item, "has no class, unlike others") for item in items[unlabelled].tolist()}
+        bad = {
+            item: listing.refused.get(item, "has no class, unlike others")
+            for item in items[unlabelled].tolist()
+        }
         items = items[~unlabelled]
         pixels = None
         if len(items) * 3 * config.image_size**2 <= config.memory_mib * 2**20:
             pixels, unreadable = decode_all(listing, items, config)
             bad |= unreadable
             readable = ~np.isin(items, list(unreadable))
-            items, pixels = items[readable], pixels if readable.all() else pixels[torch.from_numpy(readable)]
-        self.skipped.lines += [f"{listing.where(item)}: {reason}" for item, reason in sorted(bad.items())]
+            items, pixels = (
+                items[readable],
+                pixels if readable.all() else pixels[torch.from_numpy(readable)],
+            )
+        self.skipped.lines += [
+            f"{listing.where(item)}: {reason}" for item, reason in sorted(bad.items())
+        ]
         self.skipped.judge(len(bad), self.skipped.listed)
         self._pixels = pixels  # (n, 3, S, S) uint8, or None
         self._listing = listing if pixels is None else None
-        self.ids = torch.from_numpy(items)  # (n,) int64, places in the whole source: the same in every split
+        self.ids = torch.from_numpy(
+            items
+        )  # (n,) int64, places in the whole source: the same in every split
         self.labels = torch.from_numpy(listing.labels[items])  # (n,) int64
 
     def __len__(self) -> int:
@@ -163,7 +188,10 @@ class Images:
         if transforms.AUGMENTATIONS[self._augmentation]:
             seeds = [mix(self._seed, epoch, index) for epoch, index in keys]
             images = torch.stack(
-                [transforms.augment(image, self._augmentation, seed) for image, seed in zip(images, seeds)]
+                [
+                    transforms.augment(image, self._augmentation, seed)
+                    for image, seed in zip(images, seeds)
+                ]
             )
         return {
             "images": transforms.to_float(images),
@@ -212,7 +240,9 @@ class Images:
                     pixels = transforms.decode(data, self.image_size, self._config.max_pixels)
                 return torch.from_numpy(pixels.copy()), candidate
             except BadImage as error:
-                self.skipped.add(candidate, f"{self._listing.where(int(self.ids[candidate]))}: {error}")
+                self.skipped.add(
+                    candidate, f"{self._listing.where(int(self.ids[candidate]))}: {error}"
+                )
         name = self.class_names[self.labels[place]]
         raise UserError(f"{self._config.source}: class {name} has no readable {self.split} image")
 
@@ -248,7 +278,10 @@ def decode_all(
         except BadImage as error:
             return error
 
-    with _without_warnings(), ThreadPoolExecutor(DECODE_THREADS) as pool:  # this thread reads, the pool decodes
+    with (
+        _without_warnings(),
+        ThreadPoolExecutor(DECODE_THREADS) as pool,
+    ):  # this thread reads, the pool decodes
         pending: collections.deque = collections.deque()
         for start in range(0, len(items), block):
             encoded = [read(item) for item in items[start : start + block].tolist()]
@@ -277,7 +310,9 @@ def split_items(listing: Listing, split: str, share: float) -> np.ndarray:
     held_out = listing.held_out
     if held_out is None:
         held_out = np.zeros(len(listing.labels), dtype=bool)
-        rank = np.fromiter((_hash(listing.key(item)) for item in range(len(held_out))), np.uint64, len(held_out))
+        rank = np.fromiter(
+            (_hash(listing.key(item)) for item in range(len(held_out))), np.uint64, len(held_out)
+        )
         for label in np.unique(listing.labels):
             members = np.flatnonzero(listing.labels == label)
             members = members[np.argsort(rank[members], kind="stable")]

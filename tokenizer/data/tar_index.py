@@ -59,10 +59,14 @@ class TarIndex(NamedTuple):
     is one item, unless it holds several images of which none has the plain name: then each of them is.
     """
 
-    offsets: np.ndarray  # (n,) int64, bytes from the start of the tar to the image; below 0: -1 - a problem
+    offsets: (
+        np.ndarray
+    )  # (n,) int64, bytes from the start of the tar to the image; below 0: -1 - a problem
     sizes: np.ndarray  # (n,) int64, bytes
     labels: np.ndarray  # (n,) int32, places in `classes`; -1 without
-    classes: np.ndarray  # () str, JSON of a list of texts, each the JSON of a number, a name or [a folder's name]
+    classes: (
+        np.ndarray
+    )  # () str, JSON of a list of texts, each the JSON of a number, a name or [a folder's name]
     keys: np.ndarray  # uint8, the samples' names one after another
     key_ends: np.ndarray  # (n,) int64
     seen: np.ndarray  # () str, JSON of Seen
@@ -74,7 +78,9 @@ class Seen(NamedTuple):
     kinds: dict[str, int]  # members that are of no interest, by their ending
     beside: list[Any]  # images beside the one of their sample: how many, and the first of them
     several: list[Any]  # samples of several images: how many, and the first
-    repeated: list[Any]  # items of a name that an earlier one has, as `tar -r` leaves them: how many, and the first
+    repeated: list[
+        Any
+    ]  # items of a name that an earlier one has, as `tar -r` leaves them: how many, and the first
 
     def note(self, counter: list[Any], name: bytes) -> None:
         counter[0] += 1
@@ -149,7 +155,9 @@ def scan(path: Path) -> TarIndex:
             offsets.append(item.image.offset if usable else -1 - item.problem)
             sizes.append(item.image.size if usable else 0)
             label = item.label if usable else None
-            labels.append(-1 if label is None else classes.setdefault(json.dumps(label), len(classes)))
+            labels.append(
+                -1 if label is None else classes.setdefault(json.dumps(label), len(classes))
+            )
             keys.extend(item.key)
             key_ends.append(len(keys))
 
@@ -241,7 +249,9 @@ class _Sample:
             stem, image = (plain or images)[0]
             for other in images:
                 if other[1] is not image:
-                    seen.note(seen.beside, other[1].name if isinstance(other[1], Member) else other[0])
+                    seen.note(
+                        seen.beside, other[1].name if isinstance(other[1], Member) else other[0]
+                    )
             problems = [found for _, found in images if isinstance(found, int)]
             yield self._item(self.key, stem, problems[0] if problems else image)
         else:
@@ -250,7 +260,11 @@ class _Sample:
                 yield self._item(stem, stem, image)
 
     def _item(self, key: bytes, stem: bytes, image: Member | int) -> _Item:
-        problem = image if isinstance(image, int) else self._problems.get(stem, self._problems.get(self.key))
+        problem = (
+            image
+            if isinstance(image, int)
+            else self._problems.get(stem, self._problems.get(self.key))
+        )
         if problem is not None:
             return _Item(key, None, problem, None)
         return _Item(key, image, NO_IMAGE, self._label(stem))
@@ -259,7 +273,9 @@ class _Sample:
         """From .cls, else .json, of the image's own name or its sample's, else [the first folder of the name]."""
         folder, slash, _ = self.key.partition(b"/")
         named = [folder.decode("utf-8", "surrogateescape")] if slash else None
-        own = [self._labels.get((name, kind)) for kind in ("cls", "json") for name in (stem, self.key)]
+        own = [
+            self._labels.get((name, kind)) for kind in ("cls", "json") for name in (stem, self.key)
+        ]
         return next((label for label in (*own, named) if label is not None), None)
 
 
@@ -298,10 +314,16 @@ def members(descriptor: int) -> Iterator[Member]:
             raise _Damage(f"is no tar at byte {position}")
         kind, start = header[156:157], position + BLOCK
         about_next = kind in b"KLVXgx"  # or about the tar: names no file of its own
-        size = int(extended["size"]) if "size" in extended and not about_next else _number(header[124:136])
+        size = (
+            int(extended["size"])
+            if "size" in extended and not about_next
+            else _number(header[124:136])
+        )
         data = 0 if kind in WITHOUT_DATA else size
         if size < 0 or start + data > end:
-            raise _Damage(f"announces {size} bytes at byte {position} and ends at {end}: it is not all there")
+            raise _Damage(
+                f"announces {size} bytes at byte {position} and ends at {end}: it is not all there"
+            )
         position = start + -(-data // BLOCK) * BLOCK
         if kind in (LONG_NAME, PAX):
             if size > MAX_NAME:
@@ -310,13 +332,17 @@ def members(descriptor: int) -> Iterator[Member]:
             extended |= {"path": body.rstrip(b"\0")} if kind == LONG_NAME else _pax(body, start)
         elif not about_next:
             sparse = any(key.startswith("GNU.sparse") for key in extended)
-            yield Member(extended.get("path") or _name(header), SPARSE if sparse else kind, start, data)
+            yield Member(
+                extended.get("path") or _name(header), SPARSE if sparse else kind, start, data
+            )
             extended = {}
 
 
 def _checksum_holds(header: bytes) -> bool:
     try:
-        return int(header[148:156].strip(b" \0"), 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        return int(header[148:156].strip(b" \0"), 8) == sum(header) - sum(
+            header[148:156]
+        ) + 8 * ord(" ")
     except ValueError:
         return False
 
@@ -342,7 +368,9 @@ def _pax(body: bytes, start: int) -> dict[str, bytes]:
     while position < len(body):
         digits, space, _ = body[position : position + 8].partition(b" ")
         length = int(digits) if space and digits.isdigit() else 0
-        key, equals, value = body[position : position + length][len(digits) + 1 : -1].partition(b"=")
+        key, equals, value = body[position : position + length][len(digits) + 1 : -1].partition(
+            b"="
+        )
         if not equals or position + length > len(body) or (key == b"size" and not _is_size(value)):
             raise _Damage(f"has a damaged pax header at byte {start}")
         found[key.decode("utf-8", "replace")] = value

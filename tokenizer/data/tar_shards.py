@@ -44,27 +44,37 @@ class TarListing:
         if split is not None:
             shards = [root / name for name in sorted(split.train + split.held_out)]
         if missing := [path for path in shards if not path.exists()]:
-            raise UserError(f"data.source={source}: {len(missing)} of {len(shards)} shards are missing: {missing[0]}")
+            raise UserError(
+                f"data.source={source}: {len(missing)} of {len(shards)} shards are missing: {missing[0]}"
+            )
         self._root, self._shards = root, shards
         self._stamps = [tar_index.stamp(path) for path in shards]
         indexes = _indexes(shards)
         counts = [len(index.offsets) for index in indexes]
-        self._starts = np.cumsum([0, *counts])  # the first item of each shard, and the number of items
+        self._starts = np.cumsum(
+            [0, *counts]
+        )  # the first item of each shard, and the number of items
         if not self._starts[-1]:
-            raise UserError(f"data.source={source} holds no samples: give tars of NAME.jpg and NAME.cls")
+            raise UserError(
+                f"data.source={source} holds no samples: give tars of NAME.jpg and NAME.cls"
+            )
         self._names = [path.relative_to(root).as_posix().removesuffix(".tar") for path in shards]
         self._offsets = np.concatenate([index.offsets for index in indexes])
         self._sizes = np.concatenate([index.sizes for index in indexes])
         self._keys = np.concatenate([index.keys for index in indexes])
         first_bytes = np.cumsum([0, *(len(index.keys) for index in indexes)])
-        self._key_ends = np.concatenate([index.key_ends + first for index, first in zip(indexes, first_bytes)])
+        self._key_ends = np.concatenate(
+            [index.key_ends + first for index, first in zip(indexes, first_bytes)]
+        )
         self.labels, self.class_names = _merge_labels(str(source), indexes)
         if without_labels:
             self.labels, self.class_names = np.where(self._offsets < 0, -1, 0), ["all"]
         self.notes = [*(split.notes() if split else []), *_notes(indexes)]
         problems = np.flatnonzero(self._offsets < 0).tolist()
         self.refused = {item: tar_index.PROBLEMS[-1 - self._offsets[item]] for item in problems}
-        in_held_out = [split is not None and f"{name}.tar" in split.held_out for name in self._names]
+        in_held_out = [
+            split is not None and f"{name}.tar" in split.held_out for name in self._names
+        ]
         self.held_out = None if split is None else np.repeat(in_held_out, counts)
 
     def key(self, item: int) -> str:
@@ -100,7 +110,9 @@ class TarListing:
 
 def _indexes(shards: list[Path]) -> list[tar_index.TarIndex]:
     """Of each shard. Each process begins elsewhere, so that several find most of them made by the others."""
-    if (new := sum(not tar_index.kept_at(path).exists() for path in shards)) and distributed.is_main():
+    if (
+        new := sum(not tar_index.kept_at(path).exists() for path in shards)
+    ) and distributed.is_main():
         print(f"reading the headers of {new} shards, once", flush=True)
     first = distributed.rank() * len(shards) // distributed.world()
     with ThreadPoolExecutor(READERS) as pool:
@@ -120,15 +132,24 @@ def _notes(indexes: list[tar_index.TarIndex]) -> list[str]:
             names[place] += first[: 3 - len(names[place])]
     notes = []
     if counts[0]:
-        notes.append(f"passed over {counts[0]:,} images beside the one of their sample ({', '.join(names[0])}, …)")
+        notes.append(
+            f"passed over {counts[0]:,} images beside the one of their sample ({', '.join(names[0])}, …)"
+        )
     if counts[1]:
         shown = ", ".join(names[1])
-        notes.append(f"{counts[1]:,} samples hold several images ({shown}, …): each image is an item of its own")
+        notes.append(
+            f"{counts[1]:,} samples hold several images ({shown}, …): each image is an item of its own"
+        )
     if counts[2]:
         shown = ", ".join(names[2])
-        notes.append(f"{counts[2]:,} items have the name of an earlier one in their shard ({shown}): both count")
+        notes.append(
+            f"{counts[2]:,} items have the name of an earlier one in their shard ({shown}): both count"
+        )
     if kinds:
-        shown = [f"{f'.{kind}' if kind else 'without a name or an ending'} {n:,}" for kind, n in kinds.most_common()]
+        shown = [
+            f"{f'.{kind}' if kind else 'without a name or an ending'} {n:,}"
+            for kind, n in kinds.most_common()
+        ]
         notes.append(f"passed over {kinds.total():,} members of other kinds ({some(shown, 6)})")
     return notes
 
@@ -151,7 +172,9 @@ def _merge_labels(source: str, indexes: list[tar_index.TarIndex]) -> tuple[np.nd
     own = [None if isinstance(value, list) else value for value in values]
     numbers, class_names = number_classes(source, folders if None not in folders else own)
     if set(own) <= {None, -1} and None in folders:  # nothing but marks that there is no class
-        return np.where(np.concatenate([index.offsets for index in indexes]) < 0, -1, 0), class_names
+        return np.where(
+            np.concatenate([index.offsets for index in indexes]) < 0, -1, 0
+        ), class_names
     return np.append(numbers, -1)[np.concatenate(parts)], class_names
 
 
@@ -166,11 +189,15 @@ def expand_braces(pattern: str) -> list[str]:
     for text in re.split(r"(\{[^{}]*\})", pattern):
         span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)
         if span is None:
-            parts.append(text[1:-1].split(",") if text.startswith("{") and text.endswith("}") else [text])
+            parts.append(
+                text[1:-1].split(",") if text.startswith("{") and text.endswith("}") else [text]
+            )
             continue
         first, last = int(span[1]), int(span[2])
         if not first <= last < first + MAX_SHARDS:
-            raise UserError(f"data.source={pattern}: {text} does not count up to at most {MAX_SHARDS} shards")
+            raise UserError(
+                f"data.source={pattern}: {text} does not count up to at most {MAX_SHARDS} shards"
+            )
         parts.append([str(number).zfill(len(span[1])) for number in range(first, last + 1)])
     if math.prod(map(len, parts)) > MAX_SHARDS:
         raise UserError(f"data.source={pattern} names more than {MAX_SHARDS} shards")

@@ -58,7 +58,9 @@ def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     except Image.UnidentifiedImageError:
         raise BadImage("is not an image of a known format" if data else "is empty") from None
     except Exception as error:  # what Pillow's readers raise on damaged bytes is an open list
-        if isinstance(error, MemoryError):  # of damaged ones, too, that ask for more than their header announces
+        if isinstance(
+            error, MemoryError
+        ):  # of damaged ones, too, that ask for more than their header announces
             bytearray(needed)
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
     # The centre square is the same region in every orientation, so the small image can be turned.
@@ -129,7 +131,9 @@ def _centre_square(image: Image.Image, size: int) -> Image.Image:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     kernel = Image.Resampling.LANCZOS if side > size else Image.Resampling.BICUBIC
-    return image.resize((size, size), kernel, (left, top, left + side, top + side), reducing_gap=2.0)
+    return image.resize(
+        (size, size), kernel, (left, top, left + side, top + side), reducing_gap=2.0
+    )
 
 
 def flip(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,9 @@ class Walk(NamedTuple):
     """What lies below a folder, as sorted paths relative to it with "/". Hidden files and folders are left out."""
 
     files: list[str]
-    folders: list[str]  # those that could not be entered, too, and those that were not entered again
+    folders: list[
+        str
+    ]  # those that could not be entered, too, and those that were not entered again
     unreadable: dict[str, str]  # folder: why it could not be entered
     repeats: list[Repeat]
 
@@ -77,5 +79,7 @@ def walk(root: Path) -> Walk:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # of a link that leads nowhere, or where nobody may look: reading it will say so
+    except (
+        OSError
+    ):  # of a link that leads nowhere, or where nobody may look: reading it will say so
         return False

@@ -25,7 +25,9 @@ class ConvDecoderConfig:
     def __post_init__(self) -> None:
         check_activation("decoder", self.activation)
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> ConvDecoder:
+    def build(
+        self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
+    ) -> ConvDecoder:
         if stride < 2 or stride & (stride - 1):
             raise ValueError(
                 f"decoder.kind=conv doubles its grid: {stride} pixels per code is no power of two; take vit"
@@ -54,7 +56,9 @@ class ConvDecoder(nn.Module):
         self.body = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.stack = ResidualStack(channels, residual_blocks, residual_channels, activation)
         widths = [channels, *[channels // 2] * (int(math.log2(stride)) - 1), out_channels]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths)
+        )
 
     @property
     def last_layer(self) -> nn.Parameter:

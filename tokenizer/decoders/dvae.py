@@ -26,7 +26,9 @@ class DVAEDecoderConfig:
     def __post_init__(self) -> None:
         check_dvae("decoder", self)
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> DVAEDecoder:
+    def build(
+        self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
+    ) -> DVAEDecoder:
         """Raises ValueError when the encoder's pixels per code are not this decoder's."""
         own = 2 ** (self.groups - 1)
         if own != stride:

@@ -19,10 +19,18 @@ UPSAMPLING = ("nearest", "channels")
 class MagvitDecoderConfig:
     kind: str = "magvit"
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of the channels, one per resolution, finest first
+    multipliers: tuple[int, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # of the channels, one per resolution, finest first
     blocks: int = 2  # per resolution, and in the middle
     shortcut: str = "input"  # where a block changes width, what its 1x1 shortcut is of; MaskGIT's is of the "output"
-    upsampling: str = "nearest"  # neighbour, then 3x3; or 3x3 to four times the "channels", which become pixels
+    upsampling: str = (
+        "nearest"  # neighbour, then 3x3; or 3x3 to four times the "channels", which become pixels
+    )
     adaptive: bool = False  # before each resolution a group norm whose scale and shift the codes' statistics give
     groups: int = 0  # of each group norm; 0 for 32, or as many as leave four channels to each
     unit_range: bool = False  # the network gives images in [0, 1]
@@ -30,9 +38,13 @@ class MagvitDecoderConfig:
     def __post_init__(self) -> None:
         check_magvit("decoder", self)
         if self.upsampling not in UPSAMPLING:
-            raise ValueError(f"decoder.upsampling={self.upsampling!r} is not one of {', '.join(UPSAMPLING)}")
+            raise ValueError(
+                f"decoder.upsampling={self.upsampling!r} is not one of {', '.join(UPSAMPLING)}"
+            )
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> MagvitDecoder:
+    def build(
+        self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
+    ) -> MagvitDecoder:
         """Raises ValueError when the encoder's pixels per code are not this decoder's."""
         own = resnet_stride(self.multipliers, 1)
         if own != stride:
@@ -60,7 +72,9 @@ class MagvitDecoder(nn.Module):
             layers = unbiased_blocks(width, channels, config.blocks, config)
             width = channels
             if level:
-                layers.append(Upsample(width) if config.upsampling == "nearest" else ChannelsToPixels(width))
+                layers.append(
+                    Upsample(width) if config.upsampling == "nearest" else ChannelsToPixels(width)
+                )
             self.up.append(nn.Sequential(*layers))
         self.norm_out = group_norm(width, config.groups)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
@@ -81,11 +95,17 @@ class MagvitDecoder(nn.Module):
 class AdaptiveGroupNorm(nn.Module):
     """A group norm whose scale and shift come from the codes: from each of their channels' deviation and mean."""
 
-    def __init__(self, code_channels: int, channels: int, groups: int = 0, eps: float = 1e-6) -> None:
+    def __init__(
+        self, code_channels: int, channels: int, groups: int = 0, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         plain = group_norm(channels, groups)
         self.norm = nn.GroupNorm(plain.num_groups, channels, eps=eps, affine=False)
-        self.scale, self.shift, self.eps = nn.Linear(code_channels, channels), nn.Linear(code_channels, channels), eps
+        self.scale, self.shift, self.eps = (
+            nn.Linear(code_channels, channels),
+            nn.Linear(code_channels, channels),
+            eps,
+        )
 
     def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
         places = vectors.flatten(2)

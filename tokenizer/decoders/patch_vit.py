@@ -26,16 +26,22 @@ class PatchViTDecoderConfig:
     def __post_init__(self) -> None:
         check_transformer("decoder", self)
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> PatchViTDecoder:
+    def build(
+        self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
+    ) -> PatchViTDecoder:
         if grid[0] != grid[1]:
-            raise ValueError(f"decoder.kind=patch_vit has positions for a square grid, not for {grid[0]} x {grid[1]}")
+            raise ValueError(
+                f"decoder.kind=patch_vit has positions for a square grid, not for {grid[0]} x {grid[1]}"
+            )
         return PatchViTDecoder(in_channels, stride, grid[0], self)
 
 
 class PatchViTDecoder(nn.Module):
     """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w); other grids get interpolated positions."""
 
-    def __init__(self, in_channels: int, stride: int, side: int, config: PatchViTDecoderConfig) -> None:
+    def __init__(
+        self, in_channels: int, stride: int, side: int, config: PatchViTDecoderConfig
+    ) -> None:
         super().__init__()
         self.stride, self.side = stride, side
         self.embed = nn.Linear(in_channels, config.channels)
@@ -56,4 +62,11 @@ class PatchViTDecoder(nn.Module):
         if self.hidden is not None:
             tokens = self.hidden(tokens).tanh()
         rows = self.to_pixels(tokens)
-        return rearrange(rows, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=self.stride, q=self.stride)
+        return rearrange(
+            rows,
+            "b (h w) (c p q) -> b c (h p) (w q)",
+            h=grid[0],
+            w=grid[1],
+            p=self.stride,
+            q=self.stride,
+        )

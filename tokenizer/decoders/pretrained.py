@@ -25,7 +25,11 @@ DIFFUSERS_NAMES = {
     ".attention.to_v.": ".attention.attention.value.",
     ".attention.to_out.0.": ".attention.output.dense.",
 }
-ENVELOPES = ("ema", "model", "state_dict")  # of training checkpoints; averaged weights before others
+ENVELOPES = (
+    "ema",
+    "model",
+    "state_dict",
+)  # of training checkpoints; averaged weights before others
 
 
 @torch.no_grad()
@@ -48,11 +52,15 @@ def load_decoder(
     weights = _decoder_part(saved, file)
     own = decoder.state_dict()
     positions = weights.get("decoder_pos_embed")
-    if positions is None or (positions.shape != own["decoder_pos_embed"].shape and positions.shape[-1] == decoder.dim):
+    if positions is None or (
+        positions.shape != own["decoder_pos_embed"].shape and positions.shape[-1] == decoder.dim
+    ):
         weights["decoder_pos_embed"] = own["decoder_pos_embed"]  # fixed, and each grid has its own
     for name, tensor in own.items():
         if name not in weights:
-            raise UserError(f"{file}: {name} is missing: decoder.preset (or depth) must be what it was trained with")
+            raise UserError(
+                f"{file}: {name} is missing: decoder.preset (or depth) must be what it was trained with"
+            )
         if weights[name].shape != tensor.shape:
             raise UserError(
                 f"{file}: {name} is {tuple(weights[name].shape)}, and {tuple(tensor.shape)} here: decoder.preset "
@@ -75,9 +83,13 @@ def load_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     saved = _read(Path(path))
     for name in ("mean", "var"):
         if not isinstance(saved.get(name), Tensor):
-            raise UserError(f"{path}: it holds no tensor {name!r}: give a file of latent statistics, with mean and var")
+            raise UserError(
+                f"{path}: it holds no tensor {name!r}: give a file of latent statistics, with mean and var"
+            )
     mean, var = saved["mean"].float(), saved["var"].float()
-    if mean.shape != var.shape or not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
+    if mean.shape != var.shape or not (
+        mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()
+    ):
         raise UserError(
             f"{path}: mean {tuple(mean.shape)} and var {tuple(var.shape)} must be of one shape, finite, and var not "
             "negative: compute the statistics again"
@@ -90,7 +102,9 @@ def _decoder_part(saved: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
     last = "decoder_pred.weight"
     key = next((key for key in saved if key == last or key.endswith(f".{last}")), None)
     if key is None:
-        raise UserError(f"{file}: it holds no {last}: give the decoder of an RAE, or diffusers' AutoencoderRAE")
+        raise UserError(
+            f"{file}: it holds no {last}: give the decoder of an RAE, or diffusers' AutoencoderRAE"
+        )
     prefix = key[: -len(last)]
     part = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
     for theirs, ours in DIFFUSERS_NAMES.items():
@@ -102,9 +116,15 @@ def _check_heads(decoder: ViTDecoder, file: Path) -> None:
     """The one size that weights do not show stands in diffusers' config.json."""
     config = file.with_name("config.json")
     try:
-        stated = json.loads(config.read_text()).get("decoder_num_attention_heads") if config.is_file() else None
+        stated = (
+            json.loads(config.read_text()).get("decoder_num_attention_heads")
+            if config.is_file()
+            else None
+        )
     except (ValueError, AttributeError):
-        raise UserError(f"{config}: it is not the JSON of a model's settings: copy it again") from None
+        raise UserError(
+            f"{config}: it is not the JSON of a model's settings: copy it again"
+        ) from None
     if stated not in (None, decoder.heads):
         raise UserError(
             f"{config}: the decoder has {stated} heads, and {decoder.heads} here: set decoder.heads={stated}"
@@ -117,7 +137,9 @@ def _weights_file(path: Path) -> Path:
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pt"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{path}: one .safetensors or .pt file is expected there, and it has {found}: name one")
+        raise UserError(
+            f"{path}: one .safetensors or .pt file is expected there, and it has {found}: name one"
+        )
     return files[0]
 
 
@@ -130,11 +152,19 @@ def _read(file: Path) -> dict[str, Any]:
             return load_file(file)
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{file}: there is no such file: give the path of downloaded weights") from None
+        raise UserError(
+            f"{file}: there is no such file: give the path of downloaded weights"
+        ) from None
     except Exception:  # what the two readers raise shares no base
-        raise UserError(f"{file}: it is damaged, or holds other things than tensors: download it again") from None
-    while isinstance(saved, Mapping) and (inner := [v for k in ENVELOPES if isinstance(v := saved.get(k), Mapping)]):
+        raise UserError(
+            f"{file}: it is damaged, or holds other things than tensors: download it again"
+        ) from None
+    while isinstance(saved, Mapping) and (
+        inner := [v for k in ENVELOPES if isinstance(v := saved.get(k), Mapping)]
+    ):
         saved = inner[0]
     if not isinstance(saved, Mapping):
-        raise UserError(f"{file}: it holds a {type(saved).__name__} and no tensors by name: give a state dict")
+        raise UserError(
+            f"{file}: it holds a {type(saved).__name__} and no tensors by name: give a state dict"
+        )
     return dict(saved)

@@ -25,9 +25,17 @@ from tokenizer.encoders.resnet import (
 class ResNetDecoderConfig:
     kind: str = "resnet"
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of the channels, one per resolution, finest first
+    multipliers: tuple[int, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # of the channels, one per resolution, finest first
     blocks: int = 2  # of the encoder, per resolution; the decoder has one more
-    attention: bool = True  # in the middle and, where attention_levels says nothing, at the coarsest resolution
+    attention: bool = (
+        True  # in the middle and, where attention_levels says nothing, at the coarsest resolution
+    )
     attention_levels: tuple[int, ...] | None = None  # resolutions with attention, 0 the finest
     groups: int = 0  # of each group norm; 0 for 32, or as many as leave four channels to each
     patch: int = 1  # pixels per side that the last layer predicts at once
@@ -35,7 +43,9 @@ class ResNetDecoderConfig:
     def __post_init__(self) -> None:
         check_resnet("decoder", self)
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> ResNetDecoder:
+    def build(
+        self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
+    ) -> ResNetDecoder:
         """Raises ValueError when the encoder's pixels per code are not this decoder's."""
         own = resnet_stride(tuple(self.multipliers), self.patch)
         if own != stride:
@@ -58,7 +68,9 @@ class ResNetDecoder(nn.Module):
         self.up = nn.Sequential()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             channels = config.channels * multiplier
-            self.up.extend(residual_blocks(width, channels, config.blocks + 1, level in attended, groups))
+            self.up.extend(
+                residual_blocks(width, channels, config.blocks + 1, level in attended, groups)
+            )
             width = channels
             if level:
                 self.up.append(Upsample(width))

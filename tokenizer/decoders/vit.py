@@ -24,12 +24,20 @@ class Size:
 
     def __post_init__(self) -> None:
         if min(self.dim, self.depth, self.heads, self.mlp) < 1:
-            raise ValueError(f"decoder: dim, depth, heads and mlp must be at least 1: {dataclasses.astuple(self)}")
+            raise ValueError(
+                f"decoder: dim, depth, heads and mlp must be at least 1: {dataclasses.astuple(self)}"
+            )
         if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"decoder.dim={self.dim} must divide by decoder.heads={self.heads} and by 4")
+            raise ValueError(
+                f"decoder.dim={self.dim} must divide by decoder.heads={self.heads} and by 4"
+            )
 
 
-PRESETS = {"B": Size(768, 12, 12, 3072), "L": Size(1024, 24, 16, 4096), "XL": Size(1152, 28, 16, 4096)}
+PRESETS = {
+    "B": Size(768, 12, 12, 3072),
+    "L": Size(1024, 24, 16, 4096),
+    "XL": Size(1152, 28, 16, 4096),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +51,18 @@ class ViTDecoderConfig:
     heads: int | None = None
     mlp: int | None = None  # the width inside each MLP; 4 dim
     gradient_checkpointing: bool = False  # less memory in training, a third more time
-    weights: str | None = None  # a decoder trained for RAE, or diffusers' AutoencoderRAE: a file, or the folder of one
+    weights: str | None = (
+        None  # a decoder trained for RAE, or diffusers' AutoencoderRAE: a file, or the folder of one
+    )
 
     def __post_init__(self) -> None:
-        given = [name for name in ("dim", "depth", "heads", "mlp") if getattr(self, name) is not None]
+        given = [
+            name for name in ("dim", "depth", "heads", "mlp") if getattr(self, name) is not None
+        ]
         if self.preset and self.preset != "mirror" and self.preset not in PRESETS:
-            raise ValueError(f"decoder.preset={self.preset} is none of {', '.join(PRESETS)}, mirror")
+            raise ValueError(
+                f"decoder.preset={self.preset} is none of {', '.join(PRESETS)}, mirror"
+            )
         if self.preset and given:
             raise ValueError(
                 f"decoder.preset={self.preset} and decoder.{given[0]}={getattr(self, given[0])} both give the size: "
@@ -57,12 +71,18 @@ class ViTDecoderConfig:
         if not self.preset:
             self._own_size()
 
-    def build(self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module) -> ViTDecoder:
+    def build(
+        self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
+    ) -> ViTDecoder:
         """`encoder` matters to preset mirror only; ValueError when it is no transformer.
 
         The decoder's weights are random: `weights` are loaded by `pretrained.load_decoder`.
         """
-        size = mirrored(encoder) if self.preset == "mirror" else PRESETS.get(self.preset) or self._own_size()
+        size = (
+            mirrored(encoder)
+            if self.preset == "mirror"
+            else PRESETS.get(self.preset) or self._own_size()
+        )
         return ViTDecoder(in_channels, stride, grid, size, self.gradient_checkpointing)
 
     def _own_size(self) -> Size:
@@ -80,7 +100,9 @@ def mirrored(encoder: nn.Module) -> Size:
     """The size that the transformers config of a pretrained encoder states. Raises ValueError where there is none."""
     config = getattr(getattr(encoder, "model", None), "config", None)
     try:
-        mlp = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
+        mlp = getattr(config, "intermediate_size", None) or int(
+            config.hidden_size * config.mlp_ratio
+        )
         return Size(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, mlp)
     except AttributeError:
         raise ValueError(
@@ -92,7 +114,12 @@ class ViTDecoder(nn.Module):
     """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w); other grids than `grid` get their own positions."""
 
     def __init__(
-        self, in_channels: int, stride: int, grid: tuple[int, int], size: Size, gradient_checkpointing: bool = False
+        self,
+        in_channels: int,
+        stride: int,
+        grid: tuple[int, int],
+        size: Size,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         dim = size.dim
@@ -101,7 +128,9 @@ class ViTDecoder(nn.Module):
         self.decoder_embed = nn.Linear(in_channels, dim)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("decoder_pos_embed", sin_cos_positions(grid, dim))
-        self.decoder_layers = nn.ModuleList(Layer(dim, size.heads, size.mlp) for _ in range(size.depth))
+        self.decoder_layers = nn.ModuleList(
+            Layer(dim, size.heads, size.mlp) for _ in range(size.depth)
+        )
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-12)
         self.decoder_pred = nn.Linear(dim, stride * stride * 3)
         nn.init.normal_(self.trainable_cls_token, std=0.02)
@@ -117,15 +146,27 @@ class ViTDecoder(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         grid = (vectors.shape[2], vectors.shape[3])
-        positions = self.decoder_pos_embed if grid == self.grid else sin_cos_positions(grid, self.dim).to(vectors)
+        positions = (
+            self.decoder_pos_embed
+            if grid == self.grid
+            else sin_cos_positions(grid, self.dim).to(vectors)
+        )
         tokens = self.decoder_embed(rearrange(vectors, "b c h w -> b (h w) c"))
-        x = torch.cat([self.trainable_cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + positions
+        x = (
+            torch.cat([self.trainable_cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            + positions
+        )
         for layer in self.decoder_layers:
             again = self.gradient_checkpointing and torch.is_grad_enabled()
             x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
         patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         return rearrange(
-            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=self.stride, q=self.stride
+            patches,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=grid[0],
+            w=grid[1],
+            p=self.stride,
+            q=self.stride,
         )
 
 
@@ -137,7 +178,9 @@ class Layer(nn.Module):
         self.layernorm_before = nn.LayerNorm(dim, eps=1e-12)
         self.attention = nn.ModuleDict(
             {
-                "attention": nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")}),
+                "attention": nn.ModuleDict(
+                    {name: nn.Linear(dim, dim) for name in ("query", "key", "value")}
+                ),
                 "output": nn.ModuleDict({"dense": nn.Linear(dim, dim)}),
             }
         )
@@ -150,9 +193,12 @@ class Layer(nn.Module):
         normed = self.layernorm_before(x)
         parts = self.attention["attention"]
         query, key, value = (
-            rearrange(parts[name](normed), "b n (h d) -> b h n d", h=self.heads) for name in ("query", "key", "value")
+            rearrange(parts[name](normed), "b n (h d) -> b h n d", h=self.heads)
+            for name in ("query", "key", "value")
         )
-        attended = rearrange(F.scaled_dot_product_attention(query, key, value), "b h n d -> b n (h d)")
+        attended = rearrange(
+            F.scaled_dot_product_attention(query, key, value), "b h n d -> b n (h d)"
+        )
         x = x + self.attention["output"]["dense"](attended)
         return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 

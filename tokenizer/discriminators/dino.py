@@ -26,12 +26,16 @@ from training.sharding import blocks_of
 @dataclasses.dataclass(frozen=True)
 class DinoConfig:
     kind: str = "dino"
-    name: str = "facebook/dino-vits8"  # any encoder of kind foundation: a folder, or a model of the Hub
+    name: str = (
+        "facebook/dino-vits8"  # any encoder of kind foundation: a folder, or a model of the Hub
+    )
     revision: str | None = None
     # The last block has a head too.
     layers: tuple[int, ...] = signed((2, 5, 8, 11))  # blocks with a head; negative: from the end
     kernel: int = 9
-    resize: bool = True  # images to the size that the trunk was trained on (DINO: 224 px); false: as they are
+    resize: bool = (
+        True  # images to the size that the trunk was trained on (DINO: 224 px); false: as they are
+    )
 
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
@@ -50,7 +54,9 @@ class DinoConfig:
                 image_size, weights=weights
             )
         except UserError as error:  # the encoder's section is not where this name stands
-            raise UserError(str(error).replace("model.encoder.", "objective.discriminator.")) from None
+            raise UserError(
+                str(error).replace("model.encoder.", "objective.discriminator.")
+            ) from None
         size = self._native_size(trunk) if self.resize else image_size
         if size % trunk.stride:
             raise UserError(
@@ -64,7 +70,9 @@ class DinoConfig:
                 "set objective.discriminator.resize=true, or take another trunk"
             )
         if self.kernel // 2 > tokens:
-            raise UserError(f"objective.discriminator.kernel={self.kernel} is too wide for {tokens} patches: take 1")
+            raise UserError(
+                f"objective.discriminator.kernel={self.kernel} is too wide for {tokens} patches: take 1"
+            )
         depth = trunk.model.config.num_hidden_layers
         blocks = [layer % depth for layer in self.layers if -depth <= layer < depth]
         if len(set(blocks)) < len(self.layers):
@@ -92,11 +100,15 @@ class DinoDiscriminator(nn.Module):
     in neither the parameters nor the state dict.
     """
 
-    def __init__(self, trunk: FoundationEncoder, blocks: tuple[int, ...], kernel: int, size: int) -> None:
+    def __init__(
+        self, trunk: FoundationEncoder, blocks: tuple[int, ...], kernel: int, size: int
+    ) -> None:
         """`blocks`: those with a head, counted from 0; images are resized to `size` where theirs differs."""
         super().__init__()
         self.blocks, self.size = blocks, size
-        self._unregistered = (trunk.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
+        self._unregistered = (
+            trunk.eval().requires_grad_(False),
+        )  # a tuple hides it from nn.Module
         # Hooks of our own that stay, as a compiler traces through these and not through those of transformers.
         self._met: list[Tensor] = []  # what the blocks in `asked` gave, in their order
         layers = blocks_of(trunk.model)
@@ -135,9 +147,14 @@ class DinoDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)
+            images = F.interpolate(
+                images, (self.size, self.size), mode="bilinear", align_corners=False
+            )
         side = self.size // self.trunk.stride
-        logits = [head(tokens[:, -(side**2) :].mT) for head, tokens in zip(self.heads, self._tokens(images))]
+        logits = [
+            head(tokens[:, -(side**2) :].mT)
+            for head, tokens in zip(self.heads, self._tokens(images))
+        ]
         return torch.cat(logits, 1).unflatten(2, (side, side))
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
@@ -148,7 +165,9 @@ class DinoDiscriminator(nn.Module):
         self._met.clear()
         return [*(met[block] for block in self.blocks), met[self.asked[-1]]]
 
-    def _keep(self, layer: nn.Module, arguments: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _keep(
+        self, layer: nn.Module, arguments: tuple, output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         self._met.append(output if isinstance(output, Tensor) else output[0])
 
 
@@ -170,5 +189,9 @@ class Head(nn.Module):
 
 def _block(channels: int, kernel: int) -> nn.Sequential:
     # RAE's convolution has a bias, which the normalisation takes away again.
-    convolution = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False)
-    return nn.Sequential(spectral_norm(convolution), nn.GroupNorm(channels, channels, eps=1e-6), nn.LeakyReLU(0.2))
+    convolution = nn.Conv1d(
+        channels, channels, kernel, padding=kernel // 2, padding_mode="circular", bias=False
+    )
+    return nn.Sequential(
+        spectral_norm(convolution), nn.GroupNorm(channels, channels, eps=1e-6), nn.LeakyReLU(0.2)
+    )

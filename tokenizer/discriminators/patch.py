@@ -22,7 +22,9 @@ class PatchConfig:
     def __post_init__(self) -> None:
         for name in ("channels", "layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"objective.discriminator.{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(
+                    f"objective.discriminator.{name}={getattr(self, name)} must be at least 1"
+                )
 
     def build(self, image_size: int, weights: bool = True) -> PatchDiscriminator:
         """Raises UserError for images that have no pixel left after `layers` halvings; nothing here is pretrained."""

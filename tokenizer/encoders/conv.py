@@ -14,7 +14,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": functools.partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU}
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": functools.partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +35,15 @@ class ConvEncoderConfig:
         if self.stride < 2 or self.stride & (self.stride - 1):
             raise ValueError(f"encoder.stride={self.stride} must be a power of two, at least 2")
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> ConvEncoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> ConvEncoder:
         return ConvEncoder(
-            self.channels, self.stride, self.residual_blocks, self.residual_channels, activation=self.activation
+            self.channels,
+            self.stride,
+            self.residual_blocks,
+            self.residual_channels,
+            activation=self.activation,
         )
 
 

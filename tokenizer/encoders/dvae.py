@@ -28,14 +28,18 @@ class DVAEEncoderConfig:
     def __post_init__(self) -> None:
         check_dvae("encoder", self)
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> DVAEEncoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> DVAEEncoder:
         return DVAEEncoder(self)
 
 
 def check_dvae(section: str, config: Any) -> None:
     """Raise ValueError for sizes that no network has."""
     if min(config.groups, config.blocks) < 1 or config.channels < 4 or config.channels % 4:
-        raise ValueError(f"{section}: groups and blocks must be at least 1, and channels={config.channels} divide by 4")
+        raise ValueError(
+            f"{section}: groups and blocks must be at least 1, and channels={config.channels} divide by 4"
+        )
     if not 0 <= config.margin < 0.5:
         raise ValueError(f"{section}.margin={config.margin} must be in [0, 0.5)")
 
@@ -48,7 +52,11 @@ class DVAEEncoder(nn.Module):
     def __init__(self, config: DVAEEncoderConfig) -> None:
         super().__init__()
         widths = [config.channels * 2**group for group in range(config.groups)]
-        self.channels, self.stride, self.margin = widths[-1], 2 ** (config.groups - 1), config.margin
+        self.channels, self.stride, self.margin = (
+            widths[-1],
+            2 ** (config.groups - 1),
+            config.margin,
+        )
         self.conv_in = nn.Conv2d(3, widths[0], 7, padding=3)
         self.groups = groups_of([widths[0], *widths], config.blocks, ENCODER_KERNELS)
 
@@ -63,7 +71,12 @@ def groups_of(widths: list[int], blocks: int, kernels: tuple[int, ...]) -> nn.Mo
     """Groups of blocks from each width to the next."""
     gain = (blocks * (len(widths) - 1)) ** -2
     return nn.ModuleList(
-        nn.Sequential(*(DVAEBlock(start if not number else end, end, kernels, gain) for number in range(blocks)))
+        nn.Sequential(
+            *(
+                DVAEBlock(start if not number else end, end, kernels, gain)
+                for number in range(blocks)
+            )
+        )
         for start, end in itertools.pairwise(widths)
     )
 
@@ -71,7 +84,9 @@ def groups_of(widths: list[int], blocks: int, kernels: tuple[int, ...]) -> nn.Mo
 class DVAEBlock(nn.Module):
     """Four convolutions with ReLU before each, scaled by `gain` and added to the input."""
 
-    def __init__(self, in_channels: int, channels: int, kernels: tuple[int, ...], gain: float) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, kernels: tuple[int, ...], gain: float
+    ) -> None:
         super().__init__()
         self.gain = gain
         widths = [in_channels, *[channels // 4] * (len(kernels) - 1), channels]
@@ -79,7 +94,9 @@ class DVAEBlock(nn.Module):
             nn.Conv2d(start, end, kernel, padding=kernel // 2)
             for start, end, kernel in zip(widths, widths[1:], kernels)
         )
-        self.shortcut = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+        self.shortcut = (
+            nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = x

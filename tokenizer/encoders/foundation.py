@@ -33,14 +33,20 @@ class FoundationConfig:
     revision: str | None = None
     frozen: bool = True
     final_norm: str = "affine"  # or "plain"
-    input_size: int | None = None  # pixels per side that the model sees, where not data.image_size (resized, bicubic)
-    gradient_checkpointing: bool = False  # each layer runs again in backward: less memory, a third more time
+    input_size: int | None = (
+        None  # pixels per side that the model sees, where not data.image_size (resized, bicubic)
+    )
+    gradient_checkpointing: bool = (
+        False  # each layer runs again in backward: less memory, a third more time
+    )
 
     def __post_init__(self) -> None:
         if self.final_norm not in ("affine", "plain"):
             raise ValueError(f"encoder.final_norm={self.final_norm!r} must be 'affine' or 'plain'")
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> FoundationEncoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> FoundationEncoder:
         """The encoder with its pretrained weights; with `saved` only its architecture, from that folder.
 
         `weights=False` gives random weights and needs only a local folder's config.json or a name in KNOWN; under
@@ -51,7 +57,9 @@ class FoundationConfig:
             model, preprocessing = load_architecture(saved / "encoder")
         else:
             model, preprocessing = load_pretrained(self.name, self.revision, weights)
-        encoder = FoundationEncoder(model, preprocessing, self.frozen, self.final_norm, self.gradient_checkpointing)
+        encoder = FoundationEncoder(
+            model, preprocessing, self.frozen, self.final_norm, self.gradient_checkpointing
+        )
         if self.input_size is not None:
             encoder.stride = self._stride(image_size, encoder.patch)
         return encoder
@@ -81,7 +89,9 @@ def _interpolated(pixels: Tensor, config: Any) -> dict[str, Any]:
 def _in_order(pixels: Tensor, config: Any) -> dict[str, Any]:
     """For MAE: even with nothing masked it sorts its patches by this noise."""
     (height, width), (rows, columns) = pixels.shape[2:], _pair(config.patch_size)
-    order = torch.arange((height // rows) * (width // columns), device=pixels.device, dtype=torch.float32)
+    order = torch.arange(
+        (height // rows) * (width // columns), device=pixels.device, dtype=torch.float32
+    )
     return {**_interpolated(pixels, config), "noise": order.expand(len(pixels), -1)}
 
 
@@ -93,7 +103,9 @@ def _flattened(pixels: Tensor, config: Any) -> dict[str, Any]:
     return {
         "pixel_values": rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=rows, q=columns),
         "pixel_attention_mask": None,
-        "spatial_shapes": torch.tensor(grid, device="cpu").expand(len(pixels), 2),  # the model reads it as integers
+        "spatial_shapes": torch.tensor(grid, device="cpu").expand(
+            len(pixels), 2
+        ),  # the model reads it as integers
     }
 
 
@@ -102,9 +114,13 @@ class Family:
     """How one architecture is made and called. In all of them class and register tokens come before the patches."""
 
     model_class: str
-    inputs: Callable[[Tensor, Any], dict[str, Any]]  # (normalised pixels (B, 3, H, W), config) -> arguments
+    inputs: Callable[
+        [Tensor, Any], dict[str, Any]
+    ]  # (normalised pixels (B, 3, H, W), config) -> arguments
     final_norm: str = "layernorm"  # the attribute that holds the last norm
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the class, beside its config
+    arguments: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # of the class, beside its config
 
 
 FAMILIES = {
@@ -137,7 +153,12 @@ SETTINGS = {
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 _DINOV2 = {"image_size": 518, "patch_size": 14}
-_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
 
 # Hub name: (model type, fields that differ from transformers' defaults, image mean, image std)
 KNOWN: dict[str, tuple[str, dict[str, Any], list[float], list[float]]] = {
@@ -145,7 +166,12 @@ KNOWN: dict[str, tuple[str, dict[str, Any], list[float], list[float]]] = {
     "facebook/dinov2-with-registers-base": ("dinov2_with_registers", _DINOV2, *IMAGENET),
     "facebook/dinov3-vitb16-pretrain-lvd1689m": (
         "dinov3_vit",
-        {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_register_tokens": 4},
+        {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "num_register_tokens": 4,
+        },
         *IMAGENET,
     ),
     "google/siglip-large-patch16-256": (
@@ -159,8 +185,16 @@ KNOWN: dict[str, tuple[str, dict[str, Any], list[float], list[float]]] = {
         },
         *HALF,
     ),
-    "google/siglip2-so400m-patch16-256": ("siglip_vision_model", {**_SO400M, "image_size": 256}, *HALF),
-    "google/siglip2-so400m-patch16-512": ("siglip_vision_model", {**_SO400M, "image_size": 512}, *HALF),
+    "google/siglip2-so400m-patch16-256": (
+        "siglip_vision_model",
+        {**_SO400M, "image_size": 256},
+        *HALF,
+    ),
+    "google/siglip2-so400m-patch16-512": (
+        "siglip_vision_model",
+        {**_SO400M, "image_size": 512},
+        *HALF,
+    ),
     "OpenGVLab/InternVL3-1B-hf": ("internvl_vision", {"attention_bias": True}, *IMAGENET),
     "facebook/vit-mae-base": ("vit_mae", {}, *IMAGENET),
     "google/vit-base-patch16-224": ("vit", {}, *HALF),
@@ -192,15 +226,23 @@ class FoundationEncoder(nn.Module):
         config = model.config
         self.family = FAMILIES[config.model_type]
         self.channels = config.hidden_size
-        self.patch = self.stride = _pair(config.patch_size)[0]  # pixels per feature: of the model's input, of images
-        self.register_buffer("mean", torch.tensor(preprocessing["image_mean"], dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(preprocessing["image_std"], dtype=torch.float32).view(3, 1, 1))
+        self.patch = self.stride = _pair(config.patch_size)[
+            0
+        ]  # pixels per feature: of the model's input, of images
+        self.register_buffer(
+            "mean", torch.tensor(preprocessing["image_mean"], dtype=torch.float32).view(3, 1, 1)
+        )
+        self.register_buffer(
+            "std", torch.tensor(preprocessing["image_std"], dtype=torch.float32).view(3, 1, 1)
+        )
         if hasattr(model.embeddings, "mask_token"):  # only pretraining uses it
             model.embeddings.mask_token = None
         if final_norm == "plain":
             plain = nn.LayerNorm(self.channels, config.layer_norm_eps, elementwise_affine=False)
             setattr(model, self.family.final_norm, plain)
-        if gradient_checkpointing:  # which transformers does in training mode alone; it is about to rename the method
+        if (
+            gradient_checkpointing
+        ):  # which transformers does in training mode alone; it is about to rename the method
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self._asked_mode = True
         self.set_frozen(frozen)
@@ -223,7 +265,9 @@ class FoundationEncoder(nn.Module):
         height, width = grid or (images.shape[2] // self.stride, images.shape[3] // self.stride)
         if grid is None and images.shape[2:] != (height * self.stride, width * self.stride):
             size = f"{images.shape[2]} x {images.shape[3]}"
-            raise ValueError(f"images of {size} pixels do not divide into patches of {self.stride}: crop or resize")
+            raise ValueError(
+                f"images of {size} pixels do not divide into patches of {self.stride}: crop or resize"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             seen = (height * self.patch, width * self.patch)
             if images.shape[2:] != seen:
@@ -247,7 +291,9 @@ class FoundationEncoder(nn.Module):
         (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessing, indent=1))
 
 
-def load_pretrained(name: str, revision: str | None, weights: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+def load_pretrained(
+    name: str, revision: str | None, weights: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
     """(model, preprocessing) of a local folder or a Hub model; safetensors only, no remote code.
 
     Without `weights` the model is random, and a Hub model is one of KNOWN: nothing is fetched.
@@ -284,7 +330,9 @@ def load_pretrained(name: str, revision: str | None, weights: bool = True) -> tu
         ) from None
     misfits = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if misfits:
-        raise UserError(f"model.encoder.name={name}: its weights lack {misfits[0]} as its config.json describes it")
+        raise UserError(
+            f"model.encoder.name={name}: its weights lack {misfits[0]} as its config.json describes it"
+        )
     return model, preprocessing
 
 
@@ -323,8 +371,12 @@ def quiet_transformers() -> Iterator[None]:
 def load_architecture(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """(model with random weights, preprocessing) from the two JSON files of a saved tokenizer."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}/config.json is missing: train that tokenizer again, or copy its whole folder")
-    return _build(_vision_config(str(folder), str(folder))), _preprocessing(str(folder), str(folder))
+        raise UserError(
+            f"{folder}/config.json is missing: train that tokenizer again, or copy its whole folder"
+        )
+    return _build(_vision_config(str(folder), str(folder))), _preprocessing(
+        str(folder), str(folder)
+    )
 
 
 def _load_known(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -332,7 +384,9 @@ def _load_known(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
     if name not in KNOWN:
         known = ", ".join(KNOWN)
-        raise UserError(f"model.encoder.name={name}: only these are known without weights: {known}; or give a folder")
+        raise UserError(
+            f"model.encoder.name={name}: only these are known without weights: {known}; or give a folder"
+        )
     model_type, differences, mean, std = KNOWN[name]
     config = transformers.AutoConfig.for_model(model_type, **differences)
     return _build(_settle(config)), {"image_mean": mean, "image_std": std}
@@ -354,14 +408,18 @@ def _vision_config(folder: str, name: str) -> Any:
     config = getattr(config, "vision_config", config)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UserError(f"model.encoder.name={name}: model type {config.model_type!r} is not one of {known}")
+        raise UserError(
+            f"model.encoder.name={name}: model type {config.model_type!r} is not one of {known}"
+        )
     return _settle(config)
 
 
 def _settle(config: Any) -> Any:
     for field, value in SETTINGS.items():
         # transformers before 5.24 reads SigLIP's field without having it
-        if hasattr(config, field) or (field == "vision_use_head" and config.model_type.startswith("siglip")):
+        if hasattr(config, field) or (
+            field == "vision_use_head" and config.model_type.startswith("siglip")
+        ):
             setattr(config, field, value)
     return config
 
@@ -373,7 +431,9 @@ def _preprocessing(folder: str, name: str) -> dict[str, Any]:
     try:
         return {key: list(kept[key]) for key in ("image_mean", "image_std")}
     except KeyError as error:
-        raise UserError(f"model.encoder.name={name}: its preprocessor_config.json lacks {error}: add it") from None
+        raise UserError(
+            f"model.encoder.name={name}: its preprocessor_config.json lacks {error}: add it"
+        ) from None
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

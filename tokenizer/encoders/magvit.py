@@ -25,12 +25,16 @@ DOWNSAMPLING = ("average", "conv", "centred")
 class MagvitEncoderConfig:
     kind: str = "magvit"
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of the channels, one per resolution, finest first
+    multipliers: tuple[int, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # of the channels, one per resolution, finest first
     blocks: int = 2  # per resolution, and in the middle
     shortcut: str = "input"  # where a block changes width, what its 1x1 shortcut is of; MaskGIT's is of the "output"
-    downsampling: str = (
-        "average"  # of 2x2 pixels; or "conv", 3x3 padded below and at the right; "centred", on all sides
-    )
+    downsampling: str = "average"  # of 2x2 pixels; or "conv", 3x3 padded below and at the right; "centred", on all sides
     groups: int = 0  # of each group norm; 0 for 32, or as many as leave four channels to each
     unit_range: bool = False  # the network is given images in [0, 1]
     out_channels: int = 256
@@ -38,11 +42,15 @@ class MagvitEncoderConfig:
     def __post_init__(self) -> None:
         check_magvit("encoder", self)
         if self.downsampling not in DOWNSAMPLING:
-            raise ValueError(f"encoder.downsampling={self.downsampling!r} is not one of {', '.join(DOWNSAMPLING)}")
+            raise ValueError(
+                f"encoder.downsampling={self.downsampling!r} is not one of {', '.join(DOWNSAMPLING)}"
+            )
         if self.out_channels < 1:
             raise ValueError(f"encoder.out_channels={self.out_channels} must be at least 1")
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> MagvitEncoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> MagvitEncoder:
         return MagvitEncoder(self)
 
 
@@ -53,13 +61,19 @@ def check_magvit(section: str, config: Any) -> None:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must be at least 1")
     if not config.multipliers or min(config.multipliers) < 1:
         given = list(config.multipliers)
-        raise ValueError(f"{section}.multipliers={given} must name a multiplier per resolution, at least 1")
+        raise ValueError(
+            f"{section}.multipliers={given} must name a multiplier per resolution, at least 1"
+        )
     if config.shortcut not in SHORTCUTS:
-        raise ValueError(f"{section}.shortcut={config.shortcut!r} is not one of {', '.join(SHORTCUTS)}")
+        raise ValueError(
+            f"{section}.shortcut={config.shortcut!r} is not one of {', '.join(SHORTCUTS)}"
+        )
     odd = [config.channels * each for each in config.multipliers if config.groups]
     odd = [width for width in odd if width % config.groups]
     if odd:
-        raise ValueError(f"{section}.groups={config.groups} must divide all widths, and {odd[0]} is one of them")
+        raise ValueError(
+            f"{section}.groups={config.groups} must divide all widths, and {odd[0]} is one of them"
+        )
 
 
 class MagvitEncoder(nn.Module):
@@ -104,7 +118,9 @@ class UnbiasedBlock(nn.Module):
     published networks were trained.
     """
 
-    def __init__(self, in_channels: int, channels: int, shortcut: str = "input", groups: int = 0) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, shortcut: str = "input", groups: int = 0
+    ) -> None:
         super().__init__()
         self.of_output = shortcut == "output"
         self.norm1 = group_norm(in_channels, groups)
@@ -112,7 +128,9 @@ class UnbiasedBlock(nn.Module):
         self.norm2 = group_norm(channels, groups)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         given = channels if self.of_output else in_channels
-        self.shortcut = None if in_channels == channels else nn.Conv2d(given, channels, 1, bias=False)
+        self.shortcut = (
+            None if in_channels == channels else nn.Conv2d(given, channels, 1, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))

@@ -29,9 +29,13 @@ class PatchViTEncoderConfig:
     def __post_init__(self) -> None:
         check_transformer("encoder", self)
         if min(self.patch, self.out_channels) < 1:
-            raise ValueError(f"encoder.patch={self.patch} and out_channels={self.out_channels} must be at least 1")
+            raise ValueError(
+                f"encoder.patch={self.patch} and out_channels={self.out_channels} must be at least 1"
+            )
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> PatchViTEncoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> PatchViTEncoder:
         return PatchViTEncoder(self, max(1, image_size // self.patch))
 
 
@@ -41,7 +45,9 @@ def check_transformer(section: str, config: Any) -> None:
     if min(config.channels, config.depth, config.heads, mlp) < 1:
         raise ValueError(f"{section}: channels, depth, heads and mlp must be at least 1")
     if config.channels % config.heads:
-        raise ValueError(f"{section}.channels={config.channels} must divide by {section}.heads={config.heads}")
+        raise ValueError(
+            f"{section}.channels={config.channels} must divide by {section}.heads={config.heads}"
+        )
 
 
 class PatchViTEncoder(nn.Module):
@@ -79,7 +85,9 @@ class Transformer(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(config.channels)
-        self.blocks = nn.ModuleList(Block(config.channels, config.heads, config.mlp) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config.channels, config.heads, config.mlp) for _ in range(config.depth)
+        )
         self.norm_out = nn.LayerNorm(config.channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -96,7 +104,10 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.in_proj, self.out_proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.in_proj, self.out_proj = (
+            nn.Linear(channels, 3 * channels),
+            nn.Linear(channels, channels),
+        )
         width = 4 * channels if mlp is None else mlp
         self.mlp_in, self.mlp_out = nn.Linear(channels, width), nn.Linear(width, channels)
 

@@ -46,7 +46,9 @@ class MAEConfig:
     def __post_init__(self) -> None:
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self, dim) % getattr(self, heads) or getattr(self, dim) % 4:
-                raise ValueError(f"mae.{dim}={getattr(self, dim)} must divide by mae.{heads} and by 4")
+                raise ValueError(
+                    f"mae.{dim}={getattr(self, dim)} must divide by mae.{heads} and by 4"
+                )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mae.mask_ratio={self.mask_ratio} must be above 0 and below 1")
 
@@ -120,7 +122,9 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         model = config.mae.build(config.data.image_size)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-    batches = feed(images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
+    batches = feed(
+        images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers
+    )
     run = open_run(folder, config, [images, held_out], fresh=fresh)
     images.announce()
     num_patches = model.vit.embeddings.patch_embeddings.num_patches
@@ -143,7 +147,9 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         image_grid(to_pixels(torch.stack(rows, 1).flatten(0, 1)), columns=12).save(path)
 
     turns = [Turn("mae", model, loss, config.optimizer)]
-    averaged = train(config.loop, run, turns, batches, seed=config.seed, published=model, preview=preview)
+    averaged = train(
+        config.loop, run, turns, batches, seed=config.seed, published=model, preview=preview
+    )
     if distributed.is_main() and not (run.folder / "model" / "config.json").is_file():
         with run.files.subfolder("model") as folder, quiet_transformers():
             averaged.save_pretrained(folder)

@@ -21,9 +21,17 @@ from torch import Tensor, nn
 class ResNetEncoderConfig:
     kind: str = "resnet"
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of the channels, one per resolution, finest first
+    multipliers: tuple[int, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # of the channels, one per resolution, finest first
     blocks: int = 2  # per resolution
-    attention: bool = True  # in the middle and, where attention_levels says nothing, at the coarsest resolution
+    attention: bool = (
+        True  # in the middle and, where attention_levels says nothing, at the coarsest resolution
+    )
     attention_levels: tuple[int, ...] | None = None  # resolutions with attention, 0 the finest
     groups: int = 0  # of each group norm; 0 for 32, or as many as leave four channels to each
     stem: int = 0  # channels of the first layer, where not `channels`
@@ -35,7 +43,9 @@ class ResNetEncoderConfig:
         if self.out_channels < 1:
             raise ValueError(f"encoder.out_channels={self.out_channels} must be at least 1")
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> ResNetEncoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> ResNetEncoder:
         return ResNetEncoder(self)
 
 
@@ -46,15 +56,21 @@ def check_resnet(section: str, config: Any) -> None:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must be at least 1")
     multipliers = config.multipliers
     if not multipliers or min(multipliers) < 1:
-        raise ValueError(f"{section}.multipliers={list(multipliers)} must name a multiplier per resolution, at least 1")
+        raise ValueError(
+            f"{section}.multipliers={list(multipliers)} must name a multiplier per resolution, at least 1"
+        )
     levels = config.attention_levels
     if levels and not 0 <= min(levels) <= max(levels) < len(multipliers):
-        raise ValueError(f"{section}.attention_levels={list(levels)} must be of the {len(multipliers)} resolutions")
+        raise ValueError(
+            f"{section}.attention_levels={list(levels)} must be of the {len(multipliers)} resolutions"
+        )
     widths = [config.channels * multiplier for multiplier in multipliers]
     widths += [config.stem] if getattr(config, "stem", 0) else []
     odd = [width for width in widths if config.groups and width % config.groups]
     if odd:
-        raise ValueError(f"{section}.groups={config.groups} must divide all widths, and {odd[0]} is one of them")
+        raise ValueError(
+            f"{section}.groups={config.groups} must divide all widths, and {odd[0]} is one of them"
+        )
 
 
 def attention_levels(config: Any) -> frozenset[int]:
@@ -76,14 +92,23 @@ class ResNetEncoder(nn.Module):
 
     def __init__(self, config: ResNetEncoderConfig) -> None:
         super().__init__()
-        multipliers, patch, groups, attended = config.multipliers, config.patch, config.groups, attention_levels(config)
+        multipliers, patch, groups, attended = (
+            config.multipliers,
+            config.patch,
+            config.groups,
+            attention_levels(config),
+        )
         self.channels, self.stride = config.out_channels, resnet_stride(multipliers, patch)
         width = config.stem or config.channels
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1) if patch == 1 else nn.Conv2d(3, width, patch, patch)
+        self.conv_in = (
+            nn.Conv2d(3, width, 3, padding=1) if patch == 1 else nn.Conv2d(3, width, patch, patch)
+        )
         self.down = nn.Sequential()
         for level, multiplier in enumerate(multipliers):
             channels = config.channels * multiplier
-            self.down.extend(residual_blocks(width, channels, config.blocks, level in attended, groups))
+            self.down.extend(
+                residual_blocks(width, channels, config.blocks, level in attended, groups)
+            )
             width = channels
             if level < len(multipliers) - 1:
                 self.down.append(Downsample(width))
@@ -96,7 +121,9 @@ class ResNetEncoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def residual_blocks(in_channels: int, channels: int, count: int, attention: bool, groups: int = 0) -> list[nn.Module]:
+def residual_blocks(
+    in_channels: int, channels: int, count: int, attention: bool, groups: int = 0
+) -> list[nn.Module]:
     """Blocks of one resolution, each with its attention."""
     layers: list[nn.Module] = []
     for block in range(count):
@@ -115,7 +142,9 @@ def middle(channels: int, attention: bool, groups: int = 0) -> nn.Sequential:
 def group_norm(channels: int, groups: int = 0) -> nn.GroupNorm:
     """So many groups; without a number 32, or as many as leave four channels to each: the norm of one channel alone
     would erase its level."""
-    return nn.GroupNorm(groups or math.gcd(min(32, max(1, channels // 4)), channels), channels, eps=1e-6)
+    return nn.GroupNorm(
+        groups or math.gcd(min(32, max(1, channels // 4)), channels), channels, eps=1e-6
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -123,9 +152,17 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, groups: int = 0) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels, groups), nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(channels, groups), nn.Conv2d(channels, channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+        self.norm1, self.conv1 = (
+            group_norm(in_channels, groups),
+            nn.Conv2d(in_channels, channels, 3, padding=1),
+        )
+        self.norm2, self.conv2 = (
+            group_norm(channels, groups),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.shortcut = (
+            nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
@@ -138,7 +175,9 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int = 0) -> None:
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.query, self.key, self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.query, self.key, self.value, self.out = (
+            nn.Conv2d(channels, channels, 1) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)

@@ -33,7 +33,9 @@ class TiTokEncoderConfig:
         if min(self.num_tokens, self.patch, self.out_channels) < 1:
             raise ValueError("encoder: num_tokens, patch and out_channels must be at least 1")
 
-    def build(self, image_size: int, saved: Path | None = None, weights: bool = True) -> TiTokEncoder:
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> TiTokEncoder:
         if image_size < self.patch or image_size % self.patch:
             near = max(1, round(image_size / self.patch)) * self.patch
             raise ValueError(
@@ -50,7 +52,11 @@ class TiTokEncoder(nn.Module):
     def __init__(self, config: TiTokEncoderConfig, image_size: int) -> None:
         super().__init__()
         self.channels, self.stride, self.image_size = config.out_channels, config.patch, image_size
-        self.num_tokens, self.unit_range, self.scrambled = config.num_tokens, config.unit_range, config.scrambled
+        self.num_tokens, self.unit_range, self.scrambled = (
+            config.num_tokens,
+            config.unit_range,
+            config.scrambled,
+        )
         width, num_patches = config.channels, (image_size // config.patch) ** 2
         self.embed = nn.Conv2d(3, width, config.patch, config.patch)
 
@@ -58,7 +64,10 @@ class TiTokEncoder(nn.Module):
             return nn.Parameter(width**-0.5 * torch.randn(*shape))
 
         self.class_token, self.positions = learned(1, width), learned(1 + num_patches, width)
-        self.latents, self.latent_positions = learned(self.num_tokens, width), learned(self.num_tokens, width)
+        self.latents, self.latent_positions = (
+            learned(self.num_tokens, width),
+            learned(self.num_tokens, width),
+        )
         self.transformer = Transformer(config)
         self.head = nn.Linear(width, config.out_channels)
 
@@ -66,7 +75,9 @@ class TiTokEncoder(nn.Module):
         """The grid of codes of images of this size. Raises ValueError for any but its own."""
         if (height, width) != (self.image_size, self.image_size):
             own = f"{self.image_size} x {self.image_size}"
-            raise ValueError(f"images of {height} x {width} pixels: this tokenizer takes {own} alone: resize them")
+            raise ValueError(
+                f"images of {height} x {width} pixels: this tokenizer takes {own} alone: resize them"
+            )
         return 1, self.num_tokens
 
     def forward(self, images: Tensor) -> Tensor:

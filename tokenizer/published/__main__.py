@@ -9,12 +9,20 @@ from training.command import Parser, run_command
 
 
 def main() -> None:
-    parser = Parser(prog="python -m tokenizer.published", description="Tokenizers that others published.")
+    parser = Parser(
+        prog="python -m tokenizer.published", description="Tokenizers that others published."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="compare with a case: what its authors' code makes of given inputs")
-    check.add_argument("folder", type=Path, metavar="FOLDER", help="weights, config.json and case.safetensors")
+    check = commands.add_parser(
+        "check", help="compare with a case: what its authors' code makes of given inputs"
+    )
+    check.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="weights, config.json and case.safetensors"
+    )
     check.add_argument("--as", dest="kind", metavar="KIND", help="of which kind the weights are")
-    check.add_argument("--out", type=Path, metavar="FILE", help="write what was computed, under the case's names")
+    check.add_argument(
+        "--out", type=Path, metavar="FILE", help="write what was computed, under the case's names"
+    )
     commands.add_parser("list", help="names for published:NAME")
     take = commands.add_parser("import", help="write one as a folder that every command takes")
     take.add_argument("reference", metavar="NAME", help="of the list, or a file or folder")
@@ -22,18 +30,30 @@ def main() -> None:
     take.add_argument("--file", metavar="FILE", help="of a folder, or a repository of the Hub")
     take.add_argument("--revision", metavar="REVISION", help="of a repository of the Hub")
     take.add_argument("--data", metavar="DATA", help="the images that it is for")
-    take.add_argument("--image-size", type=int, metavar="PIXELS", help="per side, where not its own")
-    every = commands.add_parser("import-all", help="import all that need no network to folders under ROOT")
+    take.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="per side, where not its own"
+    )
+    every = commands.add_parser(
+        "import-all", help="import all that need no network to folders under ROOT"
+    )
     every.add_argument("root", type=Path, metavar="ROOT")
     every.add_argument("--data", metavar="DATA", help="the images that they are for", required=True)
-    every.add_argument("--image-size", type=int, metavar="PIXELS", help="per side, where not their own")
-    give = commands.add_parser("export", help="write a run's weights under the names of the file that it began with")
+    every.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="per side, where not their own"
+    )
+    give = commands.add_parser(
+        "export", help="write a run's weights under the names of the file that it began with"
+    )
     give.add_argument("run", type=Path, metavar="RUN")
     give.add_argument("like", metavar="LIKE", help="the published file, or its name")
     give.add_argument("out", type=Path, metavar="OUT", help=".safetensors file to write")
     for command in (take, give):
-        command.add_argument("--as", dest="kind", metavar="KIND", help="of which kind the weights are")
-        command.add_argument("--config", type=Path, metavar="FILE", help="the authors' configuration")
+        command.add_argument(
+            "--as", dest="kind", metavar="KIND", help="of which kind the weights are"
+        )
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="the authors' configuration"
+        )
     page = commands.add_parser("page", help="write docs/published.md from what is known here")
     page.add_argument("out", type=Path, metavar="FILE")
     given = parser.parse_args()

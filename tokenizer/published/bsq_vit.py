@@ -17,7 +17,9 @@ from training.command import UserError
 
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     if hyper.flag("logit_laplace"):
-        raise UserError(f"{hyper.path}: logit_laplace=true is a variant of BSQ-ViT that is not known here")
+        raise UserError(
+            f"{hyper.path}: logit_laplace=true is a variant of BSQ-ViT that is not known here"
+        )
     patch = math.isqrt(shapes["encoder.conv1.weight"][1] // 3)
     side = math.isqrt(shapes["encoder.positional_embedding"][0])
 
@@ -27,7 +29,8 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
         return {
             "channels": shapes[f"{name}.positional_embedding"][1],
             "depth": count(shapes, first + "{}."),
-            "heads": heads or hyper.needed("heads", why="and shapes do not tell the heads of attention"),
+            "heads": heads
+            or hyper.needed("heads", why="and shapes do not tell the heads of attention"),
             "mlp": shapes[f"{first}0.mlp.c_fc.weight"][0],
         }
 
@@ -46,17 +49,25 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     }
     for config in (encoder, decoder):
         name = "encoder" if config is encoder else "decoder"
-        names |= transformer_names(f"{name}.transformer", name, f"{name}.transformer.resblocks", config.depth)
+        names |= transformer_names(
+            f"{name}.transformer", name, f"{name}.transformer.resblocks", config.depth
+        )
     if "quantize.embedding.weight" in shapes:
         metric = "cosine" if hyper.flag("l2_norm") else "l2"
         num_codes = shapes["quantize.embedding.weight"][0]
-        quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", metric=metric)
+        quantizer = VectorConfig(
+            num_codes=num_codes, code_dim=dim, codebook="gradient", metric=metric
+        )
         names["quantizer.codebook"] = "quantize.embedding.weight"
-    elif hyper.flag("post_q_l2_norm") is False or (hyper.values and hyper.flag("post_q_l2_norm") is None):
+    elif hyper.flag("post_q_l2_norm") is False or (
+        hyper.values and hyper.flag("post_q_l2_norm") is None
+    ):
         quantizer = LookupFreeConfig(bits=dim)
     else:
         quantizer = BSQConfig(bits=dim)
-    return Architecture(VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder), side * patch, names)
+    return Architecture(
+        VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder), side * patch, names
+    )
 
 
 SIZES = {"vitconfig": {"heads": 12}, "dvitconfig": {"heads": 12}, "post_q_l2_norm": True}

@@ -52,9 +52,15 @@ def check(folder: Path, kind: str | None = None) -> tuple[list[Difference], dict
     computed: dict[str, Tensor] = {}
     for prefix in prefixes(case):
         model = load(RAW not in prefix.split("."))
-        computed |= {f"{prefix}{name}": value for name, value in compute(model, case, prefix).items()}
-    found = {name: fitted(computed[name], tuple(case[name].shape)) for name in case if name in computed}
-    return [difference(name, case[name], found.get(name)) for name in case if not is_input(name)], found
+        computed |= {
+            f"{prefix}{name}": value for name, value in compute(model, case, prefix).items()
+        }
+    found = {
+        name: fitted(computed[name], tuple(case[name].shape)) for name in case if name in computed
+    }
+    return [
+        difference(name, case[name], found.get(name)) for name in case if not is_input(name)
+    ], found
 
 
 def read_case(folder: Path) -> dict[str, Tensor]:
@@ -100,7 +106,11 @@ def compute(model: nn.Module, case: Mapping[str, Tensor], prefix: str) -> dict[s
     peer: Peer = model.published.peer
     own = getattr(model, "check_outputs", None)  # of what is no autoencoder with a quantizer
     if FREE in prefix.split("."):
-        given = {split_name(n)[1]: value for n, value in case.items() if n.startswith(prefix) and is_input(n)}
+        given = {
+            split_name(n)[1]: value
+            for n, value in case.items()
+            if n.startswith(prefix) and is_input(n)
+        }
         outputs = own(**given) if own else decoded(model, given)
     else:
         images = case.get(f"{prefix}images", case.get(f"{prefix.replace(f'{RAW}.', '')}images"))
@@ -167,7 +177,9 @@ def difference(name: str, expected: Tensor, found: Tensor | None) -> Difference:
     if found is None:
         return Difference(name, float("inf"), exact, "not computed here")
     if found.shape != expected.shape:
-        return Difference(name, float("inf"), exact, f"{tuple(found.shape)} for {tuple(expected.shape)}")
+        return Difference(
+            name, float("inf"), exact, f"{tuple(found.shape)} for {tuple(expected.shape)}"
+        )
     found = found.cpu()
     if exact:
         return Difference(name, float((found != expected).sum()), exact)

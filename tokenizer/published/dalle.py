@@ -44,9 +44,13 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
                 theirs = f"{side}.blocks.group_{group + 1}.block_{block + 1}"
                 names |= _parameters(f"{ours}.shortcut", f"{theirs}.id_path")
                 for conv in range(4):
-                    names |= _parameters(f"{ours}.convs.{conv}", f"{theirs}.res_path.conv_{conv + 1}")
+                    names |= _parameters(
+                        f"{ours}.convs.{conv}", f"{theirs}.res_path.conv_{conv + 1}"
+                    )
     quantizer = GumbelConfig(num_codes=num_codes, code_dim=dim, vector_dim=vector_dim)
-    return Architecture(VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder), RESOLUTION, names)
+    return Architecture(
+        VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder), RESOLUTION, names
+    )
 
 
 def _last(shapes: Shapes, pattern: str) -> int:

@@ -13,19 +13,40 @@ from tokenizer.published.resnet_names import resnet_names
 from tokenizer.quantizers.vector import VectorConfig
 from training.command import UserError
 
-BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "shortcut": "conv_shortcut"}
-ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
+BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "shortcut": "conv_shortcut",
+}
+ATTENTION = {
+    "norm": "group_norm",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "out": "to_out.0",
+}
 # What versions of diffusers before 0.17 called the parts of attention.
 OLD_ATTENTION = ATTENTION | {"query": "query", "key": "key", "value": "value", "out": "proj_attn"}
 RESOLUTION = 256
 
 
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
-    if hyper.find("norm_type") not in (None, "group") or "decoder.conv_norm_out.norm_layer.weight" in shapes:
-        raise UserError(f"{hyper.path}: norm_type={hyper.find('norm_type')} (MoVQ) is not known here, only group norms")
+    if (
+        hyper.find("norm_type") not in (None, "group")
+        or "decoder.conv_norm_out.norm_layer.weight" in shapes
+    ):
+        raise UserError(
+            f"{hyper.path}: norm_type={hyper.find('norm_type')} (MoVQ) is not known here, only group norms"
+        )
     if hyper.flag("lookup_from_codebook"):
-        raise UserError(f"{hyper.path}: lookup_from_codebook=true is a variant of VQModel that is not known here")
-    groups = hyper.needed("norm_num_groups", why="and shapes do not tell how many channels a group norm joins")
+        raise UserError(
+            f"{hyper.path}: lookup_from_codebook=true is a variant of VQModel that is not known here"
+        )
+    groups = hyper.needed(
+        "norm_num_groups", why="and shapes do not tell how many channels a group norm joins"
+    )
     levels = count(shapes, "encoder.down_blocks.{}.")
     stem = shapes["encoder.conv_in.weight"][0]
 
@@ -45,7 +66,11 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
         }
 
     def naming(side: str, part: str, level: int, number: int) -> str:
-        trunk = f"encoder.down_blocks.{level}" if side == "encoder" else f"decoder.up_blocks.{levels - 1 - level}"
+        trunk = (
+            f"encoder.down_blocks.{level}"
+            if side == "encoder"
+            else f"decoder.up_blocks.{levels - 1 - level}"
+        )
         return {
             "block": f"{trunk}.resnets.{number}",
             "attention": f"{trunk}.attentions.{number}",
@@ -55,7 +80,9 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
             "norm_out": f"{side}.conv_norm_out",
         }.get(part, f"{side}.{part}")
 
-    encoder = ResNetEncoderConfig(**settings("encoder"), stem=stem, out_channels=shapes["encoder.conv_out.weight"][0])
+    encoder = ResNetEncoderConfig(
+        **settings("encoder"), stem=stem, out_channels=shapes["encoder.conv_out.weight"][0]
+    )
     decoder = ResNetDecoderConfig(**settings("decoder"))
     num_codes, dim = shapes["quantize.embedding.weight"]
     quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", init="uniform")

@@ -21,7 +21,12 @@ from training.command import UserError
 from training.words import parse
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
-USUAL = ("weights.pt", "weights.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors")
+USUAL = (
+    "weights.pt",
+    "weights.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+)
 # Of training checkpoints. Averaged weights stand before others, as published figures are of them.
 AVERAGED = ("ema", "ema_state_dict", "model_ema", "ema_model")
 ENVELOPES = ("state_dict", "model", "module", "model_state_dict", "weights")
@@ -67,7 +72,9 @@ class Weights:
     tensors: dict[str, Stored]
     origins: dict[str, str]  # of each the name in the file
     shadowed: bool = False  # whether there are averages under names without dots
-    rest: dict[str, Stored] = dataclasses.field(default_factory=dict)  # what stands beside them, by its name
+    rest: dict[str, Stored] = dataclasses.field(
+        default_factory=dict
+    )  # what stands beside them, by its name
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -113,7 +120,9 @@ def find_weights(folder: Path, file: str | None = None) -> Path:
         files = [folder / HALVES[0]]
     if len(files) != 1:
         names = ", ".join(each.name for each in files) or f"none ({', '.join(SUFFIXES)})"
-        raise UserError(f"{folder}: one file of weights is expected there, and it has {names}: name it with file=")
+        raise UserError(
+            f"{folder}: one file of weights is expected there, and it has {names}: name it with file="
+        )
     return files[0]
 
 
@@ -132,7 +141,9 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it is no mapping")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as a configuration ({error}): copy it again") from None
+        raise UserError(
+            f"{path}: not readable as a configuration ({error}): copy it again"
+        ) from None
     return found
 
 
@@ -163,19 +174,27 @@ class Hyperparameters:
         try:
             return None if value is None else int(value)
         except (TypeError, ValueError):
-            raise UserError(f"{self.path}: {'.'.join(names)}={value!r} is no whole number") from None
+            raise UserError(
+                f"{self.path}: {'.'.join(names)}={value!r} is no whole number"
+            ) from None
 
     def flag(self, *names: str) -> bool | None:
         """A boolean, or text that says one."""
         value = self.find(*names)
-        return value if value is None or isinstance(value, bool) else str(value).lower() in ("true", "yes", "1")
+        return (
+            value
+            if value is None or isinstance(value, bool)
+            else str(value).lower() in ("true", "yes", "1")
+        )
 
     def needed(self, *names: str, why: str) -> int:
         """A number that nothing else tells. Raises UserError, in one line, where it is not there."""
         value = self.number(*names)
         if value is None:
             told = f"{self.path}: no configuration says {'.'.join(names)}, {why}"
-            raise UserError(f"{told}: give one that does, config=FILE (or a folder with its config.json)")
+            raise UserError(
+                f"{told}: give one that does, config=FILE (or a folder with its config.json)"
+            )
         return value
 
 
@@ -200,7 +219,9 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
             found = {}
             for name in file.keys():
                 part = file.get_slice(name)
-                found[name] = SafeTensor(path, name, tuple(part.get_shape()), _SAFE_DTYPES[part.get_dtype()])
+                found[name] = SafeTensor(
+                    path, name, tuple(part.get_shape()), _SAFE_DTYPES[part.get_dtype()]
+                )
             return found
     except (SafetensorError, OSError, KeyError) as error:
         raise _damaged(path, error) from None
@@ -219,7 +240,9 @@ def _state_dict(path: Path, saved: Any, averaged: bool) -> dict[str, Stored]:
         if direct:
             return direct
         names = [*AVERAGED, *ENVELOPES] if averaged else [*ENVELOPES, *AVERAGED]
-        inner = [name for name in names if isinstance(saved, dict) and _holds_tensors(saved.get(name))]
+        inner = [
+            name for name in names if isinstance(saved, dict) and _holds_tensors(saved.get(name))
+        ]
         if not inner:
             break
         saved = saved[inner[0]]
@@ -235,14 +258,23 @@ def _direct(saved: Any) -> dict[str, Stored]:
         return module_tensors(saved)
     if isinstance(saved, dict) and set(saved) == {"encoder", "decoder"}:  # a state dict for each
         halves = {side: _direct(half) for side, half in saved.items()}
-        return {f"{side}.{name}": tensor for side, half in halves.items() for name, tensor in half.items()}
+        return {
+            f"{side}.{name}": tensor
+            for side, half in halves.items()
+            for name, tensor in half.items()
+        }
     items = saved.items() if isinstance(saved, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, StoredTensor)}
+    return {
+        name: value
+        for name, value in items
+        if isinstance(name, str) and isinstance(value, StoredTensor)
+    }
 
 
 def _holds_tensors(value: Any) -> bool:
     return bool(_direct(value)) or (
-        isinstance(value, dict) and any(_direct(value.get(name)) for name in (*ENVELOPES, *AVERAGED))
+        isinstance(value, dict)
+        and any(_direct(value.get(name)) for name in (*ENVELOPES, *AVERAGED))
     )
 
 
@@ -258,7 +290,9 @@ def _plain(path: Path, found: dict[str, Stored], averaged: bool) -> Weights:
     """Under names without prefixes; averages in the place of what they are averages of."""
     outside = {}
     if any(name.startswith(FIRST_STAGE) for name in found):  # beside a diffusion model
-        outside = {name: tensor for name, tensor in found.items() if not name.startswith(FIRST_STAGE)}
+        outside = {
+            name: tensor for name, tensor in found.items() if not name.startswith(FIRST_STAGE)
+        }
         found = {name: tensor for name, tensor in found.items() if name not in outside}
     common = "".join(_common_prefixes(found))
     origins = {COMPILED.sub(r"\1", name.removeprefix(common)): name for name in found}
@@ -275,7 +309,9 @@ def _plain(path: Path, found: dict[str, Stored], averaged: bool) -> Weights:
     taken = {name: shadow for name, shadow in of.items() if shadow in shadows}
     lost = sorted(shadows.keys() - taken.values() - set(SHADOW_OWN))
     if lost:
-        raise UserError(f"{path}: {origins[lost[0]]} is an average of nothing that is there: download the file again")
+        raise UserError(
+            f"{path}: {origins[lost[0]]} is an average of nothing that is there: download the file again"
+        )
     main = {name: shadows[taken[name]] if name in taken else tensor for name, tensor in raw.items()}
     where = {name: origins[taken.get(name, name)] for name in raw}
     rest = {origins[name]: tensors[name] for name in tensors if origins[name] not in where.values()}
@@ -286,7 +322,9 @@ def _common_prefixes(names: Iterable[str]) -> list[str]:
     """What every name begins with, one after the other."""
     found: list[str] = []
     rest = list(names)
-    while rest and (prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in rest)), None)):
+    while rest and (
+        prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in rest)), None)
+    ):
         found.append(prefix)
         rest = [name.removeprefix(prefix) for name in rest]
     return found

@@ -12,9 +12,15 @@ from tokenizer.quantizers.vector import VectorConfig
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     num_codes, dim = shapes["quantize.embedding.weight"]
     quantizer = IBQConfig(num_codes=num_codes, code_dim=dim)
-    if hyper.flag("l2_normalize"):  # the largest inner product of unit vectors is the nearest of them
-        quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", metric="cosine", init="normal")
-    return autoencoder(shapes, hyper, quantizer, {"quantizer.codebook": "quantize.embedding.weight"})
+    if hyper.flag(
+        "l2_normalize"
+    ):  # the largest inner product of unit vectors is the nearest of them
+        quantizer = VectorConfig(
+            num_codes=num_codes, code_dim=dim, codebook="gradient", metric="cosine", init="normal"
+        )
+    return autoencoder(
+        shapes, hyper, quantizer, {"quantizer.codebook": "quantize.embedding.weight"}
+    )
 
 
 AVERAGES = (

@@ -32,8 +32,12 @@ def import_tokenizer(
     out = Path(out)
 
     def write() -> None:
-        model = from_pretrained(reference, image_size=None if size is None else int(size), **options)
-        save_autoencoder(model, run_of(model, data), out, about(model.published.peer, model.published.path))
+        model = from_pretrained(
+            reference, image_size=None if size is None else int(size), **options
+        )
+        save_autoencoder(
+            model, run_of(model, data), out, about(model.published.peer, model.published.path)
+        )
 
     distributed.on_main(write)
     return out
@@ -42,7 +46,9 @@ def import_tokenizer(
 def run_of(model: nn.Module, data: dict[str, Any]) -> TokenizerRun:
     """The configuration of a loaded tokenizer, for these images."""
     if model.config is None:
-        raise UserError(f"{model.published.path}: {model.published.peer.kind} has no codes, so it is no tokenizer")
+        raise UserError(
+            f"{model.published.path}: {model.published.peer.kind} has no codes, so it is no tokenizer"
+        )
     size = model.config.data.image_size
     images = from_dict(DataConfig, {**to_dict(DataConfig(image_size=size)), **data}, "data")
     return dataclasses.replace(model.config, data=images)
@@ -84,20 +90,29 @@ def import_all(root: str | Path, data: dict[str, Any]) -> list[Path]:
             f"no published tokenizer is at hand: put files at {home()}/NAME/, with the names of docs/published.md, or "
             "load one from the Hub"
         )
-    return [import_tokenizer(reference, Path(root) / name, data) for name, reference in found.items()]
+    return [
+        import_tokenizer(reference, Path(root) / name, data) for name, reference in found.items()
+    ]
 
 
 def folder_of(reference: str, data: str | None, root: str | Path = "runs") -> Path:
     """A published tokenizer's folder under `root`, imported for these images."""
     if data is None:
-        raise UserError(f"{reference}: of which images? name them with --data (a folder, parquet, hub:owner/name, ...)")
+        raise UserError(
+            f"{reference}: of which images? name them with --data (a folder, parquet, hub:owner/name, ...)"
+        )
     name = reference.removeprefix(PREFIX).rstrip("/")
     known = "/" not in name and not Path(name).exists()
-    return import_tokenizer(reference, Path(root) / (name if known else Path(name).stem), {"source": data})
+    return import_tokenizer(
+        reference, Path(root) / (name if known else Path(name).stem), {"source": data}
+    )
 
 
 def about(peer: Peer, path: Path) -> list[str]:
     """What a card says of an imported tokenizer."""
-    lines = [f"{peer.title}, from {path.name}: its weights and architecture, as its authors published them.", ""]
+    lines = [
+        f"{peer.title}, from {path.name}: its weights and architecture, as its authors published them.",
+        "",
+    ]
     lines += [f"- {quirk}" for quirk in peer.quirks]
     return [*lines, "", "## Licence", "", f"Of its authors: {peer.licence}."]

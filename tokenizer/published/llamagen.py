@@ -37,11 +37,15 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
             "channels": channels,
             "multipliers": tuple(width // channels for width in widths),
             "blocks": count(shapes, f"{blocks[0]}.res.{{}}.") - (side == "decoder"),
-            "attention_levels": tuple(k for k, block in enumerate(blocks) if f"{block}.attn.0.q.weight" in shapes),
+            "attention_levels": tuple(
+                k for k, block in enumerate(blocks) if f"{block}.attn.0.q.weight" in shapes
+            ),
             "groups": GROUPS,
         }
 
-    encoder = ResNetEncoderConfig(**settings("encoder"), out_channels=shapes["encoder.conv_out.weight"][0])
+    encoder = ResNetEncoderConfig(
+        **settings("encoder"), out_channels=shapes["encoder.conv_out.weight"][0]
+    )
     decoder = ResNetDecoderConfig(**settings("decoder"))
     num_codes, dim = shapes["quantize.embedding.weight"]
     l2_norm = hyper.flag("codebook_l2_norm")

@@ -72,7 +72,9 @@ def from_pretrained(
 
 
 def hyperparameters(
-    weights: Path, config: str | Path | dict[str, Any] | None = None, told: dict[str, Any] | None = None
+    weights: Path,
+    config: str | Path | dict[str, Any] | None = None,
+    told: dict[str, Any] | None = None,
 ) -> Hyperparameters:
     """What is given, else what lies beside a file of weights, else what is known of it."""
     if isinstance(config, dict):
@@ -81,19 +83,28 @@ def hyperparameters(
     return Hyperparameters(read_config(path), path) if path else Hyperparameters(told, weights)
 
 
-def load_weights(peer: Peer, weights: Weights, hyper: Hyperparameters, image_size: int | None = None) -> nn.Module:
+def load_weights(
+    peer: Peer, weights: Weights, hyper: Hyperparameters, image_size: int | None = None
+) -> nn.Module:
     """A file of a known kind as one of our modules. Raises UserError, naming tensors, where it is not one."""
     try:
         model, places, run = _built(peer, weights.shapes, hyper, image_size)
     except KeyError as error:
-        raise UserError(f"{weights.path}: it has no {error.args[0]}, which every {peer.kind} has") from None
+        raise UserError(
+            f"{weights.path}: it has no {error.args[0]}, which every {peer.kind} has"
+        ) from None
     except UserError:
         raise
     except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(f"{weights.path}: it is no {peer.kind} that can be built: {error}") from None
+        raise UserError(
+            f"{weights.path}: it is no {peer.kind} that can be built: {error}"
+        ) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(read_state(peer, weights, places, shapes), strict=False)
-    found = {ours: dataclasses.replace(place, name=weights.origins[place.name]) for ours, place in places.items()}
+    found = {
+        ours: dataclasses.replace(place, name=weights.origins[place.name])
+        for ours, place in places.items()
+    }
     model.config, model.published = run, Source(peer, weights.path, found)
     return model.to(distributed.device()).eval().requires_grad_(False)
 
@@ -111,8 +122,14 @@ def _built(
     told = next((hyper.number(key) for key in COUNTS if hyper.find(key) is not None), None)
     if told not in (None, *model.layout.num_codes):
         found = model.layout.num_codes[0]
-        raise UserError(f"{hyper.path}: it is of {told:,} codes, and the weights have {found:,}: give their own")
-    return model, dict(architecture.places(model)), TokenizerRun(name=peer.kind, model=architecture.model, data=data)
+        raise UserError(
+            f"{hyper.path}: it is of {told:,} codes, and the weights have {found:,}: give their own"
+        )
+    return (
+        model,
+        dict(architecture.places(model)),
+        TokenizerRun(name=peer.kind, model=architecture.model, data=data),
+    )
 
 
 def read_state(
@@ -122,7 +139,9 @@ def read_state(
     wanted = {place.name for place in places.values()}
     missing = wanted - weights.tensors.keys()
     if missing:
-        raise UserError(f"{weights.path}: as {peer.kind} it lacks {_listed(missing)}: is it whole, and of this kind?")
+        raise UserError(
+            f"{weights.path}: as {peer.kind} it lacks {_listed(missing)}: is it whole, and of this kind?"
+        )
     unexpected = [name for name in weights.tensors.keys() - wanted if not peer.ignores(name)]
     if unexpected:
         raise UserError(
@@ -133,7 +152,9 @@ def read_state(
     for ours, place in places.items():
         stored = weights.tensors[place.name]
         if not stored.dtype.is_floating_point:
-            raise UserError(f"{weights.path}: {place.name} is {stored.dtype}, where numbers with a point are expected")
+            raise UserError(
+                f"{weights.path}: {place.name} is {stored.dtype}, where numbers with a point are expected"
+            )
         try:
             state[ours] = place.to_ours(weights.read(place.name), shapes[ours]).float().contiguous()
         except UserError:
@@ -156,7 +177,9 @@ def published_state(model: nn.Module) -> dict[str, Tensor]:
     found = {name: tensor.read() for name, tensor in (weights.rest | raw.rest | stored).items()}
     for name, place in source.places.items():
         like = stored[place.name]
-        found[place.name] = place.to_theirs(ours[name].cpu(), tuple(like.shape)).to(like.dtype).contiguous()
+        found[place.name] = (
+            place.to_theirs(ours[name].cpu(), tuple(like.shape)).to(like.dtype).contiguous()
+        )
     return found
 
 
@@ -184,7 +207,11 @@ def locate(
     path = Path(name).expanduser()
     if name in known and not path.exists():
         peer, entry = known[name]
-        return fetch(entry.where, entry.file, revision, name, entry.config), dict(entry.hyperparameters), peer.kind
+        return (
+            fetch(entry.where, entry.file, revision, name, entry.config),
+            dict(entry.hyperparameters),
+            peer.kind,
+        )
     if path.is_dir():
         return find_weights(path, file), None, None
     if path.is_file():
@@ -192,13 +219,19 @@ def locate(
     if name.count("/") == 1 and file is not None and not name.startswith((".", "/", "~")):
         entry = next((e for _, e in known.values() if (e.where, e.file) == (name, file)), None)
         peer = next((p for p, e in known.values() if e is entry), None)
-        found = fetch(name, file, revision, name.replace("/", "--"), entry.config if entry else "config.json")
+        found = fetch(
+            name, file, revision, name.replace("/", "--"), entry.config if entry else "config.json"
+        )
         return found, dict(entry.hyperparameters) if entry else None, peer.kind if peer else None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         files = [e.file for _, e in known.values() if e.where == name]
         hint = f", such as file={files[0]!r}" if files else ""
-        raise UserError(f"{name}: there is no such folder here; of a repository of the Hub name the file{hint}")
-    raise UserError(f"{name}: there is no such file or folder, and no published file of that name in docs/published.md")
+        raise UserError(
+            f"{name}: there is no such folder here; of a repository of the Hub name the file{hint}"
+        )
+    raise UserError(
+        f"{name}: there is no such file or folder, and no published file of that name in docs/published.md"
+    )
 
 
 def home() -> Path:
@@ -225,7 +258,9 @@ def fetch(where: str, file: str, revision: str | None, name: str, config: str = 
             return Path(hf_hub_download(where, file, revision=revision))
     except Exception as error:  # the errors of its network libraries share no base
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise UserError(f"{where}: the Hub gave no {file} ({reason}): put that file at {by_hand}") from None
+        raise UserError(
+            f"{where}: the Hub gave no {file} ({reason}): put that file at {by_hand}"
+        ) from None
 
 
 def _listed(names: Iterable[str]) -> str:

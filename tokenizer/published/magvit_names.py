@@ -12,17 +12,27 @@ from tokenizer.published.peer import Shapes, count
 # "norm" or one of ENDS; the resolution (0 the finest), and the number among its like.
 Naming = Callable[[str, str, int, int], str]
 ENDS = ("conv_in", "norm_out", "conv_out")
-BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "shortcut": "nin_shortcut"}
+BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "shortcut": "nin_shortcut",
+}
 GROUPS = 32  # of every group norm
 
 
-def magvit_names(encoder: MagvitEncoderConfig, decoder: MagvitDecoderConfig, name: Naming) -> dict[str, str]:
+def magvit_names(
+    encoder: MagvitEncoderConfig, decoder: MagvitDecoderConfig, name: Naming
+) -> dict[str, str]:
     """Our modules -> theirs."""
     names, place = _ends("encoder", encoder.blocks, name), 0
     inner = ".conv" if encoder.downsampling == "conv" else ""
     for level in range(len(encoder.multipliers)):
         for number in range(encoder.blocks):
-            names |= _block(f"encoder.down.{place + number}", name("encoder", "block", level, number))
+            names |= _block(
+                f"encoder.down.{place + number}", name("encoder", "block", level, number)
+            )
         place += encoder.blocks + 1
         names[f"encoder.down.{place - 1}{inner}"] = name("encoder", "sample", level, 0)
     return names | magvit_decoder_names(decoder, name)

@@ -29,12 +29,16 @@ def naming(side: str, part: str, level: int, number: int) -> str:
 def maskgit(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     levels = count(shapes, "encoder.down.{}.")
     encoder = MagvitEncoderConfig(
-        **sizes(shapes, "encoder", levels, naming), **UNIT, out_channels=shapes["encoder.conv_out.weight"][0]
+        **sizes(shapes, "encoder", levels, naming),
+        **UNIT,
+        out_channels=shapes["encoder.conv_out.weight"][0],
     )
     decoder = MagvitDecoderConfig(**sizes(shapes, "decoder", levels, naming), **UNIT)
     num_codes, dim = shapes["quantize.embedding.weight"]
     quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", init="uniform")
-    names = magvit_names(encoder, decoder, naming) | {"quantizer.codebook": "quantize.embedding.weight"}
+    names = magvit_names(encoder, decoder, naming) | {
+        "quantizer.codebook": "quantize.embedding.weight"
+    }
     model = VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder)
     return Architecture(model, hyper.number("resolution") or RESOLUTION, names)
 
@@ -56,23 +60,32 @@ def maskbit(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     downsampling = "conv" if "encoder.down.0.down_conv.weight" in shapes else "average"
     dim = shapes["encoder.conv_out.weight"][0]
     encoder = MagvitEncoderConfig(
-        **sizes(shapes, "encoder", levels, naming), **UNIT, downsampling=downsampling, out_channels=dim
+        **sizes(shapes, "encoder", levels, naming),
+        **UNIT,
+        downsampling=downsampling,
+        out_channels=dim,
     )
     decoder = MagvitDecoderConfig(**sizes(shapes, "decoder", levels, naming), **UNIT)
     names = magvit_names(encoder, decoder, naming)
     if "quantize.embedding.weight" in shapes:
         metric = "cosine" if hyper.flag("use_l2_normalisation") else "l2"
         num_codes = shapes["quantize.embedding.weight"][0]
-        quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", metric=metric, init="uniform")
+        quantizer = VectorConfig(
+            num_codes=num_codes, code_dim=dim, codebook="gradient", metric=metric, init="uniform"
+        )
         names["quantizer.codebook"] = "quantize.embedding.weight"
     else:
         told = shapes.get("quantize.bits_to_indices", (dim,))[0]
         if told != dim:
-            raise UserError(f"{hyper.path}: codes of {told} bits and features of {dim} channels do not go together")
+            raise UserError(
+                f"{hyper.path}: codes of {told} bits and features of {dim} channels do not go together"
+            )
         quantizer = LookupFreeConfig(bits=dim, lowest_first=True)
     model = VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder)
     return Architecture(
-        model, hyper.number("preprocessing", "resolution") or hyper.number("resolution") or RESOLUTION, names
+        model,
+        hyper.number("preprocessing", "resolution") or hyper.number("resolution") or RESOLUTION,
+        names,
     )
 
 

@@ -17,7 +17,9 @@ from tokenizer.published.files import Hyperparameters
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their published names
 
 # Of our tensors those that only training fills: published files have none of them.
-OURS_ALONE = re.compile(r"(.*\.)?(statistics\.usage|mean_counts|mean_sums|assignment\.warmth|temperature|boost)")
+OURS_ALONE = re.compile(
+    r"(.*\.)?(statistics\.usage|mean_counts|mean_sums|assignment\.warmth|temperature|boost)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,9 @@ class PublishedFile:
     figures: str = ""  # with protocol and reference set
     sha256: str = ""  # where known
     config: str = ""  # beside the file, where the sizes do not tell all
-    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # likewise, where no file says them
+    hyperparameters: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # likewise, where no file says them
 
     @property
     def on_hub(self) -> bool:

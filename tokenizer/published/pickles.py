@@ -155,7 +155,9 @@ def _read_legacy(path: Path) -> Any:
         follow(file)
         saved, tensors = follow(file)
         keys, _ = follow(file)
-        sizes = {tensor.storage.key: (tensor.storage.dtype or torch.uint8).itemsize for tensor in tensors}
+        sizes = {
+            tensor.storage.key: (tensor.storage.dtype or torch.uint8).itemsize for tensor in tensors
+        }
         places: dict[str, tuple[int, int]] = {}
         end = path.stat().st_size
         for key in keys:
@@ -330,7 +332,9 @@ class _Machine:
     def _build(self, _: Any) -> None:
         state, made = self.pop(), self.stack[-1]
         if isinstance(made, Opaque):
-            made.state = state  # of an OrderedDict it is `_metadata`, which says nothing that is needed
+            made.state = (
+                state  # of an OrderedDict it is `_metadata`, which says nothing that is needed
+            )
 
     def _binpersid(self, _: Any) -> None:
         self.stack.append(_storage(self.pop()))
@@ -349,7 +353,10 @@ class _Machine:
             return self._tensor(*arguments[:4], dtype=None)
         if name == "torch._utils._rebuild_tensor_v3":
             return self._tensor(*arguments[:4], dtype=arguments[6])
-        if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+        if name in (
+            "torch._utils._rebuild_parameter",
+            "torch._utils._rebuild_parameter_with_state",
+        ):
             return arguments[0]
         if name == "torch._tensor._rebuild_from_type_v2":
             return self._call(arguments[0], arguments[2])
@@ -357,7 +364,9 @@ class _Machine:
             return tuple(arguments[0])
         return Opaque(name)
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any) -> StoredTensor | Opaque:
+    def _tensor(
+        self, storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any
+    ) -> StoredTensor | Opaque:
         if not isinstance(storage, Storage):
             return Opaque("a tensor of other storage")
         numbers = (offset, *shape, *stride)
@@ -375,7 +384,9 @@ def _set_items(target: Any, items: Sequence[Any]) -> None:
     """Keys and values in turn, into a dictionary; what is none stays as it is."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2]):
-            target[key if isinstance(key, str | int | float | bool | None) else repr(type(key))] = value
+            target[key if isinstance(key, str | int | float | bool | None) else repr(type(key))] = (
+                value
+            )
 
 
 def _extend(target: Any, items: list[Any]) -> None:
@@ -404,5 +415,11 @@ def _dtype(value: Any) -> torch.dtype | None:
     """Of torch.FloatStorage or torch.float32, by name."""
     if not isinstance(value, Name) or value.module not in ("torch", "torch.storage", "torch.cuda"):
         return None
-    plain = getattr(torch, value.name, None) if value.module == "torch" and value.name.islower() else None
-    return plain if isinstance(plain, torch.dtype) else DTYPES.get(value.name.removesuffix("Storage"))
+    plain = (
+        getattr(torch, value.name, None)
+        if value.module == "torch" and value.name.islower()
+        else None
+    )
+    return (
+        plain if isinstance(plain, torch.dtype) else DTYPES.get(value.name.removesuffix("Storage"))
+    )

@@ -19,10 +19,14 @@ from training.command import UserError
 class RAE(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] <-> continuous latents (B, C, h, w). It has no codes."""
 
-    def __init__(self, encoder: nn.Module, decoder: ViTDecoder, statistics: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: ViTDecoder, statistics: tuple[Tensor, Tensor] | None
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.normaliser = LatentNormaliser(encoder.channels, decoder.grid) if statistics else nn.Identity()
+        self.normaliser = (
+            LatentNormaliser(encoder.channels, decoder.grid) if statistics else nn.Identity()
+        )
         if statistics:
             self.normaliser.load(*statistics)
 
@@ -49,7 +53,9 @@ class RAE(nn.Module):
     def decode(self, codes: Tensor, layout: object = None) -> NoReturn:
         self.encode(codes)
 
-    def check_outputs(self, images: Tensor | None = None, latents: Tensor | None = None) -> dict[str, Tensor]:
+    def check_outputs(
+        self, images: Tensor | None = None, latents: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """What a case holds: of images, or of latents."""
         if images is None:
             return {"reconstruction": self.to_images(latents)}
@@ -65,7 +71,11 @@ def build(shapes: Shapes, hyper: Hyperparameters) -> tuple[RAE, dict[str, str]]:
     def path(key: str) -> Path | None:
         """A path in the configuration: as it stands, or beside it."""
         value = hyper.find(key)
-        return None if value is None else next((p for p in (folder / value, Path(value)) if p.exists()), Path(value))
+        return (
+            None
+            if value is None
+            else next((p for p in (folder / value, Path(value)) if p.exists()), Path(value))
+        )
 
     settings = path("decoder_config_path")
     if settings is None or hyper.find("encoder_config_path") is None:
@@ -80,13 +90,19 @@ def build(shapes: Shapes, hyper: Hyperparameters) -> tuple[RAE, dict[str, str]]:
     source = hyper.find("encoder_params", "dinov2_path") or hyper.find("encoder_config_path")
     local = next((p for p in (folder / source, Path(source)) if p.is_dir()), None)
     encoder = FoundationConfig(
-        name=str(local or source), final_norm="plain", input_size=hyper.number("encoder_input_size"), frozen=True
+        name=str(local or source),
+        final_norm="plain",
+        input_size=hyper.number("encoder_input_size"),
+        frozen=True,
     ).build(hyper.needed("encoder_input_size", why="which is how many pixels its encoder sees"))
     stride = hyper.needed("decoder_patch_size", why="which is how many pixels a token becomes")
     side = hyper.number("encoder_input_size") // encoder.patch
     dim, in_channels = shapes["decoder_embed.weight"]
     size = Size(
-        dim, count(shapes, "decoder_layers.{}."), heads, shapes["decoder_layers.0.intermediate.dense.weight"][0]
+        dim,
+        count(shapes, "decoder_layers.{}."),
+        heads,
+        shapes["decoder_layers.0.intermediate.dense.weight"][0],
     )
     statistics = path("normalization_stat_path")
     model = RAE(

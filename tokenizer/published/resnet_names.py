@@ -10,7 +10,16 @@ from tokenizer.encoders.resnet import ResNetEncoderConfig, attention_levels
 # Of a module its name there, from (side, part, level, number): "encoder" or "decoder", one of PARTS, the resolution
 # (0 the finest), and the number among its like.
 Naming = Callable[[str, str, int, int], str]
-PARTS = ("conv_in", "block", "attention", "sample", "middle_block", "middle_attention", "norm_out", "conv_out")
+PARTS = (
+    "conv_in",
+    "block",
+    "attention",
+    "sample",
+    "middle_block",
+    "middle_attention",
+    "norm_out",
+    "conv_out",
+)
 
 
 def resnet_names(
@@ -31,13 +40,17 @@ def resnet_names(
         for part in ("conv_in", "norm_out", "conv_out"):
             names[f"{side}.{part}"] = name(side, part, 0, 0)
         levels, attended, place = list(range(len(config.multipliers))), attention_levels(config), 0
-        last = levels[-1] if side == "encoder" else 0  # the level without a change of resolution after it
+        last = (
+            levels[-1] if side == "encoder" else 0
+        )  # the level without a change of resolution after it
         for level in levels if side == "encoder" else reversed(levels):
             for number in range(config.blocks + (side == "decoder")):
                 add(f"{side}.{trunk}.{place}", name(side, "block", level, number), block)
                 place += 1
                 if level in attended:
-                    add(f"{side}.{trunk}.{place}", name(side, "attention", level, number), attention)
+                    add(
+                        f"{side}.{trunk}.{place}", name(side, "attention", level, number), attention
+                    )
                     place += 1
             if level != last:
                 names[f"{side}.{trunk}.{place}.conv"] = name(side, "sample", level, 0) + sample
@@ -49,5 +62,11 @@ def resnet_names(
     return names
 
 
-BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "shortcut": "nin_shortcut"}
+BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "shortcut": "nin_shortcut",
+}
 ATTENTION = {"norm": "norm", "query": "q", "key": "k", "value": "v", "out": "proj_out"}

@@ -14,7 +14,10 @@ RESOLUTION = 256  # pixels, where no configuration says another size: any is tak
 
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     channels, blocks = shapes["enc_b.blocks.4.weight"][0], _blocks(shapes, "enc_b", 5)
-    sizes = {"residual_blocks": blocks, "residual_channels": shapes["enc_b.blocks.5.conv.1.weight"][0]}
+    sizes = {
+        "residual_blocks": blocks,
+        "residual_channels": shapes["enc_b.blocks.5.conv.1.weight"][0],
+    }
     decay = float(hyper.find("decay") or 0.99)
 
     def quantizer(name: str) -> VectorConfig:
@@ -38,7 +41,9 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     for ours, theirs, doublings in (("decoder", "dec", 2), ("top_decoder", "dec_t", 1)):
         names[f"{ours}.body"] = f"{theirs}.blocks.0"
         names |= _stack(ours, theirs, 1, blocks)
-        names |= {f"{ours}.up.{k}": f"{theirs}.blocks.{blocks + 2 + 2 * k}" for k in range(doublings)}
+        names |= {
+            f"{ours}.up.{k}": f"{theirs}.blocks.{blocks + 2 + 2 * k}" for k in range(doublings)
+        }
     model = VQVAE2Config(
         encoder=ConvEncoderConfig(channels=channels, stride=4, **sizes),
         decoder=ConvDecoderConfig(channels=channels, **sizes),

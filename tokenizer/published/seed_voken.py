@@ -27,7 +27,9 @@ def naming(side: str, part: str, level: int, number: int) -> str:
     }.get(part, f"{side}.{part}")
 
 
-def autoencoder(shapes: Shapes, hyper: Hyperparameters, quantizer, quantizer_names: dict[str, str]) -> Architecture:
+def autoencoder(
+    shapes: Shapes, hyper: Hyperparameters, quantizer, quantizer_names: dict[str, str]
+) -> Architecture:
     levels = count(shapes, "encoder.down.{}.")
     encoder = MagvitEncoderConfig(
         **sizes(shapes, "encoder", levels, naming), downsampling="centred",
@@ -50,11 +52,18 @@ def magvit2(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
 
 def simvq(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     num_codes, dim = shapes["quantize.embedding.weight"]
-    names = {"quantizer.frozen": "quantize.embedding.weight", "quantizer.transform": "quantize.embedding_proj"}
+    names = {
+        "quantizer.frozen": "quantize.embedding.weight",
+        "quantizer.transform": "quantize.embedding_proj",
+    }
     return autoencoder(shapes, hyper, SimVQConfig(num_codes=num_codes, code_dim=dim), names)
 
 
-NETWORKS = ("encoder.conv_in.weight", r"encoder\.mid_block\.0\.conv1\.weight", r"decoder\.up\.0\.block\.0\..*")
+NETWORKS = (
+    "encoder.conv_in.weight",
+    r"encoder\.mid_block\.0\.conv1\.weight",
+    r"decoder\.up\.0\.block\.0\..*",
+)
 MAGVIT2 = Peer(
     kind="open-magvit2",
     title="Open-MAGVIT2 (TencentARC/SEED-Voken)",

@@ -26,7 +26,12 @@ PEERS: dict[str, Peer] = {
         DALLE, RAE_PEER,
     )
 }  # fmt: skip
-TARGETS = ("target", "class_path", "_class_name", "_target_")  # keys of a class in the configurations of others
+TARGETS = (
+    "target",
+    "class_path",
+    "_class_name",
+    "_target_",
+)  # keys of a class in the configurations of others
 
 
 def peer_of(weights: Weights, hyper: Hyperparameters, kind: str | None = None) -> Peer:
@@ -43,8 +48,12 @@ def peer_of(weights: Weights, hyper: Hyperparameters, kind: str | None = None) -
     if len(found) == 1:
         return found[0]
     kinds = ", ".join(peer.kind for peer in found or PEERS.values())
-    which = "it may be of several kinds" if found else "its tensors are of no kind that is known here"
-    raise UserError(f"{weights.path}: {which}: say which with as_= (on the command line --as), one of {kinds}")
+    which = (
+        "it may be of several kinds" if found else "its tensors are of no kind that is known here"
+    )
+    raise UserError(
+        f"{weights.path}: {which}: say which with as_= (on the command line --as), one of {kinds}"
+    )
 
 
 def published_files() -> dict[str, tuple[Peer, PublishedFile]]:

@@ -41,14 +41,20 @@ def networks(shapes: Shapes) -> tuple[ResNetEncoderConfig, ResNetDecoderConfig]:
             "multipliers": tuple(width // channels for width in widths),
             "blocks": count(shapes, f"{side}.{trunk}.0.block.{{}}.") - (side == "decoder"),
             "attention": f"{side}.mid.attn_1.q.weight" in shapes,
-            "attention_levels": tuple(k for k in levels if f"{side}.{trunk}.{k}.attn.0.q.weight" in shapes),
+            "attention_levels": tuple(
+                k for k in levels if f"{side}.{trunk}.{k}.attn.0.q.weight" in shapes
+            ),
             "groups": GROUPS,
         }
-    encoder = ResNetEncoderConfig(**settings["encoder"], out_channels=shapes["encoder.conv_out.weight"][0])
+    encoder = ResNetEncoderConfig(
+        **settings["encoder"], out_channels=shapes["encoder.conv_out.weight"][0]
+    )
     return encoder, ResNetDecoderConfig(**settings["decoder"])
 
 
-def autoencoder(shapes: Shapes, hyper: Hyperparameters, quantizer, quantizer_names: dict[str, str]) -> Architecture:
+def autoencoder(
+    shapes: Shapes, hyper: Hyperparameters, quantizer, quantizer_names: dict[str, str]
+) -> Architecture:
     """A quantizer between taming's networks, with a projection on each side."""
     encoder, decoder = networks(shapes)
     names = resnet_names(encoder, decoder, naming, BLOCK, ATTENTION)
@@ -61,8 +67,12 @@ def autoencoder(shapes: Shapes, hyper: Hyperparameters, quantizer, quantizer_nam
 def vqgan(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     num_codes, dim = shapes["quantize.embedding.weight"]
     metric = "angle" if hyper.flag("l2_normalize") else "l2"
-    quantizer = VectorConfig(num_codes=num_codes, code_dim=dim, codebook="gradient", metric=metric, init="uniform")
-    return autoencoder(shapes, hyper, quantizer, {"quantizer.codebook": "quantize.embedding.weight"})
+    quantizer = VectorConfig(
+        num_codes=num_codes, code_dim=dim, codebook="gradient", metric=metric, init="uniform"
+    )
+    return autoencoder(
+        shapes, hyper, quantizer, {"quantizer.codebook": "quantize.embedding.weight"}
+    )
 
 
 def gumbel(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
@@ -78,7 +88,11 @@ def logits(model: nn.Module, latents: Tensor, vectors: Tensor) -> dict[str, Tens
     return {"logits": model.quantizer.logits(latents.movedim(1, -1)).movedim(-1, 1)}
 
 
-NETWORKS = ("encoder.conv_in.weight", r"encoder\.down\.0\.block\.0\.norm1\.weight", r"decoder\.up\.0\.block\.0\..*")
+NETWORKS = (
+    "encoder.conv_in.weight",
+    r"encoder\.down\.0\.block\.0\.norm1\.weight",
+    r"decoder\.up\.0\.block\.0\..*",
+)
 PLAIN = has(*NETWORKS, "quantize.embedding.weight", r"encoder\.mid\.block_1\..*",
             without=(r"quantize\.embedding_proj\..*", "quantize.codebook_used"))  # fmt: skip
 

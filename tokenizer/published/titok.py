@@ -23,7 +23,9 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     legacy = "decoder.ffn.2.weight" in shapes
     mixes = "pixel_quantize.embedding.weight" in shapes
     if legacy and not mixes:
-        raise UserError(f"{hyper.path}: a TiTok of the first stage predicts MaskGIT-VQGAN's codes and has no pixels")
+        raise UserError(
+            f"{hyper.path}: a TiTok of the first stage predicts MaskGIT-VQGAN's codes and has no pixels"
+        )
 
     def transformer(side: str) -> dict:
         width = shapes[f"{side}.positional_embedding"][1]
@@ -52,8 +54,12 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
         names |= {"decoder.head.0": "decoder.ffn.0", "decoder.head.2": "decoder.ffn.2"}
         names["decoder.codebook"] = "pixel_quantize.embedding.weight"
         num_pixel_codes, pixel_code_dim = shapes["pixel_quantize.embedding.weight"]
-        pixels, inner = _pixels({n.removeprefix("pixel_"): s for n, s in shapes.items() if n.startswith("pixel_")})
-        names |= {f"decoder.pixels.{o.removeprefix('decoder.')}": f"pixel_{t}" for o, t in inner.items()}
+        pixels, inner = _pixels(
+            {n.removeprefix("pixel_"): s for n, s in shapes.items() if n.startswith("pixel_")}
+        )
+        names |= {
+            f"decoder.pixels.{o.removeprefix('decoder.')}": f"pixel_{t}" for o, t in inner.items()
+        }
         decoder = TiTokDecoderConfig(
             **settings, patch=2 ** (len(pixels.multipliers) - 1), unit_range=True, pixels=pixels,
             num_pixel_codes=num_pixel_codes, pixel_code_dim=pixel_code_dim,
@@ -72,7 +78,9 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
         num_codes=num_codes, code_dim=dim, codebook="gradient", init="uniform",
         metric="cosine" if (legacy if unit_length is None else unit_length) else "l2",
     )  # fmt: skip
-    return Architecture(VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder), size, names)
+    return Architecture(
+        VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder), size, names
+    )
 
 
 def _pixels(shapes: Shapes) -> tuple[MagvitDecoderConfig, dict[str, str]]:
@@ -104,7 +112,12 @@ TITOK = Peer(
     kind="titok",
     title="TiTok (bytedance/1d-tokenizer)",
     licence="Apache-2.0",
-    recognises=has("latent_tokens", "encoder.patch_embed.weight", "decoder.mask_token", "quantize.embedding.weight"),
+    recognises=has(
+        "latent_tokens",
+        "encoder.patch_embed.weight",
+        "decoder.mask_token",
+        "quantize.embedding.weight",
+    ),
     architecture=architecture,
     unit_range=True,
     quirks=(

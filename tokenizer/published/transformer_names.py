@@ -11,7 +11,12 @@ def transformer_names(ours: str, theirs: str, blocks: str, depth: int) -> dict[s
     """Of the transformer `ours` whose norms stand in the module `theirs`, and whose blocks are `blocks`.0, .1, ..."""
     names = {f"{ours}.norm_in": f"{theirs}.ln_pre", f"{ours}.norm_out": f"{theirs}.ln_post"}
     for number in range(depth):
-        names |= {f"{ours}.blocks.{number}.{part}": f"{blocks}.{number}.{their}" for part, their in BLOCK.items()}
+        names |= {
+            f"{ours}.blocks.{number}.{part}": f"{blocks}.{number}.{their}"
+            for part, their in BLOCK.items()
+        }
         for leaf in ("weight", "bias"):
-            names[f"{ours}.blocks.{number}.in_proj.{leaf}"] = f"{blocks}.{number}.attn.in_proj_{leaf}"
+            names[f"{ours}.blocks.{number}.in_proj.{leaf}"] = (
+                f"{blocks}.{number}.attn.in_proj_{leaf}"
+            )
     return names

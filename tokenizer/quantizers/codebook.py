@@ -71,7 +71,9 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         features, vectors = ctx.saved_tensors
-        scale = vectors.norm(dim=1, keepdim=True) / features.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        scale = vectors.norm(dim=1, keepdim=True) / features.norm(dim=1, keepdim=True).clamp(
+            min=1e-6
+        )
         e, q = F.normalize(features, dim=1), F.normalize(vectors, dim=1)
         r = F.normalize(e + q, dim=1)
         along_r, along_q = ((gradient * unit).sum(1, keepdim=True) for unit in (r, q))
@@ -94,7 +96,9 @@ class _Distance(torch.autograd.Function):
         (difference,) = ctx.saved_tensors
         of_rows, of_vectors = (gradient * (2 / difference.numel()) for gradient in gradients)
         wanted = ctx.needs_input_grad
-        return difference * of_rows if wanted[0] else None, difference * -of_vectors if wanted[1] else None
+        return difference * of_rows if wanted[0] else None, difference * -of_vectors if wanted[
+            1
+        ] else None
 
 
 class Assignment(nn.Module):
@@ -173,7 +177,9 @@ class Assignment(nn.Module):
                 loss = loss + self.entropy * parts["entropy"]
         passed = (rotate if self.rotation else straight_through)(rows, vectors.detach())
         codes = codes.unflatten(0, (shape[0], 1, *shape[2:]))
-        return QuantizerOutput(to_grid(passed, codes.shape), codes, loss, {**parts, **statistics.figures()})
+        return QuantizerOutput(
+            to_grid(passed, codes.shape), codes, loss, {**parts, **statistics.figures()}
+        )
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -222,7 +228,10 @@ def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     with torch.no_grad():
         q = torch.stack([log_p(z, codebook).exp().sum(0) for z in chunks]).sum(0) / len(rows)
         log_q = distributed.batch_mean(q).clamp(min=1e-30).log()
-    terms = [checkpoint(negative_kl, z, codebook, use_reentrant=False, preserve_rng_state=False) for z in chunks]
+    terms = [
+        checkpoint(negative_kl, z, codebook, use_reentrant=False, preserve_rng_state=False)
+        for z in chunks
+    ]
     return torch.stack(terms).sum() / len(rows)
 
 
@@ -245,7 +254,11 @@ class Usage(nn.Module):
     def gather(self, codes: Tensor) -> None:
         """Add codes of any shape; -1 is not counted."""
         codes = codes.flatten()
-        self._add(segment_sums(codes.new_empty((len(codes), 0), dtype=torch.float32), codes, self.num_codes))
+        self._add(
+            segment_sums(
+                codes.new_empty((len(codes), 0), dtype=torch.float32), codes, self.num_codes
+            )
+        )
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
@@ -271,7 +284,10 @@ class Usage(nn.Module):
 
     def _totals(self) -> list[Tensor]:
         """Zeros where nothing was gathered."""
-        return self.totals or [self.usage.new_zeros(self.num_codes), self.usage.new_zeros(self.num_codes, self.dim)]
+        return self.totals or [
+            self.usage.new_zeros(self.num_codes),
+            self.usage.new_zeros(self.num_codes, self.dim),
+        ]
 
     def _take(self) -> list[Tensor]:
         share([] if self.shared else [self])
@@ -284,7 +300,9 @@ class Usage(nn.Module):
 class Statistics(Usage):
     """Usage, sums of the features that met each code, and the features themselves for restarts."""
 
-    def __init__(self, num_codes: int, dim: int, *, keep_rows: bool = True, window: int = 100) -> None:
+    def __init__(
+        self, num_codes: int, dim: int, *, keep_rows: bool = True, window: int = 100
+    ) -> None:
         """`dim`: of the sums, 0 for none."""
         super().__init__(num_codes, dim, window=window)
         self.keep_rows = keep_rows
@@ -311,7 +329,11 @@ class Statistics(Usage):
         """(counts (K,), sums (K, D), candidates (M, D) or None); counts and sums are the same on every rank."""
         candidates = self.candidates
         counts, sums = self._take()
-        return counts, sums, torch.cat(candidates) if len(candidates) > 1 else next(iter(candidates), None)
+        return (
+            counts,
+            sums,
+            torch.cat(candidates) if len(candidates) > 1 else next(iter(candidates), None),
+        )
 
     def clear(self) -> None:
         super().clear()
@@ -323,7 +345,9 @@ def share(statistics: Sequence[Usage]) -> None:
     """Sum what was gathered over ranks, in one reduction for all of these."""
     if distributed.world() > 1 and statistics:
         totals = [total for each in statistics for total in each._totals()]
-        parts = distributed.sum_(torch.cat([total.flatten() for total in totals])).split([t.numel() for t in totals])
+        parts = distributed.sum_(torch.cat([total.flatten() for total in totals])).split(
+            [t.numel() for t in totals]
+        )
         for each, counts, sums in zip(statistics, parts[::2], parts[1::2]):
             each.totals = [counts, sums.view(each.num_codes, each.dim)]
     for each in statistics:
@@ -368,7 +392,9 @@ def revive(
     if not split:
         if candidates is None:
             return torch.zeros_like(dead)
-        replace_(book, dead, lambda rows: to_book(pick_rows(candidates, len(book), step, places[rows])))
+        replace_(
+            book, dead, lambda rows: to_book(pick_rows(candidates, len(book), step, places[rows]))
+        )
         mean_counts.copy_(torch.where(dead, mean, mean_counts))
         return dead
     dead &= places < len(book) - dead.sum()  # at most one copy of each code that is in use
@@ -378,7 +404,9 @@ def revive(
 
     def moved(rows: Tensor) -> Tensor:
         generator = _generator(book.device, step, len(book))
-        shift = torch.randn(book.shape[1], generator=generator, device=book.device, dtype=book.dtype)
+        shift = torch.randn(
+            book.shape[1], generator=generator, device=book.device, dtype=book.dtype
+        )
         return book[parents[rows]] + 0.01 * book.std(0).mean() * shift
 
     replace_(book, dead, moved)
@@ -392,7 +420,11 @@ def follow(quantizer: nn.Module, source: nn.Module, names: Sequence[str]) -> Non
     """Copy the rows `source.changed`, (K,) bool, of tensors from one quantizer to another of the same shapes."""
     if source.changed is not None:
         for name in names:
-            replace_(getattr(quantizer, name), source.changed, lambda rows, name=name: getattr(source, name)[rows])
+            replace_(
+                getattr(quantizer, name),
+                source.changed,
+                lambda rows, name=name: getattr(source, name)[rows],
+            )
 
 
 @torch.no_grad()
@@ -421,7 +453,9 @@ def pick_rows(candidates: Tensor, count: int, step: int, places: Tensor | None =
     device = candidates.device
     generator = _generator(device, step, count)
     rounds = range(-(-count // total))
-    order = torch.cat([torch.randperm(total, generator=generator, device=device) for _ in rounds])[:count]
+    order = torch.cat([torch.randperm(total, generator=generator, device=device) for _ in rounds])[
+        :count
+    ]
     local = (order if places is None else order[places]) - first
     if distributed.world() == 1:
         return candidates[local]

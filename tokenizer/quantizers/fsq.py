@@ -17,7 +17,12 @@ EPSILON = 1e-3  # the bound reaches a little beyond the outermost levels
 @dataclasses.dataclass(frozen=True)
 class FSQConfig:
     kind: str = "fsq"
-    levels: tuple[int, ...] = (8, 5, 5, 5)  # values per channel: 1000 codes; the paper advises five or more
+    levels: tuple[int, ...] = (
+        8,
+        5,
+        5,
+        5,
+    )  # values per channel: 1000 codes; the paper advises five or more
 
     def __post_init__(self) -> None:
         if not self.levels or not all(3 <= level <= 999 for level in self.levels):
@@ -49,12 +54,16 @@ class FSQ(nn.Module):
         self.dim, self.num_codes = len(levels), (math.prod(levels),)
         counts = torch.tensor(levels)
         half_width = (counts - 1) * (1 + EPSILON) / 2
-        offset = torch.where(counts % 2 == 0, 0.5, 0.0)  # an even number of levels has none at its middle
+        offset = torch.where(
+            counts % 2 == 0, 0.5, 0.0
+        )  # an even number of levels has none at its middle
         self.register_buffer("levels", counts, persistent=False)
         self.register_buffer("places", torch.tensor([1, *levels[:-1]]).cumprod(0), persistent=False)
         self.register_buffer("half_width", half_width, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
-        self.register_buffer("shift", (offset / half_width).atanh(), persistent=False)  # features of 0 give 0
+        self.register_buffer(
+            "shift", (offset / half_width).atanh(), persistent=False
+        )  # features of 0 give 0
         self.statistics = Usage(self.num_codes[0])
 
     def forward(self, features: Tensor) -> QuantizerOutput:
@@ -71,14 +80,18 @@ class FSQ(nn.Module):
             vectors = straight_through(bounded / (self.levels // 2), self._values(digits))
         codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
         loss = rows.new_zeros(()).where(whole.all(), torch.nan)
-        return QuantizerOutput(to_grid(vectors, features.shape), codes, loss, self.statistics.figures())
+        return QuantizerOutput(
+            to_grid(vectors, features.shape), codes, loss, self.statistics.figures()
+        )
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
         digits = codes.squeeze(1).clamp(min=0)[..., None] // self.places % self.levels
         return self._values(digits).movedim(-1, 1)
 
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Nothing starts from data."""
 
     def update(self, step: int, taken: bool) -> None:

@@ -62,10 +62,16 @@ def available(device: torch.device) -> bool:
     """Whether kernels run there: CUDA of capability 8.0 and above, or anywhere under TRITON_INTERPRET=1."""
     if triton is None or triton.knobs.runtime.interpret:
         return triton is not None
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
-def nearest_fused(features: Tensor, codebook: Tensor, offsets: Tensor | None = None, *, coarse: str = "fp16") -> Tensor:
+def nearest_fused(
+    features: Tensor, codebook: Tensor, offsets: Tensor | None = None, *, coarse: str = "fp16"
+) -> Tensor:
     """Index of the code nearest in L2, (N, D) and (K, D) -> (N,) int64; equal codes give the lowest index.
 
     With `offsets` (K,) it is argmin_k offsets_k - <x_n, c_k> instead. The answer is that of float64 on the fp32
@@ -78,11 +84,22 @@ def nearest_fused(features: Tensor, codebook: Tensor, offsets: Tensor | None = N
     if coarse not in (*COARSE, "ieee"):
         raise ValueError(f"coarse={coarse!r} is none of {', '.join(COARSE)}, ieee")
     given = [features, codebook] if offsets is None else [features, codebook, offsets]
-    if not len(codebook) or codebook.shape[1] != features.shape[1] or given[-1].shape[0] != len(codebook):
+    if (
+        not len(codebook)
+        or codebook.shape[1] != features.shape[1]
+        or given[-1].shape[0] != len(codebook)
+    ):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
-        raise ValueError(f"features, codebook, offsets are {shapes}: give (N, D), (K, D), (K,), with K at least 1")
+        raise ValueError(
+            f"features, codebook, offsets are {shapes}: give (N, D), (K, D), (K,), with K at least 1"
+        )
     with torch.no_grad():
-        return _nearest(features.detach(), codebook.detach(), None if offsets is None else offsets.detach(), coarse)
+        return _nearest(
+            features.detach(),
+            codebook.detach(),
+            None if offsets is None else offsets.detach(),
+            coarse,
+        )
 
 
 @torch.library.custom_op("tessera::nearest_fused", mutates_args=())
@@ -96,7 +113,12 @@ def _(features: Tensor, codebook: Tensor, offsets: Tensor | None, coarse: str) -
 
 
 def search(
-    features: Tensor, codebook: Tensor, offsets: Tensor | None, coarse: str, tiles: Tiles | None = None, chunk: int = 0
+    features: Tensor,
+    codebook: Tensor,
+    offsets: Tensor | None,
+    coarse: str,
+    tiles: Tiles | None = None,
+    chunk: int = 0,
 ) -> Search:
     """`nearest_fused` outside the operator, with the count of rows that needed fp32; given tiles and rows at a time."""
     with torch.cuda.device_of(features):
@@ -105,7 +127,10 @@ def search(
         parts = features.split(chunk or max(1, BUDGET // row_bytes)) if len(features) else ()
         found = [_search_rows(rows.float().contiguous(), codebook, coarse, tiles) for rows in parts]
         codes = [part.codes for part in found] or [features.new_empty(0, dtype=torch.int64)]
-        rechecked = sum((part.rechecked for part in found), torch.zeros((), dtype=torch.int32, device=features.device))
+        rechecked = sum(
+            (part.rechecked for part in found),
+            torch.zeros((), dtype=torch.int32, device=features.device),
+        )
         return Search(torch.cat(codes), rechecked)
 
 
@@ -119,16 +144,22 @@ class Codes:
         offsets = half_norms if offsets is None else offsets.double()
         valid = peaks.isfinite() & offsets.isfinite()  # (K,)
         self.exponent = _exponent(peaks.where(valid, 0).amax())  # f
-        self.scales = _power(-self.exponent) * valid  # (K,) 2^-f, or 0 for a code that is never chosen
+        self.scales = (
+            _power(-self.exponent) * valid
+        )  # (K,) 2^-f, or 0 for a code that is never chosen
         self.exact_offsets = offsets.where(valid, float("inf"))  # fp64
         self.offset_exponent = torch.frexp(offsets.abs().where(valid, 0).amax()).exponent  # h
         self.offsets = (self.exact_offsets * _power64(TOP - self.offset_exponent)).float()
         if coarse in COARSE:
-            self.rounded, norms, residuals = _round(values, self.centre, self.scales, self.width, coarse)
+            self.rounded, norms, residuals = _round(
+                values, self.centre, self.scales, self.width, coarse
+            )
             # |C|, at least a thousandth of the longest so that |C - C'| can be bounded in parts of it: (K,), ()
             self.reaches = norms.maximum(norms.amax() * RANGE).clamp(min=2.0**-100)
             self.relative_residual = (residuals / self.reaches).amax()
-            self.lower_offsets = (self.offsets - self.offsets.abs() * 2.0**-21).where(valid, float("inf"))
+            self.lower_offsets = (self.offsets - self.offsets.abs() * 2.0**-21).where(
+                valid, float("inf")
+            )
 
 
 def _search_rows(rows: Tensor, codebook: Codes, coarse: str, tiles: Tiles | None) -> Search:
@@ -137,7 +168,9 @@ def _search_rows(rows: Tensor, codebook: Codes, coarse: str, tiles: Tiles | None
     finite = peaks.isfinite()  # (N,)
     exponents = _exponent(peaks.where(finite, 0))  # e
     scales = _power(-exponents) * finite  # 2^-e, or 0 for a row that gets no code
-    above = exponents + codebook.exponent - codebook.offset_exponent  # e + f - h: the larger side reaches the top
+    above = (
+        exponents + codebook.exponent - codebook.offset_exponent
+    )  # e + f - h: the larger side reaches the top
     weights = _power((-above).clamp(-126, 0))  # of the offsets, and
     units = _power((TOP + above).clamp(-126, TOP))  # of <X, C>, in score * range
     ranges = _power64(TOP - above.clamp(min=0) - codebook.offset_exponent)
@@ -146,18 +179,29 @@ def _search_rows(rows: Tensor, codebook: Codes, coarse: str, tiles: Tiles | None
     order = torch.arange(num_rows, dtype=torch.int32, device=rows.device)
     count = torch.full((), num_rows, dtype=torch.int32, device=rows.device)
     for precision in dict.fromkeys((coarse, "ieee")):
-        if precision == "ieee":  # rounded as it is read; kept by score, since no other search follows
+        if (
+            precision == "ieee"
+        ):  # rounded as it is read; kept by score, since no other search follows
             errors = torch.zeros_like(units)
-            left, right, offsets, reaches = rows, codebook.values, codebook.offsets, codebook.offsets
+            left, right, offsets, reaches = (
+                rows,
+                codebook.values,
+                codebook.offsets,
+                codebook.offsets,
+            )
         else:
-            left, norms, residuals = _round(rows, codebook.centre, scales, codebook.width, precision)
+            left, norms, residuals = _round(
+                rows, codebook.centre, scales, codebook.width, precision
+            )
             gamma, relative = GAMMA * (codebook.width + 4), codebook.relative_residual
             errors = residuals + (norms + residuals) * (relative + gamma * (1 + relative))
             errors = errors * units * 1.01  # what rounding the norms and this line may lose
             right, offsets, reaches = codebook.rounded, codebook.lower_offsets, codebook.reaches
         tile = tiles or _tiles(rows.device, precision, depth)
         programs = tile.resident * _multiprocessors(rows.device)
-        found = rows.new_empty((max(triton.cdiv(num_rows, tile.rows), programs), tile.rows, KEPT), dtype=torch.int64)
+        found = rows.new_empty(
+            (max(triton.cdiv(num_rows, tile.rows), programs), tile.rows, KEPT), dtype=torch.int64
+        )
         shape = dict(ROWS=tile.rows, CODES=tile.codes, KEPT=KEPT, MAX_SPLITS=MAX_SPLITS)
         _shortlist[(programs,)](
             left, right, codebook.centre, offsets, reaches, order, count, scales, codebook.scales,
@@ -194,7 +238,9 @@ def _measure(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return peaks, half_norms
 
 
-def _round(values: Tensor, centre: Tensor, scales: Tensor, width: int, coarse: str) -> tuple[Tensor, Tensor, Tensor]:
+def _round(
+    values: Tensor, centre: Tensor, scales: Tensor, width: int, coarse: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """(values - centre) * scales rounded, (N, width) filled up with 0; norms before, and of what was lost, (N,)."""
     interpreted = coarse == "bf16" and not values.is_cuda  # whose products do not know bf16
     dtype = torch.float32 if interpreted else COARSE[coarse]
@@ -228,7 +274,11 @@ def _width(depth: int) -> int:
 
 
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )
 
 
 def _tiles(device: torch.device, precision: str, depth: int) -> Tiles:
@@ -293,7 +343,11 @@ def _round_rows(
         value = tl.where(scale > 0, value, 0.0)
         bits = value.to(tl.int32, bitcast=True)
         half = (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1)  # ties to even
-        kept = (((bits + half) >> DROPPED) << DROPPED).to(tl.float32, bitcast=True).to(rounded.dtype.element_ty)
+        kept = (
+            (((bits + half) >> DROPPED) << DROPPED)
+            .to(tl.float32, bitcast=True)
+            .to(rounded.dtype.element_ty)
+        )
         tl.store(target + entry, kept, mask=inside & (entry < width))
         difference = value - kept.to(tl.float32)
         squares += value * value
@@ -311,7 +365,9 @@ def _shortlist(
 ):  # fmt: skip
     """The KEPT smallest bounds of the rows order[:count], and their codes, for every split of the codebook."""
     total = tl.load(count)
-    blocks, splits, share = _partition(total, num_codes, tl.num_programs(0), ROWS, CODES, MAX_SPLITS)
+    blocks, splits, share = _partition(
+        total, num_codes, tl.num_programs(0), ROWS, CODES, MAX_SPLITS
+    )
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, CODES)
     slot = tl.arange(0, KEPT)
@@ -345,7 +401,9 @@ def _shortlist(
                     products = tl.dot(x, c, products, input_precision="ieee")
             else:
                 for at in range(0, depth, DEPTH):
-                    products = tl.dot(tl.load(left + at), tl.load(right + at), products, input_precision="tf32")
+                    products = tl.dot(
+                        tl.load(left + at), tl.load(right + at), products, input_precision="tf32"
+                    )
             offset = tl.load(offsets + code, mask=code < num_codes, other=float("inf"))
             scores = offset[None, :] * weight[:, None] - products * unit[:, None]
             if PRECISION != "ieee":
@@ -384,7 +442,11 @@ def _decide(
     item = (position // ROWS)[:, None] * splits + candidate // KEPT
     empty = _empty(candidate)
     stored = (candidate // KEPT < splits) & searched[:, None]
-    keys = tl.load(found + (item * ROWS + (position % ROWS)[:, None]) * KEPT + candidate % KEPT, mask=stored, other=0)
+    keys = tl.load(
+        found + (item * ROWS + (position % ROWS)[:, None]) * KEPT + candidate % KEPT,
+        mask=stored,
+        other=0,
+    )
     keys = tl.where(stored, keys, empty)
     best = tl.full((GROUP,), float("inf"), tl.float64)
     chosen = tl.full((GROUP,), -1, tl.int64)
@@ -402,8 +464,12 @@ def _decide(
             for at in range(0, depth, DEPTH):
                 entry = at + tl.arange(0, DEPTH)[None, :]
                 inside = wanted[:, None] & (entry < depth)
-                x = tl.load(features + row[:, None] * depth + entry, mask=inside, other=0.0).to(tl.float64)
-                c = tl.load(codebook + code[:, None] * depth + entry, mask=inside, other=0.0).to(tl.float64)
+                x = tl.load(features + row[:, None] * depth + entry, mask=inside, other=0.0).to(
+                    tl.float64
+                )
+                c = tl.load(codebook + code[:, None] * depth + entry, mask=inside, other=0.0).to(
+                    tl.float64
+                )
                 m = tl.load(centre + entry, mask=entry < depth, other=0.0).to(tl.float64)
                 products += tl.where(inside, (x - m) * (c - m), 0.0)
             score = tl.load(offsets + code, mask=wanted, other=float("inf")) - tl.sum(products, 1)
@@ -418,7 +484,9 @@ def _decide(
 
 
 @jit
-def _partition(total, num_codes, programs, ROWS: tl.constexpr, CODES: tl.constexpr, MAX_SPLITS: tl.constexpr):
+def _partition(
+    total, num_codes, programs, ROWS: tl.constexpr, CODES: tl.constexpr, MAX_SPLITS: tl.constexpr
+):
     """Blocks of rows, splits of the codebook for each so that programs have work, tiles of codes in a split."""
     blocks = tl.cdiv(total, ROWS)
     tiles = tl.cdiv(num_codes, CODES)

@@ -72,7 +72,9 @@ class Gumbel(nn.Module):
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
         self.anneal_steps = anneal_steps
         self.logits = nn.Linear(dim, num_codes)
-        self.codebook = nn.Parameter(torch.randn(num_codes, self.vector_dim) * self.vector_dim**-0.5)
+        self.codebook = nn.Parameter(
+            torch.randn(num_codes, self.vector_dim) * self.vector_dim**-0.5
+        )
         self.register_buffer("temperature", torch.tensor(temperature_start))
         self.statistics = Usage(num_codes)
         self.stream = Stream()
@@ -84,22 +86,32 @@ class Gumbel(nn.Module):
             chunks = rows.split(max(1, search.BUDGET // len(self.codebook)))
             keys = [None] * len(chunks)
             if self.training:
-                keys = self.stream.keys(len(features), math.prod(features.shape[2:])).split(len(chunks[0]))
-            found = [checkpoint(self._choose, *part, use_reentrant=False) for part in zip(chunks, keys)]
+                keys = self.stream.keys(len(features), math.prod(features.shape[2:])).split(
+                    len(chunks[0])
+                )
+            found = [
+                checkpoint(self._choose, *part, use_reentrant=False) for part in zip(chunks, keys)
+            ]
             vectors, codes, divergences = zip(*found)
             codes, divergence = torch.cat(codes), torch.cat(divergences).mean()
             if self.training:
                 self.statistics.gather(codes)
             vectors = to_grid(torch.cat(vectors), features.shape)
         codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
-        parts = {"kl": divergence, "temperature": self.temperature.clone(), **self.statistics.figures()}
+        parts = {
+            "kl": divergence,
+            "temperature": self.temperature.clone(),
+            **self.statistics.figures(),
+        }
         return QuantizerOutput(vectors, codes, self.kl * divergence, parts)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
         return embed(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Nothing starts from data."""
 
     @torch.no_grad()
@@ -109,7 +121,9 @@ class Gumbel(nn.Module):
             return self.statistics.clear()
         self.statistics.reduce()
         progress = min(1.0, (step + 1) / self.anneal_steps)
-        self.temperature.fill_(self.temperature_start * (self.temperature_end / self.temperature_start) ** progress)
+        self.temperature.fill_(
+            self.temperature_start * (self.temperature_end / self.temperature_start) ** progress
+        )
 
     def _choose(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, D) and, for their noise, keys (N, 2) -> vectors (N, D), codes (N,), KL(q, uniform) in nats (N,)."""

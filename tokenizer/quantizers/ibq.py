@@ -32,7 +32,9 @@ class IBQConfig:
     commitment: float = 1.0  # of |z - sg(e)|^2
     attraction: float = 0.25  # of |sg(z) - e|^2
     temperature: float = 1.0  # of the softmax that gradients pass through
-    entropy: float = 0.05  # weight of E H[q(k|z)] - H[E q(k|z)]; 0 spares a second pass over all codes
+    entropy: float = (
+        0.05  # weight of E H[q(k|z)] - H[E q(k|z)]; 0 spares a second pass over all codes
+    )
     entropy_temperature: float = 0.01  # of q
     init: str = "normal"  # or "kmeans", from data
 
@@ -68,7 +70,11 @@ class IBQ(nn.Module):
         super().__init__()
         self.dim, self.num_codes = dim, (num_codes,)
         self.commitment, self.attraction, self.temperature = commitment, attraction, temperature
-        self.entropy, self.entropy_temperature, self.starts_from_data = entropy, entropy_temperature, kmeans_init
+        self.entropy, self.entropy_temperature, self.starts_from_data = (
+            entropy,
+            entropy_temperature,
+            kmeans_init,
+        )
         self.codebook = nn.Parameter(torch.randn(num_codes, dim))
         self.statistics = Usage(num_codes)
 
@@ -77,30 +83,40 @@ class IBQ(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             rows = to_rows(features.float())
             codes = search.nearest(
-                rows.detach(), self.codebook.detach(), offsets=self.codebook.new_zeros(len(self.codebook))
+                rows.detach(),
+                self.codebook.detach(),
+                offsets=self.codebook.new_zeros(len(self.codebook)),
             )
             if self.training:
                 self.statistics.gather(codes)
-            vectors = _IndexBackpropagation.apply(rows, self.codebook, codes.clamp(min=0), 1 / self.temperature)
+            vectors = _IndexBackpropagation.apply(
+                rows, self.codebook, codes.clamp(min=0), 1 / self.temperature
+            )
             chosen = embed(codes, self.codebook)
             commitment = F.mse_loss(rows, chosen.detach())
             loss = F.mse_loss(vectors, rows) + self.commitment * commitment
             loss = loss + self.attraction * F.mse_loss(chosen, rows.detach())
             parts = {"commitment": commitment}
             if self.training and self.entropy:
-                sample_entropy, mean = SoftAssignment.apply(rows, self.codebook, 1 / self.entropy_temperature)
+                sample_entropy, mean = SoftAssignment.apply(
+                    rows, self.codebook, 1 / self.entropy_temperature
+                )
                 batch_entropy = entropy_of_mean(mean)
                 loss = loss + self.entropy * (sample_entropy - batch_entropy)
                 parts |= {"sample_entropy": sample_entropy, "batch_entropy": batch_entropy}
         codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
-        return QuantizerOutput(to_grid(vectors, features.shape), codes, loss, {**parts, **self.statistics.figures()})
+        return QuantizerOutput(
+            to_grid(vectors, features.shape), codes, loss, {**parts, **self.statistics.figures()}
+        )
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, D, H, W) float32."""
         return embed(codes.squeeze(1), self.codebook).movedim(-1, 1)
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Start from data, (N, D) or what `project` maps there, where the configuration asks for it."""
         if self.starts_from_data:
             self.codebook.copy_(start_from(rows, self.num_codes[0], seed, project))
@@ -161,7 +177,9 @@ class SoftAssignment(torch.autograd.Function):
             for part in _parts(rows, codebook):
                 log_p = _log_softmax(rows[part], codebook, ctx.scale)
                 p = log_p.exp()
-                by_logits = _through_softmax(p, by_mean - by_entropy * log_p).mul_(ctx.scale / len(rows))
+                by_logits = _through_softmax(p, by_mean - by_entropy * log_p).mul_(
+                    ctx.scale / len(rows)
+                )
                 by_rows[part] = by_logits @ codebook
                 by_codebook.addmm_(by_logits.T, rows[part])
         return by_rows, by_codebook, None

@@ -21,7 +21,9 @@ def rows_wanted(num_codes: int, per_code: int = 0) -> int:
 
 
 @torch.no_grad()
-def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = None, *, cosine: bool = False) -> Tensor:
+def kmeans(
+    rows: Tensor, num_codes: int, seed: int, iterations: int | None = None, *, cosine: bool = False
+) -> Tensor:
     """Centres of `rows`, (N, D) -> (num_codes, D): seeding in rounds, then Lloyd's iterations (10; 3 above 8192 codes).
 
     A round draws rows in proportion to their squared distance from the centres so far: one at a time up to 65
@@ -33,7 +35,9 @@ def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = Non
     generator = torch.Generator().manual_seed(seed)
     rows = _enough(rows, num_codes, generator, cosine)
     if len(rows) > rows_wanted(num_codes):
-        rows = rows[torch.randperm(len(rows), generator=generator)[: rows_wanted(num_codes)].to(rows.device)]
+        rows = rows[
+            torch.randperm(len(rows), generator=generator)[: rows_wanted(num_codes)].to(rows.device)
+        ]
     centres, codes, distances = _seed_centres(rows, num_codes, generator, cosine)
     for iteration in range(iterations or (10 if num_codes <= 8192 else 3)):
         if iteration:
@@ -50,7 +54,9 @@ def kmeans(rows: Tensor, num_codes: int, seed: int, iterations: int | None = Non
 
 
 @torch.no_grad()
-def common(rows: Tensor, num_codes: int, seed: int, images: Tensor | None = None, *, cosine: bool = False) -> Tensor:
+def common(
+    rows: Tensor, num_codes: int, seed: int, images: Tensor | None = None, *, cosine: bool = False
+) -> Tensor:
     """Codes that many images have, from `rows`, (N, D) -> (num_codes, D): rows at random, then rounds of moves.
 
     Row i is of the image numbered `images[i]`, or of its own. A round counts for each code the images that meet it,
@@ -62,17 +68,23 @@ def common(rows: Tensor, num_codes: int, seed: int, images: Tensor | None = None
     generator = torch.Generator().manual_seed(seed)
     too_few = len(rows) < num_codes
     rows = _enough(rows, num_codes, generator, cosine)
-    centres = _seen(rows[torch.randperm(len(rows), generator=generator)[:num_codes].to(rows.device)], cosine)
+    centres = _seen(
+        rows[torch.randperm(len(rows), generator=generator)[:num_codes].to(rows.device)], cosine
+    )
     if too_few:
         return centres
     images = torch.arange(len(rows), device=rows.device) if images is None else images
     for _ in range(COMMON_ROUNDS):
         codes = _nearest(rows, centres, cosine)[0]
-        met = torch.bincount(torch.unique(images * num_codes + codes) % num_codes, minlength=num_codes).float()
+        met = torch.bincount(
+            torch.unique(images * num_codes + codes) % num_codes, minlength=num_codes
+        ).float()
         few = (met < FEW * met.mean()).nonzero()[:, 0]
         if not len(few):
             break
-        weights = ((met / met.mean() - 1).clamp(min=0) / torch.bincount(codes, minlength=num_codes))[codes]
+        weights = (
+            (met / met.mean() - 1).clamp(min=0) / torch.bincount(codes, minlength=num_codes)
+        )[codes]
         race = torch.empty(len(rows)).exponential_(generator=generator).to(rows.device)
         few = few[: int((weights > 0).sum())]
         chosen = (weights / race).topk(len(few)).indices
@@ -126,11 +138,17 @@ class Reservoir:
             self._rows = torch.empty((self.size, rows.shape[1]), device=rows.device)
         places = torch.arange(self.length, self.length + len(rows))
         drawn = torch.rand(len(rows), generator=self.generator, dtype=torch.float64) * (places + 1)
-        slots = torch.where(places < self.size, places, drawn.long())  # row i takes the place of one of 0 ... i
+        slots = torch.where(
+            places < self.size, places, drawn.long()
+        )  # row i takes the place of one of 0 ... i
         taken = slots < self.size
-        self._places.scatter_reduce_(0, slots[taken], places[taken], "amax")  # the last of those for one place
+        self._places.scatter_reduce_(
+            0, slots[taken], places[taken], "amax"
+        )  # the last of those for one place
         fresh = (self._places >= self.length).nonzero()[:, 0]
-        self._rows[fresh.to(rows.device)] = rows[(self._places[fresh] - self.length).to(rows.device)].float()
+        self._rows[fresh.to(rows.device)] = rows[
+            (self._places[fresh] - self.length).to(rows.device)
+        ].float()
         self.length += len(rows)
 
 
@@ -138,13 +156,17 @@ def _enough(rows: Tensor, num_codes: int, generator: torch.Generator, cosine: bo
     """Rows, and so many repeated with noise that there is one for each code."""
     bad = sum(int((~part.isfinite()).any(1).sum()) for part in rows.split(CHUNK))
     if bad:
-        raise UserError(f"codebook: {bad} of {len(rows)} features are not finite: look at the encoder and its images")
+        raise UserError(
+            f"codebook: {bad} of {len(rows)} features are not finite: look at the encoder and its images"
+        )
     if len(rows) >= num_codes:
         return rows
     rows = _seen(rows, cosine)
     extra = torch.randint(len(rows), (num_codes - len(rows),), generator=generator)
     noise = torch.randn((len(extra), rows.shape[1]), generator=generator).to(rows)
-    return torch.cat([rows, rows[extra.to(rows.device)] + 0.01 * rows.std(0, correction=0).mean() * noise])
+    return torch.cat(
+        [rows, rows[extra.to(rows.device)] + 0.01 * rows.std(0, correction=0).mean() * noise]
+    )
 
 
 def _seed_centres(

@@ -26,4 +26,7 @@ def update_levels(levels: Iterable[nn.Module], step: int, taken: bool) -> None:
 
 def mean_parts(outputs: Sequence[QuantizerOutput]) -> dict[str, Tensor]:
     """The named terms of several levels, averaged."""
-    return {name: torch.stack([output.parts[name] for output in outputs]).mean() for name in outputs[0].parts}
+    return {
+        name: torch.stack([output.parts[name] for output in outputs]).mean()
+        for name in outputs[0].parts
+    }

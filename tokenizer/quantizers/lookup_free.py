@@ -19,7 +19,9 @@ class LookupFreeConfig:
 
     kind: str = "lookup_free"
     bits: int = 10  # 2**bits codes
-    spherical: bool = False  # features and codes on the unit sphere; BSQ's other settings come with kind: bsq
+    spherical: bool = (
+        False  # features and codes on the unit sphere; BSQ's other settings come with kind: bsq
+    )
     lowest_first: bool = False  # the first channel is the lowest bit of a code, not the highest (Open-MAGVIT2, MaskBit)
     commitment: float = 0.25
     entropy: float = 0.1  # weight of both entropies
@@ -52,7 +54,9 @@ class BSQConfig:
     def __post_init__(self) -> None:
         _check(self)
         if self.entropy_boost < 1:
-            raise ValueError(f"quantizer.entropy_boost={self.entropy_boost} must be at least 1, which leaves it out")
+            raise ValueError(
+                f"quantizer.entropy_boost={self.entropy_boost} must be at least 1, which leaves it out"
+            )
 
     def build(self) -> LookupFree:
         return LookupFree(
@@ -63,10 +67,14 @@ class BSQConfig:
 
 def _check(config: LookupFreeConfig | BSQConfig) -> None:
     if not 1 <= config.bits <= 24:
-        raise ValueError(f"quantizer.bits={config.bits} must be 1 to 24, as the use of 2**bits codes is counted")
+        raise ValueError(
+            f"quantizer.bits={config.bits} must be 1 to 24, as the use of 2**bits codes is counted"
+        )
     if config.temperature <= 0:
         usual = type(config).temperature
-        raise ValueError(f"quantizer.temperature={config.temperature} must be above 0; {usual} is usual")
+        raise ValueError(
+            f"quantizer.temperature={config.temperature} must be above 0; {usual} is usual"
+        )
 
 
 class LookupFree(nn.Module):
@@ -105,7 +113,9 @@ class LookupFree(nn.Module):
         places = torch.arange(bits)
         self.register_buffer("places", places if lowest_first else places.flip(0), persistent=False)
         boosted = entropy_boost != 1 and entropy_boost_steps > 0
-        self.register_buffer("boost", torch.tensor(entropy_boost if boosted else 1.0), persistent=boosted)
+        self.register_buffer(
+            "boost", torch.tensor(entropy_boost if boosted else 1.0), persistent=boosted
+        )
         self.statistics = Usage(2**bits)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
@@ -125,9 +135,15 @@ class LookupFree(nn.Module):
             if self.training and self.entropy:
                 logits = rows * self.sharpness  # of each bit
                 sample_entropy = bit_entropy(logits).sum(1).mean()
-                mean = bit_probabilities(logits).mean(0) if self.spherical else mean_joint_probabilities(logits)
+                mean = (
+                    bit_probabilities(logits).mean(0)
+                    if self.spherical
+                    else mean_joint_probabilities(logits)
+                )
                 batch_entropy = entropy_of_mean(mean)
-                loss = loss + self.entropy * self.boost * (sample_entropy - self.diversity * batch_entropy)
+                loss = loss + self.entropy * self.boost * (
+                    sample_entropy - self.diversity * batch_entropy
+                )
                 parts |= {"sample_entropy": sample_entropy, "batch_entropy": batch_entropy}
             vectors = to_grid(straight_through(rows * self.scale, vectors), features.shape)
         codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
@@ -138,7 +154,9 @@ class LookupFree(nn.Module):
         bits = codes.squeeze(1).clamp(min=0)[..., None] >> self.places & 1
         return self._values(bits.bool()).movedim(-1, 1)
 
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Nothing starts from data."""
 
     @torch.no_grad()

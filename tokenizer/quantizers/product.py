@@ -20,7 +20,9 @@ from training.config import one_of
 class ProductConfig:
     kind: str = "product"
     heads: int = 4
-    level: Any = one_of(LEVELS, "vector", num_codes=256, code_dim=16)  # of a head; features have heads * its channels
+    level: Any = one_of(
+        LEVELS, "vector", num_codes=256, code_dim=16
+    )  # of a head; features have heads * its channels
 
     def __post_init__(self) -> None:
         if self.heads < 1:
@@ -45,7 +47,9 @@ class ProductQuantizer(nn.Module):
         return any(level.starts_from_data for level in self.levels)
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Start each head from its channels of rows (N, C), or of what `project` makes of (N, d)."""
         rows = rows if project is None else project(rows)
         for head, (level, own) in enumerate(zip(self.levels, rows.chunk(len(self.levels), dim=1))):
@@ -57,7 +61,9 @@ class ProductQuantizer(nn.Module):
             groups = features.chunk(len(self.levels), dim=1)
             rows = [level.assignment.rows_of(group) for level, group in zip(self.levels, groups)]
             books = [level.vectors for level in self.levels]
-            codes = nearest(*(torch.stack([each.detach() for each in heads]) for heads in (rows, books)))  # (L, N)
+            codes = nearest(
+                *(torch.stack([each.detach() for each in heads]) for heads in (rows, books))
+            )  # (L, N)
             outputs = [
                 level.assignment.output(own, chosen, book, level.statistics, features.shape)
                 for level, own, chosen, book in zip(self.levels, rows, codes, books)

@@ -23,16 +23,22 @@ class ResidualConfig:
     kind: str = "residual"
     depth: int = 4
     shared: bool = False  # one codebook for all levels
-    quantizer_dropout: float = 0.0  # share of the training images that meet a random first part of the levels
+    quantizer_dropout: float = (
+        0.0  # share of the training images that meet a random first part of the levels
+    )
     level: Any = one_of(LEVELS, "vector")
 
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ValueError(f"quantizer.depth={self.depth} must be at least 1")
         if not 0 <= self.quantizer_dropout <= 1:
-            raise ValueError(f"quantizer.quantizer_dropout={self.quantizer_dropout} must be in [0, 1]")
+            raise ValueError(
+                f"quantizer.quantizer_dropout={self.quantizer_dropout} must be in [0, 1]"
+            )
         if self.level.metric == "cosine":
-            raise ValueError("quantizer.level.metric=cosine: what is left has no unit length; set it to l2")
+            raise ValueError(
+                "quantizer.level.metric=cosine: what is left has no unit length; set it to l2"
+            )
         if self.level.rotation:
             raise ValueError(
                 "quantizer.level.rotation=true: gradients pass by the sum of the levels, not by each; set it to false"
@@ -49,7 +55,11 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, levels: list[nn.Module], depth: int, quantizer_dropout: float = 0.0) -> None:
         """`levels`: one quantizer for all levels, or `depth` of them."""
         super().__init__()
-        self.levels, self.depth, self.quantizer_dropout = nn.ModuleList(levels), depth, quantizer_dropout
+        self.levels, self.depth, self.quantizer_dropout = (
+            nn.ModuleList(levels),
+            depth,
+            quantizer_dropout,
+        )
         self.dim = levels[0].dim
         self.num_codes = tuple(level.num_codes[0] for level in self._stack())
         self.stream = Stream()
@@ -59,18 +69,24 @@ class ResidualQuantizer(nn.Module):
         return any(level.starts_from_data for level in self.levels)
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Start level after level, (N, C), from what is left; a shared codebook from features and all that is left."""
         rest = rows.float() if project is None else project(rows).float()
         pool = rest
         for level in self._stack():
-            level.initialise(pool, seed, images=None if images is None else images.repeat(len(pool) // len(rest)))
+            level.initialise(
+                pool, seed, images=None if images is None else images.repeat(len(pool) // len(rest))
+            )
             rest = rest - _vectors_of(level, rest)
             pool = rest if len(self.levels) > 1 else torch.cat([pool, rest])
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """(B, C, H, W). Levels are searched one after another, since each needs what the ones before it found."""
-        rest = to_rows(features.float())[:, :, None, None]  # (N, C, 1, 1): rows, which no level has to move
+        rest = to_rows(features.float())[
+            :, :, None, None
+        ]  # (N, C, 1, 1): rows, which no level has to move
         total, outputs, depths = torch.zeros_like(rest), [], self._depths(features)
         for index, level in enumerate(self._stack()):
             outputs.append(level(rest))
@@ -106,7 +122,9 @@ class ResidualQuantizer(nn.Module):
             return None
         batch, _, height, width = features.shape
         chance, share = uniform(self.stream.keys(batch), 2).unbind(1)
-        depths = torch.where(chance < self.quantizer_dropout, (share * self.depth).long() + 1, self.depth)
+        depths = torch.where(
+            chance < self.quantizer_dropout, (share * self.depth).long() + 1, self.depth
+        )
         return depths.repeat_interleave(height * width)[:, None, None, None]
 
 

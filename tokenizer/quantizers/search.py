@@ -23,18 +23,25 @@ BUDGET = 6 << 20  # scores held at once, 24 MiB in fp32
 CACHED = 2 << 20  # the same where a score costs so little that it should not leave the cache
 LEAST_ROWS = 32  # that a product takes, also where their scores are more
 TILE = 64  # codes that are looked at together
-MANY = 64  # tiles that may hold the nearest code: with more, a row is searched again, more precisely
+MANY = (
+    64  # tiles that may hold the nearest code: with more, a row is searched again, more precisely
+)
 FEW = 128  # rows for which a float64 search costs less than another product's copy of the codebook
 OPEN = -2  # the code of a row that is to be searched again
 UNIT = 2.0**-24  # roundoff of fp32
 TINY = 2.0**-126  # smaller products may be flushed to zero
 LEAST = 1e-15  # length of the longest code, below which squares of what rounding takes away would vanish
 CANDIDATES = 256  # codes that may be the nearest: with more, as with more tiles than MANY
-COARSE_DIM, COARSE_WORK = 256, 1 << 33  # channels, and multiplications, from which low precision gains
+COARSE_DIM, COARSE_WORK = (
+    256,
+    1 << 33,
+)  # channels, and multiplications, from which low precision gains
 
 
 @torch.no_grad()
-def nearest(features: Tensor, codebook: Tensor, metric: str = "l2", offsets: Tensor | None = None) -> Tensor:
+def nearest(
+    features: Tensor, codebook: Tensor, metric: str = "l2", offsets: Tensor | None = None
+) -> Tensor:
     """Index of the nearest codebook row, (..., N, D) and (..., K, D) -> (..., N) int64; -1 where z is not finite.
 
     `metric` is "l2" or "cosine"; where `offsets` o (..., K) are given, o_k - <z, e_k> is made smallest instead. It
@@ -45,13 +52,17 @@ def nearest(features: Tensor, codebook: Tensor, metric: str = "l2", offsets: Ten
     with torch.autocast(features.device.type, enabled=False):
         features, codebook = features.float(), codebook.float()
         if metric == "cosine":  # a row's length does not change which cosine is the largest
-            highest = codebook.abs().amax(-1, keepdim=True)  # squares of what is left neither overflow nor vanish
+            highest = codebook.abs().amax(
+                -1, keepdim=True
+            )  # squares of what is left neither overflow nor vanish
             codebook = F.normalize(codebook / highest.where(highest > 0, 1.0), dim=-1)
             offsets = codebook.new_zeros(codebook.shape[:-1])
         if features.dim() == 2:
             return _nearest(features, codebook, offsets)
         own = [None] * len(features) if offsets is None else offsets
-        return torch.stack([nearest(z, book, offsets=o) for z, book, o in zip(features, codebook, own)])
+        return torch.stack(
+            [nearest(z, book, offsets=o) for z, book, o in zip(features, codebook, own)]
+        )
 
 
 def half_norms(codebook: Tensor) -> Tensor:
@@ -91,8 +102,12 @@ def on_device(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Ten
     there."""
     from tokenizer.quantizers import fused, shortlist
 
-    if fused.available(features.device):  # codes in few channels lie closer than halves can tell apart
-        return fused.nearest_fused(features, codebook, offsets, coarse="fp16" if codebook.shape[1] > 4 else "ieee")
+    if fused.available(
+        features.device
+    ):  # codes in few channels lie closer than halves can tell apart
+        return fused.nearest_fused(
+            features, codebook, offsets, coarse="fp16" if codebook.shape[1] > 4 else "ieee"
+        )
     return shortlist.nearest_listed(features, codebook, offsets)
 
 
@@ -132,7 +147,9 @@ class Book:
     @classmethod
     def of(cls, codebook: Tensor, offsets: Tensor | None) -> Book:
         shift = codebook.mean(0)
-        lengths = torch.cat([torch.linalg.vector_norm(part - shift, dim=1) for part in codebook.split(TILE * 16)])
+        lengths = torch.cat(
+            [torch.linalg.vector_norm(part - shift, dim=1) for part in codebook.split(TILE * 16)]
+        )
         own = lengths.square() / 2 if offsets is None else offsets
         largest = own.abs().max() if offsets is not None else own.new_zeros(())
         own = F.pad(own, (0, -len(codebook) % TILE), value=torch.inf)
@@ -161,7 +178,9 @@ class Book:
     def rounding(self, lengths: Tensor) -> Tensor:
         """How far a score computed in fp32 may be from the true one, for rows of these lengths, (n,) -> (n,)."""
         dim = len(self.shift)
-        lengthy = self.radius * (lengths + self.radius) * ((dim + 8) * UNIT)  # infinite where a score may be
+        lengthy = (
+            self.radius * (lengths + self.radius) * ((dim + 8) * UNIT)
+        )  # infinite where a score may be
         # Some devices take numbers below TINY for 0, of factors and of their products.
         return lengthy + (4 * UNIT * self.largest + dim * TINY * (1 + self.radius + lengths))
 
@@ -174,7 +193,9 @@ class Book:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # sparse tensors are called a beta
             shape = (len(z), len(self.codebook))
-            wanted = torch.sparse_csr_tensor(first, code, z.new_zeros(len(code)), shape, check_invariants=False)
+            wanted = torch.sparse_csr_tensor(
+                first, code, z.new_zeros(len(code)), shape, check_invariants=False
+            )
             products = torch.sparse.sampled_addmm(wanted, z, self.codebook.T, beta=0.0).values()
         return self.offsets[code] - (products - (z @ self.shift)[row])
 
@@ -218,14 +239,19 @@ class InFloat32:
             self.codes[places, :-1] = part
         self.codes[:, -1] = book.offsets
         at_once = book.rows_at_once()
-        self.rows, self.buffer = torch.ones(at_once, len(book.shift) + 1), torch.empty(at_once * len(self.codes))
+        self.rows, self.buffer = (
+            torch.ones(at_once, len(book.shift) + 1),
+            torch.empty(at_once * len(self.codes)),
+        )
 
     def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
         rows, scores = self.rows[: len(z)], self.buffer[: len(z) * len(self.codes)]
         torch.neg(z, out=rows[:, :-1])
         if 8 * len(z) > len(self.codes):
             return torch.mm(rows, self.codes.T, out=scores.view(len(z), -1)), 0.0
-        return torch.mm(self.codes, rows.T, out=scores.view(-1, len(z))).T, 0.0  # faster where codes are many
+        return torch.mm(
+            self.codes, rows.T, out=scores.view(-1, len(z))
+        ).T, 0.0  # faster where codes are many
 
 
 class InBFloat16:
@@ -273,19 +299,28 @@ class InInt8:
     def scores(self, z: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | float]:
         scale = z.abs().amax(1, keepdim=True).clamp(min=TINY) / 63
         whole = (z / scale).round_()
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(whole, 1.0, 64, self.packed)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            whole, 1.0, 64, self.packed
+        )
         lost = torch.linalg.vector_norm(z - whole.mul_(scale), dim=1)
         slack = lost * self.reach + lengths * self.lost + 8 * UNIT * (lengths + lost) * self.reach
-        return torch.addcmul(self.offsets, product.mul_(self.scales), scale, value=-1, out=product), slack
+        return torch.addcmul(
+            self.offsets, product.mul_(self.scales), scale, value=-1, out=product
+        ), slack
 
 
 def choose_products(num_rows: int, book: Book) -> list[type[_Product]]:
     """What is fastest for this size on this processor, and then what decides the rows that it left open."""
     num_codes, dim = book.codebook.shape
     if dim >= COARSE_DIM and num_rows * num_codes * dim >= COARSE_WORK:
-        if any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")):
+        if any(
+            getattr(torch.cpu, f"_is_{name}_supported", bool)()
+            for name in ("avx512_bf16", "amx_tile")
+        ):
             return [InBFloat16, InFloat32]
-        if torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch, "_make_per_tensor_quantized_tensor"):
+        if torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(
+            torch, "_make_per_tensor_quantized_tensor"
+        ):
             return [InInt8, InFloat32]
     return [InFloat32]
 
@@ -296,7 +331,9 @@ def _search(rows: Tensor, book: Book, product: _Product) -> Tensor:
     lengths = torch.linalg.vector_norm(z, dim=1)
     scores, slack = product.scores(z, lengths)
     tiles = scores.unflatten(1, (-1, TILE))
-    if scores.is_contiguous():  # the lowest of each tile, (n, K' / TILE), along the scores as they lie in memory
+    if (
+        scores.is_contiguous()
+    ):  # the lowest of each tile, (n, K' / TILE), along the scores as they lie in memory
         lowest = tiles.amin(2)
     else:
         lowest = scores.T.unflatten(0, (-1, TILE)).amin(1).T.contiguous()
@@ -308,7 +345,9 @@ def _search(rows: Tensor, book: Book, product: _Product) -> Tensor:
         code = tile * TILE + tiles[each, tile].argmin(1)
         best = book.score(z, each, code.clamp(max=len(book.codebook) - 1))
         limit = best + slack + book.rounding(lengths) + book.rerounding(lengths)
-    limit = limit.where(limit.isfinite(), torch.nan)  # where something is not finite, or too long, no code is listed
+    limit = limit.where(
+        limit.isfinite(), torch.nan
+    )  # where something is not finite, or too long, no code is listed
     row, tile = (lowest <= limit[:, None]).nonzero(as_tuple=True)
     num_tiles = torch.bincount(row, minlength=len(z))
     row, tile = _of_short(num_tiles <= MANY, row, tile)
@@ -321,7 +360,10 @@ def _search(rows: Tensor, book: Book, product: _Product) -> Tensor:
         row, code = _keep_lowest(row, code, book.score(z, row, code), 2 * book.rerounding(lengths))
     several = torch.bincount(row, minlength=len(z))[row] > 1
     if several.any():
-        pairs, exactly = (row[several], code[several]), torch.zeros_like(lengths, dtype=torch.float64)
+        pairs, exactly = (
+            (row[several], code[several]),
+            torch.zeros_like(lengths, dtype=torch.float64),
+        )
         pairs = _keep_lowest(*pairs, book.exact_score(rows, *pairs), exactly)
         row, code = (torch.cat([own[~several], kept]) for own, kept in zip((row, code), pairs))
     return row.new_full((len(z),), OPEN).scatter_reduce(0, row, code, "amin", include_self=False)
@@ -333,9 +375,13 @@ def _of_short(short: Tensor, row: Tensor, *others: Tensor) -> list[Tensor]:
     return [each[kept] for each in (row, *others)]
 
 
-def _keep_lowest(row: Tensor, code: Tensor, scores: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
+def _keep_lowest(
+    row: Tensor, code: Tensor, scores: Tensor, margin: Tensor
+) -> tuple[Tensor, Tensor]:
     """Those pairs whose score is within the row's `margin` (n,) of the lowest of the row."""
-    lowest = torch.full_like(margin, torch.inf, dtype=scores.dtype).scatter_reduce(0, row, scores, "amin")
+    lowest = torch.full_like(margin, torch.inf, dtype=scores.dtype).scatter_reduce(
+        0, row, scores, "amin"
+    )
     kept = scores <= (lowest + margin)[row]
     return row[kept], code[kept]
 
@@ -349,11 +395,21 @@ def in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor
     for part in rows.split(BUDGET // (4 * height)):
         z, count = part.double(), len(codebook)
         lengths = torch.linalg.vector_norm(z, dim=1)
-        best, own = z.new_full((len(z),), torch.inf), rows.new_full((len(z),), count, dtype=torch.int64)
-        for finds in (False, True):  # the least upper bound of a score first, then who may be below it
+        best, own = (
+            z.new_full((len(z),), torch.inf),
+            rows.new_full((len(z),), count, dtype=torch.int64),
+        )
+        for finds in (
+            False,
+            True,
+        ):  # the least upper bound of a score first, then who may be below it
             for start in range(0, count, height):
                 e = codebook[start : start + height].double()
-                o = e.square().sum(1) / 2 if offsets is None else offsets[start : start + height].double()
+                o = (
+                    e.square().sum(1) / 2
+                    if offsets is None
+                    else offsets[start : start + height].double()
+                )
                 error = torch.outer(lengths, torch.linalg.vector_norm(e, dim=1)).add_(o.abs())
                 scores, error = o - z @ e.T, error.mul_((z.shape[1] + 8) * 2.0**-52)
                 if finds:
@@ -361,7 +417,9 @@ def in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor
                     near = (scores - error <= best[:, None]) & scores.isfinite()
                     own = torch.minimum(own, places.where(near, count).amin(1))
                 else:
-                    bound = (scores + error).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+                    bound = (scores + error).nan_to_num_(
+                        nan=torch.inf, posinf=torch.inf, neginf=torch.inf
+                    )
                     best = torch.minimum(best, bound.amin(1))
         found.append(own.where((own < count) & best.isfinite(), -1))
     codes = torch.cat(found) if found else rows.new_zeros(0, dtype=torch.int64)

@@ -81,12 +81,16 @@ def _short_list(rows: Tensor, book: Book, centred: Tensor) -> ShortList:
     limits = (scores[:, 0] + limits)[:, None]
     listed = scores <= limits
     count, finite = listed.sum(1), rows.isfinite().all(1)
-    short = (count <= KEPT) & limits[:, 0].isfinite()  # it is not where fp32 cannot hold the numbers
+    short = (count <= KEPT) & limits[
+        :, 0
+    ].isfinite()  # it is not where fp32 cannot hold the numbers
     state = torch.where(count > 1, SEVERAL, DECIDED).where(short, MANY).where(finite, DECIDED).int()
     return ShortList(codes.where(finite[:, None], -1)[:, :KEPT], listed[:, :KEPT], state)
 
 
-def _decide(rows: Tensor, near: Tensor, codes: Tensor, listed: Tensor, offsets: Tensor | None) -> Tensor:
+def _decide(
+    rows: Tensor, near: Tensor, codes: Tensor, listed: Tensor, offsets: Tensor | None
+) -> Tensor:
     """The lowest listed code of the least score in float64: (n, D), (n, KEPT, D), (n, KEPT) thrice -> (n,)."""
     z, e = rows.double()[:, None], near.double()
     scores = (z - e).square_().sum(2) / 2 if offsets is None else offsets.double() - (z * e).sum(2)

@@ -52,7 +52,9 @@ class SimVQConfig:
         )
         check_positive(entropy_temperature=self.entropy_temperature)
         if self.restart_every < 1:
-            raise ValueError(f"quantizer.restart_every={self.restart_every} must be at least 1 step")
+            raise ValueError(
+                f"quantizer.restart_every={self.restart_every} must be at least 1 step"
+            )
 
     def build(self) -> SimVQ:
         assignment = build_assignment(self, learn_codebook=True)
@@ -109,13 +111,17 @@ class SimVQ(nn.Module):
         return self.init == "kmeans"
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Start from data, where the configuration asks for it: centres for C, the identity for W, 0 for b.
 
         Rows are (N, D), or (N, d) before a `project` that keeps distances.
         """
         if self.starts_from_data:
-            self.frozen.copy_(start_from(rows, len(self.frozen), seed, project, self.assignment.cosine))
+            self.frozen.copy_(
+                start_from(rows, len(self.frozen), seed, project, self.assignment.cosine)
+            )
             nn.init.eye_(self.transform.weight)
             nn.init.zeros_(self.transform.bias)
 
@@ -168,7 +174,9 @@ class _Chosen(torch.autograd.Function):
     """Rows of C W + b, (N,) codes -> (N, D), whose gradient reaches W by the rows of C that were chosen, not by all."""
 
     @staticmethod
-    def forward(ctx, codes: Tensor, weight: Tensor, bias: Tensor, frozen: Tensor, book: Tensor) -> Tensor:
+    def forward(
+        ctx, codes: Tensor, weight: Tensor, bias: Tensor, frozen: Tensor, book: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(codes, frozen)
         return embed(codes, book)
 

@@ -43,7 +43,9 @@ class VectorConfig:
     metric: str = "l2"
     decay: float = 0.99  # of the moving averages
     epsilon: float = 1e-5  # of their Laplace smoothing
-    init: str = "kmeans"  # centres of the data; or "common", what many images have; or "normal", "uniform"
+    init: str = (
+        "kmeans"  # centres of the data; or "common", what many images have; or "normal", "uniform"
+    )
     commitment: float = 0.25
     commitment_warmup_steps: int = 0
     entropy: float = 0.0  # weight of mean H(p) - H(mean p)
@@ -101,7 +103,9 @@ class VectorQuantizer(nn.Module):
         self.keeps_length = keeps_length
         self.num_codes, self.dim, self.assignment = (num_codes,), dim, assignment
         self.decay, self.epsilon, self.init = decay, epsilon, init
-        self.rows_per_code = COMMON_ROWS_PER_CODE if init == "common" else ROWS_PER_CODE  # that `initialise` is given
+        self.rows_per_code = (
+            COMMON_ROWS_PER_CODE if init == "common" else ROWS_PER_CODE
+        )  # that `initialise` is given
         self.restart, self.restart_below, self.restart_until = restart, restart_below, restart_until
         self.ema = not assignment.learn_codebook
         codebook = torch.empty(num_codes, dim)
@@ -123,7 +127,9 @@ class VectorQuantizer(nn.Module):
     @property
     def vectors(self) -> Tensor:
         """What codes stand for, (K, D)."""
-        if self.assignment.cosine and not self.keeps_length:  # neither gradients nor averaging keep it at unit length
+        if (
+            self.assignment.cosine and not self.keeps_length
+        ):  # neither gradients nor averaging keep it at unit length
             return F.normalize(self.codebook, dim=1)
         return self.codebook
 
@@ -132,12 +138,16 @@ class VectorQuantizer(nn.Module):
         return self.init in STARTS
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None) -> None:
+    def initialise(
+        self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
+    ) -> None:
         """Start from data, (N, D) or (N, d) before a `project` that keeps distances, where the configuration asks."""
         if self.starts_from_data:
             choose = kmeans if self.init == "kmeans" else functools.partial(common, images=images)
             cosine = self.assignment.cosine
-            self.codebook.copy_(start_from(rows, len(self.codebook), seed, project, cosine, choose=choose))
+            self.codebook.copy_(
+                start_from(rows, len(self.codebook), seed, project, cosine, choose=choose)
+            )
             if self.ema:
                 self.mean_sums.copy_(self.codebook * self.mean_counts[:, None])
 
@@ -145,7 +155,11 @@ class VectorQuantizer(nn.Module):
         if self.keeps_length:
             directions = F.normalize(self.codebook.detach(), dim=1)
             return self.assignment(
-                features, directions, self.statistics, low_rank, lambda codes: embed(codes, self.codebook)
+                features,
+                directions,
+                self.statistics,
+                low_rank,
+                lambda codes: embed(codes, self.codebook),
             )
         return self.assignment(features, self.vectors, self.statistics, low_rank)
 
@@ -165,7 +179,11 @@ class VectorQuantizer(nn.Module):
         if self.ema:
             self.mean_sums.lerp_(sums, 1 - self.decay)
             total = self.mean_counts.sum()
-            scale = (self.mean_counts + self.epsilon) / (total + len(self.codebook) * self.epsilon) * total
+            scale = (
+                (self.mean_counts + self.epsilon)
+                / (total + len(self.codebook) * self.epsilon)
+                * total
+            )
             if self.assignment.cosine:  # whatever the scale, the mean is brought to unit length
                 scale = self.mean_sums.norm(dim=1).maximum(1e-12 * scale)
             torch.div(self.mean_sums, scale[:, None], out=self.codebook)
@@ -175,9 +193,17 @@ class VectorQuantizer(nn.Module):
                 below=self.restart_below, split=self.restart == "split",
             )  # fmt: skip
             if self.assignment.cosine:
-                replace_(self.codebook, self.changed, lambda rows: F.normalize(self.codebook[rows], dim=1))
+                replace_(
+                    self.codebook,
+                    self.changed,
+                    lambda rows: F.normalize(self.codebook[rows], dim=1),
+                )
             if self.ema:
-                replace_(self.mean_sums, self.changed, lambda rows: self.codebook[rows] * self.mean_counts[rows, None])
+                replace_(
+                    self.mean_sums,
+                    self.changed,
+                    lambda rows: self.codebook[rows] * self.mean_counts[rows, None],
+                )
 
     def follow(self, source: VectorQuantizer) -> None:
         """Take what `source` restarted in its last update: a mean of the old and the new vector is neither."""
