@@ -28,8 +28,9 @@ from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Images in a batch, codes along a side, channels, codes. The peer's SimVQ compares the features of each image on their
-# own with the codebook, so that 8192 features cost it more of 32 images than of 8.
+# Images in a batch, codes along a side, channels, codes. The peer's SimVQ compares the features of
+# each image on their own with the codebook, so that 8192 features cost it more of 32 images than of
+# 8.
 SHAPES = [(32, 16, 768, 16384), (8, 32, 768, 16384), (64, 32, 64, 1024), (128, 16, 8, 16384)]
 SEARCHES = [(8192, 768, 16384), (8192, 1536, 16384), (65536, 64, 1024)]
 LARGE = (8192, 768, 16384)
@@ -75,7 +76,8 @@ def peer(kind: str, dim: int, num_codes: int, features: Tensor):
 
 
 def product_of(rows: Tensor, codebook: Tensor, precision: str = "fp32"):
-    """The bare product of the same shape, in fp32, tf32 or bf16, 8 Mi entries of it at a time, as a function."""
+    """The bare product of the same shape, in fp32, tf32 or bf16, 8 Mi entries of it at a time, as a
+    function."""
     if precision == "bf16":
         rows, codebook = rows.bfloat16(), codebook.bfloat16()
     at_once = max(1, (1 << 23) // len(codebook))
@@ -198,7 +200,8 @@ def memory() -> None:
 
 
 def exactness() -> None:
-    """Every product against float64, on random rows; the adversarial ones are tests/test_search.py."""
+    """Every product against float64, on random rows; the adversarial ones are
+    tests/test_search.py."""
     lines = []
     kinds = [search.InFloat32, search.InBFloat16]
     if torch.backends.quantized.engine in ("x86", "fbgemm"):

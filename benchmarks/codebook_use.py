@@ -1,4 +1,5 @@
-"""How much of a codebook held-out images use, by metric, fit and dimension: of an encoder's features alone.
+"""How much of a codebook held-out images use, by metric, fit and dimension: of an encoder's
+features alone.
 
 python -m benchmarks.codebook_use RUN      a tokenizer's run with a frozen encoder and normalised latents
 """

@@ -1,10 +1,11 @@
-"""What --dry-run calculates beside what a real run takes on this machine's CPU: step, memory and checkpoint.
+"""What --dry-run calculates beside what a real run takes on this machine's CPU: step, memory and
+checkpoint.
 
     python -m benchmarks.estimate
 
-Each configuration trains alone in a fresh process: memory is the largest resident size beyond that before the networks
-were built, seconds the median step, and the peak that of fp32 products, measured between the steps. Results go to
-RESULTS.md beside this file.
+Each configuration trains alone in a fresh process: memory is the largest resident size beyond that
+before the networks were built, seconds the median step, and the peak that of fp32 products,
+measured between the steps. Results go to RESULTS.md beside this file.
 """
 
 from __future__ import annotations

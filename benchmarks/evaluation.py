@@ -1,7 +1,9 @@
-"""The Fréchet distance against torch-fidelity and scipy, memory of moments, and what a distance notices.
+"""The Fréchet distance against torch-fidelity and scipy, memory of moments, and what a distance
+notices.
 
-`python -m benchmarks.evaluation [distance memory sensitivity]`; the last by EXTRACTOR, an in-domain extractor's run
-folder, on the data that it was trained on: `python -m benchmarks.evaluation sensitivity EXTRACTOR`.
+`python -m benchmarks.evaluation [distance memory sensitivity]`; the last by EXTRACTOR, an in-domain
+extractor's run folder, on the data that it was trained on: `python -m benchmarks.evaluation
+sensitivity EXTRACTOR`.
 """
 
 from __future__ import annotations
@@ -100,8 +102,8 @@ def distance() -> None:
 
 
 def peak_mib() -> float:
-    """Largest resident size of this process since it was started. (getrusage's also counts that of its parent before
-    exec, which hides a small child.)"""
+    """Largest resident size of this process since it was started. (getrusage's also counts that of
+    its parent before exec, which hides a small child.)"""
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 

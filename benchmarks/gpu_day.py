@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu_day OUT [--toy]      make gpu-day OUT=DIR
 
-Each part runs in a process of its own, cheapest first, and what it finds goes to OUT/results.jsonl as it comes, and to
-OUT/table.md. A part that fails, lacks something or takes too long is noted with its message, and the next one follows.
-The same command goes on: parts that are done stay. `--toy` runs every part at toy size on the CPU, whose figures say
-nothing. Networks are random, but for the tokenizer whose codes are compared, which is trained first.
+Each part runs in a process of its own, cheapest first, and what it finds goes to OUT/results.jsonl
+as it comes, and to OUT/table.md. A part that fails, lacks something or takes too long is noted with
+its message, and the next one follows. The same command goes on: parts that are done stay. `--toy`
+runs every part at toy size on the CPU, whose figures say nothing. Networks are random, but for the
+tokenizer whose codes are compared, which is trained first.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def gpu_tests(sizes: Sizes) -> Iterator[Found]:
 
 
 def search_speed(sizes: Sizes) -> Iterator[Found]:
-    """The exact search beside bare products of its shape, and a training step beside vector-quantize-pytorch's."""
+    """The exact search beside bare products of its shape, and a training step beside
+    vector-quantize-pytorch's."""
     import torch
 
     from benchmarks import codebook
@@ -136,7 +138,8 @@ def search_speed(sizes: Sizes) -> Iterator[Found]:
 
 
 def precision_of_codes(sizes: Sizes) -> Iterator[Found]:
-    """The share of codes that bf16 changes, of held-out images of a tokenizer that was trained on the digits."""
+    """The share of codes that bf16 changes, of held-out images of a tokenizer that was trained on
+    the digits."""
     import torch
 
     from tokenizer import load
@@ -275,7 +278,8 @@ def trained(
     batch: Mapping[str, Any],
     estimated: Callable[[], Any],
 ) -> Iterator[Found]:
-    """Steps of one batch through the project's loop; what they took beside what the dry run calculates."""
+    """Steps of one batch through the project's loop; what they took beside what the dry run
+    calculates."""
     import torch
     from torch._dynamo.utils import counters
 
@@ -401,7 +405,8 @@ PARTS = {  # cheapest first
 
 
 class Results:
-    """OUT/results.jsonl: lines `{"part", "status"}` where a part begins and ends, and between them what it found."""
+    """OUT/results.jsonl: lines `{"part", "status"}` where a part begins and ends, and between them
+    what it found."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.file = out, out / "results.jsonl"

@@ -1,4 +1,5 @@
-"""How the benchmarks measure: in turn, by medians, memory in fresh processes; and where they keep what they saw."""
+"""How the benchmarks measure: in turn, by medians, memory in fresh processes; and where they keep
+what they saw."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ Ratios are medians over rounds in which the rivals take turns, with their range.
 
 
 def seconds(rivals: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of each rival in each round: A B C, A B C, …, so that a machine's moods meet all alike."""
+    """Seconds of each rival in each round: A B C, A B C, …, so that a machine's moods meet all
+    alike."""
     for run in rivals.values():
         run()  # warm-up
     taken: dict[str, list[float]] = {name: [] for name in rivals}
@@ -52,7 +54,8 @@ def synchronise() -> None:
 
 
 def peak_mib() -> float:
-    """The largest resident size so far of this process; what `getrusage` tells counts its parent's, too."""
+    """The largest resident size so far of this process; what `getrusage` tells counts its parent's,
+    too."""
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 

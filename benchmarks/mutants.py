@@ -1,4 +1,5 @@
-"""Mutants of a file: the file with one thing changed, an operator, a constant, a statement or a call left out.
+"""Mutants of a file: the file with one thing changed, an operator, a constant, a statement or a
+call left out.
 
 `benchmarks.mutation` runs the tests over them.
 """
@@ -221,7 +222,8 @@ def _spliced(text: str, node: Any, new: str) -> str:
 
 
 def negated_conditions(file: str, text: str) -> list[Mutant]:
-    """`if` with its condition turned round, beside what `mutants_of` makes of the condition's parts."""
+    """`if` with its condition turned round, beside what `mutants_of` makes of the condition's
+    parts."""
     found = []
     for function, node in _ifs(ast.parse(text)):
         new = f"not ({ast.unparse(node.test)})"
@@ -249,7 +251,8 @@ def _ifs(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.If]]:
 
 
 def sampled(file: str, count: int | None, seed: int) -> tuple[list[Mutant], int]:
-    """So many of a file's mutants, and how many there are; a larger sample holds the smaller one."""
+    """So many of a file's mutants, and how many there are; a larger sample holds the smaller
+    one."""
     text = (ROOT / file).read_text()
     every = mutants_of(file, text) + negated_conditions(file, text)
     random.Random(f"{seed}:{file}").shuffle(every)
@@ -267,7 +270,8 @@ def _compiles(mutant: Mutant) -> bool:
 def replaced_functions(before: CodeType, after: CodeType) -> list[tuple[CodeType, CodeType]] | None:
     """(old, new) code of each function that differs between two modules, outermost functions only.
 
-    None where what runs on import differs (a constant, a default, a decorator): such a module has to be imported anew.
+    None where what runs on import differs (a constant, a default, a decorator): such a module has
+    to be imported anew.
     """
     if before.co_flags & inspect.CO_OPTIMIZED:  # a function
         return [] if _same(before, after) else [(before, after)]
@@ -287,7 +291,8 @@ def _same(before: CodeType, after: CodeType) -> bool:
 
 
 def _same_but_code(before: CodeType, after: CodeType) -> bool:
-    """Whether two blocks do the same, whatever the functions do that they define; line numbers do not count."""
+    """Whether two blocks do the same, whatever the functions do that they define; line numbers do
+    not count."""
     names = (
         "co_code",
         "co_names",

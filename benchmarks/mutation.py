@@ -1,15 +1,18 @@
 """Mutation testing: python -m benchmarks.mutation --files priors/uniform.py --sample 40
 
-A mutant is one of our files with one thing changed (benchmarks/mutants.py). A test that fails with it kills it; one
-that no test kills tells of a line that no test holds, or changes nothing (benchmarks/equivalent_mutants.txt, with why).
+A mutant is one of our files with one thing changed (benchmarks/mutants.py). A test that fails with
+it kills it; one that no test kills tells of a line that no test holds, or changes nothing
+(benchmarks/equivalent_mutants.txt, with why).
 
-A process imports torch once. A fork of it collects the tests near the files (those that import a file or a package that
-does; with --reach 2 a module that does, …) once, runs them once to see which tests call which functions, and is forked
-again for every mutant: there the mutant's function gets its new code, and the tests that call it run, those that killed
-the mutants before it first, up to --budget seconds of them, until one fails. A mutant that shows on import alone (a
-constant, a default) is imported anew. Seconds are those of the processor, so that a busy machine changes nothing. What
-was found is kept in --out after every mutant: the same command goes on where it stopped, a larger --sample adds to it,
-and survivors meet the tests again when tests that call them have changed.
+A process imports torch once. A fork of it collects the tests near the files (those that import a
+file or a package that does; with --reach 2 a module that does, …) once, runs them once to see which
+tests call which functions, and is forked again for every mutant: there the mutant's function gets
+its new code, and the tests that call it run, those that killed the mutants before it first, up to
+--budget seconds of them, until one fails. A mutant that shows on import alone (a constant, a
+default) is imported anew. Seconds are those of the processor, so that a busy machine changes
+nothing. What was found is kept in --out after every mutant: the same command goes on where it
+stopped, a larger --sample adds to it, and survivors meet the tests again when tests that call them
+have changed.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ NOTHING: Mapping[Any, Any] = {}
 
 
 def test_files_near(file: str, reach: int) -> list[Path]:
-    """Test files that reach a file by at most so many imports, the nearest first; through packages without a step."""
+    """Test files that reach a file by at most so many imports, the nearest first; through packages
+    without a step."""
     modules = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     packages = {path: _imports(path) for path in modules if path.name == "__init__.py"}
     imports = {path: _imports(path, packages=packages) for path in modules} if reach > 1 else {}
@@ -117,8 +121,8 @@ def tests_for(
 ) -> list[str]:
     """Tests that call its function, else any of its file, as long as `budget` seconds allow.
 
-    First those that killed others, the latest first; then those of a file named after the mutant's; the fastest first.
-    `all_of_them`: then those that do not call it, which may read a default.
+    First those that killed others, the latest first; then those of a file named after the mutant's;
+    the fastest first. `all_of_them`: then those that do not call it, which may read a default.
     """
     of_file = f"{mutant.file}::"
     wanted = {of_file + mutant.function} if mutant.function else set()
@@ -192,7 +196,8 @@ def _seconds() -> float:
 
 
 class Session:
-    """A pytest plugin that collects tests once and hands them to `work` in place of running them all."""
+    """A pytest plugin that collects tests once and hands them to `work` in place of running them
+    all."""
 
     def __init__(self, work: Callable[[Session], None]) -> None:
         self.work, self.items, self.failed = work, {}, False
@@ -232,7 +237,8 @@ def _pytest(arguments: list[str], plugins: Sequence[Any] = ()) -> int:
 
 
 def in_child(run: Callable[[], int], tree: Path, seconds: float | None = None) -> int | None:
-    """Its exit code when it runs in a fork whose modules come from `tree`; None where it took longer.
+    """Its exit code when it runs in a fork whose modules come from `tree`; None where it took
+    longer.
 
     Seconds are the processor's; one that waits may take ten times as many.
     """
@@ -288,7 +294,8 @@ def written(mutant: Mutant, tree: Path, stamps: list[int]) -> Any:
 
 
 def new_code(mutant: Mutant, tree: Path) -> list[tuple[FunctionType, CodeType]] | None:
-    """Functions in this process with the code that the mutant gives them; None where it has to be imported anew."""
+    """Functions in this process with the code that the mutant gives them; None where it has to be
+    imported anew."""
     path = tree / mutant.file
     before, after = (compile(text, str(path), "exec") for text in (path.read_text(), mutant.source))
     replaced = replaced_functions(before, after)
@@ -327,7 +334,8 @@ def outcome_here(
     tree: Path,
     seconds: float,
 ) -> dict[str, Any]:
-    """Whether a test of these fails in a fork of this process where functions have other code, and which."""
+    """Whether a test of these fails in a fork of this process where functions have other code, and
+    which."""
     told = tree / "mutation.killer"
     told.write_text("")
 
@@ -413,7 +421,8 @@ class Bench:
         return found
 
     def recorded(self, test: Path, session: Session | None) -> dict[str, Any]:
-        """What each test of a file calls, kept until the file changes; what they import is imported here, for forks."""
+        """What each test of a file calls, kept until the file changes; what they import is imported
+        here, for forks."""
         kept, digest = (
             self.calls / f"{test.stem}.json",
             hashlib.sha256(test.read_bytes()).hexdigest(),
@@ -458,7 +467,8 @@ class Bench:
         return recorded
 
     def try_all(self, files: Iterable[str], session: Session | None) -> None:
-        """Every mutant that was not tried: in forks of this process, or, without a session, those imported anew."""
+        """Every mutant that was not tried: in forks of this process, or, without a session, those
+        imported anew."""
         for file in files:
             mutants, total = self.samples[file]
             kept = self.out / f"{file.replace('/', '.')}.json"
@@ -554,7 +564,8 @@ def wilson(part: int, whole: int) -> tuple[float, float]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A line per file, and all together; of the mutants that are not equivalent, how many were killed."""
+    """A line per file, and all together; of the mutants that are not equivalent, how many were
+    killed."""
     lines = [
         "| file | mutants | tried | equivalent | survived | killed, % | 95 % interval |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -1,4 +1,5 @@
-"""Sampling speed: the decode engine beside x-transformers' cached `generate`, and MaskGIT beside it.
+"""Sampling speed: the decode engine beside x-transformers' cached `generate`, and MaskGIT beside
+it.
 
     python -m benchmarks.sampling [engine|guidance|families ...]     all three, on the GPU where there is one
 
@@ -30,9 +31,11 @@ BATCHES = [1, 4, 16, 64]
 
 
 def x_transformers_of(backbone: Backbone) -> Any:
-    """A causal backbone of one level, learned positions and a prefix as x-transformers' own model of its weights.
+    """A causal backbone of one level, learned positions and a prefix as x-transformers' own model
+    of its weights.
 
-    Its sequence is [num_codes + label, code 0, code 1, ...]; the class enters every slot by `sum_embeds`.
+    Its sequence is [num_codes + label, code 0, code 1, ...]; the class enters every slot by
+    `sum_embeds`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

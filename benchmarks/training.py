@@ -3,9 +3,9 @@
     python -m benchmarks.training [wait|features|saving ...] [encoder=FOLDER] [data=FOLDER]
 
 All three, on the GPU where there is one. Stages 1 and 2 are those of configs/imagenette at
-224 px, with the pretrained ViT-Tiny and the images given; without them a random ViT of that shape, and digits. Every
-figure is of the training loop itself (average, log and all), without the k-means that starts a run. Results go to
-RESULTS.md beside this file.
+224 px, with the pretrained ViT-Tiny and the images given; without them a random ViT of that shape,
+and digits. Every figure is of the training loop itself (average, log and all), without the k-means
+that starts a run. Results go to RESULTS.md beside this file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ Batches = Callable[[int], Iterator[list[Batch]]]  # what the loop reads
 
 
 class Watch:
-    """A run's batches, and the clock beside them: seconds that each step waited for its batch, and that it took."""
+    """A run's batches, and the clock beside them: seconds that each step waited for its batch, and
+    that it took."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches, self.waits, self.works = batches, [], []
@@ -63,7 +64,8 @@ class Watch:
             self.works.append(asked - given)
 
     def steps(self, warm_up: int = 1) -> list[float]:
-        """Seconds of each whole step after the first; the last, which nothing follows, is not known."""
+        """Seconds of each whole step after the first; the last, which nothing follows, is not
+        known."""
         return [wait + work for wait, work in zip(self.waits, self.works)][warm_up:]
 
     def share(self, warm_up: int = 1) -> float:
@@ -73,7 +75,8 @@ class Watch:
 def watch(
     turns: list[Turn], published: nn.Module, batches: Batches, loop: LoopConfig, **changes: Any
 ) -> Watch:
-    """Train a few steps by the project's loop, which neither saves nor previews unless `changes` to `loop` say so."""
+    """Train a few steps by the project's loop, which neither saves nor previews unless `changes` to
+    `loop` say so."""
     quiet = {"save_every": NEVER, "preview_every": NEVER, "log_every": NEVER}
     loop, seen = dataclasses.replace(loop, **quiet | changes), Watch(batches)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

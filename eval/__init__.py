@@ -1,4 +1,5 @@
-"""Figures that say what they measure: each comes with its count, split, extractor and settings hash.
+"""Figures that say what they measure: each comes with its count, split, extractor and settings
+hash.
 
 Runs downstream of everything, on finished tokenizers and samples: `python -m eval.run report RUN`.
 """

@@ -47,11 +47,13 @@ def usage(histogram: Tensor) -> Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Mutual information between codes and their neighbours in one direction, over all such pairs of a level.
+    """Mutual information between codes and their neighbours in one direction, over all such pairs
+    of a level.
 
-    The plug-in estimate is too high by about (K - 1)² / 2n nats (Miller 1955), by less where few of the pairs can
-    be seen at all. So it is also taken with the second codes shuffled over all pairs, which keeps both marginals
-    and leaves no dependence. What position and class alone explain counts as information.
+    The plug-in estimate is too high by about (K - 1)² / 2n nats (Miller 1955), by less where few of
+    the pairs can be seen at all. So it is also taken with the second codes shuffled over all pairs,
+    which keeps both marginals and leaves no dependence. What position and class alone explain
+    counts as information.
     """
 
     plug_in: float  # bits
@@ -60,14 +62,16 @@ class Neighbours:
 
     @property
     def bits(self) -> float:
-        """Plug-in less shuffled: 0 on average for independent codes, too low by part of the bias for others."""
+        """Plug-in less shuffled: 0 on average for independent codes, too low by part of the bias
+        for others."""
         return self.plug_in - self.shuffled
 
 
 def neighbour_information(
     codes: np.ndarray, seed: int = 0
 ) -> tuple[Neighbours | None, Neighbours | None]:
-    """(n, H, W) codes of a level -> horizontal, vertical; None where the grid has one column, or one row."""
+    """(n, H, W) codes of a level -> horizontal, vertical; None where the grid has one column, or
+    one row."""
 
     def between(first: np.ndarray, second: np.ndarray) -> Neighbours | None:
         if not first.size:
@@ -82,7 +86,8 @@ def neighbour_information(
 
 
 def position_entropy(codes: np.ndarray, num_codes: int) -> np.ndarray:
-    """(n, positions) codes -> (positions,) bits: entropy over images of the code at each place, Miller-Madow.
+    """(n, positions) codes -> (positions,) bits: entropy over images of the code at each place,
+    Miller-Madow.
 
     It knows no more than n images can tell: where n is below the number of codes it is too low.
     """
@@ -102,7 +107,8 @@ class LevelStatistics:
 
 
 def code_statistics(codes: np.ndarray, layout: CodeLayout, seed: int = 0) -> list[LevelStatistics]:
-    """(n, N) codes of a split, as a token cache holds them, -> one per level. A grid's last axis is its columns.
+    """(n, N) codes of a split, as a token cache holds them, -> one per level. A grid's last axis is
+    its columns.
 
     Raises ValueError when there are no codes.
     """
@@ -120,7 +126,8 @@ def code_statistics(codes: np.ndarray, layout: CodeLayout, seed: int = 0) -> lis
 
 
 def measure_codes(codes: np.ndarray, layout: CodeLayout, origin: Origin) -> list[Measurement]:
-    """The figures of `code_statistics`; histograms and grids of entropies are for the record's arrays."""
+    """The figures of `code_statistics`; histograms and grids of entropies are for the record's
+    arrays."""
     found: list[Measurement] = []
     for level, statistics in enumerate(code_statistics(codes, layout)):
         of_level = name_level(layout, level)

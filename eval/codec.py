@@ -1,11 +1,13 @@
-"""Codes to bytes and back without loss: range coding (Martin 1979) by constriction (Bamler 2022, arXiv:2201.01741).
+"""Codes to bytes and back without loss: range coding (Martin 1979) by constriction (Bamler 2022,
+arXiv:2201.01741).
 
-The model is a table of counts, which the file holds or which is that of another split, or an autoregressive prior.
-Both sides must find the same probabilities to the last bit, or all behind the first difference is lost. So one
-piece of code passes the codes through, at one batch size, to be written or to be read; a prior's logits come from a
-float64 copy of its network and are rounded to 1/1024 nat, and all after that is integers. Errors of float64 carry a
-logit over the border of two steps once in 10^10 or so: other kernels agree as a rule. Every file is decoded when it
-is made, and checksums refuse what differs.
+The model is a table of counts, which the file holds or which is that of another split, or an
+autoregressive prior. Both sides must find the same probabilities to the last bit, or all behind the
+first difference is lost. So one piece of code passes the codes through, at one batch size, to be
+written or to be read; a prior's logits come from a float64 copy of its network and are rounded to
+1/1024 nat, and all after that is integers. Errors of float64 carry a logit over the border of two
+steps once in 10^10 or so: other kernels agree as a rule. Every file is decoded when it is made, and
+checksums refuse what differs.
 
 A file, integers in little endian, counts in LEB128:
 
@@ -72,7 +74,8 @@ class CodeModel(Protocol):
     batch_size: int  # images at a time; 0 is all
 
     def transmit(self, port: Port, codes: Array, labels: Array | None, batch_size: int) -> None:
-        """Pass (n, N) codes and (n,) labels, int64, through the port, and replace them by what comes out."""
+        """Pass (n, N) codes and (n,) labels, int64, through the port, and replace them by what
+        comes out."""
 
     def ideal_bits(self, codes: Tensor, labels: Tensor | None) -> Tensor:
         """-log2 p of each image's codes, and of its label if there are any, (n,) float64."""
@@ -83,8 +86,9 @@ def encode_tokens(
 ) -> bytes:
     """(n, N) int64 codes as a file; without a model it holds the table of these very codes.
 
-    A prior conditions on (n,) int64 labels, which the file then holds too, and else on none. The file has been
-    decoded when this returns. Raises UserError when the model is of another layout, or decodes to something else.
+    A prior conditions on (n,) int64 labels, which the file then holds too, and else on none. The
+    file has been decoded when this returns. Raises UserError when the model is of another layout,
+    or decodes to something else.
     """
     layout.check(codes)
     _check_layout(layout)
@@ -120,7 +124,8 @@ def encode_tokens(
 def decode_tokens(data: bytes, model: CodeModel | None = None, name: str = "the file") -> Tokens:
     """What `encode_tokens` was given. Of a file that holds its table no model is needed.
 
-    Raises UserError when the file is damaged or cut short, was made by another model, or decodes to other codes.
+    Raises UserError when the file is damaged or cut short, was made by another model, or decodes to
+    other codes.
     """
     file = TokenFile.from_bytes(data, name)
     if file.kind == "table":
@@ -166,7 +171,8 @@ class TableModel:
 
     @classmethod
     def of_codes(cls, codes: Tensor, layout: CodeLayout) -> TableModel:
-        """The table of (n, N) codes themselves, which goes into the file; codes that are not there get no share."""
+        """The table of (n, N) codes themselves, which goes into the file; codes that are not there
+        get no share."""
         spans = layout.spans()
         return cls(
             "table",
@@ -176,8 +182,8 @@ class TableModel:
 
     @classmethod
     def of_split(cls, histograms: list[Array], layout: CodeLayout) -> TableModel:
-        """From another split's counts (num_codes,) per level, such as the train split's: (c + 1/2) / (n + K/2),
-        Krichevsky & Trofimov 1981. Whoever decodes needs the same counts."""
+        """From another split's counts (num_codes,) per level, such as the train split's: (c + 1/2)
+        / (n + K/2), Krichevsky & Trofimov 1981. Whoever decodes needs the same counts."""
         return cls("split", layout, [2 * np.asarray(counts, np.int64) + 1 for counts in histograms])
 
     def stored(self) -> bytes:
@@ -215,7 +221,8 @@ class TableModel:
 
 
 class PriorModel:
-    """Each code has the probability that an autoregressive prior gives it after those before it in raster order.
+    """Each code has the probability that an autoregressive prior gives it after those before it in
+    raster order.
 
     A hierarchical prior is one when both its priors are.
     """
@@ -268,7 +275,8 @@ class PriorModel:
 
 
 def _stages(prior: Prior) -> Iterator[AutoregressivePrior]:
-    """The autoregressive priors whose product a prior is; each is given the codes of the one before."""
+    """The autoregressive priors whose product a prior is; each is given the codes of the one
+    before."""
     for stage in (prior.top, prior.bottom) if isinstance(prior, HierarchicalPrior) else (prior,):
         if not isinstance(stage, AutoregressivePrior):
             raise UserError(
@@ -291,7 +299,8 @@ def _hash_prior(prior: Any) -> str:
 
 
 def exponentials(logits: Array) -> Array:
-    """(m, K) logits -> (m, K) int64 weights, about 2^32 exp(logit - largest); the logits are rounded to steps."""
+    """(m, K) logits -> (m, K) int64 weights, about 2^32 exp(logit - largest); the logits are
+    rounded to steps."""
     table = _exponentials()
     steps = np.rint(logits.astype(np.float64) * STEPS).astype(np.int64)
     below = steps.max(-1, keepdims=True) - steps
@@ -300,7 +309,8 @@ def exponentials(logits: Array) -> Array:
 
 @functools.cache
 def _exponentials() -> Array:
-    """2^32 exp(-i / STEPS), rounded down, as far as it is not 0, and a 0: no machine's exp() takes part."""
+    """2^32 exp(-i / STEPS), rounded down, as far as it is not 0, and a 0: no machine's exp() takes
+    part."""
     with localcontext(prec=50):
         factor = int((Decimal(-1) / STEPS).exp() * (1 << 96))
     found, value = [], 1 << 96
@@ -311,7 +321,8 @@ def _exponentials() -> Array:
 
 
 def masses(weights: Array) -> Array:
-    """(..., n) int64 weights >= 0, not all 0 -> (..., n) int64 of sum 2^24 and at least 1, what is left to the largest.
+    """(..., n) int64 weights >= 0, not all 0 -> (..., n) int64 of sum 2^24 and at least 1, what is
+    left to the largest.
 
     What is coded costs at most -log2(1 - n / 2^24) bits more than under the weights, or 24 bits.
     """
@@ -326,8 +337,8 @@ def masses(weights: Array) -> Array:
 def _categorical(weights: Array) -> tuple[Any, ...]:
     """constriction's arguments for weights (n,) of all symbols, or (m, n) of each.
 
-    It gives each of n symbols 1 / 2^24 and shares out the other 2^24 - n in proportion: exactly, in float32, when
-    the proportions are integers of that sum.
+    It gives each of n symbols 1 / 2^24 and shares out the other 2^24 - n in proportion: exactly, in
+    float32, when the proportions are integers of that sum.
     """
     model, table = constriction.stream.model.Categorical, (masses(weights) - 1).astype(np.float32)
     return (model(table, perfect=False),) if table.ndim == 1 else (model(perfect=False), table)

@@ -1,6 +1,8 @@
-"""What may be compared, and how it is laid out: runs and records side by side that differ only where they may.
+"""What may be compared, and how it is laid out: runs and records side by side that differ only
+where they may.
 
-`python -m eval.compare A B` prints the figures of two records, JSON files or the folders that hold them.
+`python -m eval.compare A B` prints the figures of two records, JSON files or the folders that hold
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from training.config import to_dict
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a record, a report or a folder of records holds, by the figures' names without extractors' hashes."""
+    """What a record, a report or a folder of records holds, by the figures' names without
+    extractors' hashes."""
 
     path: Path
     measured: dict[str, Measurement]
@@ -59,14 +62,16 @@ class Figures:
         return Figures(path, measured, environments)
 
 
-# Records that a run's folder may hold; "probe" and those of several priors or protocols are compared by their files.
+# Records that a run's folder may hold; "probe" and those of several priors or protocols are
+# compared by their files.
 KINDS = ("reconstruction", "codebook", "rate", "rate_distortion", "likelihood", "generation")
 
 
 def compare_records(first: Figures, second: Figures, allowed: Sequence[str] = ()) -> list[str]:
     """Lines of Markdown: each figure that both have, and the difference, second less first.
 
-    Raises UserError when there is none, and when the settings of one differ in a field that is not `allowed`.
+    Raises UserError when there is none, and when the settings of one differ in a field that is not
+    `allowed`.
     """
     shared = [name for name in first.measured if name in second.measured]
     if not shared:
@@ -123,7 +128,8 @@ def compare_records(first: Figures, second: Figures, allowed: Sequence[str] = ()
 
 
 def conditions(figure: Measurement) -> dict[str, Any]:
-    """All that two figures must share to be compared, by field; data sets by what they hold, wherever they lie."""
+    """All that two figures must share to be compared, by field; data sets by what they hold,
+    wherever they lie."""
     return {
         "n": figure.n,
         "split": figure.split,
@@ -146,8 +152,8 @@ def _plain(name: str) -> str:
 
 
 def _better(ours: Measurement, theirs: Measurement) -> str:
-    """Which one, where their intervals lie apart. They know nothing of images that both share: this errs on the
-    side of silence."""
+    """Which one, where their intervals lie apart. They know nothing of images that both share: this
+    errs on the side of silence."""
     if ours.higher_is_better is None or not ours.interval or not theirs.interval:
         return ""
     if ours.interval[0] <= theirs.interval[1] and theirs.interval[0] <= ours.interval[1]:
@@ -169,7 +175,8 @@ def _environments(first: Figures, second: Figures) -> list[str]:
 
 
 def check_alike(conditions: Mapping[Path, Mapping[str, str]], allowed: Sequence[str]) -> None:
-    """`conditions` of each folder; raise UserError for the first that differs and is not allowed to."""
+    """`conditions` of each folder; raise UserError for the first that differs and is not allowed
+    to."""
     (folder, first), *others = conditions.items()
     for field in allowed:
         if field not in first:
@@ -211,7 +218,8 @@ def own_settings(configs: Sequence[Any]) -> list[str]:
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"loop": {"steps": 3}} -> {"loop.steps": 3}; of lists of such, {"data": [{"n": 1}]} -> {"data.0.n": 1}."""
+    """{"loop": {"steps": 3}} -> {"loop.steps": 3}; of lists of such, {"data": [{"n": 1}]} ->
+    {"data.0.n": 1}."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):

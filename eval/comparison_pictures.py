@@ -1,4 +1,5 @@
-"""Pictures that put runs side by side: points, bars of codebooks, training curves, rows of images."""
+"""Pictures that put runs side by side: points, bars of codebooks, training curves, rows of
+images."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FIRST, SECOND, GRID = "#1c1e26", "#2f5d8a", "#c89211", "#d9dde5"
-# Where a label may lie beside its point, the best first: offsets in points, and which end of the text is there.
+# Where a label may lie beside its point, the best first: offsets in points, and which end of the
+# text is there.
 PLACES = [(side * (8 + up), sign * up, "left" if side > 0 else "right")
           for up in range(0, 120, 6) for side in (1, -1) for sign in ((1, -1) if up else (1,))]  # fmt: skip
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-# What a set has to have, whatever else is wrong with so few: below it the figure is undefined, or the same for all.
+# What a set has to have, whatever else is wrong with so few: below it the figure is undefined, or
+# the same for all.
 LEAST = {
     "a Fréchet distance": 2,  # a covariance
     "a distance at endless N": 20,  # a tenth of N as the lowest count, and 15 counts apart
     "a kernel distance": 4,  # two subsets of two
-    "a score of class probabilities": 20,  # ten splits of two: of one image it is 1, whatever the image
+    # ten splits of two: of one image it is 1, whatever the image
+    "a score of class probabilities": 20,
     "precision, recall, density and coverage": 6,  # five neighbours
     "CMMD": 2,
     "nearer to train than held-out images": 2,  # a variance
@@ -24,7 +26,8 @@ class Counts:
     lacking: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # figures by set
 
     def suffice(self, figure: str, *of: str) -> bool:
-        """Whether each of these sets has images enough for a figure of LEAST; what has not is noted."""
+        """Whether each of these sets has images enough for a figure of LEAST; what has not is
+        noted."""
         few = [name for name in of if self.sets[name] < LEAST[figure]]
         for name in few:
             figures = self.lacking.setdefault(name, [])

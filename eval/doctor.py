@@ -1,7 +1,8 @@
 """What evaluation finds on this machine: `python -m eval.doctor`.
 
-Weights with their hashes, and how to fetch those that are missing; in-domain extractors; packages, the pairing of
-torch and torchvision, the GPU, free space. Exit code 2 when something that is needed is broken, else 0.
+Weights with their hashes, and how to fetch those that are missing; in-domain extractors; packages,
+the pairing of torch and torchvision, the GPU, free space. Exit code 2 when something that is needed
+is broken, else 0.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Finding:
 
 
 def examine_weights(name: str, given: Path | None = None) -> Finding:
-    """Published weights by their key in WEIGHTS. Only a file that lies where they belong has to be the published one:
-    any other gives figures that carry its hash."""
+    """Published weights by their key in WEIGHTS. Only a file that lies where they belong has to be
+    the published one: any other gives figures that carry its hash."""
     from eval.extractors import WEIGHTS
     from training.checkpoint import sha256
 
@@ -126,7 +127,8 @@ def examine_packages() -> Iterator[Finding]:
 
 
 def examine_pairing() -> Finding:
-    """Whether torchvision works with this torch: in a process of its own, as a wrong one may crash."""
+    """Whether torchvision works with this torch: in a process of its own, as a wrong one may
+    crash."""
     try:
         torch, torchvision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
     except importlib.metadata.PackageNotFoundError as error:

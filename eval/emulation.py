@@ -1,4 +1,5 @@
-"""The record of RUN/samples under published protocols: the same images, each one's figures, and why they differ."""
+"""The record of RUN/samples under published protocols: the same images, each one's figures, and why
+they differ."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ SCORE = "a score of class probabilities"
 
 
 def measure_protocols(pipeline: Pipeline) -> Record:
-    """Against the train split, by the Inception where its weights are, else by the in-domain extractor."""
+    """Against the train split, by the Inception where its weights are, else by the in-domain
+    extractor."""
     options, train = pipeline.options, pipeline.train
     samples = Samples.open(pipeline.folder / "samples", train.image_size)
     extractor = pipeline.judge

@@ -1,8 +1,9 @@
 """Feature extractors and what their figures may be called.
 
-"FID", "IS" and "KID" belong to one network, the 2015-12-05 Inception, "FD-DINOv2" and "CMMD" to one DINOv2 and one
-CLIP, each known by its SHA-256. Without them, figures come from a small classifier trained on the data at hand, or
-from other weights; they carry a name and a hash (`FD[digits-cnn@a1b2c3d4]`) and compare with nothing else.
+"FID", "IS" and "KID" belong to one network, the 2015-12-05 Inception, "FD-DINOv2" and "CMMD" to one
+DINOv2 and one CLIP, each known by its SHA-256. Without them, figures come from a small classifier
+trained on the data at hand, or from other weights; they carry a name and a hash
+(`FD[digits-cnn@a1b2c3d4]`) and compare with nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Weights:
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file
 
     def find(self, given: Path | None = None) -> Path | None:
-        """The path given, else the variable's, else the place in torch's cache; None when nothing is there.
+        """The path given, else the variable's, else the place in torch's cache; None when nothing
+        is there.
 
         Raises UserError when what was given, or what the variable names, does not exist.
         """
@@ -149,7 +151,8 @@ def tag(extractor: Extractor) -> str:
 
 
 def banner(extractor: Extractor) -> str | None:
-    """The line that every output with a non-standard extractor carries; None for the standard one."""
+    """The line that every output with a non-standard extractor carries; None for the standard
+    one."""
     if extractor.standard:
         return None
     return (
@@ -186,7 +189,8 @@ class FeatureRows:
 
 
 class Inception:
-    """torch-fidelity's port of the 2015-12-05 Inception, with its resize: 2048 features, 1008 classes."""
+    """torch-fidelity's port of the 2015-12-05 Inception, with its resize: 2048 features, 1008
+    classes."""
 
     dim, input_size = 2048, 299
 
@@ -227,7 +231,8 @@ class Inception:
 
     @torch.no_grad()
     def see(self, inputs: Tensor) -> Extraction:
-        """The network's forward, after its resize; its scores leave out the last layer's bias, as IS wants."""
+        """The network's forward, after its resize; its scores leave out the last layer's bias, as
+        IS wants."""
         maps = (inputs.to(distributed.device()) - 128) / 128
         *layers, last = self.network.children()
         for layer in layers:
@@ -237,9 +242,10 @@ class Inception:
 
 
 class Tower:
-    """A pretrained vision transformer through transformers, fed as published figures feed it: the whole image to a
-    square by Pillow's antialiased bicubic on uint8. Features are what its publisher pools: DINOv2's class token
-    (Stein et al. 2023, arXiv:2306.04675), CLIP's embedding at unit length. It knows no classes."""
+    """A pretrained vision transformer through transformers, fed as published figures feed it: the
+    whole image to a square by Pillow's antialiased bicubic on uint8. Features are what its
+    publisher pools: DINOv2's class token (Stein et al. 2023, arXiv:2306.04675), CLIP's embedding at
+    unit length. It knows no classes."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         """`kind`: a key of TOWERS; `folder`: config.json and weights in transformers' format.
@@ -319,8 +325,9 @@ TOWERS = {
 
 @torch.no_grad()
 def fit_positions(embeddings: nn.Module, side: int) -> None:
-    """Give a DINOv2 the positions of side x side patches as its first release interpolates them, which published
-    figures inherit: by a factor that a tenth of a patch was added to. transformers' own differ by a little."""
+    """Give a DINOv2 the positions of side x side patches as its first release interpolates them,
+    which published figures inherit: by a factor that a tenth of a patch was added to. transformers'
+    own differ by a little."""
     class_token, grid = embeddings.position_embeddings.split(
         [1, embeddings.position_embeddings.shape[1] - 1], 1
     )
@@ -334,5 +341,6 @@ def fit_positions(embeddings: nn.Module, side: int) -> None:
 
 
 def find_inception(given: Path | None) -> Path | None:
-    """The path given, else the variable's, else the file in torch's cache ($TORCH_HOME/hub/checkpoints)."""
+    """The path given, else the variable's, else the file in torch's cache
+    ($TORCH_HOME/hub/checkpoints)."""
     return WEIGHTS["inception"].find(given)

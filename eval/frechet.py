@@ -1,10 +1,12 @@
-"""Fréchet distance of two Gaussians (Heusel et al. 2017, arXiv:1706.08500), without a matrix square root.
+"""Fréchet distance of two Gaussians (Heusel et al. 2017, arXiv:1706.08500), without a matrix square
+root.
 
     d² = |μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁Σ₂)^½
 
-The last trace is the sum of the singular values of F₁F₂ᵀ for any factors Σᵢ = FᵢᵀFᵢ. Centred features are such
-factors, and the quick way when N < D. Otherwise it is the sum of the roots of the eigenvalues of L₂ᵀΣ₁L₂, which is
-symmetric and similar to Σ₁Σ₂ when Σ₂ = L₂L₂ᵀ (Cholesky). Nothing is added to a diagonal, and nothing is complex.
+The last trace is the sum of the singular values of F₁F₂ᵀ for any factors Σᵢ = FᵢᵀFᵢ. Centred
+features are such factors, and the quick way when N < D. Otherwise it is the sum of the roots of the
+eigenvalues of L₂ᵀΣ₁L₂, which is symmetric and similar to Σ₁Σ₂ when Σ₂ = L₂L₂ᵀ (Cholesky). Nothing
+is added to a diagonal, and nothing is complex.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from eval.moments import Moments
 
 # Below this ratio of Cholesky pivots the covariance is treated as rank-deficient.
 PIVOT_RATIO = 1e-4
-# Largest rounding, relative to their sum, that roots of eigenvalues may carry; beyond it singular values are taken.
+# Largest rounding, relative to their sum, that roots of eigenvalues may carry; beyond it singular
+# values are taken.
 ROOT_ROUNDING = 1e-11
 
 
@@ -54,7 +57,8 @@ class Gaussian:
 
     @functools.cached_property
     def factor(self) -> Tensor:
-        """(r, D) with covariance = factorᵀ factor; negative eigenvalues are rounding and count as 0."""
+        """(r, D) with covariance = factorᵀ factor; negative eigenvalues are rounding and count as
+        0."""
         if self.rows is not None:
             return self.rows
         lower, failed = torch.linalg.cholesky_ex(self.covariance)
@@ -89,8 +93,8 @@ def root_trace(a: Gaussian, b: Gaussian) -> Tensor:
             return a.trace
         values = product_eigenvalues(a.covariance, b.covariance)
         if values is not None:
-            # A small root √λ magnifies the rounding of its eigenvalue, about eps·λ_max, by 1/(2√λ). Roundings are
-            # taken as independent.
+            # A small root √λ magnifies the rounding of its eigenvalue, about eps·λ_max, by 1/(2√λ).
+            # Roundings are taken as independent.
             roots = values.clamp(min=0).sqrt()
             rounding = torch.finfo(values.dtype).eps * values.max() * (0.5 / roots).norm()
             if rounding < ROOT_ROUNDING * roots.sum():
@@ -101,14 +105,16 @@ def root_trace(a: Gaussian, b: Gaussian) -> Tensor:
 
 
 def product_eigenvalues(a: Tensor, b: Tensor) -> Tensor | None:
-    """Eigenvalues of ab, (D,), for symmetric (D, D) float64; None where b has no Cholesky factor."""
+    """Eigenvalues of ab, (D,), for symmetric (D, D) float64; None where b has no Cholesky
+    factor."""
     from scipy.linalg.lapack import dsygst
 
     lower, failed = torch.linalg.cholesky_ex(b)
     if failed:
         return None
-    # A third of the work of two matrix products. LAPACK counts columns first: it reads a row-major lower triangle as
-    # an upper one, and so leaves the upper triangle of UaUᵀ, U = Lᵀ, which is the row-major lower one of LᵀaL.
+    # A third of the work of two matrix products. LAPACK counts columns first: it reads a row-major
+    # lower triangle as an upper one, and so leaves the upper triangle of UaUᵀ, U = Lᵀ, which is the
+    # row-major lower one of LᵀaL.
     reduced, _ = dsygst(a.numpy().T, lower.contiguous().numpy().T, itype=2, lower=0)
     return torch.linalg.eigvalsh(torch.from_numpy(reduced.T), UPLO="L")
 
@@ -126,10 +132,11 @@ class Infinity:
 def frechet_infinity(
     features: Tensor, reference: Gaussian, points: int = 15, least: int | None = None, seed: int = 0
 ) -> Infinity:
-    """FID∞ (Chong and Forsyth 2020, arXiv:1911.07023): the distance is linear in 1/N, so its line's value at 0.
+    """FID∞ (Chong and Forsyth 2020, arXiv:1911.07023): the distance is linear in 1/N, so its line's
+    value at 0.
 
-    `points` counts from `least` (a tenth of N, as the paper's 5,000 of 50,000) to N, each of (N, D) `features`
-    drawn anew. The bias of the reference's own count stays.
+    `points` counts from `least` (a tenth of N, as the paper's 5,000 of 50,000) to N, each of (N, D)
+    `features` drawn anew. The bias of the reference's own count stays.
     """
     n = len(features)
     least = max(2, n // 10) if least is None else least
@@ -156,8 +163,9 @@ def frechet_jackknife(
 ) -> Jackknife:
     """Interval of the distance from (n, D) features to a fixed Gaussian.
 
-    Where `reference` is a tensor its rows are paired with `features` (reconstructions and originals) and
-    leave together. The ordinary bootstrap is wrong here: repeated rows bias the covariance.
+    Where `reference` is a tensor its rows are paired with `features` (reconstructions and
+    originals) and leave together. The ordinary bootstrap is wrong here: repeated rows bias the
+    covariance.
     """
     paired = isinstance(reference, Tensor)
     if paired and len(reference) != len(features):
@@ -175,8 +183,8 @@ def frechet_jackknife(
 def jackknife(n: int, statistic: Callable[[Tensor], float], blocks: int = 20) -> Jackknife:
     """Delete-a-block jackknife. `statistic` takes the int64 rows that are kept.
 
-    Blocks are drawn at random, with a fixed seed: samples come class after class or in turn, and a block of
-    strided or of neighbouring rows would take whole classes away.
+    Blocks are drawn at random, with a fixed seed: samples come class after class or in turn, and a
+    block of strided or of neighbouring rows would take whole classes away.
     """
     if n < 2 * blocks:
         raise ValueError(f"{blocks} blocks need at least {2 * blocks} rows, not {n}")

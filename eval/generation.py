@@ -1,5 +1,6 @@
-"""How close samples come to real images: Fréchet and kernel distances, Inception Score, manifolds, memorisation,
-class agreement; most beside the same figure between real images, without which they say little."""
+"""How close samples come to real images: Fréchet and kernel distances, Inception Score, manifolds,
+memorisation, class agreement; most beside the same figure between real images, without which they
+say little."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def _whole_numbers(labels: np.ndarray) -> np.ndarray:
 def measure_generation(
     pipeline: Pipeline, folder: Path | None = None, kind: str = "generation"
 ) -> Record:
-    """The record of RUN/samples, or of another `folder` and `kind`: the kept one if current, else measured and kept."""
+    """The record of RUN/samples, or of another `folder` and `kind`: the kept one if current, else
+    measured and kept."""
     options = pipeline.options
     folder = folder or pipeline.folder / "samples"
     samples = Samples.open(folder, pipeline.held_out.image_size)
@@ -466,7 +468,8 @@ def _copying(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origins)
 
 
 def _agreement(pipeline: Pipeline, seen: Seen, samples: Samples, origins: Origins) -> Part:
-    """Share of samples whose label the in-domain classifier recognises, and of real held-out images."""
+    """Share of samples whose label the in-domain classifier recognises, and of real held-out
+    images."""
     classifier: InDomain = pipeline.in_domain
     if classifier.task != "classes":
         return Part([], {}, ["Class agreement is left out: the data has fewer than two classes."])

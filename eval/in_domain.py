@@ -1,4 +1,5 @@
-"""The in-domain extractor: a small residual network trained on the data at hand, kept once per data set.
+"""The in-domain extractor: a small residual network trained on the data at hand, kept once per data
+set.
 
 It stands in where the published networks' weights are absent; its figures carry its name and hash.
 """
@@ -56,7 +57,8 @@ class ExtractorRun:
 
 
 def extractor_run(data: DataConfig, images: Images) -> ExtractorRun:
-    """The usual extractor for a train split: three passes, at least 300 and at most 1500 steps of 128."""
+    """The usual extractor for a train split: three passes, at least 300 and at most 1500 steps of
+    128."""
     classes = images.num_classes >= 2
     name = re.sub(r"[^\w.-]+", "-", images.name)
     data = dataclasses.replace(data, augment="flip_shift" if "flip" in data.augment else "shift")
@@ -71,7 +73,8 @@ def extractor_run(data: DataConfig, images: Images) -> ExtractorRun:
 
 
 class Classifier(nn.Module):
-    """A small residual network: (B, 3, H, W) in [-1, 1] -> logits (B, C), through features (B, dim).
+    """A small residual network: (B, 3, H, W) in [-1, 1] -> logits (B, C), through features (B,
+    dim).
 
     Group normalisation: a row never depends on its batch.
     """
@@ -207,7 +210,8 @@ class InDomain:
 
 
 def check_extractor(named: Path, trained_in: Sequence[Path]) -> None:
-    """Raise UserError where a folder that was named holds no extractor: one is trained in these places alone."""
+    """Raise UserError where a folder that was named holds no extractor: one is trained in these
+    places alone."""
     if (named / "config.yaml").is_file() or named.resolve() in [
         place.resolve() for place in trained_in
     ]:
@@ -220,10 +224,11 @@ def check_extractor(named: Path, trained_in: Sequence[Path]) -> None:
 
 
 def open_extractor(folder: Path, data: DataConfig, images: Images, workers: int = 0) -> InDomain:
-    """The in-domain extractor kept in `folder`; where there is none, it is trained on `images`, the train split, first,
-    which `workers` processes read.
+    """The in-domain extractor kept in `folder`; where there is none, it is trained on `images`, the
+    train split, first, which `workers` processes read.
 
-    Where its weights are damaged, they are written again. Raises UserError when it was trained on other data.
+    Where its weights are damaged, they are written again. Raises UserError when it was trained on
+    other data.
     """
     kept, made_from = folder / "config.yaml", noted(folder, images.split)
     config = (

@@ -19,8 +19,9 @@ class InceptionScore:
 def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 2020) -> InceptionScore:
     """(N, C) rows summing to 1 -> exp E[KL(p(y|x) || p(y))] per split.
 
-    Rows are shuffled with a fixed seed first: samples come sorted by class, and contiguous chunks of those
-    would hold few classes each. Order and splits are torch-fidelity's, so that the score is too.
+    Rows are shuffled with a fixed seed first: samples come sorted by class, and contiguous chunks
+    of those would hold few classes each. Order and splits are torch-fidelity's, so that the score
+    is too.
     """
     n = len(probabilities)
     if not 1 <= splits <= n:

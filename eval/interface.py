@@ -21,7 +21,8 @@ class Batch:
 
 
 class Metric(Protocol):
-    """State that grows with `update`; `compute` reduces over ranks first and gives all ranks the same."""
+    """State that grows with `update`; `compute` reduces over ranks first and gives all ranks the
+    same."""
 
     def update(self, batch: Batch) -> None: ...
 

@@ -1,4 +1,5 @@
-"""Kernel Inception Distance (Bińkowski et al. 2018, arXiv:1801.01401): an unbiased squared MMD of features."""
+"""Kernel Inception Distance (Bińkowski et al. 2018, arXiv:1801.01401): an unbiased squared MMD of
+features."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from training import distributed
 
 @dataclasses.dataclass(frozen=True)
 class KernelDistance:
-    """Its expectation is 0 for equal distributions at any N, so that it may come out slightly negative."""
+    """Its expectation is 0 for equal distributions at any N, so that it may come out slightly
+    negative."""
 
     mean: float  # over subsets
     deviation: float  # over subsets; not a confidence interval
@@ -28,7 +30,8 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 2020,
 ) -> KernelDistance:
-    """(n, D) and (m, D) features. Subsets are drawn as torch-fidelity draws them; all figures are float64.
+    """(n, D) and (m, D) features. Subsets are drawn as torch-fidelity draws them; all figures are
+    float64.
 
     Raises ValueError when a subset is larger than either set.
     """

@@ -1,4 +1,5 @@
-"""What held-out codes cost a prior: negative log-likelihood, exact or a bound, and never another loss."""
+"""What held-out codes cost a prior: negative log-likelihood, exact or a bound, and never another
+loss."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ NATS_PER_BIT = float(np.log(2))
 
 
 def measure_likelihood(pipeline: Pipeline, folder: Path, kind: str = "likelihood") -> Record:
-    """The record of a prior's run: the kept one if current, else measured on held-out codes and kept.
+    """The record of a prior's run: the kept one if current, else measured on held-out codes and
+    kept.
 
-    In nats per token, bits per pixel (of height x width) and bits per image. Raises UserError for a prior that was
-    trained on other tokens than the pipeline's.
+    In nats per token, bits per pixel (of height x width) and bits per image. Raises UserError for a
+    prior that was trained on other tokens than the pipeline's.
     """
     about, options = read_record(folder), pipeline.options
     if about.tokenizer_sha256 != pipeline.tokenizer_hash:

@@ -1,5 +1,6 @@
-"""Precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020,
-arXiv:2002.09797): how far balls around real features hold generated ones, and the reverse."""
+"""Precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et
+al. 2020, arXiv:2002.09797): how far balls around real features hold generated ones, and the
+reverse."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Manifold:
-    """Two samples of one distribution do not give 1: compare with real held-out images, not with 1."""
+    """Two samples of one distribution do not give 1: compare with real held-out images, not with
+    1."""
 
     precision: float  # share of generated within a real ball
     recall: float  # share of real within a generated ball

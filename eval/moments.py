@@ -1,4 +1,5 @@
-"""Mean and covariance of streamed rows in float64 (Chan, Golub and LeVeque 1983): shards and ranks merge exactly.
+"""Mean and covariance of streamed rows in float64 (Chan, Golub and LeVeque 1983): shards and ranks
+merge exactly.
 
 Squares are summed about the mean, not about 0: features far from 0 lose no digits.
 """
@@ -55,7 +56,8 @@ class Moments:
         return both
 
     def _join(self, count: int, mean: Tensor) -> Tensor:
-        """Take over the count and mean of other rows; the (D,) whose outer product the scatter still lacks."""
+        """Take over the count and mean of other rows; the (D,) whose outer product the scatter
+        still lacks."""
         total = self.count + count
         difference = mean - self.mean
         step = difference * math.sqrt(self.count * count / total)

@@ -1,5 +1,5 @@
-"""Memorisation: do samples lie nearer to training images than other real images do? (Meehan, Chaudhuri and Dasgupta
-2020, arXiv:2004.05675, over the whole feature space at once)."""
+"""Memorisation: do samples lie nearer to training images than other real images do? (Meehan,
+Chaudhuri and Dasgupta 2020, arXiv:2004.05675, over the whole feature space at once)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ NEAREST = 3
 class Copying:
     """Of m samples, with their nearest training images."""
 
-    nearer: float  # percent: how often a sample is nearer to its training neighbour than a held-out image to its own
+    # percent: how often a sample is nearer to its training neighbour than a held-out image to its
+    # own
+    nearer: float
     interval: (
         tuple[float, float] | None
     )  # 95 % (DeLong et al. 1988); None where no sample tells of any spread
@@ -26,7 +28,8 @@ class Copying:
 
 
 def find_copying(samples: Tensor, held_out: Tensor, train: Tensor) -> Copying:
-    """(m, D), (n, D), (N, D) features, m and n at least 2. 50 % is what real images get; 100 % is a copying machine.
+    """(m, D), (n, D), (N, D) features, m and n at least 2. 50 % is what real images get; 100 % is a
+    copying machine.
 
     Both sides are measured to the same N training images, so that N does not favour one.
     """
@@ -48,8 +51,8 @@ def find_copying(samples: Tensor, held_out: Tensor, train: Tensor) -> Copying:
 
 
 def nearest(points: Tensor, others: Tensor, k: int, table: int = 1 << 24) -> tuple[Tensor, Tensor]:
-    """(m, D), (N, D) -> (m, k) float64 distances, ascending, and (m, k) int64 rows of `others`; about `table`
-    distances are held at a time."""
+    """(m, D), (N, D) -> (m, k) float64 distances, ascending, and (m, k) int64 rows of `others`;
+    about `table` distances are held at a time."""
     if k > len(others):
         raise ValueError(f"{k} neighbours among {len(others)} points")
     points, others = points.double(), others.double()

@@ -1,4 +1,5 @@
-"""The report as one HTML file that a double click opens offline: styles, pictures and its one script are inside."""
+"""The report as one HTML file that a double click opens offline: styles, pictures and its one
+script are inside."""
 
 from __future__ import annotations
 
@@ -58,8 +59,8 @@ code, pre { font: 12px/1.45 ui-monospace, monospace; }
 pre { overflow: auto; background: #f4f5f8; padding: 12px; border-radius: 6px; max-height: 420px; }
 td pre { max-width: 420px; max-height: 240px; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
-# Sorts tables by a click on a head, and gives every strip of pairs a view with a slider from original to
-# reconstruction. Without it everything is still there to read.
+# Sorts tables by a click on a head, and gives every strip of pairs a view with a slider from
+# original to reconstruction. Without it everything is still there to read.
 SCRIPT = """
 "use strict";
 for (const table of document.querySelectorAll("table")) {

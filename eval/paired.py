@@ -1,5 +1,5 @@
-"""Distances between an image and its reconstruction: PSNR, SSIM (Wang et al. 2004), LPIPS (Zhang et al. 2018,
-arXiv:1801.03924). References are the exact uint8 tensors that the encoder was fed."""
+"""Distances between an image and its reconstruction: PSNR, SSIM (Wang et al. 2004), LPIPS (Zhang et
+al. 2018, arXiv:1801.03924). References are the exact uint8 tensors that the encoder was fed."""
 
 from __future__ import annotations
 
@@ -56,18 +56,20 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
 
 
 def blur_matrix(size: int) -> Tensor:
-    """(size, size - WINDOW + 1) float64: each column is the Gaussian window at one place of a line of pixels."""
+    """(size, size - WINDOW + 1) float64: each column is the Gaussian window at one place of a line
+    of pixels."""
     offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * SIGMA**2))
     return torch.eye(size, dtype=torch.float64).unfold(1, WINDOW, 1) @ (window / window.sum())
 
 
 class LPIPS:
-    """The tokenizer's perceptual distance as a figure. It is called LPIPS-net only with a trunk on the known
-    list; any other is named by its hash."""
+    """The tokenizer's perceptual distance as a figure. It is called LPIPS-net only with a trunk on
+    the known list; any other is named by its hash."""
 
     def __init__(self, net: str, weights: Path) -> None:
-        """Raises UserError for an unknown net and for a file that is missing or holds another trunk."""
+        """Raises UserError for an unknown net and for a file that is missing or holds another
+        trunk."""
         self.network = Perceptual(net, weights).to(distributed.device())
         self.sha256 = self.network.sha256
         known = WEIGHTS[f"lpips-{net}"].knows(self.sha256)
@@ -104,7 +106,8 @@ class Paired:
         self.rows.append(torch.stack([batch.ids.to(error), error, similarity, perceptual], 1).cpu())
 
     def per_image(self) -> dict[str, Tensor]:
-        """(n,) float64 each, in order of id, over ranks; LPIPS and SSIM are absent where not measured."""
+        """(n,) float64 each, in order of id, over ranks; LPIPS and SSIM are absent where not
+        measured."""
         rows = distributed.gather_parts(self.rows)
         rows = rows[rows[:, 0].argsort()]
         found = {

@@ -1,4 +1,5 @@
-"""Pictures of the report: image strips as PNG, plots as SVG that needs no script, font or network."""
+"""Pictures of the report: image strips as PNG, plots as SVG that needs no script, font or
+network."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def codebook_plot(counts: np.ndarray, width: int = 720, height: int = 180) -> st
 
 
 def heat_map(values: np.ndarray, unit: str, width: int = 360) -> str:
-    """(H, W) values -> SVG: a cell for each, from the lowest in white to the highest in full colour."""
+    """(H, W) values -> SVG: a cell for each, from the lowest in white to the highest in full
+    colour."""
     rows, columns = values.shape
     low, high = float(values.min()), float(values.max())
     side = min(32.0, width / columns)
@@ -124,7 +126,8 @@ def bars(
 
 
 def curves_plot(curves: dict[str, list[tuple[int, float]]], columns: int = 3) -> str:
-    """Log key -> points, as an SVG of small panels; a positive curve over a factor of 30 is logarithmic."""
+    """Log key -> points, as an SVG of small panels; a positive curve over a factor of 30 is
+    logarithmic."""
     width, height, gap = 232, 118, 12
     shapes = []
     for index, (key, points) in enumerate(sorted(curves.items())):

@@ -1,4 +1,5 @@
-"""What evaluation finds in a pipeline's folder, or in a tokenizer's: its data, the tokenizer, the extractors."""
+"""What evaluation finds in a pipeline's folder, or in a tokenizer's: its data, the tokenizer, the
+extractors."""
 
 from __future__ import annotations
 
@@ -90,8 +91,8 @@ class Pipeline:
     """
 
     def __init__(self, options: Options) -> None:
-        """Raises UserError when the folder is neither, its tokens are not of the tokenizer's present weights, or a
-        folder that was named for an extractor holds none.
+        """Raises UserError when the folder is neither, its tokens are not of the tokenizer's
+        present weights, or a folder that was named for an extractor holds none.
         """
         self.options, self.folder = options, options.run
         self.alone = (self.folder / "config.yaml").is_file() and not (
@@ -121,7 +122,8 @@ class Pipeline:
 
     @property
     def how(self) -> dict[str, str]:
-        """The precision among a record's settings; fp32 is not told: earlier versions knew no other."""
+        """The precision among a record's settings; fp32 is not told: earlier versions knew no
+        other."""
         return {} if self.precision == "fp32" else {"precision": self.precision}
 
     @property
@@ -147,7 +149,8 @@ class Pipeline:
 
     @functools.cached_property
     def data(self) -> DataConfig:
-        """The data that was encoded, and that the prior learned; of a tokenizer alone, what it was trained on."""
+        """The data that was encoded, and that the prior learned; of a tokenizer alone, what it was
+        trained on."""
         if self.alone:
             return load_config(self.folder).data
         return from_dict(
@@ -175,7 +178,8 @@ class Pipeline:
 
     @functools.cached_property
     def extractors(self) -> list[Extractor]:
-        """The in-domain one (of a tokenizer alone, if it was named), Inception and DINOv2 where their weights are."""
+        """The in-domain one (of a tokenizer alone, if it was named), Inception and DINOv2 where
+        their weights are."""
         inception, dinov2 = (
             find_inception(self.options.inception_weights),
             WEIGHTS["dinov2"].find(self.options.dinov2),
@@ -188,7 +192,8 @@ class Pipeline:
 
     @property
     def judge(self) -> Extractor:
-        """The Inception where its weights are, else the in-domain extractor: for figures of one extractor alone."""
+        """The Inception where its weights are, else the in-domain extractor: for figures of one
+        extractor alone."""
         return next(
             (each for each in self.extractors if isinstance(each, Inception)), self.in_domain
         )
@@ -207,12 +212,14 @@ class Pipeline:
         return lpips if lpips and lpips.fits(self.data.image_size) else None
 
     def keep(self, record: Record) -> Record:
-        """Write it into the report's folder, once for all ranks: each finds it there when this returns."""
+        """Write it into the report's folder, once for all ranks: each finds it there when this
+        returns."""
         distributed.on_main(lambda: record.save(self.report_folder))
         return record
 
     def places(self, images: Images, most: int | None = None) -> Tensor:
-        """The items of a split that are measured, (n,) int64: all, or `most` (else `num`) that lie evenly in it."""
+        """The items of a split that are measured, (n,) int64: all, or `most` (else `num`) that lie
+        evenly in it."""
         n, limit = len(images), most or self.options.num
         return (
             torch.arange(n)
@@ -243,7 +250,8 @@ def _open_split(data: DataConfig, split: str) -> Images:
 def share(
     places: Tensor, batch_size: int, load_batch: Callable[[Tensor], Tensor], title: str
 ) -> Iterator[Batch]:
-    """Batches of the places (n,), dealt to ranks in turn. `load_batch(places)` gives (B, 3, H, W) uint8."""
+    """Batches of the places (n,), dealt to ranks in turn. `load_batch(places)` gives (B, 3, H, W)
+    uint8."""
     return _deal(places, batch_size, lambda parts: (load_batch(part) for part in parts), title)
 
 
@@ -280,7 +288,8 @@ def _deal(
     load_all: Callable[[Sequence[Tensor]], Generator[Tensor]],
     title: str,
 ) -> Iterator[Batch]:
-    """This rank's batches of ids (n,): `load_all` gives (B, 3, H, W) uint8 for each part of them."""
+    """This rank's batches of ids (n,): `load_all` gives (B, 3, H, W) uint8 for each part of
+    them."""
     progress, done = Progress(title, len(ids)), 0
     device = distributed.device()
     parts = ids.split(batch_size)[distributed.rank() :: distributed.world()]

@@ -1,4 +1,5 @@
-"""Priors side by side: all runs in a pipeline's folder that learned its tokens, in one table, a plot and a grid."""
+"""Priors side by side: all runs in a pipeline's folder that learned its tokens, in one table, a
+plot and a grid."""
 
 from __future__ import annotations
 
@@ -78,10 +79,11 @@ class Row:
 
 
 def compare_priors(options: Options) -> None:
-    """Write FOLDER/priors.md, priors.json and images/ over all priors in a pipeline's folder that were sampled.
+    """Write FOLDER/priors.md, priors.json and images/ over all priors in a pipeline's folder that
+    were sampled.
 
-    What was not measured yet is measured. Raises UserError when there is none, and when they were not trained or
-    sampled alike, naming the first setting that differs and is not allowed to.
+    What was not measured yet is measured. Raises UserError when there is none, and when they were
+    not trained or sampled alike, naming the first setting that differs and is not allowed to.
     """
     folders = [
         path.parent for path in sorted(options.run.glob("*/config.yaml")) if is_prior(path.parent)
@@ -227,7 +229,8 @@ def _cell(figure: Measurement | None) -> str:
 
 
 def _parameters(folder: Path) -> int:
-    """Of the published weights, without buffers that are no parameters: what the checkpoint's file holds in floats."""
+    """Of the published weights, without buffers that are no parameters: what the checkpoint's file
+    holds in floats."""
     from safetensors import safe_open
 
     with safe_open(weights_path(folder), "np") as weights:

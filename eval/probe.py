@@ -1,8 +1,10 @@
-"""Linear probes: how well a linear classifier tells classes from features (Alain & Bengio 2016, arXiv:1610.01644).
+"""Linear probes: how well a linear classifier tells classes from features (Alain & Bengio 2016,
+arXiv:1610.01644).
 
-Multinomial logistic regression on one row per image: the mean of a tokenizer's continuous features over positions,
-the same of its quantized vectors, the histogram of its codes. Beside them stand what they came from, the pretrained
-encoder, and what needs no training: the same architecture at random, and the image itself, made small.
+Multinomial logistic regression on one row per image: the mean of a tokenizer's continuous features
+over positions, the same of its quantized vectors, the histogram of its codes. Beside them stand
+what they came from, the pretrained encoder, and what needs no training: the same architecture at
+random, and the image itself, made small.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Probe:
 def measure_probe(pipeline: Pipeline) -> Record:
     """The record of a tokenizer's probes: the kept one when it is current, else measured and kept.
 
-    Raises UserError where the data has no classes, or --encoder is not what the tokenizer began with.
+    Raises UserError where the data has no classes, or --encoder is not what the tokenizer began
+    with.
     """
     options, splits = pipeline.options, (pipeline.train, pipeline.held_out)
     if pipeline.train.num_classes < 2:
@@ -117,7 +120,8 @@ def measure_probe(pipeline: Pipeline) -> Record:
 
 
 def kept_shares(measurements: list[Measurement], origin: Origin) -> list[Measurement]:
-    """How much of the pretrained encoder's accuracy is left, in percent; nothing where that was not measured."""
+    """How much of the pretrained encoder's accuracy is left, in percent; nothing where that was not
+    measured."""
     values = {figure.name.removeprefix("probe accuracy, "): figure for figure in measurements}
     if PRETRAINED not in values or not values[PRETRAINED].value:
         return []
@@ -135,10 +139,12 @@ def kept_shares(measurements: list[Measurement], origin: Origin) -> list[Measure
 
 
 class Views:
-    """What is probed: images (B, 3, H, W) in [-1, 1] -> rows by name, (B, D) float32; codes (B, N) int64."""
+    """What is probed: images (B, 3, H, W) in [-1, 1] -> rows by name, (B, D) float32; codes (B, N)
+    int64."""
 
     def __init__(self, folder: Path, encoder: str | None = None) -> None:
-        """`folder` is the tokenizer's run, `encoder` names the pretrained encoder that it began with."""
+        """`folder` is the tokenizer's run, `encoder` names the pretrained encoder that it began
+        with."""
         tokenizer = load_tokenizer(folder)
         self.layout: CodeLayout = tokenizer.layout
         model, size = tokenizer.config.model, tokenizer.config.data.image_size

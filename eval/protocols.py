@@ -1,10 +1,10 @@
 """The same images under each published protocol of FID and IS, and why its figures differ.
 
-Sources: guided-diffusion's sampler and evaluator (Dhariwal and Nichol 2021, arXiv:2105.05233), LlamaGen (Sun et al.
-2024, arXiv:2406.06525), clean-fid (Parmar et al. 2022, arXiv:2104.11222), torch-fidelity (Obukhov et al. 2020).
-Protocols differ in how floats become uint8, in the resize to the network's input, and in the chunks of IS. All
-distances are computed alike here: `eval.frechet`, where ADM and clean-fid take scipy's sqrtm and, when that fails,
-add 1e-6 to the diagonals.
+Sources: guided-diffusion's sampler and evaluator (Dhariwal and Nichol 2021, arXiv:2105.05233),
+LlamaGen (Sun et al. 2024, arXiv:2406.06525), clean-fid (Parmar et al. 2022, arXiv:2104.11222),
+torch-fidelity (Obukhov et al. 2020). Protocols differ in how floats become uint8, in the resize to
+the network's input, and in the chunks of IS. All distances are computed alike here: `eval.frechet`,
+where ADM and clean-fid take scipy's sqrtm and, when that fails, add 1e-6 to the diagonals.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def emulate(
 ) -> list[Figures]:
     """Figures under the protocols of these names.
 
-    `images` and `references` give this rank's batches afresh at each call, dealt to ranks in turn; references are
-    uint8, images uint8 or, so that quantisation shows, floats in [-1, 1]. Batches are extracted once for every
-    different way in.
+    `images` and `references` give this rank's batches afresh at each call, dealt to ranks in turn;
+    references are uint8, images uint8 or, so that quantisation shows, floats in [-1, 1]. Batches
+    are extracted once for every different way in.
     """
     seen: dict[tuple[object, ...], _Seen] = {}
 
@@ -172,7 +172,8 @@ def resize_bicubic(images: Tensor, size: int) -> Tensor:
 
 
 def resize_bicubic_float(images: Tensor, size: int) -> Tensor:
-    """Pillow's, antialiased, every channel in float32: not rounded, but clipped, since its kernel leaves [0, 255]."""
+    """Pillow's, antialiased, every channel in float32: not rounded, but clipped, since its kernel
+    leaves [0, 255]."""
     resized = _pillow(images.flatten(0, 1)[:, None], size, np.float32)
     return resized.clamp(0, 255).unflatten(0, images.shape[:2]).squeeze(2)
 

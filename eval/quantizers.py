@@ -1,4 +1,5 @@
-"""Tokenizers side by side: the runs of a folder in one table, in plots, and in one grid of the same images."""
+"""Tokenizers side by side: the runs of a folder in one table, in plots, and in one grid of the same
+images."""
 
 from __future__ import annotations
 
@@ -146,8 +147,9 @@ class Row:
 def compare_quantizers(options: Options) -> None:
     """Write FOLDER/quantizers.md, quantizers.json and images/ over all tokenizers' runs in FOLDER.
 
-    Reconstruction records that are missing or not current are measured. Raises UserError when there is no run, and
-    when the runs were not trained alike, naming the first setting that differs and is not allowed to.
+    Reconstruction records that are missing or not current are measured. Raises UserError when there
+    is no run, and when the runs were not trained alike, naming the first setting that differs and
+    is not allowed to.
     """
     folders = find_runs(options.run)
     if not folders:
@@ -172,7 +174,8 @@ def compare_quantizers(options: Options) -> None:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The subfolders that hold a tokenizer with weights; other runs, such as an extractor's, are passed over."""
+    """The subfolders that hold a tokenizer with weights; other runs, such as an extractor's, are
+    passed over."""
     configs = sorted(folder.glob("*/config.yaml"))
     runs = [path.parent for path in configs if weights_path(path.parent).is_file()]
     return [run for run in runs if "model" in words.read(run / "config.yaml")]

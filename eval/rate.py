@@ -1,4 +1,5 @@
-"""What tokens cost, in four tiers: fixed-length codes, unigram entropy, a prior's cross-entropy, and real files.
+"""What tokens cost, in four tiers: fixed-length codes, unigram entropy, a prior's cross-entropy,
+and real files.
 
 The first three are what no file reaches. Only figures of one tier compare.
 """
@@ -89,10 +90,11 @@ def find_rates(
     batch_size: int = 64,
     num_single: int = 16,
 ) -> Rates:
-    """All tiers of (n, N) int64 codes; `num_single` images that lie evenly among them become files of their own.
+    """All tiers of (n, N) int64 codes; `num_single` images that lie evenly among them become files
+    of their own.
 
-    `split_table` is the train split's (eval.codec.TableModel.of_split); a prior conditions on the (n,) labels. Raises
-    ValueError without codes, and UserError where a model is of another layout.
+    `split_table` is the train split's (eval.codec.TableModel.of_split); a prior conditions on the
+    (n,) labels. Raises ValueError without codes, and UserError where a model is of another layout.
     """
     if not len(codes):
         raise ValueError("there are no codes: a rate is a mean over images")

@@ -1,7 +1,9 @@
-"""Tokenizers against JPEG, WebP and AVIF (all by Pillow) on the same images: distortion at matched bits.
+"""Tokenizers against JPEG, WebP and AVIF (all by Pillow) on the same images: distortion at matched
+bits.
 
-Codecs get a sweep over quality, at full size and on images made smaller before coding and larger after it, as their
-qualities alone do not reach a tokenizer's bits. Their curve is the Pareto front of mean bits and mean PSNR.
+Codecs get a sweep over quality, at full size and on images made smaller before coding and larger
+after it, as their qualities alone do not reach a tokenizer's bits. Their curve is the Pareto front
+of mean bits and mean PSNR.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class RateDistortion:
-    """`curves` by codec, from few bits to many; `matched` are their values at a tokenizer's bits."""
+    """`curves` by codec, from few bits to many; `matched` are their values at a tokenizer's
+    bits."""
 
     num_images: int
     size: tuple[int, int]  # height, width
@@ -58,8 +61,8 @@ class RateDistortion:
         return dataclasses.asdict(self)
 
     def matched(self, point: Point, codec: str, bare: bool = False) -> Point | None:
-        """The codec at the bits of a point, with headers or bare on both sides: linear in the logarithm of bits between
-        settings. None outside its curve."""
+        """The codec at the bits of a point, with headers or bare on both sides: linear in the
+        logarithm of bits between settings. None outside its curve."""
         curve = pareto(self.curves[codec], bare)
         rates = [math.log2(_bits(each, bare)) for each in curve]
         rate = math.log2(_bits(point, bare))
@@ -99,7 +102,8 @@ def compare(
     lpips: LPIPS | None = None,
     codecs: Mapping[str, Codec] | None = None,
 ) -> RateDistortion:
-    """(n, 3, H, W) uint8 images that the points were measured on, and those points, against the codecs."""
+    """(n, 3, H, W) uint8 images that the points were measured on, and those points, against the
+    codecs."""
     curves: dict[str, list[Point]] = {}
     notes = []
     for name, codec in (CODECS if codecs is None else codecs).items():
@@ -125,7 +129,8 @@ def measure_point(
     *,
     quick: bool = False,
 ) -> Point:
-    """(n, 3, H, W) uint8 pairs and the mean bits per *image* that the reconstructions took. `quick`: PSNR alone."""
+    """(n, 3, H, W) uint8 pairs and the mean bits per *image* that the reconstructions took.
+    `quick`: PSNR alone."""
     rows: list[Tensor] = []
     device, windows = distributed.device(), min(images.shape[-2:]) >= WINDOW and not quick
     lpips = None if quick else lpips
@@ -145,8 +150,9 @@ def measure_point(
 
 
 def sweep(name: str, codec: Codec, images: Tensor, lpips: LPIPS | None = None) -> list[Point]:
-    """A codec's points over scales and qualities that are on its front, with headers or bare. The same setting for all
-    images; every one is tried for its bits and PSNR, and those on a front are coded again for the other figures."""
+    """A codec's points over scales and qualities that are on its front, with headers or bare. The
+    same setting for all images; every one is tried for its bits and PSNR, and those on a front are
+    coded again for the other figures."""
     settings = [(scale, quality) for scale in _scales(images) for quality in codec.qualities]
     progress, tried = Progress(f"rate-distortion: {name}", len(settings)), {}
     for setting in settings:
@@ -192,7 +198,8 @@ def try_codec(
 
 
 def pareto(points: Sequence[Point], bare: bool = False) -> list[Point]:
-    """Those that no other beats in bits or PSNR without losing in the other, from few bits to many."""
+    """Those that no other beats in bits or PSNR without losing in the other, from few bits to
+    many."""
     front: list[Point] = []
     for point in sorted(points, key=lambda each: (_bits(each, bare), -each.psnr)):
         if not front or point.psnr > front[-1].psnr:
@@ -356,7 +363,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(found: RateDistortion, file: Path | BinaryIO) -> None:
-    """Bits per pixel against each figure, as PNG or, by a path's suffix, SVG. Dashed and hollow: bare."""
+    """Bits per pixel against each figure, as PNG or, by a path's suffix, SVG. Dashed and hollow:
+    bare."""
     from matplotlib.figure import Figure
 
     shown = _measured(found)

@@ -23,8 +23,8 @@ JACKKNIFE_BLOCKS = 20
 
 
 class PairedFrechet:
-    """rFD: the distance between reconstructions and their own originals. The rows are paired, and so is the
-    interval: an image leaves both sides."""
+    """rFD: the distance between reconstructions and their own originals. The rows are paired, and
+    so is the interval: an image leaves both sides."""
 
     def __init__(self, extractor: Extractor, origin: Origin) -> None:
         self.extractor, self.origin = extractor, origin

@@ -1,4 +1,5 @@
-"""Measurements and the records that keep them: a figure without its N, split and settings is no figure."""
+"""Measurements and the records that keep them: a figure without its N, split and settings is no
+figure."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ class Origin:
 
 @dataclasses.dataclass
 class Record:
-    """The measurements of one command and the pictures behind them, kept as `kind`.json and `kind`.npz."""
+    """The measurements of one command and the pictures behind them, kept as `kind`.json and
+    `kind`.npz."""
 
     kind: str  # "reconstruction" or "generation"
     settings: dict[str, Any]  # what makes it current: hashes of weights, samples and data, options
@@ -158,9 +160,11 @@ class Record:
 
     @staticmethod
     def read(folder: Path, kind: str) -> Record | None:
-        """The kept record, whatever its settings; None when there is none, or it is damaged, which is said.
+        """The kept record, whatever its settings; None when there is none, or it is damaged, which
+        is said.
 
-        Raises UserError for files of these names that no command wrote: they would be lost when it is measured.
+        Raises UserError for files of these names that no command wrote: they would be lost when it
+        is measured.
         """
         file = folder / f"{kind}.json"
         for path in (file, file.with_suffix(".npz")):
@@ -198,7 +202,8 @@ class Record:
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a file holds a record, though it may be out of date or have a flipped bit in its figures."""
+    """Whether a file holds a record, though it may be out of date or have a flipped bit in its
+    figures."""
     try:
         return {"kind", "hash", "measurements"} <= json.loads(path.read_bytes()).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -234,13 +239,15 @@ PAGES = Kind(
 
 
 def claim_pages(folder: Path, *names: str) -> None:
-    """List pages that are going to be written. Raises UserError for one that is there and that no command wrote."""
+    """List pages that are going to be written. Raises UserError for one that is there and that no
+    command wrote."""
     with Folder(folder, PAGES).taken(wait=True) as pages:
         pages.note(*names)
 
 
 def write_pages(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files in their order, the last of which says that all are there, beside whatever else is in the folder.
+    """Write files in their order, the last of which says that all are there, beside whatever else
+    is in the folder.
 
     Raises UserError, and writes nothing, for one that is there and that no command wrote.
     """
@@ -255,7 +262,8 @@ def _hash(kind: str, settings: dict[str, Any]) -> str:
 
 
 def nameless(settings: Any) -> Any:
-    """Settings without the names of data sets, which have an identity: a folder may be called otherwise."""
+    """Settings without the names of data sets, which have an identity: a folder may be called
+    otherwise."""
     if isinstance(settings, list):
         return [nameless(each) for each in settings]
     if not isinstance(settings, dict):
@@ -277,7 +285,8 @@ def share_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def mean_interval(values: torch.Tensor) -> tuple[float, float] | None:
-    """95 % for the mean of independent (n,) values, normal; None below 2 values or if any is not finite."""
+    """95 % for the mean of independent (n,) values, normal; None below 2 values or if any is not
+    finite."""
     if len(values) < 2 or not values.isfinite().all():
         return None
     reach = 1.96 * float(values.std()) / math.sqrt(len(values))
@@ -304,7 +313,8 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """HEAD of the checkout that this code lies in, "+" when it has changes; None without git or checkout."""
+    """HEAD of the checkout that this code lies in, "+" when it has changes; None without git or
+    checkout."""
     try:
         head, changes = (
             subprocess.run(
@@ -334,5 +344,6 @@ def dump_json(content: Any) -> bytes:
 
 
 def _to_json(value: float) -> float | str:
-    """JSON has no infinity: the PSNR of equal images is the string "inf", which float() reads back."""
+    """JSON has no infinity: the PSNR of equal images is the string "inf", which float() reads
+    back."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,5 @@
-"""Reference statistics in .npz files: ours, and those of ADM's evaluator (Dhariwal and Nichol 2021, arXiv:2105.05233).
+"""Reference statistics in .npz files: ours, and those of ADM's evaluator (Dhariwal and Nichol 2021,
+arXiv:2105.05233).
 
 mu (D,), sigma (D, D)   of an extractor's features over the whole set
 n, features, about      ours alone: the count, up to 10,000 rows (m, D) evenly spaced, and the settings as JSON
@@ -51,10 +52,12 @@ def write_reference(
     data: str, out: Path, extractor: Extractor, *, split: str = "train", image_size: int | None = None,
     num: int | None = None, batch_size: int = 100, workers: int = 0,
 ) -> Reference:  # fmt: skip
-    """Measure images and keep their statistics in `out`, a .npz file; what `read_reference` gives for it.
+    """Measure images and keep their statistics in `out`, a .npz file; what `read_reference` gives
+    for it.
 
-    `data`: a source as of DataConfig, at `image_size` (an in-domain extractor knows its own), at most `num` images
-    that lie evenly in its `split`, read by `workers` processes; or a .npz file of images, of that size already.
+    `data`: a source as of DataConfig, at `image_size` (an in-domain extractor knows its own), at
+    most `num` images that lie evenly in its `split`, read by `workers` processes; or a .npz file of
+    images, of that size already.
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: statistics are kept in a .npz file")
@@ -123,7 +126,8 @@ def _is_ours(path: Path) -> bool:
 
 
 def choose_extractor(in_domain: Path | None, inception: Path | None) -> Extractor:
-    """The in-domain extractor of a folder, else the Inception; UserError where its weights are not found either."""
+    """The in-domain extractor of a folder, else the Inception; UserError where its weights are not
+    found either."""
     if in_domain is not None:
         check_extractor(in_domain, [])
         return InDomain(in_domain)
@@ -140,8 +144,9 @@ def read_reference(
 ) -> Reference:
     """Statistics for figures of this extractor; images without statistics are measured.
 
-    Raises UserError when the file is missing or damaged, its statistics are another extractor's, or its images, as
-    far as it tells, are not of `image_size`, where one is given: distances between sizes are distances of sizes.
+    Raises UserError when the file is missing or damaged, its statistics are another extractor's, or
+    its images, as far as it tells, are not of `image_size`, where one is given: distances between
+    sizes are distances of sizes.
     """
     try:
         arrays, has_images = (
@@ -194,7 +199,8 @@ def read_reference(
 
 
 def _made_by(extractor: Extractor, about: dict[str, Any] | None) -> bool:
-    """Whether a file's statistics are this extractor's; files that say nothing are of the standard Inception."""
+    """Whether a file's statistics are this extractor's; files that say nothing are of the standard
+    Inception."""
     if about is None:
         return extractor.standard and extractor.name == "inception-2015-12-05"
     return about["extractor"] == extractor.settings
@@ -250,7 +256,8 @@ class Seen:
 
 
 def extract(batches: Iterable[Batch], extractor: Extractor, n: int) -> Seen:
-    """n images in this rank's batches; ids are places in 0..n-1. Memory does not grow with n beyond KEPT_ROWS."""
+    """n images in this rank's batches; ids are places in 0..n-1. Memory does not grow with n beyond
+    KEPT_ROWS."""
     moments, stride = Moments.empty(extractor.dim), -(-n // KEPT_ROWS)
     ids, rows = [], []
     for batch in batches:
@@ -283,7 +290,8 @@ def open_images(path: Path) -> Rows:
 
 
 def check_size(path: Path, found: int | None, wanted: int | None) -> None:
-    """The one place where sizes meet: UserError for a file of images of another side, where both are known."""
+    """The one place where sizes meet: UserError for a file of images of another side, where both
+    are known."""
     if None not in (found, wanted) and found != wanted:
         raise UserError(
             f"{path}: its images are of {found} px, and {wanted} px are needed, for nothing is resized here: make it "

@@ -1,4 +1,5 @@
-"""The report: report.json (every figure with its settings), report.md, and one self-contained report.html."""
+"""The report: report.json (every figure with its settings), report.md, and one self-contained
+report.html."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Stage:
 
 
 def _without_folders(config: Path) -> str:
-    """A run's configuration, of absolute paths only the last part: a page is shared. As it is where it is damaged."""
+    """A run's configuration, of absolute paths only the last part: a page is shared. As it is where
+    it is damaged."""
 
     def shown(value: Any) -> Any:
         if isinstance(value, dict):
@@ -68,7 +70,8 @@ def _without_folders(config: Path) -> str:
 
 
 def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by key of a run's log.jsonl, if there is one; lines that are damaged are passed over."""
+    """(step, value) by key of a run's log.jsonl, if there is one; lines that are damaged are passed
+    over."""
     curves: dict[str, dict[int, float]] = {}
     log = folder / "log.jsonl"
     for line in log.read_bytes().splitlines() if log.is_file() else ():
@@ -87,7 +90,8 @@ def read_log(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def find_stages(root: Path, others: Iterable[Path] = ()) -> list[Stage]:
-    """The training runs right below a pipeline's folder and those it was built on, the oldest first."""
+    """The training runs right below a pipeline's folder and those it was built on, the oldest
+    first."""
     folders = {path.parent.resolve() for path in root.glob("*/log.jsonl")}
     folders |= {folder.resolve() for folder in others if (folder / "log.jsonl").is_file()}
     return [
@@ -97,7 +101,8 @@ def find_stages(root: Path, others: Iterable[Path] = ()) -> list[Stage]:
 
 
 def collect_records(pipeline: Pipeline) -> list[Record]:
-    """What a report shows of a pipeline: measured where need be; what takes long, only if it was measured already."""
+    """What a report shows of a pipeline: measured where need be; what takes long, only if it was
+    measured already."""
     prior = pipeline.options.prior or pipeline.folder / "prior"
     if pipeline.options.prior and not is_prior(prior):
         raise UserError(
@@ -136,7 +141,8 @@ def write_report(
     stages: Sequence[Stage],
     class_names: Sequence[str],
 ) -> bool:
-    """Write the three files and images/ into `folder`; False, and nothing written, when they are current."""
+    """Write the three files and images/ into `folder`; False, and nothing written, when they are
+    current."""
     current = digest(
         {
             "page": PAGE,

@@ -47,7 +47,8 @@ def reconstruction(options: Options) -> None:
 
 
 def codebook(options: Options) -> None:
-    """how held-out images use the codes: usage, perplexity, dead codes, entropy by position, neighbours"""
+    """how held-out images use the codes: usage, perplexity, dead codes, entropy by position,
+    neighbours"""
     from eval.pipeline import Pipeline
     from eval.token_records import measure_codebook
 
@@ -56,7 +57,8 @@ def codebook(options: Options) -> None:
 
 
 def rate(options: Options) -> None:
-    """what held-out codes cost: fixed, by unigrams, by a prior, and as files; beside picture formats if asked for"""
+    """what held-out codes cost: fixed, by unigrams, by a prior, and as files; beside picture
+    formats if asked for"""
     from eval.pipeline import Pipeline
     from eval.rate_distortion import markdown, plot
     from eval.record import claim_pages, write_pages
@@ -87,7 +89,8 @@ def probe(options: Options) -> None:
 
 
 def quantizers(options: Options) -> None:
-    """the tokenizers' runs in FOLDER side by side: FOLDER/quantizers.md, quantizers.json and pictures"""
+    """the tokenizers' runs in FOLDER side by side: FOLDER/quantizers.md, quantizers.json and
+    pictures"""
     from eval.quantizers import compare_quantizers
 
     compare_quantizers(options)
@@ -101,7 +104,8 @@ def priors(options: Options) -> None:
 
 
 def likelihood(options: Options) -> None:
-    """RUN/prior on held-out codes: nats per token, bits per pixel, bits per image, exact or a bound"""
+    """RUN/prior on held-out codes: nats per token, bits per pixel, bits per image, exact or a
+    bound"""
     from eval.likelihood import measure_likelihood
     from eval.pipeline import Pipeline
 
@@ -110,7 +114,8 @@ def likelihood(options: Options) -> None:
 
 
 def generation(options: Options) -> None:
-    """RUN/samples against real images: FD, IS, precision and recall, memorisation, class agreement"""
+    """RUN/samples against real images: FD, IS, precision and recall, memorisation, class
+    agreement"""
     from eval.generation import measure_generation
     from eval.pipeline import Pipeline
 
@@ -123,7 +128,8 @@ def generation(options: Options) -> None:
 
 
 def report(options: Options) -> None:
-    """all that concerns a pipeline, and RUN/report/report.html, report.md and report.json from it"""
+    """all that concerns a pipeline, and RUN/report/report.html, report.md and report.json from
+    it"""
     from eval.pipeline import Pipeline
     from eval.report import collect_records, find_stages, write_report
     from eval.tables import headlines, text_table, unique_figures
@@ -146,7 +152,8 @@ def report(options: Options) -> None:
 
 
 def reference_stats(arguments: argparse.Namespace) -> None:
-    """statistics of a set of images, for figures against it: python -m eval.run generation RUN --reference FILE"""
+    """statistics of a set of images, for figures against it: python -m eval.run generation RUN
+    --reference FILE"""
     from eval.reference import choose_extractor, write_reference
     from training import distributed
 

@@ -1,4 +1,5 @@
-"""samples.json: what is known of samples beside their pixels, and which of it a comparison needs."""
+"""samples.json: what is known of samples beside their pixels, and which of it a comparison
+needs."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_cost(folder: Path) -> dict[str, Any]:
-    """The same, of samples that are compared: their number, options, seconds, batch size and device are in it.
+    """The same, of samples that are compared: their number, options, seconds, batch size and device
+    are in it.
 
     Raises UserError where one is not, or has no such value.
     """

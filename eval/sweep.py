@@ -1,7 +1,8 @@
-"""`python -m eval.sweep FOLDER`: quality against seconds of what generate.sweep sampled, as a table and a Pareto plot.
+"""`python -m eval.sweep FOLDER`: quality against seconds of what generate.sweep sampled, as a table
+and a Pareto plot.
 
-Every measured combination is a line of FOLDER/sweep.jsonl, under a hash of all that its figures depend on; a line
-is never measured again.
+Every measured combination is a line of FOLDER/sweep.jsonl, under a hash of all that its figures
+depend on; a line is never measured again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Judge:
         return digest([samples.made_from, samples.sha256, self.protocol, self.extractor.settings])
 
     def measure(self, samples: Samples) -> list[Measurement]:
-        """The in-domain distance to held-out images, and class agreement where the samples have classes."""
+        """The in-domain distance to held-out images, and class agreement where the samples have
+        classes."""
         places = torch.arange(len(samples.images))
         seen = self._see(share(places, self.pipeline.options.batch_size, samples.load, "samples"))
         origin = Origin(
@@ -104,7 +106,8 @@ class Judge:
 
 
 def measure_sweep(folder: Path, judge: Judge, names: Sequence[str]) -> list[Combination]:
-    """The named combinations of a sweep's folder; what has no line in sweep.jsonl yet is measured and gets one."""
+    """The named combinations of a sweep's folder; what has no line in sweep.jsonl yet is measured
+    and gets one."""
     lines = _read_lines(folder / LINES)
     found = []
     for name in names:
@@ -124,7 +127,8 @@ def measure_sweep(folder: Path, judge: Judge, names: Sequence[str]) -> list[Comb
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Those of (seconds, distance) that no other beats in one without losing in the other, fastest first."""
+    """Those of (seconds, distance) that no other beats in one without losing in the other, fastest
+    first."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda each: points[each]):
         if not front or points[index][1] < points[front[-1]][1]:
@@ -158,7 +162,8 @@ def table(found: Sequence[Combination], varied: Sequence[str]) -> str:
 
 
 def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> None:
-    """Every combination by seconds per image, against each of its figures; the Pareto front of the distance joined."""
+    """Every combination by seconds per image, against each of its figures; the Pareto front of the
+    distance joined."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -198,7 +203,8 @@ def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> Non
 
 
 def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines by key; a last one that was cut short is measured again. Raises UserError when the file is damaged."""
+    """Lines by key; a last one that was cut short is measured again. Raises UserError when the file
+    is damaged."""
     if not path.is_file():
         return {}
     *whole, rest = path.read_bytes().split(b"\n")
@@ -230,7 +236,8 @@ def _read_plan(folder: Path) -> dict[str, Any]:
 
 
 def _check_plan(plan: Any) -> None:
-    """Raise ValueError, KeyError or TypeError unless a plan has the form that generate.sweep writes."""
+    """Raise ValueError, KeyError or TypeError unless a plan has the form that generate.sweep
+    writes."""
     known = {field.name for field in dataclasses.fields(SampleOptions)}
     if not isinstance(plan["pipeline"], str) or not plan["combinations"]:
         raise ValueError

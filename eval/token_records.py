@@ -1,4 +1,5 @@
-"""Records of a tokenizer's codes: use of the codebook, what codes cost, and distortion against picture formats."""
+"""Records of a tokenizer's codes: use of the codebook, what codes cost, and distortion against
+picture formats."""
 
 from __future__ import annotations
 
@@ -57,9 +58,11 @@ def measure_codebook(pipeline: Pipeline) -> Record:
 
 
 def measure_rate(pipeline: Pipeline) -> Record:
-    """The record of what held-out codes cost, in all tiers: the kept one if current, else measured and kept.
+    """The record of what held-out codes cost, in all tiers: the kept one if current, else measured
+    and kept.
 
-    A pipeline's prior takes part, or the one that --prior names; UserError when it learned other tokens.
+    A pipeline's prior takes part, or the one that --prior names; UserError when it learned other
+    tokens.
     """
     held_out, places = pipeline.held_out, pipeline.places(pipeline.held_out)
     coder = Coder.open(pipeline)
@@ -79,10 +82,11 @@ def measure_rate(pipeline: Pipeline) -> Record:
 
 
 def measure_rate_distortion(pipeline: Pipeline) -> Record:
-    """The record of the tokenizer beside JPEG, WebP and AVIF at its bits, on as many held-out images as the options
-    say: the kept one if current, else measured and kept.
+    """The record of the tokenizer beside JPEG, WebP and AVIF at its bits, on as many held-out
+    images as the options say: the kept one if current, else measured and kept.
 
-    The tokenizer's bits are those of a file for each image, coded by a table of the train split, or by the prior.
+    The tokenizer's bits are those of a file for each image, coded by a table of the train split, or
+    by the prior.
     """
     held_out, options = pipeline.held_out, pipeline.options
     places, coder = pipeline.places(held_out, options.rate_distortion), Coder.open(pipeline)
@@ -137,7 +141,8 @@ def read_rate_distortion(record: Record) -> RateDistortion:
 
 
 def _traded(found: RateDistortion, point: Point, origin: Origin) -> list[Measurement]:
-    """Its bits, and its PSNR over each codec that has such bits, by whole files and without headers."""
+    """Its bits, and its PSNR over each codec that has such bits, by whole files and without
+    headers."""
     figures, n = [], found.num_images
     for counted, bare in (("whole files", False), ("without headers", True)):
         own, bits = (
@@ -208,7 +213,8 @@ class Coder:
 
 @functools.lru_cache(maxsize=1)
 def train_histograms(pipeline: Pipeline) -> list[np.ndarray]:
-    """(K,) counts of the train split's codes, per level; kept, as a tokenizer alone has to encode for them."""
+    """(K,) counts of the train split's codes, per level; kept, as a tokenizer alone has to encode
+    for them."""
     codes = codes_of(pipeline, pipeline.train, _table_places(pipeline)).numpy()
     return [
         np.bincount(codes[:, span].ravel(), minlength=size)
@@ -217,7 +223,8 @@ def train_histograms(pipeline: Pipeline) -> list[np.ndarray]:
 
 
 def _table_places(pipeline: Pipeline) -> Tensor:
-    """The train images that a table counts: all of a token cache, else as many as are worth encoding."""
+    """The train images that a table counts: all of a token cache, else as many as are worth
+    encoding."""
     n = len(pipeline.train)
     return (
         torch.linspace(0, n - 1, min(n, TABLE_IMAGES)).long() if pipeline.alone else torch.arange(n)
@@ -229,7 +236,8 @@ def layout_of(pipeline: Pipeline) -> Any:
 
 
 def codes_of(pipeline: Pipeline, images: Images, places: Tensor) -> Tensor:
-    """(n, N) int64 codes of a split's plain images at these places: the token cache's, or else encoded now."""
+    """(n, N) int64 codes of a split's plain images at these places: the token cache's, or else
+    encoded now."""
     if not pipeline.alone:
         return torch.from_numpy(
             pipeline.tokens.split(images.split).codes[places.tolist(), 0].astype(np.int64)

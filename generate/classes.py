@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from training.command import UserError
 
-# A name in quotes, in which a doubled quote stands for one, or what has no comma and begins with no quote.
+# A name in quotes, in which a doubled quote stands for one, or what has no comma and begins with no
+# quote.
 ITEM = re.compile(r'\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<bare>[^",\s][^,]*)?)\s*(?P<end>,|$)')
 # Of no more digits than Python reads; what has more is no class either.
 NUMBER = re.compile(r"0|[1-9]\d{0,3999}", re.ASCII)
@@ -23,10 +24,11 @@ HELP = (
 def parse_classes(text: str, names: list[str]) -> tuple[int, ...]:
     """Items with commas between -> sorted class numbers; an empty text names all.
 
-    One rule for each item. In quotes it is a name, letter by letter; after @ a number, or a range of numbers. Else it
-    is a name as it stands, or where there is none so written one that differs in case alone; or a number from 0; and
-    a-b is the items a to b. What can be read as several classes is refused, with how to write each, and so is what
-    can be read as none, with the nearest name: UserError.
+    One rule for each item. In quotes it is a name, letter by letter; after @ a number, or a range
+    of numbers. Else it is a name as it stands, or where there is none so written one that differs
+    in case alone; or a number from 0; and a-b is the items a to b. What can be read as several
+    classes is refused, with how to write each, and so is what can be read as none, with the nearest
+    name: UserError.
     """
     if not text:
         return tuple(range(len(names)))
@@ -94,7 +96,8 @@ def _numbered(item: str, names: list[str]) -> list[int]:
 
 
 def _named(item: str, names: list[str], exactly: bool = False) -> list[int]:
-    """The classes so called, or else, unless it is to be exact, those whose names differ in case alone."""
+    """The classes so called, or else, unless it is to be exact, those whose names differ in case
+    alone."""
     exact = [number for number, name in enumerate(names) if name == item]
     if exact or exactly:
         return exact
@@ -137,7 +140,8 @@ def _nearest(item: str, names: list[str]) -> str | None:
 
 
 def _written(name: str) -> str:
-    """As it is to be typed in a shell: in double quotes where it needs them, and single ones around."""
+    """As it is to be typed in a shell: in double quotes where it needs them, and single ones
+    around."""
     plain = name == name.strip() and not name.startswith("@") and not set(',"') & set(name)
     return f"'{name}'" if plain else "'\"" + name.replace('"', '""') + "\"'"
 

@@ -1,5 +1,5 @@
-"""Samples drawn in shards, each written when it is finished: the same command goes on where one was stopped, and memory
-does not grow with their number.
+"""Samples drawn in shards, each written when it is finished: the same command goes on where one was
+stopped, and memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SINGLE = r"\d{6,}-.+\.png"  # a file of one sample
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What decides every pixel, beside the weights. Sample i is of class classes[i % len(classes)]."""
+    """What decides every pixel, beside the weights. Sample i is of class classes[i %
+    len(classes)]."""
 
     num: int
     classes: tuple[int, ...]  # the number of classes stands for none
@@ -44,7 +45,8 @@ class Request:
     precision: str = "auto"  # of the networks' products; probabilities and draws are float64 in all
 
     def decided(self, title: str) -> Request:
-        """With the precision that "auto" is here, of which rank 0 says what there is to say. Call it on every rank."""
+        """With the precision that "auto" is here, of which rank 0 says what there is to say. Call
+        it on every rank."""
         device, setting = distributed.device(), "--precision"
         precision = distributed.on_main(lambda: decide(self.precision, device, setting, title))
         return dataclasses.replace(self, precision=precision)
@@ -91,8 +93,8 @@ class Drawing:
     def draw(self, numbers: Sequence[range], batch_size: int) -> Iterator[Drawn]:
         """The samples of these numbers, batch after batch.
 
-        What is less than a batch is filled up with the ids that would come next and cut, so that every batch has the
-        same shape, and so the same rounding.
+        What is less than a batch is filled up with the ids that would come next and cut, so that
+        every batch has the same shape, and so the same rounding.
         """
         device = distributed.device()
         precision = decide(self.request.precision, device)
@@ -115,7 +117,8 @@ class Drawing:
             yield Drawn(start, images[:wanted], codes, time.monotonic() - began)
 
     def _check_range(self, codes: Tensor, labels: Tensor, images: Tensor) -> None:
-        """Raise UserError where numbers are beyond fp16's 65,504, after which codes are drawn from nothing."""
+        """Raise UserError where numbers are beyond fp16's 65,504, after which codes are drawn from
+        nothing."""
         for what, values in (
             ("tokenizer", images),
             ("prior", self.prior.nll(codes[:1], labels[:1]).nats),
@@ -138,7 +141,8 @@ class Drawn:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds and samples of a process: of all batches, and of all but its first, which warms up."""
+    """Seconds and samples of a process: of all batches, and of all but its first, which warms
+    up."""
 
     batch_size: int
     batches: int = 0
@@ -169,7 +173,8 @@ def draw_samples(
     progress: Progress | None = None,
     **more: Any,
 ) -> Samples | None:
-    """The request's samples in the memory of rank 0, of as many as fit; None on others. `more` as of `Drawing`.
+    """The request's samples in the memory of rank 0, of as many as fit; None on others. `more` as
+    of `Drawing`.
 
     Each process draws its shards, which go to rank 0 one after another, by way of the hosts.
     """
@@ -226,11 +231,13 @@ def drawn(
     batch_size: int,
     names: Sequence[str],
 ) -> Iterator[tuple[Path | None, Samples | None]]:
-    """All samples of a request in an .npz file: drawn, or there from when the same `plan` was stopped.
+    """All samples of a request in an .npz file: drawn, or there from when the same `plan` was
+    stopped.
 
-    Gives rank 0 the folder in which that file is, for other files of these names, and the samples, which are read when
-    they are asked for; the others None. As the block ends, these files take the place of what commands had written to
-    `out`, and of the shards. Raises UserError, before the work, where `out` holds something else.
+    Gives rank 0 the folder in which that file is, for other files of these names, and the samples,
+    which are read when they are asked for; the others None. As the block ends, these files take the
+    place of what commands had written to `out`, and of the shards. Raises UserError, before the
+    work, where `out` holds something else.
     """
     num, world, folder, shards = (
         drawing.request.num,
@@ -249,7 +256,8 @@ def drawn(
             return pieces
 
         if distributed.on_main(lambda: shards.of_others(plan)):
-            # What cannot be drawn, such as by an unknown sampler, fails before the shards of others are gone.
+            # What cannot be drawn, such as by an unknown sampler, fails before the shards of others
+            # are gone.
             next(drawing.draw([range(1)], batch_size))
         pieces = distributed.on_main(take)
         draw_shards(drawing, shards, pieces, batch_size, str(out))

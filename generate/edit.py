@@ -1,8 +1,9 @@
-"""Editing: the codes of some places stay, the prior draws the others (as MaskGIT does, arXiv:2202.04200, 4.3).
+"""Editing: the codes of some places stay, the prior draws the others (as MaskGIT does,
+arXiv:2202.04200, 4.3).
 
-One operation does all of it. Inpainting fills a `box`; outpainting fills what `shifted` uncovers or a `border`;
-variations make the whole image anew and `keep` a share of its codes; a class swap does any of these under another
-class.
+One operation does all of it. Inpainting fills a `box`; outpainting fills what `shifted` uncovers or
+a `border`; variations make the whole image anew and `keep` a share of its codes; a class swap does
+any of these under another class.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ def edit_image(
 ) -> Samples | None:
     """The request's versions of an image (3, H, W) uint8, on rank 0; None on others.
 
-    Outside the hole they are the image's own pixels, unless `composite` is off. Where nothing is kept of the hole,
-    what was in it has no part in them. Raises UserError when the prior's family cannot fill such a hole.
+    Outside the hole they are the image's own pixels, unless `composite` is off. Where nothing is
+    kept of the hole, what was in it has no part in them. Raises UserError when the prior's family
+    cannot fill such a hole.
     """
     return draw_samples(
         prior, tokenizer, request, batch_size, progress, **changing(tokenizer, image, edit, request)
@@ -96,7 +98,8 @@ def edit_image(
 
 
 def changing(tokenizer: Tokenizer, image: Tensor, edit: Edit, request: Request) -> dict[str, Any]:
-    """What a Drawing of an image's versions has beside one of samples: the codes that stay, and the pixels."""
+    """What a Drawing of an image's versions has beside one of samples: the codes that stay, and the
+    pixels."""
     device, layout = distributed.device(), tokenizer.layout
     unknown = unknown_codes(edit.hole, layout, edit.dilate).to(device)
     seen = image if any(edit.keep) else blank(image, edit.hole)
@@ -115,7 +118,8 @@ def changing(tokenizer: Tokenizer, image: Tensor, edit: Edit, request: Request) 
 
 
 def unknown_codes(hole: Tensor, layout: CodeLayout, dilate: int = 0) -> Tensor:
-    """(H, W) bool pixels -> (N,) bool codes: those whose patch touches the hole, or lies within `dilate` of such.
+    """(H, W) bool pixels -> (N,) bool codes: those whose patch touches the hole, or lies within
+    `dilate` of such.
 
     Every level by its own grid. Raises UserError where a grid has no two sides, unless all is hole.
     """
@@ -138,7 +142,8 @@ def unknown_codes(hole: Tensor, layout: CodeLayout, dilate: int = 0) -> Tensor:
 def choose_hints(
     unknown: Tensor, layout: CodeLayout, keep: tuple[float, ...], seed: int, sample_ids: Tensor
 ) -> Tensor:
-    """(B, N) bool: of each level's unknown codes (N,) the share `keep`, drawn by each sample for itself."""
+    """(B, N) bool: of each level's unknown codes (N,) the share `keep`, drawn by each sample for
+    itself."""
     if len(keep) not in (1, len(layout.grids)):
         raise UserError(
             f"keep has {len(keep)} shares: one is needed, or one for each of {len(layout.grids)} levels"
@@ -155,7 +160,8 @@ def choose_hints(
 
 
 def blank(image: Tensor, hole: Tensor) -> Tensor:
-    """(3, H, W) pixels, those of the hole (H, W) replaced by the nearest outside it; an image that is all hole stays.
+    """(3, H, W) pixels, those of the hole (H, W) replaced by the nearest outside it; an image that
+    is all hole stays.
 
     Of simple fills this one moves the codes around the hole least.
     """
@@ -196,7 +202,8 @@ def border(size: tuple[int, int], pixels: int) -> Tensor:
 
 
 def shifted(image: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:
-    """The image (3, H, W) moved within its frame, and the hole (H, W) that this uncovers; its pixels are 0."""
+    """The image (3, H, W) moved within its frame, and the hole (H, W) that this uncovers; its
+    pixels are 0."""
     _, height, width = image.shape
     if abs(down) >= height or abs(right) >= width:
         raise UserError(
@@ -225,8 +232,9 @@ def write_edits(
 ) -> None:
     """Edit an image (3, H, W) uint8 with the prior in `folder` and write `out` whole.
 
-    grid.png (a row per class: the image, its hole in a colour, the results), original.png, masked.png, a PNG per
-    result, edits.npz (as samples.npz of generate.sample), edits.json. Does nothing when `out` holds just that.
+    grid.png (a row per class: the image, its hole in a colour, the results), original.png,
+    masked.png, a PNG per result, edits.npz (as samples.npz of generate.sample), edits.json. Does
+    nothing when `out` holds just that.
     """
     from PIL import Image
 
@@ -261,7 +269,8 @@ def write_edits(
 
 
 def open_image(text: str, data: DataConfig, tokens: Path) -> tuple[Tensor, int | None]:
-    """A file, or train:N or held_out:N of the data in a token cache -> (3, S, S) uint8, and the class if known."""
+    """A file, or train:N or held_out:N of the data in a token cache -> (3, S, S) uint8, and the
+    class if known."""
     place = re.fullmatch(r"(train|held_out):(\d{1,18})", text)
     if not place:
         return read_picture(Path(text), data), None

@@ -38,10 +38,10 @@ def write_samples(
 ) -> None:
     """Draw samples from the prior in `folder` and write `out`: grid.png, samples.npz, samples.json.
 
-    samples.npz holds arr_0 (num, H, W, 3) uint8 and arr_1 (num,) int64 labels, as the ADM evaluator reads,
-    and `codes` (num, N) int64. Does nothing when `out` holds just that; goes on where it was stopped; makes earlier
-    samples of other settings anew. Raises UserError when `out` holds something else, or the tokenizer is not the one
-    that the prior's tokens came from.
+    samples.npz holds arr_0 (num, H, W, 3) uint8 and arr_1 (num,) int64 labels, as the ADM evaluator
+    reads, and `codes` (num, N) int64. Does nothing when `out` holds just that; goes on where it was
+    stopped; makes earlier samples of other settings anew. Raises UserError when `out` holds
+    something else, or the tokenizer is not the one that the prior's tokens came from.
     """
     asked, request = request.precision, request.decided(str(out))
     made_from = maker(folder, record) | request.facts()
@@ -98,7 +98,8 @@ def draw_missing(out: Path, record: PriorRecord, request: Request) -> None:
 
 
 def maker(folder: Path, record: PriorRecord) -> dict[str, str]:
-    """Hashes of the weights that make the pixels. Raises UserError when the tokenizer is not the tokens' own."""
+    """Hashes of the weights that make the pixels. Raises UserError when the tokenizer is not the
+    tokens' own."""
     record.tokenizer_folder(folder)
     return {"prior_sha256": weights_hash(folder), "tokenizer_sha256": record.tokenizer_sha256}
 
@@ -114,7 +115,8 @@ def _load_models(folder: Path, tokenizer_folder: Path, *hashes: str) -> tuple[Pr
 
 
 def class_grid(samples: Samples, num_classes: int, before: Sequence[np.ndarray] = ()) -> Any:
-    """One class per row, as far as there are whole rows; every row begins with the pictures `before` (H, W, 3)."""
+    """One class per row, as far as there are whole rows; every row begins with the pictures
+    `before` (H, W, 3)."""
     rows = min(num_classes, len(samples.images), GRID_ROWS)
     columns = min(GRID_COLUMNS, max(1, len(samples.images) // num_classes))
     cells = []
@@ -129,9 +131,9 @@ def class_grid(samples: Samples, num_classes: int, before: Sequence[np.ndarray] 
 def is_current(
     out: Path, files: Files, made_from: dict[str, Any], any_precision: bool = False
 ) -> bool:
-    """Whether `out` holds what `made_from` gives, on every rank, in its precision or in any: samples are not drawn
-    again because of another machine. Raises UserError where another process writes to it, or what one had begun to
-    put in place there is damaged.
+    """Whether `out` holds what `made_from` gives, on every rank, in its precision or in any:
+    samples are not drawn again because of another machine. Raises UserError where another process
+    writes to it, or what one had begun to put in place there is damaged.
     """
 
     def check() -> bool:
@@ -151,7 +153,8 @@ def is_current(
 
 
 def _is_whole(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether a file of samples is that which its record is of: one of other bytes is to be drawn again."""
+    """Whether a file of samples is that which its record is of: one of other bytes is to be drawn
+    again."""
     if "samples_sha256" in facts:
         return sha256(path) == facts["samples_sha256"]
     try:
@@ -169,7 +172,8 @@ def write_single_files(samples: Samples, class_names: list[str], folder: Path) -
 
 
 def single_files(labels: Iterable[int], class_names: list[str]) -> Iterator[str]:
-    """The names of the samples' files; of a long label as much as file systems take, which is 255 bytes in all."""
+    """The names of the samples' files; of a long label as much as file systems take, which is 255
+    bytes in all."""
     for index, label in enumerate(labels):
         name = re.sub(r"[^\w.-]+", "_", [*class_names, "unconditional"][label])
         yield f"{index:06d}-{name.encode()[:LABEL_BYTES].decode(errors='ignore')}.png"

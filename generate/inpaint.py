@@ -1,4 +1,5 @@
-"""`python -m generate.inpaint RUN IMAGE --box 8,8,12,12`: fill, extend or vary an image with a trained prior."""
+"""`python -m generate.inpaint RUN IMAGE --box 8,8,12,12`: fill, extend or vary an image with a
+trained prior."""
 
 from __future__ import annotations
 

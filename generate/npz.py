@@ -1,5 +1,6 @@
-"""ADM's .npz files, written and read as streams (Dhariwal and Nichol 2021, arXiv:2105.05233: guided-diffusion's
-evaluator): arr_0 (N, H, W, 3) uint8 images, arr_1 (N,) labels. No array is ever in memory as a whole.
+"""ADM's .npz files, written and read as streams (Dhariwal and Nichol 2021, arXiv:2105.05233:
+guided-diffusion's evaluator): arr_0 (N, H, W, 3) uint8 images, arr_1 (N,) labels. No array is ever
+in memory as a whole.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Column:
 
 
 def write_arrays(path: Path, columns: Mapping[str, Column]) -> None:
-    """What numpy.savez writes of the same arrays, in the order of the columns; the same arrays give the same bytes."""
+    """What numpy.savez writes of the same arrays, in the order of the columns; the same arrays give
+    the same bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, column in columns.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -58,7 +60,8 @@ def write_arrays(path: Path, columns: Mapping[str, Column]) -> None:
 
 
 class Rows:
-    """An array of a .npz file: rows are read when they are asked for, by an integer, a slice, or an array of them."""
+    """An array of a .npz file: rows are read when they are asked for, by an integer, a slice, or an
+    array of them."""
 
     def __init__(self, path: Path, name: str) -> None:
         """Raises one of DAMAGES where there is no such array, or one of objects."""
@@ -115,6 +118,7 @@ class Rows:
 
 
 def first_damage(path: Path) -> str | None:
-    """The array of a .npz file whose bytes are not those that its checksum is of, or None. Reads all of the file."""
+    """The array of a .npz file whose bytes are not those that its checksum is of, or None. Reads
+    all of the file."""
     with zipfile.ZipFile(path) as archive:
         return archive.testzip()

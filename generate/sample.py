@@ -1,4 +1,5 @@
-"""`python -m generate.sample RUN --num 100 --classes 0,3-5`: class-conditional samples of a trained prior."""
+"""`python -m generate.sample RUN --num 100 --classes 0,3-5`: class-conditional samples of a trained
+prior."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def add_class_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def chosen_classes(arguments: argparse.Namespace, names: list[str]) -> tuple[int, ...]:
-    """The class numbers that --classes or --unconditional name; len(names) is the unconditional one."""
+    """The class numbers that --classes or --unconditional name; len(names) is the unconditional
+    one."""
     return (len(names),) if arguments.unconditional else parse_classes(arguments.classes, names)
 
 
@@ -56,7 +58,8 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """A flag per field of SampleOptions, with `several` of comma-separated values; --batch-size and --precision."""
+    """A flag per field of SampleOptions, with `several` of comma-separated values; --batch-size and
+    --precision."""
     for name, (kind, explained) in SAMPLING.items():
         help_text = f"{explained} (the prior's own)"
         parser.add_argument(_flag(name), type=_several(kind) if several else kind, help=help_text)
@@ -67,7 +70,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, several: bool = False)
 
 
 def sampling_options(arguments: argparse.Namespace, default: SampleOptions) -> SampleOptions:
-    """The prior's own options with those that were given. Raises UserError for a value out of range."""
+    """The prior's own options with those that were given. Raises UserError for a value out of
+    range."""
     given = {
         name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None
     }

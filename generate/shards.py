@@ -1,4 +1,5 @@
-"""Numbered samples in shards, while they are drawn: in any order, by any number of processes, and gone on with.
+"""Numbered samples in shards, while they are drawn: in any order, by any number of processes, and
+gone on with.
 
 unfinished/plan.json                    what the samples depend on, but for their numbers
 unfinished/000000050-000000100.npz      images, codes and times of samples 50 to 99, whole as soon as it is there
@@ -43,7 +44,8 @@ class Shards:
         return any(self.folder.glob("*.npz")) and _read(self.folder / PLAN) != plan
 
     def begin(self, folder: Folder, plan: dict[str, Any]) -> None:
-        """Keep the shards of this plan, and remove those of another. For the process that has taken the folder."""
+        """Keep the shards of this plan, and remove those of another. For the process that has taken
+        the folder."""
         kept = self.folder / PLAN
         if not (kept.is_file() and _read(kept) == plan):
             folder.remove([name for name in folder.listed if name.startswith(f"{UNFINISHED}/")])
@@ -60,7 +62,8 @@ class Shards:
         return [gap for gap in [*gaps, range(done, num)] if gap]
 
     def write(self, first: int, images: np.ndarray, codes: np.ndarray, times: np.ndarray) -> None:
-        """(n, H, W, 3) uint8 and (n, N) int64 of the samples from `first` on; `times`: see `total`."""
+        """(n, H, W, 3) uint8 and (n, N) int64 of the samples from `first` on; `times`: see
+        `total`."""
         content = io.BytesIO()
         np.savez(content, images=images, codes=codes, times=times)
         replace_file(self.out / shard_name(range(first, first + len(images))), content.getvalue())

@@ -1,7 +1,9 @@
-"""`python -m generate.sweep RUN --guidance 1,2,4 --steps 8,16`: which settings sample best, and at what cost.
+"""`python -m generate.sweep RUN --guidance 1,2,4 --steps 8,16`: which settings sample best, and at
+what cost.
 
-Samples every combination, each in a folder of its own, and then has `python -m eval.sweep` measure them. What is
-finished is never made again, so running the same command again goes on, and adding a value adds its combinations.
+Samples every combination, each in a folder of its own, and then has `python -m eval.sweep` measure
+them. What is finished is never made again, so running the same command again goes on, and adding a
+value adds its combinations.
 """
 
 from __future__ import annotations
@@ -56,13 +58,15 @@ SWEEP = Kind(
 
 
 def claim(out: Path) -> None:
-    """List what a sweep writes beside its folders of samples. Raises UserError for a file that no command wrote."""
+    """List what a sweep writes beside its folders of samples. Raises UserError for a file that no
+    command wrote."""
     with Folder(out, SWEEP).taken(wait=True) as folder:
         folder.note(PLAN, LINES, TABLE, PLOT)
 
 
 def combinations(default: SampleOptions, varied: dict[str, tuple]) -> list[SampleOptions]:
-    """Every combination of the values, the last option changing fastest. Raises UserError for values out of range."""
+    """Every combination of the values, the last option changing fastest. Raises UserError for
+    values out of range."""
     return [
         dataclasses.replace(default, **dict(zip(varied, chosen)))
         for chosen in itertools.product(*varied.values())
@@ -72,7 +76,8 @@ def combinations(default: SampleOptions, varied: dict[str, tuple]) -> list[Sampl
 def sample_all(
     folder: Path, requests: list[Request], varied: list[str], out: Path, batch_size: int
 ) -> None:
-    """Write samples of every request to `out`/<hash>, and out/sweep.json, which says what belongs to this sweep."""
+    """Write samples of every request to `out`/<hash>, and out/sweep.json, which says what belongs
+    to this sweep."""
     from generate.images import maker, write_samples
     from priors.record import read_record
     from training import distributed
@@ -106,7 +111,8 @@ def sample_all(
 
 
 def measure(out: Path, *words: Any) -> int:
-    """Run eval.sweep on a folder of samples; its exit code. What measures lies downstream: its own process."""
+    """Run eval.sweep on a folder of samples; its exit code. What measures lies downstream: its own
+    process."""
     alone = {
         key: value
         for key, value in os.environ.items()

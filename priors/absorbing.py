@@ -1,8 +1,10 @@
-"""Absorbing diffusion: codes turn into masks (MDLM, arXiv:2406.07524; MD4, Shi et al. 2024, arXiv:2406.04329).
+"""Absorbing diffusion: codes turn into masks (MDLM, arXiv:2406.07524; MD4, Shi et al. 2024,
+arXiv:2406.04329).
 
-A code is masked at time t with probability 1 - alpha(t). The network, which needs no time, predicts the masked
-codes; the mask has no logit and known codes stay. Samplers differ only in *when* a code is revealed or masked
-again, which does not depend on the codes: a sampler is a plan of moves, drawn in advance.
+A code is masked at time t with probability 1 - alpha(t). The network, which needs no time, predicts
+the masked codes; the mask has no logit and known codes stay. Samplers differ only in *when* a code
+is revealed or masked again, which does not depend on the codes: a sampler is a plan of moves, drawn
+in advance.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ class AbsorbingPrior(nn.Module):
         uniform: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Loss:
-        """The bound per token, E_t[-alpha' / (1 - alpha) sum over masked of -log p] / N (MDLM, eq. 10).
+        """The bound per token, E_t[-alpha' / (1 - alpha) sum over masked of -log p] / N (MDLM, eq.
+        10).
 
         (B, N), (B,) int64; `uniform` and `given` as in priors.interface.Prior.
         """
@@ -98,7 +101,8 @@ class AbsorbingPrior(nn.Module):
         return Loss(bound, {"nats_per_token_bound": bound.detach()})
 
     def nll(self, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood:
-        """A bound, by the estimator of low variance in priors.bounds; it is that of every schedule."""
+        """A bound, by the estimator of low variance in priors.bounds; it is that of every
+        schedule."""
         return order_agnostic_bound(self.backbone, codes, labels, given)
 
     def sample(
@@ -109,10 +113,11 @@ class AbsorbingPrior(nn.Module):
         known: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Tensor:
-        """(B, N) int64. Raises UserError unless options.sampler is one of SAMPLERS, the first by default.
+        """(B, N) int64. Raises UserError unless options.sampler is one of SAMPLERS, the first by
+        default.
 
-        Guidance, temperature and filters shape p(code) and never the rate of unmasking. The network is asked
-        only about the codes that are about to be revealed.
+        Guidance, temperature and filters shape p(code) and never the rate of unmasking. The network
+        is asked only about the codes that are about to be revealed.
         """
         sampler = SAMPLERS[choose_sampler(options, tuple(SAMPLERS))]
         start = begin(self, labels, options, known, given)
@@ -139,11 +144,13 @@ class AbsorbingPrior(nn.Module):
 
 
 def mask_some(uniform: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of independent positions, given that one at least is masked, and the chance (B,) of that event.
+    """Masks of independent positions, given that one at least is masked, and the chance (B,) of
+    that event.
 
-    uniform (B, N) in [0, 1), share (B,) float64 -> (B, N) bool. Rows without a mask add nothing to the bound:
-    leaving them out keeps its mean and holds the weight chance / share below N, at no matter how late a time.
-    The lowest number of a row is moved to its quantile among those below `share`, the others above it alike.
+    uniform (B, N) in [0, 1), share (B,) float64 -> (B, N) bool. Rows without a mask add nothing to
+    the bound: leaving them out keeps its mean and holds the weight chance / share below N, at no
+    matter how late a time. The lowest number of a row is moved to its quantile among those below
+    `share`, the others above it alike.
     """
     length, visible = uniform.shape[1], 1 - uniform.double()
     highest = visible.amax(1)
@@ -165,7 +172,8 @@ class Move:
 def ancestral(
     prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor
 ) -> Iterator[Move]:
-    """Unmask with probability (alpha_s - alpha_t) / (1 - alpha_t) in each step from t to s (MDLM, eq. 7).
+    """Unmask with probability (alpha_s - alpha_t) / (1 - alpha_t) in each step from t to s (MDLM,
+    eq. 7).
 
     The same as one number per position, revealed once the masked share falls to it.
     """
@@ -182,8 +190,8 @@ def first_hitting(
 ) -> Iterator[Move]:
     """One position after another in random order: exact (Zheng et al. 2024, arXiv:2409.02908).
 
-    A network without time sees only the order of the hitting times. Fewer options.steps than unknown codes
-    reveal several at once, in equal groups. The last is revealed in the last step.
+    A network without time sees only the order of the hitting times. Fewer options.steps than
+    unknown codes reveal several at once, in equal groups. The last is revealed in the last step.
     """
     steps = options.steps or unknown.shape[1]
     time, noise = uniform_noise(options.seed, ids, 0, (2, unknown.shape[1])).unbind(1)
@@ -196,7 +204,8 @@ def first_hitting(
 def remasking(
     prior: AbsorbingPrior, options: SampleOptions, ids: Tensor, unknown: Tensor
 ) -> Iterator[Move]:
-    """Ancestral, but revealed codes may be masked again, and so corrected (ReMDM, arXiv:2503.00307, 4.1, capped)."""
+    """Ancestral, but revealed codes may be masked again, and so corrected (ReMDM, arXiv:2503.00307,
+    4.1, capped)."""
     steps = options.steps or prior.steps
     alphas = (1 - prior.schedule(_grid(steps))).tolist()
     masked = unknown

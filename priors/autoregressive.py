@@ -1,5 +1,5 @@
-"""Autoregressive prior: code after code, level after level (VQGAN, Esser et al. 2021, arXiv:2012.09841), in raster
-order or in permuted ones (RAR, Yu et al. 2024, arXiv:2411.00776)."""
+"""Autoregressive prior: code after code, level after level (VQGAN, Esser et al. 2021,
+arXiv:2012.09841), in raster order or in permuted ones (RAR, Yu et al. 2024, arXiv:2411.00776)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ORDERS = ("raster", "random", "annealed")
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveConfig:
-    """`order` of the positions of a level in training; "annealed": permuted ones, less and less often, then raster."""
+    """`order` of the positions of a level in training; "annealed": permuted ones, less and less
+    often, then raster."""
 
     kind: str = "autoregressive"
     order: str = "raster"
@@ -55,9 +56,11 @@ class AutoregressiveConfig:
 
 
 class AutoregressivePrior(nn.Module):
-    """p(codes | label) = product over i of p(code i | codes before i in the order, label). Likelihoods are exact.
+    """p(codes | label) = product over i of p(code i | codes before i in the order, label).
+    Likelihoods are exact.
 
-    `backbone` is causal (priors.backbone), or a network with its methods for raster order (priors.pixelcnn).
+    `backbone` is causal (priors.backbone), or a network with its methods for raster order
+    (priors.pixelcnn).
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class AutoregressivePrior(nn.Module):
         uniform: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Loss:
-        """Mean cross-entropy per position. (B, N), (B,) int64; `uniform` as in priors.interface.Prior."""
+        """Mean cross-entropy per position. (B, N), (B,) int64; `uniform` as in
+        priors.interface.Prior."""
         if uniform is None:
             uniform = torch.rand(len(codes), self.layout.length + 2, device=codes.device)
         labels = torch.where(uniform[:, 0] < self.label_dropout, self.num_classes, labels)
@@ -101,7 +105,8 @@ class AutoregressivePrior(nn.Module):
         return Loss(total, {"nats_per_token": nats.detach()})
 
     def training_order(self, uniform: Tensor) -> Tensor | None:
-        """(B, N) positions, permuted within levels, from the draws of a loss; None where all are raster."""
+        """(B, N) positions, permuted within levels, from the draws of a loss; None where all are
+        raster."""
         if self.order == "raster":
             return None
         keys = uniform[:, 2:]
@@ -128,13 +133,16 @@ class AutoregressivePrior(nn.Module):
         known: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Tensor:
-        """(B, N) int64, one position at a time with cached keys and values; `options.steps` plays no part.
+        """(B, N) int64, one position at a time with cached keys and values; `options.steps` plays
+        no part.
 
-        Samplers: "raster"; of a prior trained in random order "random" (the default) and "raster". A random order
-        begins in each level with the known codes, so that what is drawn is conditioned on them exactly.
+        Samplers: "raster"; of a prior trained in random order "random" (the default) and "raster".
+        A random order begins in each level with the known codes, so that what is drawn is
+        conditioned on them exactly.
 
-        Raises UserError unless the known codes of each sample come before its unknown ones: in raster order they
-        are a beginning; in random order, where one code of a level is unknown, none of the levels after it is known.
+        Raises UserError unless the known codes of each sample come before its unknown ones: in
+        raster order they are a beginning; in random order, where one code of a level is unknown,
+        none of the levels after it is known.
         """
         batch, length = len(labels), self.layout.length
         start = begin(self, labels, options, known, given)

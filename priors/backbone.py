@@ -1,9 +1,11 @@
-"""The transformer under the priors: codes and a label to logits, on x-transformers' attention and feed-forward.
+"""The transformer under the priors: codes and a label to logits, on x-transformers' attention and
+feed-forward.
 
 Pre-norm with RMSNorm (arXiv:1910.07467), SwiGLU (arXiv:2002.05202), normalised queries and keys
-(arXiv:2302.05442). A slot is the sum of a token and the place (level, row, column) of the position that it
-predicts. Bidirectional: slot i holds the code at i, or the mask. Causal: slot i holds the code of slot i - 1, the
-first holds the class; slots may come in any order, as each knows its target (arXiv:2411.00776).
+(arXiv:2302.05442). A slot is the sum of a token and the place (level, row, column) of the position
+that it predicts. Bidirectional: slot i holds the code at i, or the mask. Causal: slot i holds the
+code of slot i - 1, the first holds the class; slots may come in any order, as each knows its target
+(arXiv:2411.00776).
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ ROTARY_BASE = 100.0  # of grids tens of codes wide, as in Heo et al. 2024, arXiv
 class BackboneConfig:
     """Sizes, and two choices.
 
-    positions: "learned" adds places to slots; "rotary" besides turns queries and keys by row and column
-    (Heo et al. 2024, arXiv:2403.13298). conditioning: "prefix" makes the class a first token and adds it to every
-    slot; "adaln" has it set shift, scale and gate of every branch, zero at first (AdaLN-zero, Peebles & Xie 2022,
-    arXiv:2212.09748), at 6 dim^2 weights a block more than the 13 dim^2 that it has.
+    positions: "learned" adds places to slots; "rotary" besides turns queries and keys by row and
+    column (Heo et al. 2024, arXiv:2403.13298). conditioning: "prefix" makes the class a first token
+    and adds it to every slot; "adaln" has it set shift, scale and gate of every branch, zero at
+    first (AdaLN-zero, Peebles & Xie 2022, arXiv:2212.09748), at 6 dim^2 weights a block more than
+    the 13 dim^2 that it has.
     """
 
     dim: int = 128
@@ -97,11 +100,13 @@ class BackboneConfig:
 
 
 class Backbone(nn.Module):
-    """Codes and a label to logits per level. The mask and the classes have none, so they are never sampled.
+    """Codes and a label to logits per level. The mask and the classes have none, so they are never
+    sampled.
 
-    `given` is the layout of codes that are known completely: they stand before the slots as a context. Grids of
-    different sizes share coordinates, in units of the finest. `timed`: the time of a diffusion sets shift, scale and
-    gate of every branch, alone or, where `adaptive` has the class do so, with it.
+    `given` is the layout of codes that are known completely: they stand before the slots as a
+    context. Grids of different sizes share coordinates, in units of the finest. `timed`: the time
+    of a diffusion sets shift, scale and gate of every branch, alone or, where `adaptive` has the
+    class do so, with it.
     """
 
     def __init__(
@@ -143,9 +148,11 @@ class Backbone(nn.Module):
         self.tokens = nn.Embedding(self.mask_id + 1, dim)
         self.classes = nn.Embedding(num_classes + 1, dim)  # the last is unconditional
         self.places = nn.Embedding(num_places, dim)  # of what a slot predicts
-        # Rotated keys tell where the code that a causal slot holds comes from; else a slot has this in its sum.
+        # Rotated keys tell where the code that a causal slot holds comes from; else a slot has this
+        # in its sum.
         self.sources = nn.Embedding(num_places, dim) if causal and not rotary else None
-        # A time alone says little: a narrow condition does, as in Duo (128 for 768), at 1.5 dim^2 weights a block.
+        # A time alone says little: a narrow condition does, as in Duo (128 for 768), at 1.5 dim^2
+        # weights a block.
         width = dim if adaptive else dim // 4 if timed else 0
         self.time = TimeEmbedding(width) if timed else None
         self.dropout = Dropout(dropout)
@@ -187,11 +194,12 @@ class Backbone(nn.Module):
         given: Tensor | None = None,
         time: Tensor | None = None,
     ) -> list[Tensor]:
-        """(B, N) int64 codes, negative where masked, and (B,) labels -> (B, n, num_codes) float32 per level.
+        """(B, N) int64 codes, negative where masked, and (B,) labels -> (B, n, num_codes) float32
+        per level.
 
-        `order` (B, N) int64, of a causal backbone: the position of each slot, permuted within levels; slot i sees
-        the codes of the slots before it. Logits are in the order of positions all the same. `given` (B, M) int64.
-        `time` (B,) in [0, 1], of a timed one.
+        `order` (B, N) int64, of a causal backbone: the position of each slot, permuted within
+        levels; slot i sees the codes of the slots before it. Logits are in the order of positions
+        all the same. `given` (B, M) int64. `time` (B,) in [0, 1], of a timed one.
         """
         assert order is None or self.causal, "only a causal backbone has an order"
         tokens = self.embed(
@@ -231,19 +239,23 @@ class Backbone(nn.Module):
     def decoding(
         self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
     ) -> Decoding:
-        """The same logits slot by slot from cached keys and values, without dropout; of a causal backbone."""
+        """The same logits slot by slot from cached keys and values, without dropout; of a causal
+        backbone."""
         from priors.engine import Decoding
 
         return Decoding(self, labels, order=order, given=given)
 
     def embed(self, codes: Tensor, span: slice) -> Tensor:
-        """Codes of the slots in `span`, in any order within levels, or of the given positions behind all slots."""
+        """Codes of the slots in `span`, in any order within levels, or of the given positions
+        behind all slots."""
         return self.tokens(torch.where(codes < 0, self.mask_id, codes + self.token_starts[span]))
 
     def slots(self, order: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Places that slots add to tokens, (1 or B, N, dim); angles (1 or B, N, dim_head) of queries and of keys.
+        """Places that slots add to tokens, (1 or B, N, dim); angles (1 or B, N, dim_head) of
+        queries and of keys.
 
-        A query is turned to the position that its slot predicts, a key to that of the code that its slot holds.
+        A query is turned to the position that its slot predicts, a key to that of the code that its
+        slot holds.
         """
         positions = (
             torch.arange(self.layout.length, device=self.place_ids.device)[None]
@@ -260,7 +272,8 @@ class Backbone(nn.Module):
         return places, angles, _one_slot_later(angles) if self.causal else angles
 
     def context(self, labels: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What stands before the slots, (B, C, dim) and (1, C, dim_head): a class token unless causal, given codes."""
+        """What stands before the slots, (B, C, dim) and (1, C, dim_head): a class token unless
+        causal, given codes."""
         assert (given is None) == (self.given is None), (
             "given codes are for a backbone built for their layout"
         )
@@ -276,7 +289,8 @@ class Backbone(nn.Module):
         return torch.cat(parts, 1), angles
 
     def condition(self, labels: Tensor, time: Tensor | None = None) -> Tensor | None:
-        """(B, 1, width), what sets the modulations, if there are any: the class, the time, or their sum."""
+        """(B, 1, width), what sets the modulations, if there are any: the class, the time, or their
+        sum."""
         assert (time is not None) == self.timed, "a time is for a backbone built for it"
         parts = [self.classes(labels)] if self.adaptive else []
         parts += [] if self.time is None else [self.time(time)]
@@ -284,9 +298,11 @@ class Backbone(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Times (B,) in [0, 1] to (B, width): sines and cosines of log(t / (1 - t)), the noise's odds, through two layers.
+    """Times (B,) in [0, 1] to (B, width): sines and cosines of log(t / (1 - t)), the noise's odds,
+    through two layers.
 
-    By the logarithm the last steps of sampling, where what a code is worth changes fastest, are as far apart as others.
+    By the logarithm the last steps of sampling, where what a code is worth changes fastest, are as
+    far apart as others.
     """
 
     def __init__(self, width: int) -> None:
@@ -334,7 +350,8 @@ class Block(nn.Module):
     def forward(
         self, features: Tensor, condition: Tensor | None, angles: list[Tensor] | None
     ) -> Tensor:
-        """(B, n, dim), (B, 1, width) and the (1 or B, n, dim_head) angles of queries and of keys -> (B, n, dim)."""
+        """(B, n, dim), (B, 1, width) and the (1 or B, n, dim_head) angles of queries and of keys ->
+        (B, n, dim)."""
         if self.modulation is None:
             features = features + self.attend(self.attention_norm(features), angles)
             return features + self.feed(self.feedforward_norm(features))
@@ -361,7 +378,8 @@ class Block(nn.Module):
 def cross_entropy(
     layout: CodeLayout, logits: list[Tensor], codes: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
-    """-log p of every code, (B, N) nats in the logits' precision; `logits`: (B, n, num_codes) per level."""
+    """-log p of every code, (B, N) nats in the logits' precision; `logits`: (B, n, num_codes) per
+    level."""
     levels = []
     for level, (span, _) in zip(logits, layout.spans()):
         target = codes[:, span]
@@ -392,7 +410,8 @@ def evaluation(module: nn.Module) -> Iterator[None]:
 
 
 def _check_time(module: Backbone, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Raise UserError where weights were trained with time and the module has none, or the other way round."""
+    """Raise UserError where weights were trained with time and the module has none, or the other
+    way round."""
     if prefix + "tokens.weight" in state:
         stored = any(name.startswith(prefix + "time.") for name in state)
         if stored != module.timed:
@@ -408,12 +427,14 @@ def _one_slot_later(values: Tensor) -> Tensor:
 
 
 def _flat_grids(layout: CodeLayout) -> list[tuple[int, int]]:
-    """Rows and columns per level. A grid that is not two-dimensional counts its last axis as columns."""
+    """Rows and columns per level. A grid that is not two-dimensional counts its last axis as
+    columns."""
     return [(math.prod(grid[:-1]), grid[-1]) for grid in layout.grids]
 
 
 def _place_ids(layout: CodeLayout) -> Tensor:
-    """(N, 3) int64: rows of the embedding table for the level, row and column of each position, all distinct."""
+    """(N, 3) int64: rows of the embedding table for the level, row and column of each position, all
+    distinct."""
     parts, start = [], 0
     for rows, columns in _flat_grids(layout):
         index = torch.arange(rows * columns)
@@ -424,9 +445,11 @@ def _place_ids(layout: CodeLayout) -> Tensor:
 
 
 def _angles(layout: CodeLayout, dim_head: int) -> Tensor:
-    """(N, dim_head) radians: the first half of a head turns with the row, the second with the column.
+    """(N, dim_head) radians: the first half of a head turns with the row, the second with the
+    column.
 
-    Rows and columns are the centres of the codes in units of the finest grid. Neighbours in a head share an angle.
+    Rows and columns are the centres of the codes in units of the finest grid. Neighbours in a head
+    share an angle.
     """
     grids = _flat_grids(layout)
     finest = [max(sides) for sides in zip(*grids)]

@@ -1,7 +1,9 @@
-"""Likelihood bound of any-order priors: the mean over orders (Uria et al. 2014, arXiv:1310.1757, eq. 7).
+"""Likelihood bound of any-order priors: the mean over orders (Uria et al. 2014, arXiv:1310.1757,
+eq. 7).
 
-It is the continuous-time bound of absorbing diffusion after the time is integrated out (Ou et al. 2024,
-arXiv:2406.03736, 3.2): k of N codes masked, k uniform, E[(N / k) sum over masked of -log p(code | the others)].
+It is the continuous-time bound of absorbing diffusion after the time is integrated out (Ou et al.
+2024, arXiv:2406.03736, 3.2): k of N codes masked, k uniform, E[(N / k) sum over masked of -log
+p(code | the others)].
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ STRATA = 8  # mask counts per sequence
 def order_agnostic_bound(
     backbone: nn.Module, codes: Tensor, labels: Tensor, given: Tensor | None = None
 ) -> Likelihood:
-    """Estimate of the bound from STRATA masks per sequence, their counts k spread evenly over 1..N. (B, N), (B,) int64
+    """Estimate of the bound from STRATA masks per sequence, their counts k spread evenly over 1..N.
+    (B, N), (B,) int64
 
     The masks of a sequence depend on the sequence alone, so batches do not matter.
     """
@@ -37,7 +40,8 @@ def order_agnostic_bound(
 
 
 def masked_nats(read: Reading, layout: CodeLayout, codes: Tensor, masked: Tensor) -> Tensor:
-    """(N / k) sum of -log p over the k masked codes of each row, (B,) float64. `masked` (B, N) bool, k from 1."""
+    """(N / k) sum of -log p over the k masked codes of each row, (B,) float64. `masked` (B, N)
+    bool, k from 1."""
     total = torch.zeros(len(codes), dtype=torch.float64, device=codes.device)
     for level, (span, _) in zip(read(codes.masked_fill(masked, -1), masked), layout.spans()):
         hidden, nats = masked[:, span], torch.zeros_like(codes[:, span], dtype=torch.float64)

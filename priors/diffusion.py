@@ -1,6 +1,8 @@
-"""What the discrete diffusions share: their clock, the noise of their steps, and draws by the inverse CDF.
+"""What the discrete diffusions share: their clock, the noise of their steps, and draws by the
+inverse CDF.
 
-The clock is the progress r = 1 - t of sampling: priors.schedules gives the noised share 1 - alpha at r.
+The clock is the progress r = 1 - t of sampling: priors.schedules gives the noised share 1 - alpha
+at r.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ NOISE_BLOCK = 16  # steps whose noise is drawn at a time
 
 
 def share_and_rate(schedule: Callable[[Tensor], Tensor], progress: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - alpha and -d alpha / dt at r in [0, 1): float64, kept off the ends, where either may be 0 or infinite."""
+    """1 - alpha and -d alpha / dt at r in [0, 1): float64, kept off the ends, where either may be 0
+    or infinite."""
     with torch.enable_grad():
         progress = progress.detach().double().clamp(2**-25, 1 - 2**-25).requires_grad_()
         share = schedule(progress)
@@ -26,7 +29,8 @@ def share_and_rate(schedule: Callable[[Tensor], Tensor], progress: Tensor) -> tu
 
 
 def antithetic(uniform: Tensor, positions: Tensor, batch_size: int) -> Tensor:
-    """(B, N + 2) draws with their times, column 1, spread evenly over the global batch (MDLM, appendix C).
+    """(B, N + 2) draws with their times, column 1, spread evenly over the global batch (MDLM,
+    appendix C).
 
     The row at place p of `positions` (B,) gets a time in [p, p + 1) / batch_size.
     """
@@ -46,7 +50,8 @@ def draws(uniform: Tensor | None, codes: Tensor) -> Tensor:
 
 
 def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """(..., K) float64 probabilities, of any sum, and (...) noise in (0, 1) -> (...) int64 drawn from them."""
+    """(..., K) float64 probabilities, of any sum, and (...) noise in (0, 1) -> (...) int64 drawn
+    from them."""
     cdf = probabilities.cumsum(-1)
     return torch.searchsorted(cdf, noise[..., None] * cdf[..., -1:])[..., 0]
 
@@ -54,7 +59,8 @@ def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
 def step_noise(
     options: SampleOptions, ids: Tensor, steps: int, shape: tuple[int, ...]
 ) -> Iterator[Tensor]:
-    """(B, *shape) float64 in (0, 1) for each step; a row depends on the seed, its id and the step only."""
+    """(B, *shape) float64 in (0, 1) for each step; a row depends on the seed, its id and the step
+    only."""
     for block, start in enumerate(range(0, steps, NOISE_BLOCK)):
         noise = uniform_noise(options.seed, ids, block, (NOISE_BLOCK, *shape))
         yield from noise.unbind(1)[: steps - start]

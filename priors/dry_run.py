@@ -1,7 +1,9 @@
-"""What a prior's run would take, without tokens, weights or memory for it: everything is on the meta device.
+"""What a prior's run would take, without tokens, weights or memory for it: everything is on the
+meta device.
 
-The loss is the prior's own, traced as training/estimate.py says. The layout of the codes is the token cache's; where
-there is none yet, that of the tokenizer which the configurations in configs/ say will make it.
+The loss is the prior's own, traced as training/estimate.py says. The layout of the codes is the
+token cache's; where there is none yet, that of the tokenizer which the configurations in configs/
+say will make it.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def dry_run(config: PriorRun) -> str:
 
 
 def plan(config: PriorRun) -> Plan:
-    """Reads small files at most and writes none. Raises UserError for what could not be trained either."""
+    """Reads small files at most and writes none. Raises UserError for what could not be trained
+    either."""
     distributed.samples_each(config.loop.batch_size, config.loop.accumulate)
     codes = codes_of(config)
     precision = planned_precision(config.loop.precision)
@@ -100,7 +103,8 @@ def plan(config: PriorRun) -> Plan:
 
 
 def codes_of(config: PriorRun) -> Codes:
-    """Of the token cache; else of the tokenizer that would make it; else what is usual on ImageNet."""
+    """Of the token cache; else of the tokenizer that would make it; else what is usual on
+    ImageNet."""
     from tokenizer.cache import TokenCache
     from tokenizer.dry_run import autoencoder_of, num_training_images
     from tokenizer.encode import TokensRun

@@ -1,7 +1,9 @@
-"""Decoding slot by slot from a static cache of rotated keys and of values (Pope et al. 2022, arXiv:2211.05102).
+"""Decoding slot by slot from a static cache of rotated keys and of values (Pope et al. 2022,
+arXiv:2211.05102).
 
-Weights are those of priors.packed, read once. Nothing is concatenated or rotated twice. On a CUDA device a step
-replays a CUDA graph, which is captured for a backbone's first batch of a shape and serves all later ones.
+Weights are those of priors.packed, read once. Nothing is concatenated or rotated twice. On a CUDA
+device a step replays a CUDA graph, which is captured for a backbone's first batch of a shape and
+serves all later ones.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ Cache = list[tuple[Tensor, Tensor]]  # keys and values of each block, (B, heads,
 class Decoding:
     """The logits of `backbone(codes, labels, order=order, given=given)`, one slot after another.
 
-    labels (B,), order (B, N), given (B, M): int64, as there; for guidance the caller gives every row twice. Numbers
-    have the weights' precision, or autocast's where that is on at construction. `static`: fixed shapes and CUDA
-    graphs, by default on a CUDA device.
+    labels (B,), order (B, N), given (B, M): int64, as there; for guidance the caller gives every
+    row twice. Numbers have the weights' precision, or autocast's where that is on at construction.
+    `static`: fixed shapes and CUDA graphs, by default on a CUDA device.
     """
 
     @torch.no_grad()
@@ -78,9 +80,11 @@ class Decoding:
 
     @torch.no_grad()
     def step(self, slot: int, previous: Tensor | None) -> Tensor:
-        """(B, num_codes) float32 logits of a slot, of its level's codes; `previous` (B,) int64 is the slot before.
+        """(B, num_codes) float32 logits of a slot, of its level's codes; `previous` (B,) int64 is
+        the slot before.
 
-        Slots come in order from 0, where `previous` is None. Static ones end as the next batch of the shape begins.
+        Slots come in order from 0, where `previous` is None. Static ones end as the next batch of
+        the shape begins.
         """
         assert self.static is None or self.batch == self.static.batch, (
             "another batch has begun in this one's memory"
@@ -109,7 +113,8 @@ class Decoding:
 
 
 class _Static:
-    """Weights, cache and a step's inputs at fixed places; within a chunk of slots a step is one graph.
+    """Weights, cache and a step's inputs at fixed places; within a chunk of slots a step is one
+    graph.
 
     Batch after batch the places are filled anew, so that a graph serves all of them.
     """
@@ -177,10 +182,11 @@ def forget(network: nn.Module) -> None:
 
 
 def capture(step: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
-    """What repeats a step, whose tensors all stay where they are; without a pool, which CUDA gives, the step itself.
+    """What repeats a step, whose tensors all stay where they are; without a pool, which CUDA gives,
+    the step itself.
 
-    Once aside, as libraries allocate and kernels compile then, and once into the graph: a step that runs several times
-    writes the same keys and values to the same row.
+    Once aside, as libraries allocate and kernels compile then, and once into the graph: a step that
+    runs several times writes the same keys and values to the same row.
     """
     if pool is None:
         return step
@@ -231,9 +237,11 @@ def _layer(
     span: int,
     mask: Tensor | None,
 ) -> Tensor:
-    """Features (B T, dim) of T slots -> the same after a block, once their keys and values are in the cache.
+    """Features (B T, dim) of T slots -> the same after a block, once their keys and values are in
+    the cache.
 
-    keys, values (B, heads, length, dim_head); rows (T,) of them to write, `span` of them to see, fewer by the mask.
+    keys, values (B, heads, length, dim_head); rows (T,) of them to write, `span` of them to see,
+    fewer by the mask.
     """
     queries, new_keys, new_values = project(block, features, turn, len(keys), len(rows))
     keys.index_copy_(2, rows, new_keys)

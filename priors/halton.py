@@ -1,8 +1,8 @@
-"""Halton order: which position is unmasked when, each few spread over the whole grid (Besnier et al. 2025,
-arXiv:2503.17076).
+"""Halton order: which position is unmasked when, each few spread over the whole grid (Besnier et
+al. 2025, arXiv:2503.17076).
 
-The points (x in base 2, y in base 3) of the Halton sequence, scaled to the grid, visit its cells; a cell's turn
-is that of its first visit.
+The points (x in base 2, y in base 3) of the Halton sequence, scaled to the grid, visit its cells; a
+cell's turn is that of its first visit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def halton_turns(layout: CodeLayout) -> Tensor:
 
 
 def rolled(layout: CodeLayout, turns: Tensor, uniform: Tensor) -> Tensor:
-    """Start each sample somewhere else: (N,) turns and (B, levels) in [0, 1) -> (B, N), level after level."""
+    """Start each sample somewhere else: (N,) turns and (B, levels) in [0, 1) -> (B, N), level after
+    level."""
     levels = []
     for level, (span, _) in enumerate(layout.spans()):
         length = span.stop - span.start
@@ -34,8 +35,8 @@ def rolled(layout: CodeLayout, turns: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _turns(rows: int, columns: int) -> Tensor:
-    """Any 2^a 3^b successive points fall one by one into the boxes of size 2^-a x 3^-b, so with two boxes to a cell's
-    side none is left out."""
+    """Any 2^a 3^b successive points fall one by one into the boxes of size 2^-a x 3^-b, so with two
+    boxes to a cell's side none is left out."""
     count = 2 ** math.ceil(math.log2(2 * rows)) * 3 ** math.ceil(math.log(2 * columns, 3))
     index = torch.arange(1, count + 1)
     cells = _digits_reversed(index, 2, rows) * columns + _digits_reversed(index, 3, columns)
@@ -44,7 +45,8 @@ def _turns(rows: int, columns: int) -> Tensor:
 
 
 def _digits_reversed(index: Tensor, base: int, size: int) -> Tensor:
-    """floor(size * radical inverse of the index), in whole numbers: 0.d1 d2 d3 ... for the digits ... d3 d2 d1."""
+    """floor(size * radical inverse of the index), in whole numbers: 0.d1 d2 d3 ... for the digits
+    ... d3 d2 d1."""
     numerator, denominator = torch.zeros_like(index), 1
     while int(index.max()):
         numerator, denominator = numerator * base + index % base, denominator * base

@@ -1,4 +1,5 @@
-"""One prior per grid, coarse to fine: p(top) p(bottom | top) (VQ-VAE-2, Razavi et al. 2019, arXiv:1906.00446, 3.2)."""
+"""One prior per grid, coarse to fine: p(top) p(bottom | top) (VQ-VAE-2, Razavi et al. 2019,
+arXiv:1906.00446, 3.2)."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class HierarchicalConfig:
 
 
 class HierarchicalPrior(nn.Module):
-    """Two priors over one sequence: the top grid's codes, then the bottom grid's. They share no parameter.
+    """Two priors over one sequence: the top grid's codes, then the bottom grid's. They share no
+    parameter.
 
     In training the bottom is given the true top codes, so that one run equals two separate ones.
     """
@@ -76,7 +78,8 @@ class HierarchicalPrior(nn.Module):
     def loss(
         self, codes: Tensor, labels: Tensor, uniform: Tensor | None = None, given: None = None
     ) -> Loss:
-        """Both losses, weighted by their positions: per token of the whole. Arguments as in priors.interface.Prior."""
+        """Both losses, weighted by their positions: per token of the whole. Arguments as in
+        priors.interface.Prior."""
         if uniform is None:
             uniform = torch.rand(len(codes), self.layout.length + 2, device=codes.device)
         label_draw, time, positions = uniform.split([1, 1, self.layout.length], 1)
@@ -114,10 +117,11 @@ class HierarchicalPrior(nn.Module):
         known: Tensor | None = None,
         given: None = None,
     ) -> Tensor:
-        """(B, N) int64: the top, then the bottom on it. `options.sampler` is TOP/BOTTOM, either may be empty.
+        """(B, N) int64: the top, then the bottom on it. `options.sampler` is TOP/BOTTOM, either may
+        be empty.
 
-        Unknown codes of the top follow its known ones, and those of the bottom all others: what is known of the
-        bottom has no part in the top.
+        Unknown codes of the top follow its known ones, and those of the bottom all others: what is
+        known of the bottom has no part in the top.
 
         Raises UserError, saying which of the two priors, where one of them cannot do what is asked.
         """

@@ -26,7 +26,8 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-    """How to sample. Guidance: logits = u + s (c - u), so s = 1 is none (Ho & Salimans 2022, arXiv:2207.12598)."""
+    """How to sample. Guidance: logits = u + s (c - u), so s = 1 is none (Ho & Salimans 2022,
+    arXiv:2207.12598)."""
 
     guidance: float = 1.0  # s, of the last step; of one step where there is but one
     guidance_schedule: str = (
@@ -75,7 +76,8 @@ class SampleOptions:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be {expected}")
 
     def guidance_at(self, progress: float) -> float:
-        """s of the step after which the share `progress` in (0, 1] of the sampling is done: (k + 1) / N of step k."""
+        """s of the step after which the share `progress` in (0, 1] of the sampling is done: (k + 1)
+        / N of step k."""
         share = GUIDANCE[self.guidance_schedule](progress, self.guidance_power)
         return share * self.guidance + (1 - share)  # the last is s to the last bit
 
@@ -103,11 +105,12 @@ class Likelihood:
 class Prior(Protocol):
     """The unconditional label is `num_classes`; it also serves classifier-free guidance.
 
-    `uniform` (B, N + 2) in [0, 1) is all that a loss draws for its samples: column 0 drops the label, column
-    1 is the time, the rest belong to the positions. Without it, torch's global generator draws it.
-    `sample_ids` (B,) int64 seed the samples: sample i depends on options.seed, its id and its label only.
-    `known` (B, N) holds codes to keep and -1 where codes are to be sampled.
-    `given` (B, M) are codes of other levels, known completely, where the prior was built on such a layout.
+    `uniform` (B, N + 2) in [0, 1) is all that a loss draws for its samples: column 0 drops the
+    label, column 1 is the time, the rest belong to the positions. Without it, torch's global
+    generator draws it. `sample_ids` (B,) int64 seed the samples: sample i depends on options.seed,
+    its id and its label only. `known` (B, N) holds codes to keep and -1 where codes are to be
+    sampled. `given` (B, M) are codes of other levels, known completely, where the prior was built
+    on such a layout.
     """
 
     layout: CodeLayout

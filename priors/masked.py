@@ -1,5 +1,5 @@
-"""MaskGIT: masked tokens filled in a few parallel steps (Chang et al. 2022, arXiv:2202.04200), the most confident
-ones first, or in Halton order (Besnier et al. 2025, arXiv:2503.17076)."""
+"""MaskGIT: masked tokens filled in a few parallel steps (Chang et al. 2022, arXiv:2202.04200), the
+most confident ones first, or in Halton order (Besnier et al. 2025, arXiv:2503.17076)."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class MaskedConfig:
 class MaskedPrior(nn.Module):
     """p(code i | known codes, label) for every masked i at once. -1 stands for the mask.
 
-    Codes drawn in one step are drawn independently of each other: the fewer steps, the further from the law that
-    the conditionals belong to. One code a step in an order that does not look at the codes draws from that law:
-    "halton" with N steps does; "confidence" looks at the codes, and only without it (choice_temperature to infinity)
-    would.
+    Codes drawn in one step are drawn independently of each other: the fewer steps, the further from
+    the law that the conditionals belong to. One code a step in an order that does not look at the
+    codes draws from that law: "halton" with N steps does; "confidence" looks at the codes, and only
+    without it (choice_temperature to infinity) would.
     """
 
     def __init__(
@@ -103,10 +103,12 @@ class MaskedPrior(nn.Module):
         uniform: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Loss:
-        """Cross-entropy of masked codes. (B, N), (B,) int64; `uniform` as in priors.interface.Prior.
+        """Cross-entropy of masked codes. (B, N), (B,) int64; `uniform` as in
+        priors.interface.Prior.
 
-        The sum is divided by the *expected* number of masked codes: each code weighs as in MaskGIT, and the
-        mean over a batch does not depend on how the batch was split over processes. It is no likelihood.
+        The sum is divided by the *expected* number of masked codes: each code weighs as in MaskGIT,
+        and the mean over a batch does not depend on how the batch was split over processes. It is
+        no likelihood.
         """
         length = self.layout.length
         if uniform is None:
@@ -134,11 +136,13 @@ class MaskedPrior(nn.Module):
         known: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Tensor:
-        """(B, N) int64. Each step draws all unknown codes and keeps some of them; N steps are the most.
+        """(B, N) int64. Each step draws all unknown codes and keeps some of them; N steps are the
+        most.
 
-        Samplers: "confidence" keeps those drawn with most confidence under annealed noise, "halton" those whose
-        turn it is, level after level, in an order that starts somewhere else in each sample. At temperature 0
-        confidences are those of temperature 1, without noise: the seed then has no part in "confidence".
+        Samplers: "confidence" keeps those drawn with most confidence under annealed noise, "halton"
+        those whose turn it is, level after level, in an order that starts somewhere else in each
+        sample. At temperature 0 confidences are those of temperature 1, without noise: the seed
+        then has no part in "confidence".
         """
         start, length = begin(self, labels, options, known, given), self.layout.length
         sampler = choose_sampler(options, (self.sampler, *SAMPLERS))
@@ -189,7 +193,8 @@ class MaskedPrior(nn.Module):
         stream: int,
         scale: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Codes with the unknown ones drawn, and log-probabilities of these, infinite at the others; both (B, N).
+        """Codes with the unknown ones drawn, and log-probabilities of these, infinite at the
+        others; both (B, N).
 
         `scale`: guidance of this step, or (B, 1) of each sample.
         """
@@ -215,13 +220,15 @@ class MaskedPrior(nn.Module):
 
 
 def _num_remasked(initially_unknown: Tensor, unknown: Tensor, share: float) -> Tensor:
-    """Codes to mask again: a share of those unknown at first, fewer than now, at least one if any."""
+    """Codes to mask again: a share of those unknown at first, fewer than now, at least one if
+    any."""
     wanted = (initially_unknown * share).floor().long()
     return wanted.minimum(unknown - 1).clamp_min(1).minimum(unknown)
 
 
 def _num_waiting(initially_unknown: Tensor, step: int, share: float) -> Tensor:
-    """Codes whose turn comes after `step`: at most a share of those unknown at first, at most all but step + 1."""
+    """Codes whose turn comes after `step`: at most a share of those unknown at first, at most all
+    but step + 1."""
     return (
         (initially_unknown * share).ceil().long().minimum(initially_unknown - step - 1).clamp_min(0)
     )

@@ -30,7 +30,8 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Odds against alpha, at o = t / (1 - t): mask * o of the mask, code * o^power of all codes together."""
+    """Odds against alpha, at o = t / (1 - t): mask * o of the mask, code * o^power of all codes
+    together."""
 
     mask: float
     code: float
@@ -48,21 +49,24 @@ class Noise:
 
 
 def mixture(mask_share: float) -> Noise:
-    """alpha = 1 - t; of the noise a constant share is masks (D3PM, arXiv:2107.03006; 0: UDLM, arXiv:2412.10193)."""
+    """alpha = 1 - t; of the noise a constant share is masks (D3PM, arXiv:2107.03006; 0: UDLM,
+    arXiv:2412.10193)."""
     return Noise(mask_share, 1 - mask_share)
 
 
 def gidd(mask_share: float) -> Noise:
-    """GIDD's hybrid with gamma = 1: weights 1 - t, t and c(t) = B sqrt(t (1 - t)), so all is masks at t = 1.
+    """GIDD's hybrid with gamma = 1: weights 1 - t, t and c(t) = B sqrt(t (1 - t)), so all is masks
+    at t = 1.
 
-    `mask_share` of the noise is masks at t = 1/2: 1 / (1 + K B). GIDD's p_u, the share of all codes that are noise
-    without being masks there, is (1 - mask_share) / (1 + mask_share).
+    `mask_share` of the noise is masks at t = 1/2: 1 / (1 + K B). GIDD's p_u, the share of all codes
+    that are noise without being masks there, is (1 - mask_share) / (1 + mask_share).
     """
     return Noise(1.0, (1 - mask_share) / mask_share, 0.5)
 
 
 def corrupt(codes: Tensor, uniform: Tensor, level: Level, num_codes: Tensor) -> Tensor:
-    """A draw of q(z | x): (B, N) codes, uniform numbers and (N,) num_codes -> (B, N) int64, -1 where masked."""
+    """A draw of q(z | x): (B, N) codes, uniform numbers and (N,) num_codes -> (B, N) int64, -1
+    where masked."""
     alpha, mask, code = level
     rest = uniform - alpha - mask
     drawn = (rest / code.clamp_min(TINY) * num_codes).clamp_min(0).long().minimum(num_codes - 1)
@@ -72,9 +76,10 @@ def corrupt(codes: Tensor, uniform: Tensor, level: Level, num_codes: Tensor) -> 
 def transition(log_posterior: Tensor, noisy: Tensor, now: Level, later: Level) -> Tensor:
     """log q(z_s | z_t) for s before t, where q is the mean of q(z_s | z_t, x) over p(x | z_t).
 
-    log_posterior (B, n, K), noisy z_t (B, n), `now` at t and `later` at s, one level each -> (B, n, K + 1) float64,
-    the mask last. By Bayes q(z_s | z_t, x) is q(z_t | z_s) q(z_s | x) / q(z_t | x). With p(x | z_t) proportional to
-    p(x) q(z_t | x) this is q with p(x) plugged in for x, as UDLM, Duo and GIDD sample.
+    log_posterior (B, n, K), noisy z_t (B, n), `now` at t and `later` at s, one level each -> (B, n,
+    K + 1) float64, the mask last. By Bayes q(z_s | z_t, x) is q(z_t | z_s) q(z_s | x) / q(z_t | x).
+    With p(x | z_t) proportional to p(x) q(z_t | x) this is q with p(x) plugged in for x, as UDLM,
+    Duo and GIDD sample.
     """
     num_codes, hidden = log_posterior.shape[-1], noisy < 0
     same = torch.zeros(*noisy.shape, num_codes + 1, dtype=torch.float64, device=noisy.device)
@@ -95,11 +100,12 @@ def transition(log_posterior: Tensor, noisy: Tensor, now: Level, later: Level) -
 
 
 def guide_transition(both: Tensor, noisy: Tensor, scale: float) -> Tensor:
-    """log q = u + s (c - u) of q(z_s | z_t), normalised (UDLM, Schiff et al. 2024, arXiv:2412.10193, 3.2).
+    """log q = u + s (c - u) of q(z_s | z_t), normalised (UDLM, Schiff et al. 2024,
+    arXiv:2412.10193, 3.2).
 
-    both (2B, n, K + 1): log q, conditional, then unconditional; noisy (B, n) -> (B, n, K + 1), log q. A mask stays one
-    with the probability that it has in both, and what it turns into is guided, as UDLM does for absorbing noise: the
-    product of all would unmask too fast.
+    both (2B, n, K + 1): log q, conditional, then unconditional; noisy (B, n) -> (B, n, K + 1), log
+    q. A mask stays one with the probability that it has in both, and what it turns into is guided,
+    as UDLM does for absorbing noise: the product of all would unmask too fast.
     """
     conditional, unconditional = both.chunk(2)
     mixed = guide(conditional, unconditional, scale).where(conditional.isfinite(), -torch.inf)
@@ -115,11 +121,12 @@ def bound_rate(
 ) -> Tensor:
     """The bound's integrand over time in nats per position, (B, n) float64.
 
-    posterior (B, n, K): p(x | z), float64; `speed`: d log(t / (1 - t)) over the clock, `power` as in Noise. Jumps of
-    the reverse process from z to j have the rate r(j) = n(z) (d log(n(z) / alpha)) E[q(j | x) / q(z | x)], under
-    p(x | z) in the model and at the true x in fact. Between two jump processes the divergence is sum over j of
-    r_model - r + r log(r / r_model) (Campbell et al. 2022, arXiv:2205.14987, prop. 2; with a plug-in posterior it is
-    Duo's bound, eq. 8, and GIDD's, with masks only MDLM's).
+    posterior (B, n, K): p(x | z), float64; `speed`: d log(t / (1 - t)) over the clock, `power` as
+    in Noise. Jumps of the reverse process from z to j have the rate r(j) = n(z) (d log(n(z) /
+    alpha)) E[q(j | x) / q(z | x)], under p(x | z) in the model and at the true x in fact. Between
+    two jump processes the divergence is sum over j of r_model - r + r log(r / r_model) (Campbell et
+    al. 2022, arXiv:2205.14987, prop. 2; with a plug-in posterior it is Duo's bound, eq. 8, and
+    GIDD's, with masks only MDLM's).
     """
     num_codes = posterior.shape[-1]
     alpha, at_mask, at_code = level.alpha, level.mask, level.code / num_codes
@@ -128,7 +135,8 @@ def bound_rate(
     stay = visible * pick(posterior, noisy.clamp_min(0))  # p(x = z)
     base, true_base = 1 - gain * stay, 1 - gain * (1 - moved)  # n(z) E[1 / q(z | x)]
 
-    # r / (d log(n(z) / alpha)) is at_code base + alpha p(j) for a code j, and at_mask base for the mask
+    # r / (d log(n(z) / alpha)) is at_code base + alpha p(j) for a code j, and at_mask base for the
+    # mask
     log_model = torch.log(at_code[..., None] * base[..., None] + alpha[..., None] * posterior)
     others = (
         num_codes - visible

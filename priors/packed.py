@@ -1,9 +1,10 @@
 """A backbone's weights in a few matrices, and its blocks on them, where no gradient is wanted.
 
-The mathematics is that of priors.backbone; what differs is the order of operations. Queries, keys and values are one
-product, gains of norms are inside the matrices behind them. priors.engine decodes slot by slot with it,
-priors.parallel reads all slots at once. A processor that multiplies few rows by matrices beyond its caches does so in
-oneDNN's own layout of them, which it reads two to three times as fast.
+The mathematics is that of priors.backbone; what differs is the order of operations. Queries, keys
+and values are one product, gains of norms are inside the matrices behind them. priors.engine
+decodes slot by slot with it, priors.parallel reads all slots at once. A processor that multiplies
+few rows by matrices beyond its caches does so in oneDNN's own layout of them, which it reads two to
+three times as fast.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Matrix(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """(B, dim) each: normalised features times scale plus shift enter a branch, whose result is gated."""
+    """(B, dim) each: normalised features times scale plus shift enter a branch, whose result is
+    gated."""
 
     shift: Tensor
     scale: Tensor
@@ -65,7 +67,8 @@ class Modulation(NamedTuple):
 class BlockWeights(NamedTuple):
     """Without modulation the matrices hold the gains of the norms before them."""
 
-    qkv: Matrix  # dim to 3 dim; of each head of queries and keys first the even features, then the odd
+    # dim to 3 dim; of each head of queries and keys first the even features, then the odd
+    qkv: Matrix
     gains: Tensor  # (2, heads, dim_head) of normalised queries and keys
     out: Matrix  # dim to dim
     up: Matrix  # dim to 6 dim
@@ -107,7 +110,8 @@ class PackedWeights(NamedTuple):
     def logits(self, features: Tensor, level: int, items: Tensor | None = None) -> Tensor:
         """Features (R, dim) after the blocks -> (R, num_codes) float32 of a level.
 
-        items (R,) int64: the item of the batch that each row belongs to, by default one after another.
+        items (R,) int64: the item of the batch that each row belongs to, by default one after
+        another.
         """
         final = self.final if items is None or self.final is None else _rows(self.final, items)
         weight, bias = self.heads[level]
@@ -115,7 +119,8 @@ class PackedWeights(NamedTuple):
 
 
 def pack(backbone: Backbone, labels: Tensor, rows: int) -> PackedWeights:
-    """Copies in the weights' precision, or in autocast's where that is on, for `rows` features at a time."""
+    """Copies in the weights' precision, or in autocast's where that is on, for `rows` features at a
+    time."""
     dtype = backbone.tokens.weight.dtype
     if torch.is_autocast_enabled(labels.device.type):
         dtype = torch.get_autocast_dtype(labels.device.type)
@@ -132,7 +137,8 @@ def pack(backbone: Backbone, labels: Tensor, rows: int) -> PackedWeights:
 def modulate(
     weights: PackedWeights, backbone: Backbone, labels: Tensor, time: Tensor | None = None
 ) -> PackedWeights:
-    """The weights for labels (B,) and times (B,) of a backbone as it is now, where these set anything."""
+    """The weights for labels (B,) and times (B,) of a backbone as it is now, where these set
+    anything."""
     condition, dtype = backbone.condition(labels, time), weights.classes.dtype
     if condition is None:
         return weights
@@ -172,7 +178,8 @@ def project(
 
 
 def finish(block: BlockWeights, features: Tensor, attended: Tensor) -> Tensor:
-    """The rest of a block: features (B T, dim) and what attention gave, (B, heads, T, dim_head) -> (B T, dim)."""
+    """The rest of a block: features (B T, dim) and what attention gave, (B, heads, T, dim_head) ->
+    (B T, dim)."""
     features = _add(
         features, attended.transpose(1, 2).reshape(features.shape), block.out, block.attention
     )
@@ -189,7 +196,8 @@ def _tensors(part: Any) -> Iterator[Tensor]:
 
 
 def _normalise(features: Tensor, modulation: Modulation | None) -> Tensor:
-    """Features on the unit sphere; the radius sqrt(dim) is in the modulation, or in the next matrix."""
+    """Features on the unit sphere; the radius sqrt(dim) is in the modulation, or in the next
+    matrix."""
     features = features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     return (
         features
@@ -205,7 +213,8 @@ def _add(features: Tensor, branch: Tensor, weight: Matrix, modulation: Modulatio
 
 
 def _scale_and_add(start: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-    """start + rows * scale, (B T, dim); rows have this shape, scale is (B, dim), start has either."""
+    """start + rows * scale, (B T, dim); rows have this shape, scale is (B, dim), start has
+    either."""
     if len(scale) in (1, len(rows)):
         return torch.addcmul(start, rows, scale)
     start, rows, scale = (
@@ -247,7 +256,8 @@ def _gain(norm: nn.Module) -> Tensor:
 
 
 def _inner_gain(norm: nn.Module, of: Backbone | Block) -> Tensor:
-    """The gain that is inside the matrix behind a norm: all of it, or none where a modulation has it."""
+    """The gain that is inside the matrix behind a norm: all of it, or none where a modulation has
+    it."""
     gain = _gain(norm)
     return gain if of.modulation is None else torch.ones_like(gain)
 

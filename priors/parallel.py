@@ -1,5 +1,6 @@
-"""Logits of many positions at once, again and again while codes change: what the samplers and bounds of bidirectional
-networks ask for. Weights are those of priors.packed; what does not depend on the codes is computed once."""
+"""Logits of many positions at once, again and again while codes change: what the samplers and
+bounds of bidirectional networks ask for. Weights are those of priors.packed; what does not depend
+on the codes is computed once."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from priors.packed import finish, modulate, pack, project, turn_of
 
 
 class Reading(Protocol):
-    """Codes (B, N) int64, -1 where masked, to logits of the positions that are `asked`, (B, N) bool.
+    """Codes (B, N) int64, -1 where masked, to logits of the positions that are `asked`, (B, N)
+    bool.
 
-    Per level (copies x number of them, num_codes), row after row. Without `asked` all positions: (copies B, n,
-    num_codes). Rows of which nothing is asked take no time. `time` (B,), of a timed network.
+    Per level (copies x number of them, num_codes), row after row. Without `asked` all positions:
+    (copies B, n, num_codes). Rows of which nothing is asked take no time. `time` (B,), of a timed
+    network.
     """
 
     def __call__(
@@ -31,7 +34,8 @@ def reading(
 ) -> Reading:
     """`network(codes, labels, given=given)`, again and again, without gradients and dropout.
 
-    labels (copies B,), given (copies B, M) int64: guidance has the codes twice, the second time unconditionally.
+    labels (copies B,), given (copies B, M) int64: guidance has the codes twice, the second time
+    unconditionally.
     """
     if isinstance(network, Backbone):
         return BackboneReading(network, labels, given, copies)
@@ -39,10 +43,11 @@ def reading(
 
 
 class BackboneReading:
-    """A `Reading` of a bidirectional backbone with the weights that it has at construction, without dropout.
+    """A `Reading` of a bidirectional backbone with the weights that it has at construction, without
+    dropout.
 
-    Numbers have the weights' precision, or autocast's where that is on at construction. What a time sets is read
-    anew in each call.
+    Numbers have the weights' precision, or autocast's where that is on at construction. What a time
+    sets is read anew in each call.
     """
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
 """Gated PixelCNN over codes (van den Oord et al. 2016, arXiv:1606.05328).
 
-A vertical stack sees the rows above, a horizontal one the codes to the left and what the vertical one found; both
-have gates tanh(f + c_f) * sigmoid(g + c_g) (eq. 5), where c comes of the class and of the levels known before. In
-place of masks the inputs move by one row or one column, once, and convolutions are padded above or on the left
-only. Each level has stacks of its own; those before it are embedded, resized to its grid and added to the class.
+A vertical stack sees the rows above, a horizontal one the codes to the left and what the vertical
+one found; both have gates tanh(f + c_f) * sigmoid(g + c_g) (eq. 5), where c comes of the class and
+of the levels known before. In place of masks the inputs move by one row or one column, once, and
+convolutions are padded above or on the left only. Each level has stacks of its own; those before it
+are embedded, resized to its grid and added to the class.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class PixelCNNConfig:
 
 
 class PixelCNN(nn.Module):
-    """Codes and labels to logits per level, each code's from those before it: a backbone in raster order only."""
+    """Codes and labels to logits per level, each code's from those before it: a backbone in raster
+    order only."""
 
     def __init__(
         self,
@@ -82,7 +84,8 @@ class PixelCNN(nn.Module):
         order: Tensor | None = None,
         given: Tensor | None = None,
     ) -> list[Tensor]:
-        """(B, N) codes, (B,) labels and (B, M) given codes -> (B, n, num_codes) float32 logits per level."""
+        """(B, N) codes, (B,) labels and (B, M) given codes -> (B, n, num_codes) float32 logits per
+        level."""
         assert order is None, "a PixelCNN has one order"
         planes, logits = self.planes(given), []
         for level, grid in zip(self.levels, self.layout.split(codes)):
@@ -103,7 +106,8 @@ class PixelCNN(nn.Module):
 
 
 class PixelDecoding:
-    """Logits slot by slot: the vertical stack moves once a row, the horizontal one by a column a step."""
+    """Logits slot by slot: the vertical stack moves once a row, the horizontal one by a column a
+    step."""
 
     def __init__(self, network: PixelCNN, labels: Tensor, planes: list[Tensor]) -> None:
         self.network, self.labels, self.planes = network, labels, planes
@@ -113,7 +117,8 @@ class PixelDecoding:
         self.starts = [span.start for span, _ in network.layout.spans()]
 
     def step(self, slot: int, previous: Tensor | None) -> Tensor:
-        """Logits (B, num_codes) float32 of a slot; slots come in order from 0, `previous` (B,) is the last code."""
+        """Logits (B, num_codes) float32 of a slot; slots come in order from 0, `previous` (B,) is
+        the last code."""
         if previous is not None:
             self.codes[:, slot - 1] = previous
         if slot in self.starts:
@@ -196,7 +201,8 @@ class _Level(nn.Module):
         nn.init.zeros_(self.head[-1].bias)
 
     def condition(self, labels: Tensor, planes: list[Tensor]) -> Tensor:
-        """(B,) labels and a (B, h, w) of codes for each level before -> (B, C, H, W), or (B, C, 1, 1) without any."""
+        """(B,) labels and a (B, h, w) of codes for each level before -> (B, C, H, W), or (B, C, 1,
+        1) without any."""
         condition = self.classes(labels)[:, :, None, None]
         if planes:
             size = (self.rows, self.columns)
@@ -220,8 +226,8 @@ class _Level(nn.Module):
 
 
 class _Layer(nn.Module):
-    """One layer of both stacks: fig. 2 of the paper, but both stacks are added to their inputs, and the horizontal one
-    sees the vertical one's output, not what its gate is made of.
+    """One layer of both stacks: fig. 2 of the paper, but both stacks are added to their inputs, and
+    the horizontal one sees the vertical one's output, not what its gate is made of.
     """
 
     def __init__(self, channels: int, kernel: int, dropout: float) -> None:

@@ -1,7 +1,9 @@
-"""The mathematics of sampling: guidance (arXiv:2207.12598), filters, and Gumbel noise owned by each sample.
+"""The mathematics of sampling: guidance (arXiv:2207.12598), filters, and Gumbel noise owned by each
+sample.
 
-Noise comes from `training.philox` under the key (seed, sample id) and is made on the ids' device, so a sample meets
-the same numbers in any batch and on any device. It is float64: in float32 it lowers the effective temperature.
+Noise comes from `training.philox` under the key (seed, sample id) and is made on the ids' device,
+so a sample meets the same numbers in any batch and on any device. It is float64: in float32 it
+lowers the effective temperature.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch import Tensor
 from priors.interface import Prior, SampleOptions
 from training import philox
 
-COLDEST = 1e-100  # temperature of branches that are yet to be guided: infinite logits could not be weighed
+# temperature of branches that are yet to be guided: infinite logits could not be weighed
+COLDEST = 1e-100
 JUMP = 256  # numbers that the CPU draws in the time of a jump past them
 
 
@@ -45,7 +48,8 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
 
 def guided_labels(labels: Tensor, num_classes: int, options: SampleOptions) -> Tensor:
-    """(B,) labels -> (2B,) with the unconditional ones behind, or as they are where s = 1 needs none."""
+    """(B,) labels -> (2B,) with the unconditional ones behind, or as they are where s = 1 needs
+    none."""
     return (
         labels
         if options.guidance == 1
@@ -54,7 +58,8 @@ def guided_labels(labels: Tensor, num_classes: int, options: SampleOptions) -> T
 
 
 def shape_logits(logits: Tensor, options: SampleOptions, scale: float | Tensor) -> Tensor:
-    """Logits for `guided_labels` (B or 2B, ..., K) -> guided, tempered, filtered (B, ..., K) float64.
+    """Logits for `guided_labels` (B or 2B, ..., K) -> guided, tempered, filtered (B, ..., K)
+    float64.
 
     `scale`: s of this step, of `options.guidance_at`, or of each row, (B, 1).
     """
@@ -73,7 +78,8 @@ def shape_logits(logits: Tensor, options: SampleOptions, scale: float | Tensor) 
 
 
 def shape_branches(logits: Tensor, options: SampleOptions, scale: float) -> Tensor:
-    """As `shape_logits`, but both branches of guidance stay: (B or 2B, ..., K) -> the same, float64.
+    """As `shape_logits`, but both branches of guidance stay: (B or 2B, ..., K) -> the same,
+    float64.
 
     Each is tempered, and -inf at what the filters leave out of the guided ones.
     """
@@ -107,12 +113,14 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def uniform_noise(seed: int, sample_ids: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """(B, *shape) float64 in (0, 1) on the ids' device; a row depends on seed, its id and stream only."""
+    """(B, *shape) float64 in (0, 1) on the ids' device; a row depends on seed, its id and stream
+    only."""
     return philox.uniform(seed, sample_ids, stream, math.prod(shape)).view(len(sample_ids), *shape)
 
 
 def chosen_noise(seed: int, sample_ids: Tensor, stream: int, chosen: Tensor, size: int) -> Tensor:
-    """`uniform_noise(seed, sample_ids, stream, (N, size))[chosen]` for chosen (B, N) bool, without the rest."""
+    """`uniform_noise(seed, sample_ids, stream, (N, size))[chosen]` for chosen (B, N) bool, without
+    the rest."""
     if size < JUMP:
         return uniform_noise(seed, sample_ids, stream, (chosen.shape[1], size))[chosen]
     rows, places = chosen.nonzero().unbind(1)
@@ -125,7 +133,8 @@ def gumbel(seed: int, sample_ids: Tensor, stream: int, shape: tuple[int, ...]) -
 
 
 def chosen_gumbel(seed: int, sample_ids: Tensor, stream: int, chosen: Tensor, size: int) -> Tensor:
-    """`gumbel(seed, sample_ids, stream, (N, size))[chosen]` for chosen (B, N) bool, without the rest."""
+    """`gumbel(seed, sample_ids, stream, (N, size))[chosen]` for chosen (B, N) bool, without the
+    rest."""
     return _to_gumbel_(chosen_noise(seed, sample_ids, stream, chosen, size))
 
 
@@ -135,5 +144,6 @@ def _to_gumbel_(uniform: Tensor) -> Tensor:
 
 
 def categorical(logits: Tensor, noise: Tensor) -> Tensor:
-    """(..., K) logits and Gumbel noise -> (...) int64 drawn from softmax(logits), by the Gumbel-max trick."""
+    """(..., K) logits and Gumbel noise -> (...) int64 drawn from softmax(logits), by the Gumbel-max
+    trick."""
     return (logits + noise).argmax(-1)

@@ -1,4 +1,5 @@
-"""Mask schedules (Chang et al. 2022, arXiv:2202.04200, 3.3): progress r in [0, 1] to the masked share.
+"""Mask schedules (Chang et al. 2022, arXiv:2202.04200, 3.3): progress r in [0, 1] to the masked
+share.
 
 Every schedule falls from 1 at r = 0 to 0 at r = 1.
 """

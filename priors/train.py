@@ -1,4 +1,5 @@
-"""Train a prior on a token cache: python -m priors.train CONFIG.yaml [section.key=value ...] [--fresh | --dry-run]
+"""Train a prior on a token cache: python -m priors.train CONFIG.yaml [section.key=value ...]
+[--fresh | --dry-run]
 
 Running the same command again resumes. Under torchrun the same command uses every process.
 """
@@ -47,7 +48,8 @@ class PriorRun:
 
 
 def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
-    """Train to the end, resuming; returns the averaged prior. Raises UserError when the tokens changed."""
+    """Train to the end, resuming; returns the averaged prior. Raises UserError when the tokens
+    changed."""
     from tokenizer.cache import TokenCache
     from tokenizer.data.sampler import feed
 
@@ -56,7 +58,8 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     if distributed.is_main():
         cache.verify()
     torch.manual_seed(distributed.mix(config.seed))
-    # Before the folder is taken: what cannot be built must not cost the run that --fresh is to replace.
+    # Before the folder is taken: what cannot be built must not cost the run that --fresh is to
+    # replace.
     prior = config.prior.build(cache.layout, cache.num_classes)
     sequences = TokenSequences(cache.split("train"), config.seed)
     batches = feed(
@@ -87,7 +90,8 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
 
 
 class TokenSequences:
-    """Code sequences of a cache's split. Of an image's augmented views, (seed, epoch, index) chooses one."""
+    """Code sequences of a cache's split. Of an image's augmented views, (seed, epoch, index)
+    chooses one."""
 
     def __init__(self, split: Any, seed: int) -> None:
         self.codes, self.labels, self.seed = split.codes, torch.as_tensor(split.labels), seed
@@ -105,8 +109,8 @@ class TokenSequences:
 
 
 class Measure:
-    """Held-out negative log-likelihood per token, over plain images spread evenly through the split: where those are
-    all, the figure that `python -m eval.run likelihood` gives.
+    """Held-out negative log-likelihood per token, over plain images spread evenly through the
+    split: where those are all, the figure that `python -m eval.run likelihood` gives.
     """
 
     def __init__(self, split: Any) -> None:

@@ -1,11 +1,13 @@
-"""Uniform-state diffusion (UDLM, arXiv:2412.10193; Duo, arXiv:2506.10892) and the hybrid with masks (GIDD, von Ruette
-et al. 2025, arXiv:2503.04482; or D3PM's mixture, arXiv:2107.03006, as in VQ-Diffusion, arXiv:2111.14822).
+"""Uniform-state diffusion (UDLM, arXiv:2412.10193; Duo, arXiv:2506.10892) and the hybrid with masks
+(GIDD, von Ruette et al. 2025, arXiv:2503.04482; or D3PM's mixture, arXiv:2107.03006, as in
+VQ-Diffusion, arXiv:2111.14822).
 
 A code turns into noise as priors.noising says: q(z | x) = alpha [z = x] + n(z).
 
-The loss fixes what the logits of position i mean. "leave_one_out": p(x_i | z without z_i), as the bounds of Duo and
-GIDD want it. "posterior": p(x_i | z), as cross-entropy wants it. The two differ by the factor q(z_i | x_i), so each has
-a tight bound and a right sampler, and is badly off under the other's. Both depend on the time.
+The loss fixes what the logits of position i mean. "leave_one_out": p(x_i | z without z_i), as the
+bounds of Duo and GIDD want it. "posterior": p(x_i | z), as cross-entropy wants it. The two differ
+by the factor q(z_i | x_i), so each has a tight bound and a right sampler, and is badly off under
+the other's. Both depend on the time.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class UniformConfig:
     label_dropout: float = 0.1  # share of labels made unconditional, for guidance
     time_conditioning: bool = True  # of the backbone, by AdaLN: the best logits depend on the time
     mask_share: float = 0.0  # of the noise; above 0 makes the hybrid
-    noise: str = "gidd"  # of the hybrid: codes as noise vanish at both ends, or "mixture": in constant proportion
+    # of the hybrid: codes as noise vanish at both ends, or "mixture": in constant proportion
+    noise: str = "gidd"
     parameterisation: str = "leave_one_out"  # or "posterior"
     cross_entropy: float = 0.0  # its share in the loss, the bound has the rest; of "posterior" only
     schedule: str = (
@@ -118,8 +121,8 @@ class Estimate(NamedTuple):
 class UniformPrior(nn.Module):
     """All codes change all the time. -1 stands for the mask of the hybrid.
 
-    A backbone that is `timed` has `time` (B,) in its forward, t of priors.noising: 0 where codes are clean, 1 where
-    all is noise.
+    A backbone that is `timed` has `time` (B,) in its forward, t of priors.noising: 0 where codes
+    are clean, 1 where all is noise.
     """
 
     def __init__(
@@ -158,7 +161,8 @@ class UniformPrior(nn.Module):
     ) -> Loss:
         """The bound per token, mixed with cross-entropy. Arguments as in priors.interface.Prior.
 
-        Most samples estimate its integral over time; a share of them what is lost in reading the codes off z.
+        Most samples estimate its integral over time; a share of them what is lost in reading the
+        codes off z.
         """
         uniform = draws(uniform, codes)
         labels = torch.where(uniform[:, 0] < self.label_dropout, self.num_classes, labels)
@@ -181,7 +185,8 @@ class UniformPrior(nn.Module):
         return Loss(total.float(), parts)
 
     def nll(self, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood:
-        """The bound: its integrand at STRATA times per sequence, spread evenly, and -log p(x | z) at LATEST.
+        """The bound: its integrand at STRATA times per sequence, spread evenly, and -log p(x | z)
+        at LATEST.
 
         The noise depends on the sequence alone.
         """
@@ -208,7 +213,8 @@ class UniformPrior(nn.Module):
         known: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Tensor:
-        """(B, N) int64. Each step draws z_s from q(z_s | z_t), of p(x | z_t) shaped by temperature and filters.
+        """(B, N) int64. Each step draws z_s from q(z_s | z_t), of p(x | z_t) shaped by temperature
+        and filters.
 
         Guidance mixes log q(z_s | z_t), as priors.noising says.
 
@@ -250,7 +256,8 @@ class UniformPrior(nn.Module):
         options: SampleOptions,
         noises: Iterator[Tensor],
     ) -> Tensor:
-        """Unknown codes drawn anew from p(x_i | the others), in turns of a random order, each once or more.
+        """Unknown codes drawn anew from p(x_i | the others), in turns of a random order, each once
+        or more.
 
         Samples of which nothing is known stay as they are.
         """
@@ -316,7 +323,8 @@ class UniformPrior(nn.Module):
         options: SampleOptions,
         scale: float,
     ) -> list[Tensor]:
-        """q(z_s | z_t) per level, (B, n, num_codes + 1), from logits of one or both branches of guidance."""
+        """q(z_s | z_t) per level, (B, n, num_codes + 1), from logits of one or both branches of
+        guidance."""
         copies = 1 if options.guidance == 1 else 2
         logits = [shape_branches(level, options, scale) for level in logits]
         if self.parameterisation == "leave_one_out":
@@ -332,9 +340,11 @@ class UniformPrior(nn.Module):
     def _times_likelihood(
         self, logits: list[Tensor], noisy: Tensor, level: Level, power: int = 1
     ) -> list[Tensor]:
-        """log of exp(logits) q(z | x)^power: from leave-one-out to posterior, or with -1 from posterior back.
+        """log of exp(logits) q(z | x)^power: from leave-one-out to posterior, or with -1 from
+        posterior back.
 
-        Of q(z | x) only the ratio of x = z to all other x matters; there is none where z is the mask.
+        Of q(z | x) only the ratio of x = z to all other x matters; there is none where z is the
+        mask.
         """
         noisy = noisy.repeat(len(logits[0]) // max(1, len(noisy)), 1)
         gain = power * torch.log1p(level.alpha * self.num_codes / level.code).expand(noisy.shape)
@@ -345,7 +355,8 @@ class UniformPrior(nn.Module):
         ]
 
     def _draw(self, probabilities: list[Tensor], noise: Tensor) -> Tensor:
-        """(B, N) codes of (B, n, num_codes), or of one more, for the mask, per level, with noise (B, N)."""
+        """(B, N) codes of (B, n, num_codes), or of one more, for the mask, per level, with noise
+        (B, N)."""
         parts = []
         for level, (span, size) in zip(probabilities, self.layout.spans()):
             drawn = inverse_cdf(level, noise[:, span])
@@ -362,9 +373,11 @@ class UniformPrior(nn.Module):
 
 
 def spread(place: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (B,) in [0, 1] to progress in [0, LATEST], denser to its end, and what a sample there weighs.
+    """Places (B,) in [0, 1] to progress in [0, LATEST], denser to its end, and what a sample there
+    weighs.
 
-    Near the end few codes are noise, and each of them weighs much: equal spacing would leave it to chance.
+    Near the end few codes are noise, and each of them weighs much: equal spacing would leave it to
+    chance.
     """
     left = 1 - place
     return LATEST * (1 - left**2), 2 * LATEST * left

@@ -11,7 +11,8 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests feed tensors on the CPU to what moves to a GPU where there is one, and start more processes than GPUs."""
+    """Tests feed tensors on the CPU to what moves to a GPU where there is one, and start more
+    processes than GPUs."""
     if "gpu" not in config.getoption("-m").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 

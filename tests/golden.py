@@ -1,4 +1,5 @@
-"""Cases of published models: inputs, and what their authors' code makes of them. They are no part of a clone."""
+"""Cases of published models: inputs, and what their authors' code makes of them. They are no part
+of a clone."""
 
 from __future__ import annotations
 

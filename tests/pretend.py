@@ -1,8 +1,10 @@
-"""A GPU that is not there: tensors that report the device "gpu:0", hold true values on the CPU, run backward.
+"""A GPU that is not there: tensors that report the device "gpu:0", hold true values on the CPU, run
+backward.
 
-What CUDA refuses is refused: tensors of two devices, CPU generators, `.numpy()`. What makes the host
-wait for a GPU is counted, with its place in the code. Copies to the host that are not waited for hold nonsense until an
-event behind them was. A process group that is joined within takes no tensor of the CPU, as NCCL takes none.
+What CUDA refuses is refused: tensors of two devices, CPU generators, `.numpy()`. What makes the
+host wait for a GPU is counted, with its place in the code. Copies to the host that are not waited
+for hold nonsense until an event behind them was. A process group that is joined within takes no
+tensor of the CPU, as NCCL takes none.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ COMING: list[
 
 
 class Event:
-    """torch.cuda.Event, of a GPU that is a little behind: the first time it is asked for, an event has not happened."""
+    """torch.cuda.Event, of a GPU that is a little behind: the first time it is asked for, an event
+    has not happened."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.asked = 0
@@ -268,7 +271,8 @@ def _collective(func: Any, args: Any, kwargs: dict[str, Any], tensors: list) -> 
 
 
 def _of_objects(gather: Any) -> Any:
-    """It resizes tensors, which pretended ones do not do; of the GPU's none can be among what is pickled."""
+    """It resizes tensors, which pretended ones do not do; of the GPU's none can be among what is
+    pickled."""
 
     def gathered(*args: Any, **kwargs: Any) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction():

@@ -1,4 +1,5 @@
-"""Two processes on pretended GPUs, as a program: python pretended_ranks.py FOLDER, for test_pretend_gpu.py.
+"""Two processes on pretended GPUs, as a program: python pretended_ranks.py FOLDER, for
+test_pretend_gpu.py.
 
 Each writes what it found to FOLDER/rank-R.pt; they are forks, so that torch is imported once.
 """
@@ -46,7 +47,8 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def gan(folder: Path) -> dict[str, torch.Tensor]:
-    """The state of a tokenizer and its discriminator after two steps, each rank on its part of the batch."""
+    """The state of a tokenizer and its discriminator after two steps, each rank on its part of the
+    batch."""
     rank, world = distributed.rank(), distributed.world()
 
     def part(step: int, accumulate: int) -> list[Batch]:

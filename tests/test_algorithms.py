@@ -1,4 +1,5 @@
-"""TF32, deterministic algorithms, the layout of convolutions: one place sets them, for a GPU, as each stage needs."""
+"""TF32, deterministic algorithms, the layout of convolutions: one place sets them, for a GPU, as
+each stage needs."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_only_convolutions_without_group_norms_are_laid_out_anew():
 
 @pytest.mark.parametrize("first", ["cpu", "gpu"])
 def test_convolutions_go_on_on_another_device(first, tmp_path):
-    """The optimizer's moments lie in memory as their parameters do, wherever the checkpoint was written."""
+    """The optimizer's moments lie in memory as their parameters do, wherever the checkpoint was
+    written."""
 
     def trained(folder, steps, on_gpu):
         with pretended_gpu() if on_gpu else contextlib.nullcontext():

@@ -1,4 +1,5 @@
-"""Laws of the transformer under the priors: what its logits see, where they stand, what its weights are at first."""
+"""Laws of the transformer under the priors: what its logits see, where they stand, what its weights
+are at first."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def make(
     seed: int = 0,
     **settings,
 ) -> Backbone:
-    """A small backbone in eval mode; `trained` stands for weights that say something, norms and biases too."""
+    """A small backbone in eval mode; `trained` stands for weights that say something, norms and
+    biases too."""
     torch.manual_seed(seed)
     settings = {"dim": 32, "depth": 2, "heads": 2, **settings}
     backbone = (
@@ -78,7 +80,8 @@ def per_position(logits: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def changes(backbone: Backbone, codes: torch.Tensor, other: torch.Tensor, **known) -> list[bool]:
-    """Whether the logits of each position differ between two sequences of codes; exactly or clearly."""
+    """Whether the logits of each position differ between two sequences of codes; exactly or
+    clearly."""
     labels = torch.ones(1, dtype=torch.int64)
     pairs = zip(
         per_position(backbone(codes, labels, **known)),
@@ -177,7 +180,8 @@ def test_raster_is_an_order_like_any_other(positions, conditioning):
 def test_a_slot_knows_which_position_it_predicts_and_where_its_code_comes_from(
     positions, conditioning
 ):
-    """Two orders that hold the same codes in a slot tell apart what is to come, and where the codes stand."""
+    """Two orders that hold the same codes in a slot tell apart what is to come, and where the codes
+    stand."""
     backbone = make(ONE_LEVEL, causal=True, positions=positions, conditioning=conditioning)
     codes, labels = torch.full((2, 6), 3), torch.zeros(2, dtype=torch.int64)
     first, second = backbone(

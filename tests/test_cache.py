@@ -1,4 +1,5 @@
-"""The token cache: a round trip through files, and no codes of another tokenizer or of damaged files."""
+"""The token cache: a round trip through files, and no codes of another tokenizer or of damaged
+files."""
 
 from __future__ import annotations
 
@@ -384,7 +385,8 @@ def test_images_that_moved_are_the_same(root, capsys):
 
 
 def test_a_cache_of_an_earlier_version_says_so(root, capsys):
-    """Which names no images: its codes still serve, to whom they are by the hash of the manifest."""
+    """Which names no images: its codes still serve, to whom they are by the hash of the
+    manifest."""
     encode_data(run(root))
     path = root / "tokens" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -714,7 +716,8 @@ def test_numbers_that_a_precision_cannot_hold_are_refused_before_the_work(root, 
 
 @pytest.fixture
 def unreadable(root):
-    """The images, three of which cannot be read, for a tokenizer that decodes them as they are read."""
+    """The images, three of which cannot be read, for a tokenizer that decodes them as they are
+    read."""
     for name in ("cats/3", "cats/5", "dogs/7"):
         (root / "images" / f"{name}.png").write_bytes(b"damaged")
     save_tokenizer(root / "tokenizer", root / "images", memory_mib=0, max_bad=0.5)

@@ -1,4 +1,5 @@
-"""Run folders: whole or absent, never in between; damage is found; one configuration, one writer."""
+"""Run folders: whole or absent, never in between; damage is found; one configuration, one
+writer."""
 
 from __future__ import annotations
 
@@ -229,7 +230,8 @@ attempt(60_000, lambda: Toy(many).train(folder / "toy"))
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
-    """A limit on the size of files stands for the disk: a checkpoint, weights, and a log that grows."""
+    """A limit on the size of files stands for the disk: a checkpoint, weights, and a log that
+    grows."""
     folder, tests = tmp_path / "run", Path(__file__).parent
     run = saved(folder, [1])
     run.publish({"weight": torch.ones(3)}, 1)

@@ -1,4 +1,5 @@
-"""Tokens to files and back: identical, near the ideal length, and refused when anything is not as it was."""
+"""Tokens to files and back: identical, near the ideal length, and refused when anything is not as
+it was."""
 
 from __future__ import annotations
 
@@ -268,7 +269,8 @@ def test_exponentials_are_those_of_rounded_logits():
 
 
 def test_the_coder_takes_the_masses_as_they_are():
-    """Symbol i owns the numbers from sum(masses before i) on: seen in where decoding changes from one to the next."""
+    """Symbol i owns the numbers from sum(masses before i) on: seen in where decoding changes from
+    one to the next."""
     weights = np.array([0, 5, 1 << 30, 0, 3, 77])
     starts = masses(weights).cumsum()
     share = (2**64 - 1) >> 24  # of the coder's first interval, one unit of mass

@@ -1,4 +1,5 @@
-"""Priors side by side: `eval.run priors` over a pipeline's folder, and the likelihoods in its table."""
+"""Priors side by side: `eval.run priors` over a pipeline's folder, and the likelihoods in its
+table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tokenizers' own run folders, `eval.run quantizers` over a folder of them, and the target that makes one."""
+"""Tokenizers' own run folders, `eval.run quantizers` over a folder of them, and the target that
+makes one."""
 
 from __future__ import annotations
 

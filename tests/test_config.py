@@ -1,4 +1,5 @@
-"""One YAML per run: what is right gives a frozen config, all else one line that names file, key and remedy."""
+"""One YAML per run: what is right gives a frozen config, all else one line that names file, key and
+remedy."""
 
 from __future__ import annotations
 
@@ -456,7 +457,8 @@ def test_overrides_are_nested_dictionaries():
 
 
 def test_mutated_configurations_give_a_config_or_a_user_error(tmp_path):
-    """Keys renamed, dropped and moved, values swapped for others of any type, characters lost and doubled."""
+    """Keys renamed, dropped and moved, values swapped for others of any type, characters lost and
+    doubled."""
     generator, outcomes = random.Random(0), {"config": 0, "error": 0}
     digits = [(path, schema) for path, schema in CONFIGS if path.parent.name == "digits"]
     assert len(digits) >= 4

@@ -1,4 +1,5 @@
-"""Bits that flip in what is kept and in what is given: measured again, or one line; never other figures."""
+"""Bits that flip in what is kept and in what is given: measured again, or one line; never other
+figures."""
 
 from __future__ import annotations
 

@@ -90,7 +90,8 @@ def test_thirty_two_bits_and_floats():
 
 
 def test_floats_around_white_are_no_other_range():
-    """Resampling shoots over black and white by a little: 1.02 is a bright pixel, not a nearly black one."""
+    """Resampling shoots over black and white by a little: 1.02 is a bright pixel, not a nearly
+    black one."""
     for white in (1, 255, 65535):
         values = (RAMP / 255 * white).astype(np.float32)
         values[0, :2], values[-1, -2:] = -0.02 * white, 1.02 * white
@@ -224,7 +225,8 @@ def test_damaged_images_give_a_reason():
 
 
 def test_a_shortage_of_memory_is_no_bad_image(monkeypatch):
-    """The image may be sound: the run ends with the machine's fault, and does not go on without the image."""
+    """The image may be sound: the run ends with the machine's fault, and does not go on without the
+    image."""
 
     def load(self):
         raise MemoryError
@@ -568,7 +570,8 @@ def test_bad_items_of_a_large_set_give_the_next_of_their_class(damaged):
 
 
 def test_a_reader_judges_by_what_it_read(tmp_path, monkeypatch):
-    """A process that sees a part of a large set need not see as many bad items as the whole may have."""
+    """A process that sees a part of a large set need not see as many bad items as the whole may
+    have."""
     monkeypatch.setattr(sources, "FEWEST_READS", 20)
     root = write_folder(tmp_path / "train", classes=["a"], count=200)
     write_folder(tmp_path / "test", classes=["a"], count=1)

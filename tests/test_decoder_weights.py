@@ -27,7 +27,8 @@ def ours(grid=GRID, in_channels=6, stride=4, **changes):
 
 
 class Reference:
-    """A decoder as RAE has it, made of transformers' own MAE decoder: pixels in the encoder's normalisation."""
+    """A decoder as RAE has it, made of transformers' own MAE decoder: pixels in the encoder's
+    normalisation."""
 
     def __init__(self):
         from transformers import ViTMAEConfig

@@ -1,4 +1,5 @@
-"""Laws of the discrete diffusions: bounds meet closed forms, samplers draw the joint distribution."""
+"""Laws of the discrete diffusions: bounds meet closed forms, samplers draw the joint
+distribution."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ COUNT = 100_000
 class Toy(nn.Module):
     """The true network for a joint distribution over three codes on two grids, of 2 and 3 codes.
 
-    Codes are independent draws of q(z | x) as of `probabilities`, or, without time, clean and hidden by -1. The logits
-    of position i are of p(x_i | z), or of p(x_i | z without z_i).
+    Codes are independent draws of q(z | x) as of `probabilities`, or, without time, clean and
+    hidden by -1. The logits of position i are of p(x_i | z), or of p(x_i | z without z_i).
     """
 
     timed = True
@@ -103,7 +104,8 @@ class Toy(nn.Module):
 
 
 def probabilities(noise: str, mask_share: float, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """That a code stays, is masked, or is any code: D3PM's mixture, or GIDD's with p_u at t = 1/2 (eq. 8 to 11)."""
+    """That a code stays, is masked, or is any code: D3PM's mixture, or GIDD's with p_u at t = 1/2
+    (eq. 8 to 11)."""
     if noise == "mixture":
         return 1 - time, mask_share * time, (1 - mask_share) * time
     p_u = (1 - mask_share) / (1 + mask_share)
@@ -125,7 +127,8 @@ def index(codes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def chi_square(codes: Tensor, toy: type[Toy], probabilities: Tensor | None = None) -> float:
-    """Standard deviations above its mean of the statistic of draws from the toy's joint, or other `probabilities`."""
+    """Standard deviations above its mean of the statistic of draws from the toy's joint, or other
+    `probabilities`."""
     probabilities = toy.joint if probabilities is None else probabilities
     counts = torch.bincount(
         index(codes, toy.sequences.amax(0) + 1), minlength=len(toy.joint)
@@ -187,7 +190,8 @@ def random_codes(layout: CodeLayout, count: int) -> Tensor:
     return torch.cat([torch.randint(k, (count, n), generator=generator) for n, k in sizes], 1)
 
 
-# -- the clock ---------------------------------------------------------------------------------------------------
+# -- the clock
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -221,7 +225,8 @@ def test_inverse_cdf_draws_the_law_and_never_the_impossible():
     assert inverse_cdf(probabilities.expand(4, 5), noise).tolist() == [1, 1, 3, 3]
 
 
-# -- absorbing ---------------------------------------------------------------------------------------------------
+# -- absorbing
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_absorbing_bound_is_the_entropy_when_conditionals_are_exact():
@@ -326,7 +331,8 @@ def test_network_is_asked_only_when_a_code_is_revealed():
     assert prior.backbone.calls == 3
 
 
-# -- uniform and hybrid ------------------------------------------------------------------------------------------
+# -- uniform and hybrid
+# ------------------------------------------------------------------------------------------
 
 
 NOISES = pytest.mark.parametrize(
@@ -335,7 +341,8 @@ NOISES = pytest.mark.parametrize(
 
 
 def integrate(integrand) -> float:
-    """Over time from 0 to 1 by Gauss-Legendre, with more points at both ends, where GIDD's noise is a root of time."""
+    """Over time from 0 to 1 by Gauss-Legendre, with more points at both ends, where GIDD's noise is
+    a root of time."""
     import numpy as np
 
     points, weights = np.polynomial.legendre.leggauss(64)
@@ -356,7 +363,8 @@ def uniform_prior(network: nn.Module, **settings) -> UniformPrior:
 def expected_bound(
     parameterisation: str, network_leaves_one_out: bool, mask_share: float, noise: str
 ) -> float:
-    """The bound of a prior whose network is a true one of either kind, summed over all codes and all noise."""
+    """The bound of a prior whose network is a true one of either kind, summed over all codes and
+    all noise."""
     toy = Toy(mask_share, network_leaves_one_out, noise)
     prior = uniform_prior(
         toy, mask_share=mask_share, noise=noise, parameterisation=parameterisation
@@ -407,8 +415,9 @@ def test_noise_is_what_the_papers_say(mask_share, noise):
 
 
 def test_bounds_of_one_code_have_the_known_values():
-    """One code of entropy 1.2080 nats: Duo's bound is tight for p(x), and 1.8415 for the true p(x | z); the
-    generalised Kullback-Leibler loss of flow matching (Shaul et al. 2024, arXiv:2412.03487) is 1.5670 there."""
+    """One code of entropy 1.2080 nats: Duo's bound is tight for p(x), and 1.8415 for the true p(x |
+    z); the generalised Kullback-Leibler loss of flow matching (Shaul et al. 2024, arXiv:2412.03487)
+    is 1.5670 there."""
     p = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
     prior = uniform_prior(OneCode())
 
@@ -493,14 +502,16 @@ def test_cross_entropy_has_its_share():
 def bayes(
     posterior: Tensor, noisy: Tensor, q_now: Tensor, q_later: Tensor, onward: Tensor
 ) -> Tensor:
-    """Mean over p(x | z_t), (K,), of q(z_s | z_t, x) = q(z_t | z_s) q(z_s | x) / q(z_t | x), for one z_t."""
+    """Mean over p(x | z_t), (K,), of q(z_s | z_t, x) = q(z_t | z_s) q(z_s | x) / q(z_t | x), for
+    one z_t."""
     return sum(p * onward[:, noisy] * q_later[x] / q_now[x, noisy] for x, p in enumerate(posterior))
 
 
 def tables(
     noise: str, mask_share: float, size: int, t: float, s: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q(z_t | x), q(z_s | x), (K, K + 1), and q(z_t | z_s), (K + 1, K + 1), the mask last, by solving for the last."""
+    """q(z_t | x), q(z_s | x), (K, K + 1), and q(z_t | z_s), (K + 1, K + 1), the mask last, by
+    solving for the last."""
 
     def marginal(time: float) -> tuple[float, Tensor]:
         alpha, mask, code = probabilities(
@@ -536,7 +547,8 @@ def test_a_reverse_step_is_bayes_rule(s, mask_share, noise):
 
 
 class Labelled(nn.Module):
-    """The true network of two codes whose joint depends on the label: `Pair`, and another without a label."""
+    """The true network of two codes whose joint depends on the label: `Pair`, and another without a
+    label."""
 
     layout, timed = CodeLayout(((1, 1), (1, 1)), (2, 3)), True
 
@@ -553,7 +565,8 @@ class Labelled(nn.Module):
 
 
 def guided_step(network: Labelled, noisy: Tensor, t: float, s: float, scale: float) -> list[Tensor]:
-    """q(z_s | z_t) of both codes of one z_t (2,), the mask last, by enumeration: a normalised product of powers.
+    """q(z_s | z_t) of both codes of one z_t (2,), the mask last, by enumeration: a normalised
+    product of powers.
 
     A mask stays one as often as without guidance.
     """
@@ -640,8 +653,9 @@ class Blind(Pair):
 def test_a_bound_is_finite_and_above_the_likelihood_of_its_model(
     mask_share, noise, parameterisation, quick_noise
 ):
-    """The model's own likelihood is that of its jump process from t = 1 to LATEST, solved for, and of the codes read
-    off there. A network without time has an infinite bound down to t = 0; that of a true network is tight."""
+    """The model's own likelihood is that of its jump process from t = 1 to LATEST, solved for, and
+    of the codes read off there. A network without time has an infinite bound down to t = 0; that of
+    a true network is tight."""
     for kind in (Blind, Pair):
         network = kind(mask_share, parameterisation == "leave_one_out", noise)
         prior = uniform_prior(
@@ -686,7 +700,8 @@ def test_what_is_lost_in_reading_codes_off_is_in_the_bound(
 
 
 def solve(prior: UniformPrior, network: Pair) -> tuple[Tensor, Tensor]:
-    """-log p(x) of the model and its bound, of all x, on a grid of log(t / (1 - t)), by the rates of Campbell et al."""
+    """-log p(x) of the model and its bound, of all x, on a grid of log(t / (1 - t)), by the rates
+    of Campbell et al."""
     sizes, grid, count = (2, 3), network.grid if network.mask_share else Pair.sequences, 250
     first, last = math.log((1 - LATEST) / LATEST), 14.0
     step = (last - first) / count
@@ -737,7 +752,8 @@ def solve(prior: UniformPrior, network: Pair) -> tuple[Tensor, Tensor]:
 
 
 def test_time_conditioning_reaches_the_entropy_that_a_network_without_it_cannot():
-    """Two equal codes of three, most of the time: the transformer is trained on the exact bound of all z and times."""
+    """Two equal codes of three, most of the time: the transformer is trained on the exact bound of
+    all z and times."""
     layout = CodeLayout(((1, 2),), (3,))
     sequences = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     joint = torch.where(sequences[:, 0] == sequences[:, 1], 0.31, 0.07 / 6).double()
@@ -825,7 +841,8 @@ def test_weights_trained_without_time_are_refused_by_a_prior_with_it():
             prior.load_state_dict(weights.state_dict())
 
 
-# -- with the transformer ----------------------------------------------------------------------------------------
+# -- with the transformer
+# ----------------------------------------------------------------------------------------
 
 
 def samplers(kind: str) -> list[str]:

@@ -105,7 +105,8 @@ def test_one_process_needs_no_group():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Sets the GPUs of each kind that torch finds, and gives the groups that are made, as (backend, device)."""
+    """Sets the GPUs of each kind that torch finds, and gives the groups that are made, as (backend,
+    device)."""
     groups = []
 
     def set_up(
@@ -261,7 +262,8 @@ def dropouts() -> torch.nn.Sequential:
 
 
 def test_dropout_belongs_to_samples(dropouts):
-    """Masks are the same however the batch is split, and others for other streams, samples, steps and seeds."""
+    """Masks are the same however the batch is split, and others for other streams, samples, steps
+    and seeds."""
     positions, ones = torch.arange(16), torch.ones(16, 30, 7)
 
     def masks(seed, part, layer=0):
@@ -333,7 +335,8 @@ def test_one_compiled_dropout_serves_all_layers_and_steps():
 
 
 class Clusters(torch.nn.Module):
-    """Shares of three clusters, to be used evenly: a loss that is no mean over samples, and one beside it that is."""
+    """Shares of three clusters, to be used evenly: a loss that is no mean over samples, and one
+    beside it that is."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""`python -m eval.doctor`: what is absent is told with its remedy, what is broken ends in exit code 2."""
+"""`python -m eval.doctor`: what is absent is told with its remedy, what is broken ends in exit code
+2."""
 
 from __future__ import annotations
 

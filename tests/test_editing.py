@@ -33,7 +33,8 @@ SIZE = (16, 16)
 
 
 class Blocks(nn.Module):
-    """Squares to 16 grey levels: 4 px ones and, with two levels, 8 px ones, of which pictures show nothing."""
+    """Squares to 16 grey levels: 4 px ones and, with two levels, 8 px ones, of which pictures show
+    nothing."""
 
     def __init__(self, layout=ONE):
         super().__init__()

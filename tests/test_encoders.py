@@ -1,4 +1,5 @@
-"""Encoders: pretrained transformers give their patches in raster order, and nothing hostile or wrong loads."""
+"""Encoders: pretrained transformers give their patches in raster order, and nothing hostile or
+wrong loads."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def images(batch=2, size=(16, 16), seed=0):
 
 
 def transformers_features(folder, inputs, grid):
-    """What transformers' own model, composite or not, makes of its processor's output: (B, C, h, w)."""
+    """What transformers' own model, composite or not, makes of its processor's output: (B, C, h,
+    w)."""
     import transformers
 
     model_type = Path(folder).name
@@ -339,7 +341,8 @@ def test_no_weights_are_read_unless_asked(folder, tmp_path):
     assert shapes[0] == shapes[1]
 
 
-# Millions of parameters as published, without what an encoder lacks: mask tokens, poolers, heads of classification.
+# Millions of parameters as published, without what an encoder lacks: mask tokens, poolers, heads of
+# classification.
 PUBLISHED = {
     "facebook/dinov2-base": 86.6,
     "facebook/dinov2-with-registers-base": 86.6,

@@ -1,4 +1,5 @@
-"""Laws of decoding slot by slot: its logits are the backbone's, whatever the options, and so are its samples."""
+"""Laws of decoding slot by slot: its logits are the backbone's, whatever the options, and so are
+its samples."""
 
 from __future__ import annotations
 
@@ -238,8 +239,8 @@ def test_autocast_sets_the_precision(positions, conditioning):
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph that is not there: the operations of a step, repeated on the tensors that they had, into those that
-    they made. It knows no more of Python than a graph does."""
+    """A CUDA graph that is not there: the operations of a step, repeated on the tensors that they
+    had, into those that they made. It knows no more of Python than a graph does."""
 
     def __init__(self) -> None:
         super().__init__()

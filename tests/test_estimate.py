@@ -1,4 +1,5 @@
-"""Estimates: operations by hand and as they really run, memory of states exactly, checkpoints by their files."""
+"""Estimates: operations by hand and as they really run, memory of states exactly, checkpoints by
+their files."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def test_a_vision_transformer_by_hand(again):
         found = of(decoder, 8, 4, 4, precision=precision)
         assert found.forward == {rate: layers + ends}
         repeated = found.backward[rate] - 2 * (layers + ends)
-        # What runs again stops at the last tensor that the backward pass needs: at the last product's input.
+        # What runs again stops at the last tensor that the backward pass needs: at the last
+        # product's input.
         assert 0.7 * layers < repeated <= layers if again else repeated == 0
 
 
@@ -126,7 +128,8 @@ def test_counts_lie_on_a_line():
 
 
 def kept_by_autograd(module, inputs, precision):
-    """Bytes that a forward pass on the CPU leaves for the backward pass, without parameters and buffers."""
+    """Bytes that a forward pass on the CPU leaves for the backward pass, without parameters and
+    buffers."""
     own = {
         tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]
     }
@@ -225,8 +228,8 @@ def test_the_operations_of_a_prior_are_those_of_a_real_step(kind, monkeypatch):
             codes, codes[:, 0], torch.rand(samples, layout.length + 2, device=device)
         ).total
 
-    # Whether a torch counts its attention kernel of the CPU, and with what is computed again in its backward pass,
-    # differs between versions; products are counted alike by all.
+    # Whether a torch counts its attention kernel of the CPU, and with what is computed again in its
+    # backward pass, differs between versions; products are counted alike by all.
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention_by_products)
     with FlopCounterMode(display=False) as counter:
         loss(prior.train(), 4, "cpu").backward()
@@ -418,7 +421,8 @@ def test_what_would_be_refused_is_not_offered():
 
 
 def test_precisions_are_planned_as_training_decides_them(tmp_path, monkeypatch):
-    """The tables are of GPUs that have bf16; where this machine's only emulates it, of what it would train in."""
+    """The tables are of GPUs that have bf16; where this machine's only emulates it, of what it
+    would train in."""
     words = ["tokens=/nowhere", "prior.backbone.depth=1", "prior.backbone.dim=16"]
 
     def planned() -> str:

@@ -1,4 +1,5 @@
-"""eval.run's commands over codes, references and protocols, and who lies nearest to the training images."""
+"""eval.run's commands over codes, references and protocols, and who lies nearest to the training
+images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`python -m eval.compare`: equal records differ by 0, unlike ones are refused by the field's name."""
+"""`python -m eval.compare`: equal records differ by 0, unlike ones are refused by the field's
+name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Moments, Fréchet distance, Inception Score and manifolds against known answers and torch-fidelity."""
+"""Moments, Fréchet distance, Inception Score and manifolds against known answers and
+torch-fidelity."""
 
 from __future__ import annotations
 
@@ -219,7 +220,8 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
 
 
 def test_reported_manifolds_have_the_published_neighbours() -> None:
-    """3 for precision and recall (Kynkäänniemi et al.), 5 for density and coverage (Naeem et al.), by plain loops."""
+    """3 for precision and recall (Kynkäänniemi et al.), 5 for density and coverage (Naeem et al.),
+    by plain loops."""
     real, samples, train = (
         normal(60, 3, 15).numpy(),
         0.7 * normal(50, 3, 16).numpy(),
@@ -261,7 +263,8 @@ def test_reported_manifolds_have_the_published_neighbours() -> None:
 
 @pytest.mark.parametrize("order", ["class after class", "classes in turn"])
 def test_jackknife_does_not_depend_on_the_order_of_classes(order):
-    """Far classes in a regular order: the interval is that of samples in no order, not that of losing classes."""
+    """Far classes in a regular order: the interval is that of samples in no order, not that of
+    losing classes."""
     generator = torch.Generator().manual_seed(3)
     centres = 10 * torch.randn(10, 4, generator=generator, dtype=torch.float64)
     labels = torch.arange(600) % 10 if order == "classes in turn" else torch.arange(600) // 60

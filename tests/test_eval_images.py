@@ -124,7 +124,8 @@ def test_lpips_of_an_unknown_trunk_is_named_by_hash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
 def test_lpips_is_the_packages(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, on a trunk in torchvision's format; the classifiers, which neither uses, are left unset."""
+    """Bit for bit, on a trunk in torchvision's format; the classifiers, which neither uses, are
+    left unset."""
     import lpips as package
 
     for name in (

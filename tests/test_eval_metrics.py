@@ -90,7 +90,8 @@ def test_cmmd_by_the_definition() -> None:
 
 
 def save_inception(path: Path, seed: int = 0) -> Path:
-    """Random weights in torch-fidelity's format, scaled so that features neither vanish nor blow up."""
+    """Random weights in torch-fidelity's format, scaled so that features neither vanish nor blow
+    up."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.manual_seed(seed)

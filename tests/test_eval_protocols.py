@@ -75,7 +75,8 @@ def test_resizes() -> None:
 
 @pytest.mark.parametrize("size", [17, 40, 60])
 def test_the_resize_of_clean_fid_is_its_own(size: int) -> None:
-    """Its make_resizer("PIL", False, "bicubic", ...), of version 0.1.35: channel by channel in floats, then clipped."""
+    """Its make_resizer("PIL", False, "bicubic", ...), of version 0.1.35: channel by channel in
+    floats, then clipped."""
     images = pictures(3, 40, 4)
 
     def channel(pixels: np.ndarray) -> np.ndarray:
@@ -93,7 +94,8 @@ def test_the_resize_of_clean_fid_is_its_own(size: int) -> None:
 
 
 def test_scores_are_those_of_their_sources() -> None:
-    """torch-fidelity's by its own function; ADM's by its evaluator's formula: runs of 5,000, the last one short."""
+    """torch-fidelity's by its own function; ADM's by its evaluator's formula: runs of 5,000, the
+    last one short."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = 3 * torch.randn(

@@ -1,4 +1,5 @@
-"""Stored features: what training from them gives is what training through the frozen encoder gives."""
+"""Stored features: what training from them gives is what training through the frozen encoder
+gives."""
 
 from __future__ import annotations
 
@@ -177,7 +178,8 @@ def test_numpy_reads_the_files(root, tmp_path):
 
 
 def test_training_from_features_is_training_from_images(root, tmp_path, monkeypatch):
-    """Through the encoder and from float32 features: equal losses, as long as epochs have views of their own."""
+    """Through the encoder and from float32 features: equal losses, as long as epochs have views of
+    their own."""
     plain = run_config(root, tmp_path / "images", steps=8)
     cached = run_config(
         root, tmp_path / "features", steps=8, features=FeaturesConfig(views=VIEWS, dtype="float32")

@@ -84,7 +84,8 @@ def few(root, num_samples):
 
 @pytest.fixture(scope="module", params=[120, 2], ids=["pictures", "two pictures"])
 def root(request, tmp_path_factory):
-    """Pictures of two classes, a fifth of each held out, or a picture to train on and one held out."""
+    """Pictures of two classes, a fifth of each held out, or a picture to train on and one held
+    out."""
     folder = tmp_path_factory.mktemp("few")
     for index in range(request.param):
         pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)

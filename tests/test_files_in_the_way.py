@@ -1,4 +1,5 @@
-"""Files of users where records, sweeps and statistics are written; and numbers beyond all sense, in one line."""
+"""Files of users where records, sweeps and statistics are written; and numbers beyond all sense, in
+one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Folders that commands write to: whole contents or none whenever a process dies, and nobody else's file is touched."""
+"""Folders that commands write to: whole contents or none whenever a process dies, and nobody else's
+file is touched."""
 
 from __future__ import annotations
 
@@ -196,7 +197,8 @@ CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir")
 
 
 def dying(monkeypatch, path: Path, point: int, files: dict[str, str], work=make) -> bool:
-    """Do `work` and let every change of the files after the first `point` ones fail; whether it came so far."""
+    """Do `work` and let every change of the files after the first `point` ones fail; whether it
+    came so far."""
     count = 0
 
     def guarded(call):
@@ -378,7 +380,8 @@ def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
 def test_a_request_to_stop_at_any_point_leaves_the_old_or_the_new_at_once(
     tmp_path, monkeypatch, work
 ):
-    """As SIGTERM between two renamings: one call is interrupted, and what cleans up after it is not."""
+    """As SIGTERM between two renamings: one call is interrupted, and what cleans up after it is
+    not."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     point, seen, kept = 0, set(), MINE if work is make else {}
     while True:

@@ -1,4 +1,5 @@
-"""The fused search against float64: in Triton's interpreter, which needs a process of its own, and on a GPU."""
+"""The fused search against float64: in Triton's interpreter, which needs a process of its own, and
+on a GPU."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def half_norms(codebook):
 
 
 def oracle(features, codebook, offsets=None):
-    """Lowest index of the least score in float64; equal codes are summed in one order, so that they tie."""
+    """Lowest index of the least score in float64; equal codes are summed in one order, so that they
+    tie."""
     valid = codebook.isfinite().all(1)
     codes = codebook.double().where(valid[:, None], 0)
     if offsets is None:
@@ -86,7 +88,8 @@ def test_shapes_that_fill_no_tile(coarse, device):
 
 
 def adversarial():
-    """Rows and codes at the ends of fp32, equal codes in different tiles, near ties, what is not finite; offsets."""
+    """Rows and codes at the ends of fp32, equal codes in different tiles, near ties, what is not
+    finite; offsets."""
     codes = normal(90, 24)
     codes[[33, 70]] = codes[5].clone()  # in three tiles of 32
     codes[80] = codes[6].nextafter(torch.tensor(torch.inf))
@@ -221,7 +224,8 @@ def test_compiles_into_one_graph_and_ignores_autocast(device):
 
 
 def mismatch(features, codebook, codes):
-    """Largest excess of the chosen codes' scores over the least, of |x| |c|, in float64; by chunks."""
+    """Largest excess of the chosen codes' scores over the least, of |x| |c|, in float64; by
+    chunks."""
     worst = 0.0
     offsets = half_norms(codebook.double())
     for rows, chosen in zip(features.double().split(1024), codes.split(1024)):

@@ -44,7 +44,8 @@ class Painter:
 
 
 def make_root(root):
-    """A root with a tokenizer's weights and a token cache of constant sequences: the code is the label."""
+    """A root with a tokenizer's weights and a token cache of constant sequences: the code is the
+    label."""
     (root / "tokenizer" / "weights").mkdir(parents=True)
     save_file({"w": torch.zeros(1)}, root / "tokenizer" / "weights" / "model.safetensors")
     tokens = root / "tokens"

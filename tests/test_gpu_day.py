@@ -1,4 +1,5 @@
-"""The GPU's day: parts that fail, hang or lack something do not stop the next ones, and what is done stays done."""
+"""The GPU's day: parts that fail, hang or lack something do not stop the next ones, and what is
+done stays done."""
 
 from __future__ import annotations
 

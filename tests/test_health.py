@@ -12,7 +12,8 @@ CODES = 200
 
 
 def read_all(health, name, values, **others):
-    """Feed one figure's values with constant others, 20 steps apart; what was said at each reading."""
+    """Feed one figure's values with constant others, 20 steps apart; what was said at each
+    reading."""
     return [
         health.read(
             20 * index, {name: value, **{key.replace("__", "."): v for key, v in others.items()}}

@@ -25,7 +25,8 @@ NUM_CLASSES = 3
 
 
 class Table(nn.Module):
-    """Sequences by their probabilities, in a row for every sequence of the grid before; remembers what it was told."""
+    """Sequences by their probabilities, in a row for every sequence of the grid before; remembers
+    what it was told."""
 
     num_classes = NUM_CLASSES
 

@@ -1,4 +1,5 @@
-"""A data set is what it holds: any change of names, classes, split or contents is noticed, a move is none."""
+"""A data set is what it holds: any change of names, classes, split or contents is noticed, a move
+is none."""
 
 from __future__ import annotations
 
@@ -465,7 +466,8 @@ def test_a_run_does_not_go_on_with_other_images(trained, change):
 
 
 def test_every_cat_became_a_dog(trained):
-    """The classes change places: names, number and files are as they were, and each label is wrong."""
+    """The classes change places: names, number and files are as they were, and each label is
+    wrong."""
     folder, source = trained
     (source / "cats").rename(source / "x")
     (source / "dogs").rename(source / "cats")

@@ -1,4 +1,5 @@
-"""Damaged and hostile images through the path of every image: each is decoded or refused, none crashes or floods."""
+"""Damaged and hostile images through the path of every image: each is decoded or refused, none
+crashes or floods."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ print(json.dumps({"counts": counts, "seconds": time.monotonic() - started}))
 
 
 def read(folder):
-    """Figures of a process that reads every file of a folder, decoded at the start and again as they are asked for."""
+    """Figures of a process that reads every file of a folder, decoded at the start and again as
+    they are asked for."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     done = subprocess.run(
         [sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, env=environment
@@ -205,7 +207,8 @@ def png(width, height, *chunks, lines=0):
 
 
 def tiff(width, height, pages=1, tile=None, data=b""):
-    """Grey of 8 bits, by deflate; every page has the same data and leads to the next, the last to the first."""
+    """Grey of 8 bits, by deflate; every page has the same data and leads to the next, the last to
+    the first."""
     data = zlib.compress(data or bytes(1000))
     size = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1}
     places = (

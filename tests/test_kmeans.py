@@ -136,7 +136,8 @@ def test_seeds_are_different_rows_and_know_who_is_nearest(num_codes):
 
 
 def test_seeds_are_drawn_in_proportion_to_squared_distance():
-    """From one centre at 0, rows at 1 and at 3 are second centres one time and nine times in ten."""
+    """From one centre at 0, rows at 1 and at 3 are second centres one time and nine times in
+    ten."""
     rows = torch.tensor([[0.0], [0.0], [0.0], [0.0], [0.0], [0.0], [0.0], [0.0], [1.0], [3.0]])
     counts = torch.zeros(4)
     for seed in range(1000):

@@ -1,4 +1,5 @@
-"""What a source is taken to be: layouts, columns, label files; what is passed over is said, and doubt is refused."""
+"""What a source is taken to be: layouts, columns, label files; what is passed over is said, and
+doubt is refused."""
 
 from __future__ import annotations
 
@@ -361,7 +362,8 @@ def test_names_of_digits_are_names(tmp_path: Path) -> None:
 
 
 def test_lines_of_label_files_end_where_their_formats_say(tmp_path: Path) -> None:
-    """JSON and names of files may hold U+2028 and U+0085, at which Python's splitlines divides text, too."""
+    """JSON and names of files may hold U+2028 and U+0085, at which Python's splitlines divides
+    text, too."""
     write(tmp_path, "train/a/0.png", "train/b/0.png", "val/0.png", "val/x\u0085y\u2028.png")
     (tmp_path / "val" / "val_annotations.txt").write_bytes(
         "0.png\ta\r\nx\u0085y\u2028.png\tb\r\n".encode()
@@ -517,7 +519,8 @@ def test_the_column_of_images_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_metadata_tables_hide_neither_images_nor_shards(tmp_path: Path) -> None:
-    """What img2dataset writes: 00000.tar or 00000/*.jpg, 00000.parquet about them, 00000_stats.json."""
+    """What img2dataset writes: 00000.tar or 00000/*.jpg, 00000.parquet about them,
+    00000_stats.json."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from test_tar_shards import samples, write_shard
@@ -689,7 +692,8 @@ def test_a_data_set_of_the_hub_with_choices(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_saved_file_that_changes_while_it_is_read_is_one_line(
     tmp_path: Path, change: str
 ) -> None:
-    """It is mapped: a page beyond a new end would end the process by SIGBUS, so a process of its own reads it."""
+    """It is mapped: a page beyond a new end would end the process by SIGBUS, so a process of its
+    own reads it."""
     folder = saved(tmp_path / "saved", 9)
     code = f"""if True:
         import os

@@ -1,4 +1,5 @@
-"""Laws and oracles of the quantizers without a learned L2 codebook: FSQ, LFQ and BSQ, IBQ, Gumbel-softmax."""
+"""Laws and oracles of the quantizers without a learned L2 codebook: FSQ, LFQ and BSQ, IBQ,
+Gumbel-softmax."""
 
 from __future__ import annotations
 
@@ -333,7 +334,8 @@ def test_independent_bits_bound_the_joint_entropy():
 
 @pytest.mark.parametrize("bits", [17, 20])
 def test_large_codebooks_are_exact(bits):
-    """Positions at corners that are all different: each is certain, and the batch has log N nats."""
+    """Positions at corners that are all different: each is certain, and the batch has log N
+    nats."""
     quantizer = LookupFreeConfig(bits=bits).build()
     corners = torch.randint(2**bits, (64,), generator=torch.Generator().manual_seed(0)).unique()
     output = quantizer(quantizer.lookup(corners[:, None, None, None]))
@@ -359,9 +361,11 @@ def test_the_mean_over_ranks_is_that_of_one_batch(monkeypatch):
 
 
 def authors_bsq(z, step):
-    """The authors' quantizer and the weight that their loss gives it, (N, d) float64: vectors, their loss.
+    """The authors' quantizer and the weight that their loss gives it, (N, d) float64: vectors,
+    their loss.
 
-    With the settings of their configurations: commitment 0, both entropies 1, inverse temperature 1, bit by bit.
+    With the settings of their configurations: commitment 0, both entropies 1, inverse temperature
+    1, bit by bit.
     """
     d = z.shape[1]
     z = z / z.norm(dim=1, keepdim=True)
@@ -528,7 +532,8 @@ def test_gumbel_samples_are_of_the_distribution():
 
 @pytest.mark.parametrize("kind", ["gumbel", "gumbel-hard"])
 def test_gumbel_is_torchs_gumbel_softmax(kind, monkeypatch):
-    """With the same noise: equal vectors, and equal gradients to features and to every parameter."""
+    """With the same noise: equal vectors, and equal gradients to features and to every
+    parameter."""
     quantizer, given = build(CASES[kind]).train(), features().requires_grad_()
     quantizer.temperature.fill_(0.5)
     torch.manual_seed(7)

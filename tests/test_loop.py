@@ -1,4 +1,5 @@
-"""The training loop's laws: exact resume, turns that keep apart, accumulation, clipping, bad steps, averages."""
+"""The training loop's laws: exact resume, turns that keep apart, accumulation, clipping, bad steps,
+averages."""
 
 from __future__ import annotations
 
@@ -164,7 +165,8 @@ def test_each_turn_moves_its_own_module_only(tmp_path):
 
 
 def test_a_turn_leaves_no_gradient_in_another(tmp_path):
-    """The discriminator's first step is the same whatever weight the adversary had before, also after a resume."""
+    """The discriminator's first step is the same whatever weight the adversary had before, also
+    after a resume."""
     gradients = []
     for weight in (0.0, 1e6):
         toy = Toy(ToyRun(dropout=0.0, discriminator_start_step=0, loop=loop(steps=1, clip=1e9)))

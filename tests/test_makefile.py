@@ -34,7 +34,8 @@ def make(
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with the Makefile, configurations, and in Python's place a script that notes what it is called with."""
+    """A folder with the Makefile, configurations, and in Python's place a script that notes what it
+    is called with."""
     (tmp_path / "Makefile").symlink_to(PROJECT / "Makefile")
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     (tmp_path / "stub").write_text('#!/bin/bash\nprintf "%s\\0" "$@" end >> calls\n')

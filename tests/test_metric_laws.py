@@ -1,4 +1,5 @@
-"""Metrics against what their definitions give by enumeration, and the values that published figures were taken with."""
+"""Metrics against what their definitions give by enumeration, and the values that published figures
+were taken with."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def test_the_least_counts_are_those_at_which_figures_exist():
 
 
 def test_copying_is_the_share_of_pairs_and_its_interval_delongs():
-    """Every sample against every held-out image; distances are whole numbers, so that ties occur."""
+    """Every sample against every held-out image; distances are whole numbers, so that ties
+    occur."""
     generator = torch.Generator().manual_seed(0)
     samples, held_out, train = (
         torch.randint(6, (count, 2), generator=generator).double() for count in (13, 11, 9)
@@ -176,7 +178,8 @@ def test_a_statistic_that_is_linear_in_one_over_n_is_corrected_exactly():
 
 
 def test_the_jackknifes_interval_is_students():
-    """Blocks of two at random: the deviation of their means, and t = 2.262 of nine degrees of freedom."""
+    """Blocks of two at random: the deviation of their means, and t = 2.262 of nine degrees of
+    freedom."""
     values = normal(20, 1, 5)[:, 0]
     kept_means = []
 
@@ -263,7 +266,8 @@ def test_a_score_of_one_split_or_of_one_row_each():
 
 
 def test_balls_of_more_points_than_one_chunk():
-    """Against all pairs at once: two kinds of radius, two sets of different size, chunks that cut both."""
+    """Against all pairs at once: two kinds of radius, two sets of different size, chunks that cut
+    both."""
     made, real = normal(11, 2, 10).float(), normal(9, 2, 11).float() + 1.5
     made[0] = -90  # in no ball
     real[:4] += 90  # near each other, with nothing in their balls

@@ -96,7 +96,8 @@ def test_folders_and_files_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_labels_of_any_text(tmp_path: Path) -> None:
-    """In shards' .json and in parquet; names that are text are told apart, whatever they show as."""
+    """In shards' .json and in parquet; names that are text are told apart, whatever they show
+    as."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,5 @@
-"""Laws of the encoder and decoder networks: shapes, places, sizes, and agreement with published ones."""
+"""Laws of the encoder and decoder networks: shapes, places, sizes, and agreement with published
+ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The objective and its discriminators: known answers, who gets a gradient, randomness that belongs to samples."""
+"""The objective and its discriminators: known answers, who gets a gradient, randomness that belongs
+to samples."""
 
 from __future__ import annotations
 
@@ -482,7 +483,8 @@ def test_cutout_known_answers():
 
 
 def test_augmentation_belongs_to_samples_of_the_global_batch():
-    """The judge of a step sees the same pictures however the batch is split, and others in every pass and step."""
+    """The judge of a step sees the same pictures however the batch is split, and others in every
+    pass and step."""
     objective = objective_of(adversarial=1.0, augment=1.0)
     objective.discriminator.network = nn.Identity()
     whole = objective._judge(batch_of()["images"], batch_of(), 5, 1)
@@ -571,7 +573,8 @@ def test_refused_patch_settings():
 
 
 def raes_logits(images, discriminator, depths):
-    """RAE's DinoDisc, equation by equation, on these weights: (B, 5 * N) of a trunk `vit` of 16 px."""
+    """RAE's DinoDisc, equation by equation, on these weights: (B, 5 * N) of a trunk `vit` of 16
+    px."""
     model = discriminator.trunk.model
     x = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
     x = model.embeddings(
@@ -728,7 +731,8 @@ def tiny_autoencoder(image_size=16):
 
 
 def run_steps(folder, steps, discriminator, accumulate=2):
-    """Train to `steps` as tokenizer/train.py does, resuming, on this rank's share; the newest checkpoint's state."""
+    """Train to `steps` as tokenizer/train.py does, resuming, on this rank's share; the newest
+    checkpoint's state."""
     autoencoder = tiny_autoencoder()
     config = ObjectiveConfig(
         adversarial=0.5, adversarial_start_step=1, adversarial_ramp_steps=1, augment=0.7, lecam=0.1,

@@ -1,4 +1,5 @@
-"""Evaluation of a pipeline whose images changed since: figures of other images are never shown as its own."""
+"""Evaluation of a pipeline whose images changed since: figures of other images are never shown as
+its own."""
 
 from __future__ import annotations
 

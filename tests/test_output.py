@@ -1,4 +1,5 @@
-"""Output that cannot be written, a terminal that is closed, and who is asked to stop more than once."""
+"""Output that cannot be written, a terminal that is closed, and who is asked to stop more than
+once."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def train_in_a_child(folder: Path, redirect: Callable[[], object]) -> int:
-    """The process, forked, of a command that trains a toy: it waits in the middle of its steps for the file `go`."""
+    """The process, forked, of a command that trains a toy: it waits in the middle of its steps for
+    the file `go`."""
     pid = os.fork()
     if pid:
         return pid
@@ -148,7 +150,8 @@ def test_files_do_not_become_the_output_of_a_process_without_one(tmp_path):
 
 
 def test_other_commands_say_that_it_was_their_output(tmp_path):
-    """A report whose last line has no room, at once or when Python ends; a pipe that nobody reads."""
+    """A report whose last line has no room, at once or when Python ends; a pipe that nobody
+    reads."""
     for body in ('print("x", flush=True)', 'print("x" * 100)'):
         with open("/dev/full", "w") as full:
             done = subprocess.run(

@@ -1,4 +1,5 @@
-"""What runs remove: what they wrote and nothing else, whatever else lies in their folders, and through links."""
+"""What runs remove: what they wrote and nothing else, whatever else lies in their folders, and
+through links."""
 
 from __future__ import annotations
 

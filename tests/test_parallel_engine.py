@@ -1,4 +1,5 @@
-"""Laws of reading all positions at once: its logits are the backbone's, and so are samples and bounds made of them."""
+"""Laws of reading all positions at once: its logits are the backbone's, and so are samples and
+bounds made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The generator of random numbers: published answers, numpy's own, the same words from each of its implementations."""
+"""The generator of random numbers: published answers, numpy's own, the same words from each of its
+implementations."""
 
 from __future__ import annotations
 
@@ -165,7 +166,8 @@ def test_uniform_numbers_are_the_upper_bits_of_words(monkeypatch):
 
 
 def test_uniform_numbers_are_uniform_and_independent():
-    """Chi-squared of 256 bins; correlations among ids, places, streams and seeds are those of chance."""
+    """Chi-squared of 256 bins; correlations among ids, places, streams and seeds are those of
+    chance."""
     drawn = philox.uniform(0, torch.arange(200), 0, 4096)
     counts = (drawn.flatten() * 256).long().bincount(minlength=256).double()
     assert (
@@ -184,7 +186,8 @@ def test_uniform_numbers_are_uniform_and_independent():
 
 
 def test_normal_numbers_are_normal():
-    """The distribution function within chance (Kolmogorov), tails, and independence of the two of a pair."""
+    """The distribution function within chance (Kolmogorov), tails, and independence of the two of a
+    pair."""
     drawn = philox.normal(1, torch.arange(40), 0, 10_001)
     flat = drawn.double().flatten().sort().values
     below = torch.special.ndtr(flat)

@@ -1,4 +1,5 @@
-"""The whole pipeline on a data set that the code has never seen, through its commands, in miniature."""
+"""The whole pipeline on a data set that the code has never seen, through its commands, in
+miniature."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def test_the_broken_file_is_skipped_and_nothing_leaks(root: Path):
 
 
 def test_codes_of_the_cache_are_the_tokenizers(root: Path):
-    """View 0 of the cache, decoded, is the reconstruction; the averaged tokenizer's lookup is its forward."""
+    """View 0 of the cache, decoded, is the reconstruction; the averaged tokenizer's lookup is its
+    forward."""
     import tokenizer
     from tokenizer.cache import TokenCache
     from tokenizer.data.sources import open_split

@@ -59,7 +59,8 @@ def test_decoding_code_by_code_equals_all_at_once(kernel, given, layout):
 
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_gradients_reach_what_comes_before_and_nothing_else(kernel):
-    """Of a deep enough network every code before, also to the upper right, where plain masks are blind."""
+    """Of a deep enough network every code before, also to the upper right, where plain masks are
+    blind."""
     layout, rows, columns = LAYOUTS["one_grid"], 5, 4
     level = network(layout, kernel=kernel, depth=5).levels[0]
     labels, codes = torch.tensor([1]), random_codes(layout, 1)
@@ -103,7 +104,8 @@ def test_classes_and_given_codes_are_seen_everywhere():
 
 
 def test_a_gate_is_tanh_times_sigmoid():
-    """Eq. 2 of the paper, on a layer whose branches give 0.5 and -2 everywhere: tanh(0.5) / (1 + e^2)."""
+    """Eq. 2 of the paper, on a layer whose branches give 0.5 and -2 everywhere: tanh(0.5) / (1 +
+    e^2)."""
     layer = network(LAYOUTS["row"], channels=1).levels[0].layers[0]
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -1,4 +1,5 @@
-"""Low precision: who decides it, what stays in float64 under it, and that a GPU (a pretended one) answers as a CPU."""
+"""Low precision: who decides it, what stays in float64 under it, and that a GPU (a pretended one)
+answers as a CPU."""
 
 from __future__ import annotations
 
@@ -154,7 +155,8 @@ def test_auto_on_a_gpu_that_has_bf16(monkeypatch):
 
 
 def test_encoding_and_sampling_on_a_gpu_that_has_bf16(tmp_path, monkeypatch):
-    """Nobody asks for anything: codes say so, and samples, drawn and decoded there, are those of the CPU's bf16."""
+    """Nobody asks for anything: codes say so, and samples, drawn and decoded there, are those of
+    the CPU's bf16."""
     monkeypatch.setattr(precision, "has_bf16", lambda device: device.type == "gpu")
     save_images(tmp_path / "images")
     save_tokenizer(tmp_path / "tokenizer", tmp_path / "images")

@@ -1,4 +1,5 @@
-"""The ImageNet presets and --dry-run: layouts, sizes by arithmetic, what is needed, and nothing written."""
+"""The ImageNet presets and --dry-run: layouts, sizes by arithmetic, what is needed, and nothing
+written."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from training.loop import LoopConfig
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "imagenet"
 SIGLIP_L, SO400M = Size(1024, 24, 16, 4096), Size(1152, 27, 16, 4304)
-# name: (grids, codes per level, the sizes of encoder and decoder where they are transformers, pixels per code)
+# name: (grids, codes per level, the sizes of encoder and decoder where they are transformers,
+# pixels per code)
 EXPECTED = {
     "VQRAE-DINOv2-B": (((16, 16),), (16384,), PRESETS["B"], PRESETS["B"], 16),
     "VQRAE-DINOv2-B_decXL": (((16, 16),), (16384,), PRESETS["B"], PRESETS["XL"], 16),

@@ -172,12 +172,14 @@ def test_every_tokenizer(kind, quantizer, tmp_path, encoders):
         there = tokenized(tmp_path / "gpu", model)
     here = tokenized(tmp_path / "cpu", model)
     assert torch.equal(there["codes"], here["codes"])
-    # Of a gradient that is rounding alone, as before a norm or of the bias of keys, AdamW makes a step of full length.
+    # Of a gradient that is rounding alone, as before a norm or of the bias of keys, AdamW makes a
+    # step of full length.
     assert_same(there, here, 2.1 * OPTIMIZER.lr if kind in ("resnet", "vqrae") else 1e-4)
 
 
 def test_stage_two_with_a_projected_discriminator(tmp_path, encoders):
-    """A teacher, noise, LeCAM, DiffAugment, the adaptive weight, and a trunk that is no part of any state."""
+    """A teacher, noise, LeCAM, DiffAugment, the adaptive weight, and a trunk that is no part of any
+    state."""
     model = autoencoder_of("vqrae", "simvq", encoders)
     judge = DinoConfig(name=str(encoders / "vit"), layers=(0, 1), kernel=3)
     objective = {**ADVERSARY_AT_ONCE, "discriminator": judge, "augment": 1.0, "distillation": 0.1}
@@ -292,7 +294,8 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("kind", ["tokenizer", pytest.param("prior", marks=pytest.mark.slow)])
 def test_a_run_that_was_ended_goes_on_to_the_same_bits(kind, tmp_path):
-    """Networks, optimizers, averages, codebook statistics and LeCAM's averages; after a checkpoint."""
+    """Networks, optimizers, averages, codebook statistics and LeCAM's averages; after a
+    checkpoint."""
 
     def run(folder, batches):
         if kind == "tokenizer":
@@ -371,7 +374,8 @@ def test_a_pipeline_from_images_to_the_report(tmp_path):
 
 
 def test_two_ranks_train_as_one_does(tmp_path):
-    """In a process group that takes tensors of the GPU alone: a discriminator, DDP, averages, statistics."""
+    """In a process group that takes tensors of the GPU alone: a discriminator, DDP, averages,
+    statistics."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "pretended_ranks.py", str(tmp_path)], cwd=here, capture_output=True, text=True,

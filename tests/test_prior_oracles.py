@@ -1,4 +1,5 @@
-"""Priors around the true conditionals of a toy joint: likelihoods meet closed forms, samplers draw from it."""
+"""Priors around the true conditionals of a toy joint: likelihoods meet closed forms, samplers draw
+from it."""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ class Decoding:
 
 @pytest.fixture(autouse=True)
 def fast_noise(monkeypatch):
-    """Independent rows as of `uniform_noise`, whose own laws are in test_priors.py, but drawn all at once."""
+    """Independent rows as of `uniform_noise`, whose own laws are in test_priors.py, but drawn all
+    at once."""
 
     def noise(seed, sample_ids, stream, shape):
         generator = torch.Generator().manual_seed((1000 * seed + stream) % 2**63)
@@ -156,7 +158,8 @@ def conditional(toy, known, joint):
 
 
 def one_by_one(layout, **settings):
-    """MaskGIT with a code a step in an order that ignores the codes: the noise on confidences is all."""
+    """MaskGIT with a code a step in an order that ignores the codes: the noise on confidences is
+    all."""
     return MaskedPrior(
         AnyOrder(layout), 2, steps=layout.length, choice_temperature=1e12, **settings
     )
@@ -221,7 +224,8 @@ def test_given_codes_choose_the_joint(name):
 
 
 PAIR = CodeLayout(((1, 2),), (3,))
-# s = 1.5 of each of three steps, by hand: linear 1 + k / 6, power_cosine 1 + (1 - cos(pi (k / 3)^2)) / 4
+# s = 1.5 of each of three steps, by hand: linear 1 + k / 6, power_cosine 1 + (1 - cos(pi (k /
+# 3)^2)) / 4
 SCALES = {
     "constant": (1.5, 1.5, 1.5),
     "linear": (7 / 6, 8 / 6, 1.5),
@@ -246,7 +250,8 @@ def guided(schedule, **changes):
 
 
 def guided_law(toy, scales, known=None, temperature=1.0, orders=None):
-    """(S,) the law of codes drawn one by one, each from u + s (c - u) with the s of its step, over equal orders."""
+    """(S,) the law of codes drawn one by one, each from u + s (c - u) with the s of its step, over
+    equal orders."""
     law = torch.zeros(len(toy.sequences), dtype=torch.float64)
     known = torch.full_like(toy.sequences[:1], -1) if known is None else torch.tensor([known])
     seen = known.expand_as(toy.sequences)
@@ -361,8 +366,8 @@ def test_one_step_draws_each_code_from_its_marginal(sampler, layout):
 
 
 def test_confidence_without_noise_keeps_the_likelier_code():
-    """The law of two codes in two steps, by counting: both are drawn from their marginals, the likelier one is kept,
-    the other is drawn again given it. It is not the joint."""
+    """The law of two codes in two steps, by counting: both are drawn from their marginals, the
+    likelier one is kept, the other is drawn again given it. It is not the joint."""
     toy = AnyOrder(CodeLayout(((1, 2),), (3,)))
     joint = toy.joints[0].view(3, 3)
     first, second, law = joint.sum(1), joint.sum(0), torch.zeros(3, 3, dtype=torch.float64)
@@ -377,7 +382,8 @@ def test_confidence_without_noise_keeps_the_likelier_code():
 
 
 def test_noise_on_confidences_fades_to_half_in_the_first_of_two_steps():
-    """As above, but with noise of temperature 3 / 2, which keeps the first with odds (p(a) / p(b))^(2 / 3)."""
+    """As above, but with noise of temperature 3 / 2, which keeps the first with odds (p(a) /
+    p(b))^(2 / 3)."""
     toy = AnyOrder(PAIR)
     joint = toy.joints[0].view(3, 3)
     first, second, law = joint.sum(1), joint.sum(0), torch.zeros(3, 3, dtype=torch.float64)
@@ -404,7 +410,8 @@ class Seeing(nn.Module):
 
 
 def test_samplers_have_the_schedules_of_their_papers():
-    """Known before step k of 4: MaskGIT 64 - floor(64 cos(pi k / 8)), Halton floor(64 - 64 arccos(k / 4) 2 / pi)."""
+    """Known before step k of 4: MaskGIT 64 - floor(64 cos(pi k / 8)), Halton floor(64 - 64 arccos(k
+    / 4) 2 / pi)."""
     known = {
         "confidence": [64 - math.floor(64 * math.cos(math.pi * k / 8)) for k in range(4)],
         "halton": [math.floor(64 * (1 - math.acos(k / 4) / (math.pi / 2))) for k in range(4)],
@@ -419,7 +426,8 @@ def test_samplers_have_the_schedules_of_their_papers():
 
 
 def test_the_grids_of_a_hierarchy_draw_with_noise_of_their_own():
-    """Top and bottom begin with a code of as many values: of the same noise they would fall together."""
+    """Top and bottom begin with a code of as many values: of the same noise they would fall
+    together."""
     top, bottom = (
         Causal(CodeLayout(((1, 1),), (3,))),
         Causal(CodeLayout(((1, 2),), (3,)), num_given=3),

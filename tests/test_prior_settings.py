@@ -1,4 +1,5 @@
-"""What priors and samplers are where nothing is set, which values they take, and what they count."""
+"""What priors and samplers are where nothing is set, which values they take, and what they
+count."""
 
 from __future__ import annotations
 

@@ -147,7 +147,8 @@ def test_masked_bound_is_the_entropy_when_conditionals_are_exact():
 @LAYOUTS
 @pytest.mark.parametrize("order", ["raster", "random"])
 def test_codes_have_no_say_in_what_comes_before_them(order, layout):
-    """By gradients: a code's likelihood depends on the codes before it in the order, and on no other."""
+    """By gradients: a code's likelihood depends on the codes before it in the order, and on no
+    other."""
     prior, codes = make(order, layout), random_codes(layout, 1)
     uniform = torch.rand(1, layout.length + 2, generator=torch.Generator().manual_seed(8))
     positions = prior.training_order(uniform)

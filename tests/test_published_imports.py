@@ -1,4 +1,5 @@
-"""Published tokenizers as folders of this project: the same bits there and back, tokens, names, the page."""
+"""Published tokenizers as folders of this project: the same bits there and back, tokens, names, the
+page."""
 
 from __future__ import annotations
 
@@ -191,7 +192,8 @@ def test_simvq_is_open_magvit2s_network_with_a_moved_codebook(tmp_path):
 
 
 def test_configurations_tell_variants(tmp_path):
-    """SEED-Voken's VQModel has IBQ's names and module; with l2_normalize codes are searched by direction alone."""
+    """SEED-Voken's VQModel has IBQ's names and module; with l2_normalize codes are searched by
+    direction alone."""
     tensors = tiny_taming()
     save_file(tensors, tmp_path / "model.safetensors")
     book, images = tensors["quantize.embedding.weight"].double(), torch.rand(2, 3, 8, 8)

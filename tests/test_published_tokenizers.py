@@ -1,4 +1,5 @@
-"""Published tokenizers: equal to their authors' code, loaded from any file, written back to the same bits."""
+"""Published tokenizers: equal to their authors' code, loaded from any file, written back to the
+same bits."""
 
 from __future__ import annotations
 

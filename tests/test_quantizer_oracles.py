@@ -16,7 +16,8 @@ STEPS, CODES, DIM = 25, 64, 8
 
 
 def images(step, batch=16):
-    """Features (B, D, 4, 4) that drift and have a few modes, so that codes move and fall out of use."""
+    """Features (B, D, 4, 4) that drift and have a few modes, so that codes move and fall out of
+    use."""
     generator = torch.Generator().manual_seed(step)
     modes = 2 * torch.randn(10, DIM, generator=torch.Generator().manual_seed(99))
     rows = modes[torch.randint(10, (batch, 4, 4), generator=generator)] + 0.02 * step
@@ -80,7 +81,8 @@ def test_simvq(rotation):
     )
     theirs = reference.SimVQ(
         DIM, CODES, rotation_trick=rotation, input_to_quantize_commit_loss_weight=0.25, channel_first=True,
-        codebook_transform=torch.nn.Linear(DIM, DIM),  # as the authors have it; the library's own has no bias
+        # as the authors have it; the library's own has no bias
+        codebook_transform=torch.nn.Linear(DIM, DIM),
     ).train()  # fmt: skip
     theirs.frozen_codebook.copy_(ours.frozen)
     theirs.code_transform.load_state_dict(ours.transform.state_dict())

@@ -105,7 +105,8 @@ def same_state(one, other):
     return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in state(one).items())
 
 
-# What a kind is where nothing is set: the values of its source, or this project's own where there is none.
+# What a kind is where nothing is set: the values of its source, or this project's own where there
+# is none.
 COMMON = {
     "commitment": 0.25, "commitment_warmup_steps": 0, "entropy": 0.0, "entropy_temperature": 1.0, "rotation": False,
     "restart": "none", "restart_below": 0.1, "restart_until": 0,
@@ -470,7 +471,8 @@ def test_what_is_written_is_read_back(config):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """Call a function as two ranks do, in two threads that meet in each reduction: f(rank) -> [result, result]."""
+    """Call a function as two ranks do, in two threads that meet in each reduction: f(rank) ->
+    [result, result]."""
     meeting, slots, local = threading.Barrier(2, timeout=30), [None, None], threading.local()
 
     def sum_(tensor):
@@ -499,7 +501,8 @@ def two_ranks(monkeypatch):
 
 
 def check_ranks(config, two_ranks, steps=(0, 1)):
-    """Each rank with half of the batch: the same state as one process, and the mean of the gradients."""
+    """Each rank with half of the batch: the same state as one process, and the mean of the
+    gradients."""
     whole, *halves = (build(config).train() for _ in range(3))
     for step in steps:
         given = features(batch=8, seed=step, dim=whole.dim)
@@ -556,7 +559,8 @@ def test_levels_are_summed_over_ranks_at_once(monkeypatch, name, columns):
     assert asked == [CODES * (len(quantizer.levels) + columns)]
 
 
-# a GPU is not waited for: shapes that depend on data, and values that the host asks for, are errors below
+# a GPU is not waited for: shapes that depend on data, and values that the host asks for, are errors
+# below
 
 ON_A_GPU = {
     **{f"{name}-{restart}": dataclasses.replace(config, restart=restart, restart_below=0.5)
@@ -624,7 +628,8 @@ def test_a_step_waits_for_no_gpu(name):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("alone", [False, True])
 def test_features_that_are_not_finite_are_flagged_and_leave_no_trace(config, value, alone):
-    """Each of their levels, or the one that has them, gets -1; the others are what they would be."""
+    """Each of their levels, or the one that has them, gets -1; the others are what they would
+    be."""
     hurt, plain = build(config).train(), build(config).train()
     given = features(dim=hurt.dim)
     hale = plain.eval()(given)
@@ -911,7 +916,8 @@ def test_a_simvq_from_before_its_map_had_a_bias_means_what_it_meant():
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("num_codes", [8, 500])
 def test_the_gradient_of_chosen_codes_is_that_of_the_whole_codebook(num_codes, metric):
-    """More features than codes, and fewer; and the losses' gradients are those of two mean squared distances."""
+    """More features than codes, and fewer; and the losses' gradients are those of two mean squared
+    distances."""
     quantizer = (
         SimVQConfig(num_codes=num_codes, code_dim=DIM, metric=metric, commitment=0.3)
         .build()

@@ -1,6 +1,8 @@
-"""What comes of a run does not depend on how many processes, or micro-batches, share its global batch.
+"""What comes of a run does not depend on how many processes, or micro-batches, share its global
+batch.
 
-As a program it is what torchrun starts: one process group trains all toy runs, then encodes, samples and measures.
+As a program it is what torchrun starts: one process group trains all toy runs, then encodes,
+samples and measures.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def vqrae(folder: Path, frozen: bool) -> VQRAEConfig:
     )
 
 
-# Without the l1 term: its gradient is a sign, which the rounding of fp32 flips (in fp64 it changes nothing here).
+# Without the l1 term: its gradient is a sign, which the rounding of fp32 flips (in fp64 it changes
+# nothing here).
 ADVERSARY = ObjectiveConfig(
     distillation=0.5, adversarial=0.5, adversarial_start_step=4, adversarial_ramp_steps=8, adaptive_cap=10.0,
     discriminator_start_step=2, augment=0.7, lecam=0.1, discriminator=PatchConfig(channels=8, layers=1),
@@ -184,7 +187,8 @@ def configurations(folder: Path, world: str, dtype: torch.dtype) -> dict[str, An
 
 
 def train_all(folder: Path, world: str) -> None:
-    """Every toy run in both precisions; how far the ranks' states are apart after each, in spread.json."""
+    """Every toy run in both precisions; how far the ranks' states are apart after each, in
+    spread.json."""
     import priors.train
     import tokenizer.train
 
@@ -207,7 +211,8 @@ def train_all(folder: Path, world: str) -> None:
 
 
 def watched(seen: list[Turn]) -> Any:
-    """The training loop, which leaves its turns in `seen`, without pictures and held-out figures."""
+    """The training loop, which leaves its turns in `seen`, without pictures and held-out
+    figures."""
 
     def train(
         config: LoopConfig, run: Run, turns: list[Turn], *rest: Any, **more: Any
@@ -254,7 +259,8 @@ def in_precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 def run_pipeline(folder: Path, world: str) -> None:
-    """Tokens, samples and figures in this world's own pipeline; its networks are those that one process trained."""
+    """Tokens, samples and figures in this world's own pipeline; its networks are those that one
+    process trained."""
     from toy_pipeline import tiny_extractor
 
     from eval.in_domain import train_extractor
@@ -352,8 +358,9 @@ def prepare(folder: Path) -> Path:
     class Grey(torch.nn.Module):
         """Mean greys of 8x8 and of 4x4 blocks, in 7 and in 13 levels.
 
-        No number of tokens in a batch is a multiple of these, so that no code is met just as often as a fresh prior
-        expects: of a gradient that is 0 but for rounding AdamW would make a step of its full length.
+        No number of tokens in a batch is a multiple of these, so that no code is met just as often
+        as a fresh prior expects: of a gradient that is 0 but for rounding AdamW would make a step
+        of its full length.
         """
 
         layout = CodeLayout(grids=((2, 2), (4, 4)), num_codes=(7, 13))
@@ -386,7 +393,8 @@ def difference(one: Any, other: Any) -> float:
 def differences(folder: Path, world: str, run: str, dtype: torch.dtype) -> dict[str, float]:
     """By name, of all that a run's last checkpoint holds, to that of one process.
 
-    Without what the softmax takes no notice of, a bias that all keys have in common: its gradient is rounding alone.
+    Without what the softmax takes no notice of, a bias that all keys have in common: its gradient
+    is rounding alone.
     """
     states = [Run(where(folder, each, dtype) / run, None).latest() for each in ("one", world)]
     for state in states:
@@ -401,7 +409,8 @@ def differences(folder: Path, world: str, run: str, dtype: torch.dtype) -> dict[
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Every number of a report's records: figures, their intervals and details, and the arrays behind them."""
+    """Every number of a report's records: figures, their intervals and details, and the arrays
+    behind them."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.npz")):
         record = json.loads(path.with_suffix(".json").read_text())
@@ -429,7 +438,8 @@ OTHERS = [world for world in WORLDS if world != "one"]
 def test_every_world_trains_as_one_process_does(
     folder: Path, world: str, dtype: torch.dtype
 ) -> None:
-    """Networks, averaged networks, codebooks, their statistics and the optimizers, after 20 steps."""
+    """Networks, averaged networks, codebooks, their statistics and the optimizers, after 20
+    steps."""
     runs = configurations(folder, world, dtype)
     assert len(runs) == 21
     worst = {}

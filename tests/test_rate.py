@@ -196,7 +196,8 @@ def test_ways_of_jpeg_show_the_same_picture():
     files = CODECS["JPEG"].encode(picture, "JPEG", 30)
     shown = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
     assert all(np.array_equal(shown[0], other) for other in shown[1:])
-    # start, JFIF's segment, two tables of quantization, frame and end; and the Huffman tables that all know
+    # start, JFIF's segment, two tables of quantization, frame and end; and the Huffman tables that
+    # all know
     repeated = 2 + 18 + 2 * 69 + 19 + 2
     assert [len(file) - jpeg_bare(file) for file in files] == [
         repeated + 2 * (33 + 183),

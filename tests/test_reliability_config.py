@@ -1,7 +1,9 @@
-"""Mutated configurations through the commands themselves: accepted, or one line on stderr and exit code 2.
+"""Mutated configurations through the commands themselves: accepted, or one line on stderr and exit
+code 2.
 
-Catalogue row 15 (docs/reliability.md). Mutants of every configuration of the project go through the `main` of its
-command in this process: tokenizers with --dry-run, the others up to the first training step.
+Catalogue row 15 (docs/reliability.md). Mutants of every configuration of the project go through the
+`main` of its command in this process: tokenizers with --dry-run, the others up to the first
+training step.
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ class Answer:
 
 
 def mutate(path: Path, schema: type, generator: random.Random, place: Path) -> Mutant:
-    """Write place/mutant.yaml: the text damaged, or one of the resolved values changed; or a hostile override."""
+    """Write place/mutant.yaml: the text damaged, or one of the resolved values changed; or a
+    hostile override."""
     file, kind = (
         place / "mutant.yaml",
         generator.choice(["text", "text", "value", "value", "value", "override"]),
@@ -259,7 +262,8 @@ def answer(mutant: Mutant, capsys: pytest.CaptureFixture) -> Answer:
 
 
 def judge(count: int, seed: int, place: Path, capsys: pytest.CaptureFixture) -> Counter:
-    """Outcomes of `count` mutants. Fails with the first few that are neither accepted nor refused in one line."""
+    """Outcomes of `count` mutants. Fails with the first few that are neither accepted nor refused
+    in one line."""
     generator, outcomes, wrong = random.Random(seed), Counter(), []
     for _ in range(count):
         path, schema = generator.choice(CONFIGS)

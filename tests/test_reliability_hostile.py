@@ -1,6 +1,8 @@
-"""Files made to run code, or to lie about what they hold, through the commands that a user has: nothing is executed.
+"""Files made to run code, or to lie about what they hold, through the commands that a user has:
+nothing is executed.
 
-Catalogue rows 10, 16 and 17 (docs/reliability.md). A payload that were executed would make the folder `executed`.
+Catalogue rows 10, 16 and 17 (docs/reliability.md). A payload that were executed would make the
+folder `executed`.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Any:
-    """Run a command that must end with one line that says `says`, exit code 2, and nothing executed."""
+    """Run a command that must end with one line that says `says`, exit code 2, and nothing
+    executed."""
 
     def run(*words: object, says: str) -> str:
         capsys.readouterr()
@@ -500,7 +503,8 @@ def test_manifests_that_lie_are_refused(root, refused, change):
 
 
 def test_symbolic_links_in_a_token_cache(root, refused):
-    """To a file outside: it is neither read as codes, nor written to, nor replaced; a linked folder is written to."""
+    """To a file outside: it is neither read as codes, nor written to, nor replaced; a linked folder
+    is written to."""
     (root / "secret.npy").write_bytes(b"secret")
     path = root / "tokens" / "train-00000.codes.npy"
     path.unlink()

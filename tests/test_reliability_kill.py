@@ -1,7 +1,9 @@
-"""kill -9 at random instants of the commands that train and cache: running the same command again gives the same bits.
+"""kill -9 at random instants of the commands that train and cache: running the same command again
+gives the same bits.
 
-Catalogue rows 1 and 2 (docs/reliability.md). As a program this file does the killing: it imports everything once, and
-each attempt is a fork that is killed either after a random time or at a random touch of the files of its run.
+Catalogue rows 1 and 2 (docs/reliability.md). As a program this file does the killing: it imports
+everything once, and each attempt is a fork that is killed either after a random time or at a random
+touch of the files of its run.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ COMMANDS = {
 
 
 def torture(folder: Path, points: dict[str, int], seed: int) -> dict[str, object]:
-    """Make a pipeline undisturbed, then each of its stages again and again, killed; what came out otherwise."""
+    """Make a pipeline undisturbed, then each of its stages again and again, killed; what came out
+    otherwise."""
     import tiny
     import torch
     from test_cache import save_images
@@ -112,7 +115,8 @@ def torture(folder: Path, points: dict[str, int], seed: int) -> dict[str, object
 
 
 def prepare(root: Path, images: Path, straight: Path | None = None) -> None:
-    """A root with the configurations of all stages, and links to what `straight` has made for them."""
+    """A root with the configurations of all stages, and links to what `straight` has made for
+    them."""
     root.mkdir()
     (root / "tokenizer.yaml").write_text(
         f"root: {root}\n{NETWORKS.rstrip()[:-1]}, source: {images}}}\n"
@@ -162,7 +166,8 @@ def watched(
 
 
 def forked(work: Callable[[], int], seconds: float | None = None) -> int:
-    """Exit status of `work` in a child that is killed after `seconds`; minus the signal, if one ended it."""
+    """Exit status of `work` in a child that is killed after `seconds`; minus the signal, if one
+    ended it."""
     child = os.fork()
     if child == 0:
         code = 1

@@ -1,4 +1,5 @@
-"""What a run keeps and where it writes: randomness in checkpoints, memory and handles over time, nothing outside.
+"""What a run keeps and where it writes: randomness in checkpoints, memory and handles over time,
+nothing outside.
 
 Catalogue rows 1, 8, 9, 18, 19 and 20 (docs/reliability.md).
 """
@@ -57,7 +58,8 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-# row 1: every prior goes on to the same bits (tokenizers: test_tokenizer_train.py, at random: test_reliability_kill.py)
+# row 1: every prior goes on to the same bits (tokenizers: test_tokenizer_train.py, at random:
+# test_reliability_kill.py)
 
 
 class TwoGrids(nn.Module):
@@ -128,7 +130,8 @@ def test_every_prior_goes_on_to_the_same_bits(two_grids, kind):
 
 
 def soak(folder: Path, steps: int, workers: int = 0) -> tuple[float, dict[str, int]]:
-    """Train the toy GAN; (bytes of memory per 1,000 steps over the second half, surplus handles by kind)."""
+    """Train the toy GAN; (bytes of memory per 1,000 steps over the second half, surplus handles by
+    kind)."""
     Toy(ToyRun(loop=loop(steps=30, save_every=10, preview_every=10))).train(folder / "warm")
     gc.collect()
     before = (len(handles()), len(children()), threads())
@@ -200,7 +203,8 @@ def test_commands_again_and_again_do_not_grow(tmp_path):
 
 
 def test_randomness_is_in_the_seed_and_the_step(tmp_path):
-    """A checkpoint loads with weights_only=True and holds no generator's state, because a step needs none."""
+    """A checkpoint loads with weights_only=True and holds no generator's state, because a step
+    needs none."""
     Toy(ToyRun()).train(tmp_path / "run")
     state = Run(tmp_path / "run", None).latest()
     assert not [
@@ -222,7 +226,8 @@ def test_randomness_is_in_the_seed_and_the_step(tmp_path):
 
 
 def test_generator_states_load_as_tensors(tmp_path):
-    """What a checkpoint may hold of randomness, should a step ever need it: torch's states, not numpy's legacy one."""
+    """What a checkpoint may hold of randomness, should a step ever need it: torch's states, not
+    numpy's legacy one."""
     states = {
         "torch": torch.get_rng_state(),
         "generator": torch.Generator().manual_seed(3).get_state(),
@@ -279,7 +284,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys, 
 
 
 def test_any_damage_to_a_checkpoint_is_found(tmp_path, capsys):
-    """Bytes changed, cut off, put on, or whole files away, anywhere: the checkpoint before is taken."""
+    """Bytes changed, cut off, put on, or whole files away, anywhere: the checkpoint before is
+    taken."""
     Toy(ToyRun()).train(tmp_path / "run")
     run, generator = Run(tmp_path / "run", None), random.Random(0)
     newest = run.checkpoints / "step-00000009"
@@ -309,7 +315,8 @@ def test_any_damage_to_a_checkpoint_is_found(tmp_path, capsys):
 
 
 def same_claim(data: bytes, whole: bytes) -> bool:
-    """Whether a damaged manifest still says the same of the files: white space, or the step that it repeats."""
+    """Whether a damaged manifest still says the same of the files: white space, or the step that it
+    repeats."""
     try:
         return json.loads(data)["files"] == json.loads(whole)["files"]
     except ValueError:
@@ -347,7 +354,8 @@ finally:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [*COMMANDS, "generate.sample"])
 def test_offline_from_a_read_only_folder(tmp_path, module):
-    """Writes go to the run's folder alone, with a working directory, a home and caches that take none."""
+    """Writes go to the run's folder alone, with a working directory, a home and caches that take
+    none."""
     save_images(tmp_path / "images")
     prepare(tmp_path / "runs", tmp_path / "images")
     for earlier, words in COMMANDS.items():

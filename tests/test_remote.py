@@ -1,4 +1,5 @@
-"""A Hub that takes connections and never answers: bounded waits, each said, and one line at the end."""
+"""A Hub that takes connections and never answers: bounded waits, each said, and one line at the
+end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""samples.json that is damaged, cut short, or lacks what a comparison needs: one line that names it, and a remedy that
-works."""
+"""samples.json that is damaged, cut short, or lacks what a comparison needs: one line that names
+it, and a remedy that works."""
 
 from __future__ import annotations
 

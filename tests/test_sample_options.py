@@ -1,4 +1,5 @@
-"""Sampling options: their ranges, written down here a second time, and temperature 0, which is greedy."""
+"""Sampling options: their ranges, written down here a second time, and temperature 0, which is
+greedy."""
 
 from __future__ import annotations
 

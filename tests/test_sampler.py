@@ -37,7 +37,8 @@ def steps(dataset, batch_size, seed=0, start=0, count=4, **options):
 
 
 def global_batches(monkeypatch, world, accumulate, batch_size=12, start=0, count=4, workers=0):
-    """Keys (count, batch_size, 2) put together from every rank's micro-batches by their positions."""
+    """Keys (count, batch_size, 2) put together from every rank's micro-batches by their
+    positions."""
     whole = torch.full((count, batch_size, 2), -1)
     monkeypatch.setattr(distributed, "world", lambda: world)
     for rank in range(world):
@@ -93,7 +94,8 @@ def test_ranks_take_contiguous_shares(monkeypatch):
 @pytest.mark.parametrize("workers", range(4))
 @pytest.mark.parametrize("world", [1, 2])
 def test_resuming_gives_what_a_straight_run_gives(monkeypatch, world, workers):
-    """From the middle of an epoch, whatever the processes before: each item once per epoch, in the same places."""
+    """From the middle of an epoch, whatever the processes before: each item once per epoch, in the
+    same places."""
     straight = global_batches(monkeypatch, 1, 1, count=9)
     resumed = global_batches(monkeypatch, world, 1, start=5, count=4, workers=workers)
     assert torch.equal(resumed, straight[5:])
@@ -174,7 +176,8 @@ def test_readers_leave_nothing_behind():
 
 
 def test_readers_leave_stopping_to_the_loop():
-    """A launcher ends all processes of a job at once; the step in hand is still finished and saved."""
+    """A launcher ends all processes of a job at once; the step in hand is still finished and
+    saved."""
     stream = feed(SlowKeys(17), 4, 0, workers=2)(0)
     first = next(stream)
     for process in readers():

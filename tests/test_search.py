@@ -1,4 +1,5 @@
-"""The nearest-neighbour search is a float64 search, whatever product, chunk, thread or autocast it runs under."""
+"""The nearest-neighbour search is a float64 search, whatever product, chunk, thread or autocast it
+runs under."""
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def product(request, monkeypatch):
 
 
 def oracle(rows, book, offsets=None):
-    """The first of the least float64 distances, and by how much the next is longer, squared and halved."""
+    """The first of the least float64 distances, and by how much the next is longer, squared and
+    halved."""
     if offsets is None:
         scores = torch.cat([(z.double() - book.double()).square().sum(1)[None] / 2 for z in rows])
     else:
@@ -211,7 +213,8 @@ def test_threads_autocast_and_reduced_precision_elsewhere_do_not_reach_it(produc
 
 
 def test_what_a_coarse_product_reports_bounds_its_error():
-    """And the bound of fp32, on unkind rows: outliers in a channel, codes of very unequal lengths."""
+    """And the bound of fp32, on unkind rows: outliers in a channel, codes of very unequal
+    lengths."""
     rows = torch.randn(200, 300) * torch.logspace(0, 2, 300)
     codebook = torch.randn(250, 300) * torch.logspace(-2, 2, 250)[:, None]
     book = search.Book.of(codebook, None)
@@ -228,7 +231,8 @@ def test_what_a_coarse_product_reports_bounds_its_error():
 
 
 def test_low_precision_leaves_few_rows_to_a_second_search(monkeypatch):
-    """Random features of the width of a ViT, the hardest there are: the short lists hold nearly all winners."""
+    """Random features of the width of a ViT, the hardest there are: the short lists hold nearly all
+    winners."""
     searched = []
     whole = search._search
     monkeypatch.setattr(

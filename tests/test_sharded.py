@@ -1,4 +1,5 @@
-"""Sharded (FSDP2), compiled and checkpointed training is plain training: the same weights, files and figures."""
+"""Sharded (FSDP2), compiled and checkpointed training is plain training: the same weights, files
+and figures."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """As transformers are built: a stem, blocks of which the first is frozen, a head; and a buffer that follows."""
+    """As transformers are built: a stem, blocks of which the first is frozen, a head; and a buffer
+    that follows."""
 
     def __init__(self, gradient_checkpointing: bool) -> None:
         super().__init__()
@@ -282,7 +284,8 @@ def test_how_a_step_is_computed_may_change():
 
 
 def test_blocks_hold_nothing_but_parameters():
-    """What anything but the optimizer changes is no block: codebooks with their statistics, scalars, bare layers."""
+    """What anything but the optimizer changes is no block: codebooks with their statistics,
+    scalars, bare layers."""
     network = Network(False)
     assert blocks_of(network) == list(network.blocks)
     counting, scalar = Block(), Block()

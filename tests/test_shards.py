@@ -287,7 +287,8 @@ def names(whole):
 
 
 def killed_at(touch):
-    """Let this process be killed as it is about to rename its file of this number, or the one after."""
+    """Let this process be killed as it is about to rename its file of this number, or the one
+    after."""
     count, rename, replace = [0], os.rename, os.replace
 
     def counting(function):
@@ -472,7 +473,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
-    """Peak resident memory of a fresh process that draws them and reads them as the evaluation does.
+    """Peak resident memory of a fresh process that draws them and reads them as the evaluation
+    does.
 
     20,000 images of 32 px are 59 MiB, and were held thrice.
     """

@@ -1,4 +1,5 @@
-"""Sharing: what comes back is the same to the last bit, nothing tells of the maker's machine, damage is one line."""
+"""Sharing: what comes back is the same to the last bit, nothing tells of the maker's machine,
+damage is one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The search of devices without the fused kernel is a float64 search: on the CPU, and on a pretended GPU."""
+"""The search of devices without the fused kernel is a float64 search: on the CPU, and on a
+pretended GPU."""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ def test_a_processor_that_flushes_small_numbers_to_zero():
 
 
 def test_little_is_left_to_float64():
-    """Random features are the hardest there are; a float64 search makes three times as many numbers as scores."""
+    """Random features are the hardest there are; a float64 search makes three times as many numbers
+    as scores."""
     features, codebook = torch.randn(256, 64), torch.randn(4096, 64)
     with Float64() as whole:
         search.in_float64(features, codebook, None)

@@ -1,4 +1,5 @@
-"""Runs survive: preemption in every phase, a killed rank, values that are not finite on one rank, failing saves."""
+"""Runs survive: preemption in every phase, a killed rank, values that are not finite on one rank,
+failing saves."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def stop_me(number: int = signal.SIGTERM) -> None:
 
 
 def ending(function: Callable[[], object]) -> tuple[int, str]:
-    """Exit code and message of what ends by a request; its traceback, which would keep the run's lock, is let go."""
+    """Exit code and message of what ends by a request; its traceback, which would keep the run's
+    lock, is let go."""
     try:
         function()
     except Interrupted as interrupted:
@@ -146,7 +148,8 @@ def test_nothing_that_passes_over_errors_passes_over_a_request():
 
 
 def test_a_request_is_heard_once():
-    """A launcher and its scheduler may both send SIGTERM: the second must not break into the cleaning up."""
+    """A launcher and its scheduler may both send SIGTERM: the second must not break into the
+    cleaning up."""
     cleaned = []
     with listening(signal.SIGTERM, at_once=True), pytest.raises(Interrupted):
         try:
@@ -158,7 +161,8 @@ def test_a_request_is_heard_once():
 
 
 def test_processes_that_were_forked_end_by_the_signal():
-    """Not by what it raises here, which would clean up their parent's things; in a loop only after a while."""
+    """Not by what it raises here, which would clean up their parent's things; in a loop only after
+    a while."""
     ended, going_on = [], []
     for at_once, seen in ((True, ended), (False, going_on)):
         with listening(signal.SIGTERM, at_once=at_once):
@@ -282,7 +286,8 @@ class Coder(nn.Module):
 
 
 def broken(loss: Callable, kind: str, steps: set[int], rank: int) -> Callable:
-    """A turn's loss that one rank finds not finite at some steps: by its data, its value or its gradient."""
+    """A turn's loss that one rank finds not finite at some steps: by its data, its value or its
+    gradient."""
 
     def broken_loss(batch: Batch, step: int) -> Loss:
         if step not in steps or distributed.rank() != rank:
@@ -362,7 +367,8 @@ CASES = [
 
 
 def on_two_ranks(folder: Path) -> None:
-    """What each rank does; rank 0 is killed in the middle of its last run, and all are started again."""
+    """What each rank does; rank 0 is killed in the middle of its last run, and all are started
+    again."""
     torch.set_num_threads(1)
     distributed.start()
     rank = distributed.rank()
@@ -427,7 +433,8 @@ def test_what_one_rank_finds_not_finite_moves_nothing_on_any(two_ranks, kind, tu
         "3 steps in a row" in first["error"]
         and "step-00000008 is kept; lower optimizer.lr" in first["error"]
     )
-    # `keep` is 1: at step 6 the last good one took the place of all before, and stays during the bad ones
+    # `keep` is 1: at step 6 the last good one took the place of all before, and stays during the
+    # bad ones
     assert first["kept"] == ["step-00000006", "step-00000008"]
 
 
@@ -490,7 +497,8 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("of", ["module", "average", "optimizer"])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, of):
-    """As after a step of the optimizer that was too large: nothing bad takes the place of the last good checkpoint."""
+    """As after a step of the optimizer that was too large: nothing bad takes the place of the last
+    good checkpoint."""
     module = nn.Linear(4, 1)
 
     def spoil(step: int, taken: bool) -> None:
@@ -548,7 +556,8 @@ def test_the_log_says_how_long_training_waits(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_the_share_of_the_batch_may_change_between_starts(tmp_path, accumulate):
-    """As on another number of processes, which test_sharded.py does: the same global batches, the same figures."""
+    """As on another number of processes, which test_sharded.py does: the same global batches, the
+    same figures."""
     config = ToyRun(dropout=0.0, loop=loop(accumulate=2))
     ending(lambda: train_toy(tmp_path / "run", config, measure=lambda averaged: stop_me()))
     train_toy(tmp_path / "run", ToyRun(dropout=0.0, loop=loop(accumulate=accumulate)))

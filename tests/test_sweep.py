@@ -1,4 +1,5 @@
-"""Sweeps: every combination once, figures that belong to their samples, and the front of quality and seconds."""
+"""Sweeps: every combination once, figures that belong to their samples, and the front of quality
+and seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""WebDataset shards: places by an index that agrees with tarfile, exact order, and nothing that a tar could set off."""
+"""WebDataset shards: places by an index that agrees with tarfile, exact order, and nothing that a
+tar could set off."""
 
 from __future__ import annotations
 
@@ -148,7 +149,8 @@ def test_order_is_that_of_the_shards(tmp_path, extension):
 
 
 def test_shards_give_what_a_folder_gives(tmp_path):
-    """The same batches, whether decoded once or as they are read, and after a change of how they are kept."""
+    """The same batches, whether decoded once or as they are read, and after a change of how they
+    are kept."""
     root = shards(tmp_path / "set")
     eager = open_split(config_of(root, augment="flip_shift"), "train", augment=True, seed=4)
     lazy = open_split(

@@ -1,4 +1,5 @@
-"""Training from images to a tokenizer: pretraining, stage 1, stage 2, and going on where a run stopped."""
+"""Training from images to a tokenizer: pretraining, stage 1, stage 2, and going on where a run
+stopped."""
 
 from __future__ import annotations
 

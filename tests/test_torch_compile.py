@@ -1,7 +1,8 @@
-"""loop.compile: every tokenizer and prior trains as it does uncompiled, with all its turns, in few graphs.
+"""loop.compile: every tokenizer and prior trains as it does uncompiled, with all its turns, in few
+graphs.
 
-Through `aot_eager`, which traces forward and backward passes as for a GPU and takes seconds where inductor takes
-minutes.
+Through `aot_eager`, which traces forward and backward passes as for a GPU and takes seconds where
+inductor takes minutes.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def conv(**quantizer):
 @pytest.mark.timeout(1800)  # of the second
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_an_adversary_with_adaptive_weight(tmp_path, monkeypatch, backend):
-    """Gradients of two losses at the last layer, through a compiled decoder, before the step's own."""
+    """Gradients of two losses at the last layer, through a compiled decoder, before the step's
+    own."""
     compile_with(monkeypatch, backend)
     model = conv(kind="vector", num_codes=20, code_dim=8)
     plain, compiled = (

@@ -1,4 +1,5 @@
-"""Every Triton kernel, compiled for GPUs that are not there, as it would be launched: it fits, and does not spill.
+"""Every Triton kernel, compiled for GPUs that are not there, as it would be launched: it fits, and
+does not spill.
 
 Triton's own compiler and NVIDIA's assembler come with it, and ask for no GPU.
 """
@@ -74,7 +75,8 @@ class Pointer:
 
 @contextlib.contextmanager
 def compiling_for(capability: int, *only: tuple[str, str | None]) -> Iterator[list[Compiled]]:
-    """Inside, what is launched on fake tensors is compiled, each kernel once; `only` these, by name and precision."""
+    """Inside, what is launched on fake tensors is compiled, each kernel once; `only` these, by name
+    and precision."""
     target, found, seen, run = TARGETS[capability], [], set(), triton.runtime.JITFunction.run
 
     def launch(kernel, *args, grid, warmup, **kwargs):
@@ -173,7 +175,8 @@ def test_these_are_all_kernels():
 
 @pytest.mark.parametrize("capability", [100])
 def test_the_short_list_on_tensor_cores(capability):
-    """Of the target with the least room for it; the slow tests compile all kernels for all targets."""
+    """Of the target with the least room for it; the slow tests compile all kernels for all
+    targets."""
     with compiling_for(capability, ("_shortlist", "fp16")) as found:
         search(*SEARCHES["wide"])
     assert len(found) == 1

@@ -1,4 +1,5 @@
-"""The host is ahead of a GPU, a pretended one: no steady step waits for it, and what is not finite is undone there."""
+"""The host is ahead of a GPU, a pretended one: no steady step waits for it, and what is not finite
+is undone there."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ STEADY = 2  # a step with all turns in it, that neither logs nor saves
 
 @pytest.fixture(autouse=True)
 def a_kernel_for_random_numbers(monkeypatch):
-    """As CUDA has one: torch's integer operations are tested elsewhere, and take half of a step here."""
+    """As CUDA has one: torch's integer operations are tested elsewhere, and take half of a step
+    here."""
 
     def words(ids, seed, stream, count, first=None):
         return Pretended(
@@ -236,7 +238,8 @@ DEAR = ("frozen codes", "a temperature")
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEAR)) for name in MODELS]
 )
 def test_a_step_that_is_not_finite_leaves_no_trace(name, tmp_path):
-    """To the bit: codebooks that follow averages and are restarted, schedules, LeCAM's anchors, both averages."""
+    """To the bit: codebooks that follow averages and are restarted, schedules, LeCAM's anchors,
+    both averages."""
 
     def made(*spoilt: Turn):
         adversary = ADVERSARY if "averaged" in name else {}

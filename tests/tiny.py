@@ -1,4 +1,5 @@
-"""Tiny models of every family (in the format their publishers save) and kind; commands run in this process."""
+"""Tiny models of every family (in the format their publishers save) and kind; commands run in this
+process."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ PROCESSORS = {
 
 
 def save_encoder(folder, model_type="vit_mae", seed=0, **overrides):
-    """Write a random model with its preprocessor to `folder` (16 px, 4 x 4 patches of 4 px, 16 channels); its path."""
+    """Write a random model with its preprocessor to `folder` (16 px, 4 x 4 patches of 4 px, 16
+    channels); its path."""
     import transformers
 
     model_class, fields = MODELS[model_type]
@@ -103,7 +105,8 @@ def save_encoder(folder, model_type="vit_mae", seed=0, **overrides):
 
 @torch.no_grad()
 def shake(model):
-    """Move what starts at zero or one (positions, class tokens, norms), so that leaving it out shows."""
+    """Move what starts at zero or one (positions, class tokens, norms), so that leaving it out
+    shows."""
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(parameter)
 

@@ -1,4 +1,5 @@
-"""A toy GAN in a few milliseconds per step, in fp64: two turns, dropout, a frozen layer, buffers of both kinds.
+"""A toy GAN in a few milliseconds per step, in fp64: two turns, dropout, a frozen layer, buffers of
+both kinds.
 
 As a program it is what test_loop.py kills and what test_distributed.py puts under torchrun.
 """
@@ -143,7 +144,8 @@ def log_lines(folder: Path) -> list[dict[str, float]]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of all that a finished run must reproduce: state to the last bit, log, published weights."""
+    """Hash of all that a finished run must reproduce: state to the last bit, log, published
+    weights."""
     found = hashlib.sha256((folder / "weights" / "model.safetensors").read_bytes())
     state = Run(folder, None).latest()
     assert state is not None
@@ -156,7 +158,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def kill_everywhere(folder: Path, stride: int) -> None:
-    """Kill -9 a run at every `stride`-th touch of its files, resume it, and print those that came out otherwise."""
+    """Kill -9 a run at every `stride`-th touch of its files, resume it, and print those that came
+    out otherwise."""
     import safetensors.torch  # noqa: F401  slow imports of a run, once for all forks
     import torch._dynamo  # noqa: F401
     from tensorboard.compat.proto import event_pb2  # noqa: F401
@@ -260,7 +263,8 @@ def drawn_samples() -> dict[str, Any] | None:
 
 
 def kept_when_others_go_on(folder: Path) -> bool:
-    """Whether a record is there on every rank once it was kept: what is measured next looks for it."""
+    """Whether a record is there on every rank once it was kept: what is measured next looks for
+    it."""
     from eval.pipeline import Pipeline
 
     def save(report_folder: Path) -> None:
@@ -272,7 +276,8 @@ def kept_when_others_go_on(folder: Path) -> bool:
 
 
 def stop_at(folder: Path, step: int, number: int) -> str:
-    """Train until this process gets a signal in the middle of `step`; the message that it stopped with."""
+    """Train until this process gets a signal in the middle of `step`; the message that it stopped
+    with."""
     toy = Toy(ToyRun())
     move = toy.turns[0].loss
 

@@ -1,4 +1,5 @@
-"""A finished pipeline in a second or two: grey blocks as tokens, blurred digits as samples, a hasty extractor."""
+"""A finished pipeline in a second or two: grey blocks as tokens, blurred digits as samples, a hasty
+extractor."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class BlockTokenizer(nn.Module):
 
 
 def make_pipeline(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root with tokens of BlockTokenizer, blurred digits as samples, and an extractor of a few steps."""
+    """A root with tokens of BlockTokenizer, blurred digits as samples, and an extractor of a few
+    steps."""
     from tokenizer import encode
     from tokenizer.data.sources import open_split
     from tokenizer.run import TokenizerRun

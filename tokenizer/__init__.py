@@ -1,7 +1,7 @@
 """Images to discrete codes and back.
 
-`tokenizer.load(run_folder)` gives a trained tokenizer, `tokenizer.from_pretrained(name_or_folder)` a shared one, and
-`tokenizer.VQRAE` is the class behind the interface of RAE.
+`tokenizer.load(run_folder)` gives a trained tokenizer, `tokenizer.from_pretrained(name_or_folder)`
+a shared one, and `tokenizer.VQRAE` is the class behind the interface of RAE.
 """
 
 from typing import Any

@@ -1,7 +1,9 @@
-"""A discrete autoencoder: encoder, latent normalisation, quantizer between two projections, decoder.
+"""A discrete autoencoder: encoder, latent normalisation, quantizer between two projections,
+decoder.
 
-With convolutions it is VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937), with an adversary and LPIPS VQGAN
-(Esser et al. 2021, arXiv:2012.09841); vqrae.py puts a pretrained encoder and a ViT decoder in their places.
+With convolutions it is VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937), with an adversary and
+LPIPS VQGAN (Esser et al. 2021, arXiv:2012.09841); vqrae.py puts a pretrained encoder and a ViT
+decoder in their places.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class VQVAEConfig:
     def build(
         self, image_size: int, saved: Path | None = None, weights: bool = True
     ) -> Autoencoder:
-        """The autoencoder for square images; without pretrained weights where `saved` holds its own, or on request.
+        """The autoencoder for square images; without pretrained weights where `saved` holds its
+        own, or on request.
 
         Raises ValueError when the image does not divide into whole patches.
         """
@@ -48,7 +51,8 @@ class VQVAEConfig:
 
 
 def check_decoder_weights(model: Any) -> None:
-    """Raise ValueError where published weights of a decoder would be ignored, or meet features of another kind."""
+    """Raise ValueError where published weights of a decoder would be ignored, or meet features of
+    another kind."""
     if not getattr(model.decoder, "weights", None):
         return
     if model.kind == "vqvae2" or model.encoder.kind != "foundation":
@@ -79,7 +83,8 @@ def build_parts(
 
 
 def _decoder_channels(config: Any, channels: int) -> int:
-    """What the decoder is given: features' channels, or where no projection follows, those of codes' vectors."""
+    """What the decoder is given: features' channels, or where no projection follows, those of
+    codes' vectors."""
     quantizer = config.quantizer
     projects = (
         getattr(config, "projections", False)
@@ -89,7 +94,8 @@ def _decoder_channels(config: Any, channels: int) -> int:
 
 
 def grid_for(encoder: nn.Module, image_size: int) -> tuple[int, int]:
-    """Codes per side of square images; an encoder whose codes have no grid says so itself (`grid_of`)."""
+    """Codes per side of square images; an encoder whose codes have no grid says so itself
+    (`grid_of`)."""
     if hasattr(encoder, "grid_of"):
         return encoder.grid_of(image_size, image_size)
     return grid_of(image_size, encoder.stride)
@@ -117,7 +123,8 @@ class Reconstruction:
 
 
 class Autoencoder(nn.Module):
-    """images (B, 3, H, W) in [-1, 1] <-> codes (B, N) int64. Other sizes than the one trained on are taken, too."""
+    """images (B, 3, H, W) in [-1, 1] <-> codes (B, N) int64. Other sizes than the one trained on
+    are taken, too."""
 
     def __init__(
         self,
@@ -131,7 +138,8 @@ class Autoencoder(nn.Module):
         noise_tau: float = 0.0,
         projections: bool = False,
     ) -> None:
-        """`normalise` features before the quantizer and, with `denormalise`, undo it before the decoder.
+        """`normalise` features before the quantizer and, with `denormalise`, undo it before the
+        decoder.
 
         `projections` stand on both sides of the quantizer even where widths agree.
         `noise_tau`: largest standard deviation of the noise that training adds to features.
@@ -156,9 +164,11 @@ class Autoencoder(nn.Module):
     def forward(
         self, images: Tensor, noise: Tensor | None = None, features: Tensor | None = None
     ) -> Reconstruction:
-        """`noise` (B, C, h, w) is added to the features, in training of decoders that must bear it (RAE, section 4).
+        """`noise` (B, C, h, w) is added to the features, in training of decoders that must bear it
+        (RAE, section 4).
 
-        `features` (B, C, h, w) are what a frozen encoder made of the images, where that is known: it does not run.
+        `features` (B, C, h, w) are what a frozen encoder made of the images, where that is known:
+        it does not run.
         """
         features = self.encoder(images) if features is None else features.float()
         latents, quantized = self.quantize(features if noise is None else features + noise)
@@ -175,7 +185,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor:
-        """(B, N) int64 -> (B, 3, H, W). Raises ValueError for codes that this tokenizer cannot have made.
+        """(B, N) int64 -> (B, 3, H, W). Raises ValueError for codes that this tokenizer cannot have
+        made.
 
         `layout` (of `layout_of`) is needed where the images are not of the size trained on.
         """
@@ -194,7 +205,8 @@ class Autoencoder(nn.Module):
         self.quantizer.update(step, taken)
 
     def set_stage(self, stage: int) -> None:
-        """1: the encoder is frozen; 2: it learns. Raises ValueError for others, or an encoder without stages."""
+        """1: the encoder is frozen; 2: it learns. Raises ValueError for others, or an encoder
+        without stages."""
         if stage not in (1, 2):
             raise ValueError(
                 f"stage {stage!r} is neither 1 (the encoder is frozen) nor 2 (it learns)"
@@ -212,7 +224,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: list[Tensor], seed: int) -> None:
-        """Measure latent statistics and start the codebook from data: `batches` of (B, 3, H, W) images, anywhere."""
+        """Measure latent statistics and start the codebook from data: `batches` of (B, 3, H, W)
+        images, anywhere."""
         if not self.starts_from_data:
             return
         self.eval()
@@ -235,7 +248,8 @@ class Autoencoder(nn.Module):
         self.quantizer.initialise(rows, seed, project, images=of_image)
 
     def quantize(self, features: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        """The encoder's features (B, C, h, w) -> what the quantizer is given, and what it makes of that.
+        """The encoder's features (B, C, h, w) -> what the quantizer is given, and what it makes of
+        that.
 
         In fp32 whatever the autocast, so that it chooses no other codes for the same features.
         """
@@ -251,7 +265,8 @@ class Autoencoder(nn.Module):
             return latents, self.quantizer(latents)
 
     def to_images(self, features: Tensor) -> Tensor:
-        """Features as the quantizer leaves them, (B, C, h, w) and normalised where `normalise` is set -> images."""
+        """Features as the quantizer leaves them, (B, C, h, w) and normalised where `normalise` is
+        set -> images."""
         return self.decoder(self.normaliser.inverse(features) if self.denormalise else features)
 
     def from_vectors(self, vectors: Tensor) -> Tensor:
@@ -263,7 +278,8 @@ class Autoencoder(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A linear map of channels, (B, in, h, w) -> (B, out, h, w), that keeps lengths at the start where it can."""
+    """A linear map of channels, (B, in, h, w) -> (B, out, h, w), that keeps lengths at the start
+    where it can."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -279,10 +295,11 @@ class Projection(nn.Linear):
 
 
 class LatentNormaliser(nn.Module):
-    """(z - mean) / sqrt(var + eps), with the mean measured per channel and position and the variance per channel.
+    """(z - mean) / sqrt(var + eps), with the mean measured per channel and position and the
+    variance per channel.
 
-    Features of a pretrained ViT share large components that say only where a patch is; a codebook that has to
-    spend its codes on them collapses.
+    Features of a pretrained ViT share large components that say only where a patch is; a codebook
+    that has to spend its codes on them collapses.
     """
 
     def __init__(self, channels: int, grid: tuple[int, int], eps: float = 1e-5) -> None:
@@ -325,7 +342,8 @@ class LatentNormaliser(nn.Module):
 
 
 class _Moments:
-    """Features of training images, batch by batch: their mean per channel and position, their variance per channel."""
+    """Features of training images, batch by batch: their mean per channel and position, their
+    variance per channel."""
 
     def __init__(self) -> None:
         self.count, self.sums, self.squares = 0, 0.0, 0.0

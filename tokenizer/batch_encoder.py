@@ -1,4 +1,5 @@
-"""A tokenizer's codes of batches of images in a precision, and how many of them fp32 would make others."""
+"""A tokenizer's codes of batches of images in a precision, and how many of them fp32 would make
+others."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class BatchEncoder:
 
 
 def compare_with_fp32(encode: BatchEncoder, images: Images, title: str) -> dict[str, float]:
-    """The share of codes that fp32 would make others, over CHECKED images that lie evenly in a split; says it.
+    """The share of codes that fp32 would make others, over CHECKED images that lie evenly in a
+    split; says it.
 
     Raises UserError where numbers overflow that fp32 can hold.
     """

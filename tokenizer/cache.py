@@ -1,4 +1,5 @@
-"""The token cache: codes of whole data sets as plain .npy files, tied by hash to the tokenizer that made them.
+"""The token cache: codes of whole data sets as plain .npy files, tied by hash to the tokenizer that
+made them.
 
     manifest.json
     train-00000.codes.npy    (n, views, N) uint16, or uint32 when a codebook is larger than 65536
@@ -6,7 +7,8 @@
     train-00000.ids.npy      (n,) int64, the images' places in their source
     held_out-00000.…
 
-Little endian. View 0 is the plain image, the others are augmented. Every shard but the last of a split holds
+Little endian. View 0 is the plain image, the others are augmented. Every shard but the last of a
+split holds
 the same number of images. In numpy:  codes = np.load("train-00000.codes.npy", mmap_mode="r")
 """
 
@@ -60,7 +62,8 @@ class Shards:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Rows by an integer, a slice, a list or a mask; a tuple indexes further axes. All as numpy does."""
+        """Rows by an integer, a slice, a list or a mask; a tuple indexes further axes. All as numpy
+        does."""
         rows, *rest = key if isinstance(key, tuple) else (key,)
         places = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         if places.dtype == bool:
@@ -117,7 +120,8 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenCache:
-        """Raises UserError when there is no finished cache, or a file is missing or not as the manifest says."""
+        """Raises UserError when there is no finished cache, or a file is missing or not as the
+        manifest says."""
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest is None:
@@ -163,7 +167,8 @@ class TokenCache:
             )
 
     def verify(self) -> None:
-        """Compare every file's SHA-256 and every code's range. Raises UserError naming the first that differs."""
+        """Compare every file's SHA-256 and every code's range. Raises UserError naming the first
+        that differs."""
         for split in SPLITS:
             for shard in self.manifest["splits"][split]["shards"]:
                 for name, entry in shard["files"].items():
@@ -218,7 +223,8 @@ REMAKE = "run `make tokens` again"
 
 
 def precision_of(manifest: dict[str, Any]) -> str:
-    """What the encoder's products were computed in; earlier versions computed in fp32 and did not say so."""
+    """What the encoder's products were computed in; earlier versions computed in fp32 and did not
+    say so."""
     return manifest.get("precision", "fp32")
 
 
@@ -237,7 +243,8 @@ def other_images(manifest: dict[str, Any], split: str, inventory: Inventory) -> 
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished cache, or None. Raises UserError when it is damaged or of another format."""
+    """The manifest of a finished cache, or None. Raises UserError when it is damaged or of another
+    format."""
     path = folder / "manifest.json"
     if not path.is_file():
         return None
@@ -256,7 +263,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(manifest: dict[str, Any]) -> None:
-    """Raise ValueError, KeyError, TypeError or AttributeError unless a manifest has the form that `encode` writes."""
+    """Raise ValueError, KeyError, TypeError or AttributeError unless a manifest has the form that
+    `encode` writes."""
     CodeLayout(**manifest["layout"])
     for value, kind in ((names := manifest["class_names"], list), *((name, str) for name in names)):
         if not isinstance(value, kind):

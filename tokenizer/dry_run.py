@@ -1,7 +1,9 @@
-"""What a tokenizer's run would take, without weights, data or memory for it: everything is on the meta device.
+"""What a tokenizer's run would take, without weights, data or memory for it: everything is on the
+meta device.
 
-The losses are the objective's own, traced as training/estimate.py says; docs/scaling.md has the method, and a
-measurement beside it. An encoder that another run of configs/ trains is built as that run would build it.
+The losses are the objective's own, traced as training/estimate.py says; docs/scaling.md has the
+method, and a measurement beside it. An encoder that another run of configs/ trains is built as that
+run would build it.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ def dry_run(config: TokenizerRun) -> str:
 
 
 def plan(config: TokenizerRun) -> Plan:
-    """Reads small files at most and leaves none. Raises UserError for what could not be trained either."""
+    """Reads small files at most and leaves none. Raises UserError for what could not be trained
+    either."""
     distributed.samples_each(config.loop.batch_size, config.loop.accumulate)
     with _encoders_at_hand(config) as (usable, saved):
         networks = _Networks(usable, saved)
@@ -329,7 +332,8 @@ def _perceptual(net: str) -> Perceptual:
 
 @contextlib.contextmanager
 def _encoders_at_hand(config: TokenizerRun) -> Iterator[tuple[TokenizerRun, Path | None]]:
-    """The configuration, with an encoder that can be built now, and the folder of an earlier stage's architecture."""
+    """The configuration, with an encoder that can be built now, and the folder of an earlier
+    stage's architecture."""
     saved = Path(config.start_from) / "weights" if config.start_from else None
     encoder = config.model.encoder
     if saved is not None and (saved / "encoder").is_dir():
@@ -361,7 +365,8 @@ def _part(name: str, module: nn.Module) -> Part:
 
 
 def num_training_images(data: DataConfig) -> tuple[int | None, int | None]:
-    """How many images and classes there are, where they are in this machine's folders; none is decoded."""
+    """How many images and classes there are, where they are in this machine's folders; none is
+    decoded."""
     if not _here(data.source):
         return None, None
     listing = open_listing(data.source, 0, data.choice)

@@ -1,7 +1,9 @@
-"""Encode a data set to a token cache: python -m tokenizer.encode CONFIG.yaml [key=value ...] [--fresh]
+"""Encode a data set to a token cache: python -m tokenizer.encode CONFIG.yaml [key=value ...]
+[--fresh]
 
-The data set is the one that the tokenizer was trained on, unless `source` names another. A cache that is
-current is left alone, one that was interrupted is completed, one of another tokenizer or of other images is made anew.
+The data set is the one that the tokenizer was trained on, unless `source` names another. A cache
+that is current is left alone, one that was interrupted is completed, one of another tokenizer or of
+other images is made anew.
 
 A tokenizer that others published is imported to ROOT/tokenizer and used from there:
 python -m tokenizer.encode published:NAME data.source=IMAGES [root=ROOT] [key=value ...]
@@ -82,7 +84,8 @@ class TokensRun:
 def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
     """Encode both splits.
 
-    Raises UserError when the folder holds something else or another process writes to it, or there is no tokenizer.
+    Raises UserError when the folder holds something else or another process writes to it, or there
+    is no tokenizer.
     """
     with contextlib.ExitStack() as held:
         return _encode_data(config, fresh, held)
@@ -215,10 +218,11 @@ def _in_precision(plan: dict[str, Any], precision: str) -> dict[str, Any]:
 def _current(
     out: Path, plan: dict[str, Any], inventories: Mapping[str, Inventory], asked: str
 ) -> TokenCache | None:
-    """The finished cache of this plan, or None when there is none, its files are damaged or its images others.
+    """The finished cache of this plan, or None when there is none, its files are damaged or its
+    images others.
 
-    With the precision `asked` for; "auto" is content with any, so that codes are not made again because of another
-    machine.
+    With the precision `asked` for; "auto" is content with any, so that codes are not made again
+    because of another machine.
     """
     manifest = read_manifest(out)
     if manifest is None:
@@ -276,7 +280,8 @@ def _check_room(out: Path, counts: Mapping[str, int], views: int, layout: CodeLa
 
 
 def _prepare(files: Folder, plan: str) -> None:
-    """Take the folder, where an unfinished cache of the same plan stays and all else that was written here goes."""
+    """Take the folder, where an unfinished cache of the same plan stays and all else that was
+    written here goes."""
     files.take()
     unfinished = files.path / PLAN
     same = unfinished.is_file() and unfinished.read_bytes() == plan.encode()

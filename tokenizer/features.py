@@ -1,12 +1,13 @@
-"""A frozen encoder's features as plain .npy files, computed once per augmented view, for stage 1 to train from.
+"""A frozen encoder's features as plain .npy files, computed once per augmented view, for stage 1 to
+train from.
 
     <root>/features/<hash of what they depend on>/
         manifest.json    what that is
         00000.npy        (n, views, h, w, C) float16 or float32, little endian: the next n training images
         00001.npy        …
 
-Epoch e trains on view e mod `views`: the augmentations of the first `views` epochs, over and over. In numpy:
-features = np.load("00000.npy", mmap_mode="r")
+Epoch e trains on view e mod `views`: the augmentations of the first `views` epochs, over and over.
+In numpy: features = np.load("00000.npy", mmap_mode="r")
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ BATCH = 64  # fixed, so that the same images meet the same kernels whatever the 
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
-    """What is stored; runs of the same encoder, data, seed and settings share it, whatever else they differ in."""
+    """What is stored; runs of the same encoder, data, seed and settings share it, whatever else
+    they differ in."""
 
     views: int = 4  # augmentations of each image, one per epoch in turn
     dtype: str = "float16"  # or "float32", which trains exactly as images would
@@ -86,7 +88,8 @@ class FeaturesConfig:
 
 
 class StoredFeatures:
-    """`images` as a map-style data set that gives "features" (B, C, h, w) beside what the images themselves give."""
+    """`images` as a map-style data set that gives "features" (B, C, h, w) beside what the images
+    themselves give."""
 
     def __init__(
         self,
@@ -98,7 +101,8 @@ class StoredFeatures:
         seed: int,
         root: Path,
     ) -> None:
-        """Only names them: `make` computes. `augment` and `seed` are what `images` were opened with."""
+        """Only names them: `make` computes. `augment` and `seed` are what `images` were opened
+        with."""
         self.images, self.skipped = images, images.skipped
         self.views, self.dtype = config.views, DTYPES[config.dtype]
         side = images.image_size // encoder.stride
@@ -125,7 +129,8 @@ class StoredFeatures:
         return len(self.images)
 
     def gather(self, keys: list[Key]) -> dict[str, Tensor]:
-        """(epoch, index) keys -> images (B, 3, S, S), features (B, C, h, w) of these very images, labels and ids."""
+        """(epoch, index) keys -> images (B, 3, S, S), features (B, C, h, w) of these very images,
+        labels and ids."""
         keys = [(epoch % self.views, index) for epoch, index in keys]
         views, indices = np.array(keys, dtype=np.int64).reshape(-1, 2).T
         rows, shards = (
@@ -139,7 +144,8 @@ class StoredFeatures:
         return {**self.images.gather(keys), "features": torch.from_numpy(rows).movedim(-1, 1)}
 
     def make(self, encoder: FoundationEncoder, workers: int = 0) -> None:
-        """Compute the shards that are not there yet, dealt to ranks in turn; `workers` processes read the images.
+        """Compute the shards that are not there yet, dealt to ranks in turn; `workers` processes
+        read the images.
 
         Raises UserError when they do not fit the disk, or the folder holds something else.
         """
@@ -195,7 +201,8 @@ class StoredFeatures:
         replace_file(self._path(shard), buffer.getbuffer())
 
     def _prepare(self, held: contextlib.ExitStack) -> None:
-        """The folder with its manifest, this process's alone, with room on the disk for what is missing."""
+        """The folder with its manifest, this process's alone, with room on the disk for what is
+        missing."""
         missing = [shard for shard in range(self._num_shards) if not self._is_whole(shard)]
         manifest, text = self.folder / "manifest.json", json.dumps(self.plan, indent=1).encode()
         if manifest.is_file() and manifest.read_bytes() != text:

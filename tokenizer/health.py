@@ -1,4 +1,5 @@
-"""What a tokenizer's log says about its health: collapse, dead codes, a lopsided game, numbers that are none.
+"""What a tokenizer's log says about its health: collapse, dead codes, a lopsided game, numbers that
+are none.
 
 The limits are rules of thumb for where runs stop recovering by themselves.
 """
@@ -30,9 +31,11 @@ class Thresholds:
 
 
 class Health:
-    """Reads figures as they are logged and says what is wrong, once, until it clears and comes back.
+    """Reads figures as they are logged and says what is wrong, once, until it clears and comes
+    back.
 
-    What it says follows from the readings alone: fed the kept lines of a log first, it goes on as if never stopped.
+    What it says follows from the readings alone: fed the kept lines of a log first, it goes on as
+    if never stopped.
     """
 
     def __init__(
@@ -41,7 +44,8 @@ class Health:
         adaptive_cap: float | None = None,
         thresholds: Thresholds = Thresholds(),
     ) -> None:
-        """`num_codes` per level; `adaptive_cap`: the objective's, where the adaptive weight is to be watched."""
+        """`num_codes` per level; `adaptive_cap`: the objective's, where the adaptive weight is to
+        be watched."""
         self.num_codes = sum(num_codes) / len(num_codes)  # perplexity is a mean over levels, too
         self.adaptive_cap, self.thresholds = adaptive_cap, thresholds
         self.recent: dict[str, deque[float]] = defaultdict(
@@ -51,9 +55,11 @@ class Health:
         self.said: set[str] = set()
 
     def read(self, step: int, figures: dict[str, float]) -> list[str]:
-        """New warnings, one line each: the figure, its value, the limit, and which settings to change.
+        """New warnings, one line each: the figure, its value, the limit, and which settings to
+        change.
 
-        `figures` by the names of log.jsonl; a trouble whose figures are not among them is not judged this time.
+        `figures` by the names of log.jsonl; a trouble whose figures are not among them is not
+        judged this time.
         """
         for name, value in figures.items():
             self.recent[name].append(value)
@@ -69,7 +75,8 @@ class Health:
         return warnings
 
     def _judge(self, figures: dict[str, float]) -> Iterator[tuple[str, str | None]]:
-        """(trouble, what to say of it or None where all is well) for all that these figures allow to judge."""
+        """(trouble, what to say of it or None where all is well) for all that these figures allow
+        to judge."""
         if any(not name.startswith("held_out.") for name in figures):
             yield "non-finite", self._non_finite(figures)
         for name in figures:

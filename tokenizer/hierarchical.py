@@ -1,4 +1,5 @@
-"""VQ-VAE-2: two levels of codes on grids of different size (Razavi et al. 2019, arXiv:1906.00446, algorithm 1)."""
+"""VQ-VAE-2: two levels of codes on grids of different size (Razavi et al. 2019, arXiv:1906.00446,
+algorithm 1)."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class VQVAE2Config:
     def build(
         self, image_size: int, saved: Path | None = None, weights: bool = True
     ) -> Hierarchical:
-        """The autoencoder for square images. Raises ValueError when the image does not divide into whole top codes."""
+        """The autoencoder for square images. Raises ValueError when the image does not divide into
+        whole top codes."""
         encoder = self.encoder.build(image_size, saved, weights)
         top_grid = grid_of(image_size, encoder.stride * self.top_stride)
         grid = grid_of(image_size, encoder.stride)
@@ -88,9 +90,11 @@ class VQVAE2Config:
 
 
 class Hierarchical(nn.Module):
-    """images (B, 3, H, W) in [-1, 1] <-> codes (B, N) int64: the top grid's, then the bottom grid's.
+    """images (B, 3, H, W) in [-1, 1] <-> codes (B, N) int64: the top grid's, then the bottom
+    grid's.
 
-    The top sees the bottom's features; the bottom quantizes its own features beside what the top says of them.
+    The top sees the bottom's features; the bottom quantizes its own features beside what the top
+    says of them.
     """
 
     noise_tau = 0.0
@@ -106,7 +110,8 @@ class Hierarchical(nn.Module):
         decoder: nn.Module,
         grids: tuple[tuple[int, int], tuple[int, int]],
     ) -> None:
-        """`top_decoder`: top vectors to channels on the bottom grid; `upsample`: top vectors to that grid."""
+        """`top_decoder`: top vectors to channels on the bottom grid; `upsample`: top vectors to
+        that grid."""
         super().__init__()
         self.encoder, self.top_encoder, self.top_decoder = encoder, top_encoder, top_decoder
         self.top_quantizer, self.quantizer, self.upsample, self.decoder = (
@@ -152,7 +157,8 @@ class Hierarchical(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor:
-        """(B, N) int64 -> (B, 3, H, W). Raises ValueError for codes that this tokenizer cannot have made.
+        """(B, N) int64 -> (B, 3, H, W). Raises ValueError for codes that this tokenizer cannot have
+        made.
 
         `layout` (of `layout_of`) is needed where the images are not of the size trained on.
         """

@@ -16,8 +16,8 @@ class CodeLayout:
     """What the N positions of a code sequence mean.
 
     `grids` holds one grid per level, coarse first, e.g. ((32, 32), (64, 64)) for VQ-VAE-2; residual
-    quantizers repeat a grid per depth. `num_codes` is the codebook size per level. A sequence is the levels
-    one after another, each in raster order.
+    quantizers repeat a grid per depth. `num_codes` is the codebook size per level. A sequence is
+    the levels one after another, each in raster order.
     """
 
     grids: tuple[tuple[int, ...], ...]
@@ -97,7 +97,8 @@ class Tokenizer(Protocol):
 
     def encode(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) in [-1, 1] -> (B, N) int64
 
-    # (B, N) int64 -> (B, 3, H, W) in [-1, 1]; `layout` where the images are not of the size trained on
+    # (B, N) int64 -> (B, 3, H, W) in [-1, 1]; `layout` where the images are not of the size trained
+    # on
     def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor: ...
 
 
@@ -106,7 +107,8 @@ class QuantizerOutput:
     """What a quantizer makes of features."""
 
     vectors: Tensor  # (B, C, H, W) float32; gradient passes to the input
-    codes: Tensor  # (B, L, H, W) int64, a grid per level: 1, the depth of a residual, the heads of a product
+    # (B, L, H, W) int64, a grid per level: 1, the depth of a residual, the heads of a product
+    codes: Tensor
     loss: Tensor  # scalar, already weighted
     parts: dict[str, Tensor]  # named terms for the log; `usage` and `perplexity` among them
 
@@ -114,9 +116,9 @@ class QuantizerOutput:
 class Quantizer(Protocol):
     """Features to the nearest of `num_codes` vectors per level.
 
-    In training mode `forward` only *gathers* statistics; `update` applies them, once per optimizer step and
-    after one reduction over ranks, so accumulation and several processes give the same codebook. What follows a
-    schedule is a buffer that `update` sets for the next step.
+    In training mode `forward` only *gathers* statistics; `update` applies them, once per optimizer
+    step and after one reduction over ranks, so accumulation and several processes give the same
+    codebook. What follows a schedule is a buffer that `update` sets for the next step.
     """
 
     dim: int  # C
@@ -129,8 +131,8 @@ class Quantizer(Protocol):
         self, codes: Tensor
     ) -> Tensor: ...  # (B, L, H, W) -> (B, C, H, W), exactly what forward produced
 
-    # from features of training images, (N, C), or (N, c) that `project` maps there; once before training.
-    # `images`: of which image each row is, (N,) int64; each of its own, without it
+    # from features of training images, (N, C), or (N, c) that `project` maps there; once before
+    # training. `images`: of which image each row is, (N,) int64; each of its own, without it
     def initialise(
         self,
         rows: Tensor,

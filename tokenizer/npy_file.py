@@ -1,4 +1,5 @@
-"""A .npy file read row by row. It is never mapped: a map of a file that is cut short ends the process (SIGBUS)."""
+"""A .npy file read row by row. It is never mapped: a map of a file that is cut short ends the
+process (SIGBUS)."""
 
 from __future__ import annotations
 

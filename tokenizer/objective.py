@@ -1,4 +1,5 @@
-"""What a tokenizer minimises: pixels, perception, commitment, distillation, and an adversary when asked."""
+"""What a tokenizer minimises: pixels, perception, commitment, distillation, and an adversary when
+asked."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ class ObjectiveConfig:
 
 
 class Objective:
-    """The losses of both turns. Holds the frozen helpers (LPIPS, teacher), which no checkpoint contains."""
+    """The losses of both turns. Holds the frozen helpers (LPIPS, teacher), which no checkpoint
+    contains."""
 
     def __init__(
         self,
@@ -96,7 +98,8 @@ class Objective:
     ) -> None:
         """`teacher`: a frozen copy of the pretrained encoder, when the config distils from one.
 
-        Raises UserError for a discriminator that does not fit the images, and for LPIPS weights of another network.
+        Raises UserError for a discriminator that does not fit the images, and for LPIPS weights of
+        another network.
         """
         device = distributed.device()
         self.config, self.autoencoder, self.seed = config, autoencoder, seed
@@ -117,7 +120,8 @@ class Objective:
             self.teacher = teacher.to(device).eval().requires_grad_(False)
 
     def autoencoder_loss(self, batch: Batch, step: int) -> Loss:
-        """Reconstruction + quantizer + distillation (VQRAE, stage 2) + ramped, capped adversarial term."""
+        """Reconstruction + quantizer + distillation (VQRAE, stage 2) + ramped, capped adversarial
+        term."""
         images = batch["images"]
         given = {
             "noise": self._noise(images, batch.positions, step),
@@ -155,7 +159,8 @@ class Objective:
         return Loss(total, parts)
 
     def discriminator_loss(self, batch: Batch, step: int) -> Loss:
-        """Tell the images from the reconstructions of this step's autoencoder turn; LeCAM when asked."""
+        """Tell the images from the reconstructions of this step's autoencoder turn; LeCAM when
+        asked."""
         assert self.discriminator is not None
         real = self._judge(batch["images"], batch, step, 1)
         fake = self._judge(batch.extras["reconstruction"], batch, step, 2)
@@ -208,7 +213,8 @@ class Objective:
         )
 
     def _adaptive_weight(self, reconstruction: Tensor, fooling: Tensor) -> Tensor:
-        """|d reconstruction / d W| / |d fooling / d W| at the decoder's last layer W (Esser et al. 2021, eq. 7).
+        """|d reconstruction / d W| / |d fooling / d W| at the decoder's last layer W (Esser et al.
+        2021, eq. 7).
 
         Of gradients that are averaged over the global batch first.
         """
@@ -243,11 +249,13 @@ class Adversary(nn.Module):
 
 
 class LeCam(nn.Module):
-    """LeCAM regularisation (Tseng et al. 2021, arXiv:2104.03310): logits stay near the other side's moving average.
+    """LeCAM regularisation (Tseng et al. 2021, arXiv:2104.03310): logits stay near the other side's
+    moving average.
 
-    E max(0, D(x) - a_fake)^2 + E max(0, a_real - D(G))^2, rectified as the authors' code is and their equation is
-    not: the penalty only ever draws the two sides together. 0 until there are averages. The decay is that of
-    tokenizers (Open-MAGVIT2, TiTok); the authors' own code has 0.9 with BigGAN and 0.99 with StyleGAN2.
+    E max(0, D(x) - a_fake)^2 + E max(0, a_real - D(G))^2, rectified as the authors' code is and
+    their equation is not: the penalty only ever draws the two sides together. 0 until there are
+    averages. The decay is that of tokenizers (Open-MAGVIT2, TiTok); the authors' own code has 0.9
+    with BigGAN and 0.99 with StyleGAN2.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -271,7 +279,8 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, taken: bool) -> None:
-        """Move the anchors to the step's means over micro-batches and ranks; the first ones set them."""
+        """Move the anchors to the step's means over micro-batches and ranks; the first ones set
+        them."""
         if taken:
             sums = distributed.sum_(self.sums.clone())
             self.num_updates += 1
@@ -287,7 +296,8 @@ def distillation_loss(features: Tensor, target: Tensor) -> Tensor:
 def feature_noise(
     seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...], tau: float
 ) -> Tensor:
-    """(len(positions), *shape): normal noise of a deviation that each sample draws from [0, tau) (RAE, section 4).
+    """(len(positions), *shape): normal noise of a deviation that each sample draws from [0, tau)
+    (RAE, section 4).
 
     A sample's noise depends on its place in the global batch alone, not on how the batch is split.
     """

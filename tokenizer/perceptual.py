@@ -1,4 +1,5 @@
-"""LPIPS (Zhang et al. 2018, arXiv:1801.03924): the lpips package's heads on a trunk that is given by path."""
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924): the lpips package's heads on a trunk that is given
+by path."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ TRUNKS = {
 
 
 class Perceptual(nn.Module):
-    """LPIPS v0.1 between images (B, 3, H, W) in [-1, 1] -> (B,); always in evaluation mode, never trained."""
+    """LPIPS v0.1 between images (B, 3, H, W) in [-1, 1] -> (B,); always in evaluation mode, never
+    trained."""
 
     def __init__(self, net: str, weights: Path) -> None:
         """`weights`: torchvision's state dict of the trunk, or its `features.*` part alone.
@@ -51,7 +53,8 @@ class Perceptual(nn.Module):
             raise UserError(
                 f"{weights}: holds a {type(state).__name__}, not a state dict of tensors: give {TRUNKS[net]}"
             )
-        # lpips cuts the trunk into slices but keeps its layer numbers: features.3.weight is slice2.3.weight.
+        # lpips cuts the trunk into slices but keeps its layer numbers: features.3.weight is
+        # slice2.3.weight.
         places = {name.partition(".")[2]: name for name in self.network.net.state_dict()}
         trunk = {
             places[name.removeprefix("features.")]: tensor
@@ -69,7 +72,8 @@ class Perceptual(nn.Module):
 
     @torch.no_grad()
     def check(self, image_size: int) -> None:
-        """Raise UserError where the trunk's halvings leave nothing of square images of this size."""
+        """Raise UserError where the trunk's halvings leave nothing of square images of this
+        size."""
         blank = torch.zeros(1, 3, image_size, image_size, device=next(self.parameters()).device)
         try:
             self(blank, blank)

@@ -1,4 +1,5 @@
-"""The Hugging Face Hub for callers that cannot wait for ever: bounded waits, a line for each, three tries."""
+"""The Hugging Face Hub for callers that cannot wait for ever: bounded waits, a line for each, three
+tries."""
 
 from __future__ import annotations
 
@@ -32,10 +33,10 @@ class SilentHub(Exception):
 def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
     """Bound every request that huggingface_hub, `datasets` and transformers make inside the block.
 
-    A time-out is said with `what` was wanted, and the request made again. After the last try the libraries are told
-    that they are offline, so that they take what their cache holds (which is said, too) or fail at once: by
-    themselves they wait without end for some answers, and for others try six times with pauses in between. Raises
-    SilentHub where the block failed for that.
+    A time-out is said with `what` was wanted, and the request made again. After the last try the
+    libraries are told that they are offline, so that they take what their cache holds (which is
+    said, too) or fail at once: by themselves they wait without end for some answers, and for others
+    try six times with pauses in between. Raises SilentHub where the block failed for that.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled

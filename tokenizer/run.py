@@ -64,7 +64,8 @@ class TokenizerRun:
 
 
 def load_config(run_folder: Path) -> TokenizerRun:
-    """The resolved configuration of a tokenizer's run. Raises UserError when the folder holds none."""
+    """The resolved configuration of a tokenizer's run. Raises UserError when the folder holds
+    none."""
     path = Path(run_folder) / "config.yaml"
     if not path.is_file():
         raise UserError(
@@ -74,9 +75,11 @@ def load_config(run_folder: Path) -> TokenizerRun:
 
 
 def load(run_folder: str | Path) -> Autoencoder | Hierarchical:
-    """A trained tokenizer on this process's device, in evaluation mode; `.config` is its TokenizerRun.
+    """A trained tokenizer on this process's device, in evaluation mode; `.config` is its
+    TokenizerRun.
 
-    Raises UserError when the folder holds none, or its weights are damaged or of another architecture.
+    Raises UserError when the folder holds none, or its weights are damaged or of another
+    architecture.
     """
     folder = Path(run_folder)
     config = load_config(folder)
@@ -87,7 +90,8 @@ def load(run_folder: str | Path) -> Autoencoder | Hierarchical:
 
 
 def load_autoencoder_weights(autoencoder: nn.Module, run_folder: Path) -> None:
-    """Fill an autoencoder with a run's published weights. Raises UserError naming the first that does not fit."""
+    """Fill an autoencoder with a run's published weights. Raises UserError naming the first that
+    does not fit."""
     weights, own = load_weights(run_folder), autoencoder.state_dict()
     for name in sorted(weights.keys() ^ own.keys()):
         lacking = "these settings have no" if name in weights else "has no"

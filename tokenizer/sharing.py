@@ -1,4 +1,5 @@
-"""Share trained tokenizers as folders, or on the Hugging Face Hub: python -m tokenizer.sharing save RUN OUT
+"""Share trained tokenizers as folders, or on the Hugging Face Hub: python -m tokenizer.sharing save
+RUN OUT
 
 config.yaml                  the run's configuration, without the paths of the machine that made it
 weights/model.safetensors    as published by the run; weights/encoder/*.json: the architecture of a pretrained encoder
@@ -71,8 +72,9 @@ def save_pretrained(
 ) -> Path:
     """Write the folder `out` that `from_pretrained` reads, of a run or of such a folder; return it.
 
-    `report` is a reconstruction.json of these weights; without one the run's own is taken where it has one. Raises
-    UserError when the run has no whole weights, the report is of others, or `out` holds something else.
+    `report` is a reconstruction.json of these weights; without one the run's own is taken where it
+    has one. Raises UserError when the run has no whole weights, the report is of others, or `out`
+    holds something else.
     """
     folder, out = Path(run_folder), Path(out)
     config = load_config(folder)
@@ -101,12 +103,14 @@ def from_pretrained(
     as_: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A tokenizer as `tokenizer.load` gives it, from a shared folder, a run's, or a Hub name (owner/name).
+    """A tokenizer as `tokenizer.load` gives it, from a shared folder, a run's, or a Hub name
+    (owner/name).
 
-    One that others published by its name (published:NAME), its file, or a repository of the Hub and a `file` in it;
-    `as_` and `options` are published.from_pretrained's.
+    One that others published by its name (published:NAME), its file, or a repository of the Hub and
+    a `file` in it; `as_` and `options` are published.from_pretrained's.
 
-    Raises UserError when there is none, it cannot be reached, or a file is missing or not what its manifest says.
+    Raises UserError when there is none, it cannot be reached, or a file is missing or not what its
+    manifest says.
     """
     if file is not None or as_ is not None or options or _is_published(name_or_folder):
         from tokenizer.published.load import from_pretrained as from_published
@@ -116,7 +120,8 @@ def from_pretrained(
 
 
 def _is_published(name: str | Path) -> bool:
-    """Whether it is a file of weights, a folder of one that is not of this project, or published:NAME."""
+    """Whether it is a file of weights, a folder of one that is not of this project, or
+    published:NAME."""
     path = Path(name).expanduser()
     if str(name).startswith("published:") or path.is_file():
         return True
@@ -131,7 +136,8 @@ def _is_published(name: str | Path) -> bool:
 def save_autoencoder(
     model: nn.Module, config: TokenizerRun, out: str | Path, about: list[str]
 ) -> Path:
-    """Write the folder `out` that `from_pretrained` reads, of a tokenizer at hand and its run; return it.
+    """Write the folder `out` that `from_pretrained` reads, of a tokenizer at hand and its run;
+    return it.
 
     `about` are lines of its card. Raises UserError when `out` holds something else.
     """
@@ -151,7 +157,8 @@ def save_autoencoder(
 def push_to_hub(
     run_folder: str | Path, repo_id: str, *, private: bool = True, report: str | Path | None = None
 ) -> str:
-    """Upload a run, or a folder that `save_pretrained` wrote (with your changes to its card); return its address.
+    """Upload a run, or a folder that `save_pretrained` wrote (with your changes to its card);
+    return its address.
 
     A new repository is private unless told otherwise. Raises UserError when the Hub refuses.
     """
@@ -194,7 +201,8 @@ def save_vqrae(model: VQRAE, folder: str | Path) -> Path:
 
 
 def load_vqrae(name_or_folder: str | Path, revision: str | None = None) -> VQRAE:
-    """The VQRAE that `save_vqrae` wrote, from its folder or a Hub name, in evaluation mode. Raises UserError."""
+    """The VQRAE that `save_vqrae` wrote, from its folder or a Hub name, in evaluation mode. Raises
+    UserError."""
     folder = _fetch(name_or_folder, revision)
     file = folder / "config.json"
     if not file.is_file():
@@ -222,7 +230,8 @@ def push_vqrae(model: VQRAE, repo_id: str, *, private: bool = True) -> str:
 
 
 def _check_target(source: Path | None, out: Path) -> None:
-    """Refuse a folder that `save_pretrained` did not write; what it holds beside our files stays."""
+    """Refuse a folder that `save_pretrained` did not write; what it holds beside our files
+    stays."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file is in the way: name a folder")
     settle(out)
@@ -237,7 +246,8 @@ def _check_target(source: Path | None, out: Path) -> None:
 
 
 def _replacing(out: Path) -> contextlib.AbstractContextManager[Path]:
-    """A temporary folder whose files take the place of those that `save_pretrained` wrote to `out`."""
+    """A temporary folder whose files take the place of those that `save_pretrained` wrote to
+    `out`."""
     try:
         manifest = json.loads((out / "manifest.json").read_text())
         ours = {"manifest.json", *manifest["files"]}
@@ -288,7 +298,8 @@ def _portable(value: Any, key: str = "name") -> Any:
 
 
 def _is_of_the_hub(name: str) -> bool:
-    """Whether the Hub is known to have it: by us, or by what was downloaded here. Else a/b may be a folder's path."""
+    """Whether the Hub is known to have it: by us, or by what was downloaded here. Else a/b may be a
+    folder's path."""
     from huggingface_hub import try_to_load_from_cache
 
     if not HUB_NAME.fullmatch(name) or Path(name).exists():
@@ -386,7 +397,8 @@ def _reason(error: Exception) -> str:
 
 
 def _find_report(folder: Path, given: str | Path | None) -> dict[str, Any] | None:
-    """The record of reconstruction of these very weights: the one given, the run's, or its pipeline's."""
+    """The record of reconstruction of these very weights: the one given, the run's, or its
+    pipeline's."""
     if given is not None:
         record = _read_report(Path(given))
         if record is None:

@@ -1,4 +1,5 @@
-"""Train a tokenizer: python -m tokenizer.train CONFIG.yaml [section.key=value ...] [--fresh | --dry-run]
+"""Train a tokenizer: python -m tokenizer.train CONFIG.yaml [section.key=value ...] [--fresh |
+--dry-run]
 
 Running the same command again resumes. Under torchrun the same command uses every process.
 """
@@ -32,7 +33,8 @@ PIXELS_AT_ONCE = 256 * 64**2  # of images that calibration encodes together
 
 
 def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
-    """Train as configured, resuming; returns the averaged tokenizer. Raises UserError for what cannot work."""
+    """Train as configured, resuming; returns the averaged tokenizer. Raises UserError for what
+    cannot work."""
     images = open_split(config.data, "train", augment=True, seed=config.seed)
     held_out = open_split(config.data, "held_out")
     reading = (config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
@@ -120,7 +122,8 @@ def turns_of(config: TokenizerRun, objective: Objective) -> list[Turn]:
 
 
 def teacher_of(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None:
-    """The pretrained encoder as it was before any training here, where features are to stay near its own."""
+    """The pretrained encoder as it was before any training here, where features are to stay near
+    its own."""
     if config.objective.distillation == 0 or config.objective.distillation_target != "teacher":
         return None
     before = config
@@ -132,7 +135,8 @@ def teacher_of(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None
 
 
 def _calibration_batches(images: Images, config: TokenizerRun) -> list[Tensor]:
-    """On the CPU; the same on every rank and of any number of them, so that all start from one codebook."""
+    """On the CPU; the same on every rank and of any number of them, so that all start from one
+    codebook."""
     count = min(config.calibration_images, len(images))
     keys = keys_of_step(len(images), count, config.seed, 0)
     size = max(1, min(256, PIXELS_AT_ONCE // config.data.image_size**2))

@@ -1,10 +1,11 @@
 """VQRAE: a pretrained vision encoder made discrete (arXiv:2511.23386), in two stages.
 
 Stage 1: the encoder is frozen; codebook and ViT decoder learn. Stage 2 (`start_from` a stage-1 run,
-`encoder.frozen: false`): all learn, while the features stay near those of the frozen pretrained encoder.
+`encoder.frozen: false`): all learn, while the features stay near those of the frozen pretrained
+encoder.
 
-`VQRAEConfig` is what runs are made of. `VQRAE` is the same tokenizer behind the constructor and methods of RAE
-(Zheng et al. 2025, arXiv:2510.11690), for code that was written for them.
+`VQRAEConfig` is what runs are made of. `VQRAE` is the same tokenizer behind the constructor and
+methods of RAE (Zheng et al. 2025, arXiv:2510.11690), for code that was written for them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class VQRAEConfig:
     def build(
         self, image_size: int, saved: Path | None = None, weights: bool = True
     ) -> Autoencoder:
-        """The autoencoder for square images; without pretrained weights where `saved` holds its own, or on request.
+        """The autoencoder for square images; without pretrained weights where `saved` holds its
+        own, or on request.
 
         Raises ValueError when the image does not divide into whole patches.
         """
@@ -69,7 +71,8 @@ class VQRAEConfig:
 
 
 class CodebookUsage(float):
-    """The share of codes met, in [0, 1], with `perplexity` of those and `num_codes`, how many there are."""
+    """The share of codes met, in [0, 1], with `perplexity` of those and `num_codes`, how many there
+    are."""
 
     def __new__(cls, share: float, perplexity: float = 1.0, num_codes: int = 0) -> CodebookUsage:
         usage = super().__new__(cls, share)
@@ -80,9 +83,9 @@ class CodebookUsage(float):
 class VQRAE(nn.Module):
     """RAE's interface with a codebook between encoder and decoder; images (B, 3, H, W) in [0, 1].
 
-    `.autoencoder` is the tokenizer proper, which everything else in this project speaks to. In training mode the
-    codebook's statistics gather until `update` applies them; `forward`, called for an optimizer step at a time,
-    does so for the step before.
+    `.autoencoder` is the tokenizer proper, which everything else in this project speaks to. In
+    training mode the codebook's statistics gather until `update` applies them; `forward`, called
+    for an optimizer step at a time, does so for the step before.
     """
 
     def __init__(
@@ -121,8 +124,9 @@ class VQRAE(nn.Module):
         pretrained_decoder_path decoder weights of RAE or of diffusers' AutoencoderRAE
         noise_tau               largest standard deviation of the noise that training adds to features
         reshape_to_2d           latents are (B, C, h, w), otherwise (B, N, C)
-        normalization_stat_path file with `mean` and `var` of the features; without one they stay as they are
-        quantize_before_reshape quantize the encoder's tokens, and normalise what comes out; otherwise the
+        normalization_stat_path file with `mean` and `var` of the features; without one they stay as
+        they are quantize_before_reshape quantize the encoder's tokens, and normalise what comes
+        out; otherwise the
                                 normalised grid is quantized
         use_simvq, use_projection   SimVQ or a moving-average codebook; `codebook_dim` with projections around it, or
                                 the encoder's own width
@@ -187,7 +191,8 @@ class VQRAE(nn.Module):
             denormalise=within,
             noise_tau=noise_tau,
         )
-        # With quantize_before_reshape the tokenizer proper knows nothing of the normalisation of latents.
+        # With quantize_before_reshape the tokenizer proper knows nothing of the normalisation of
+        # latents.
         outer = normalise and quantize_before_reshape
         self.normaliser = (
             LatentNormaliser(tokens.channels, (side, side)) if outer else nn.Identity()
@@ -206,9 +211,11 @@ class VQRAE(nn.Module):
         self.last_vq_loss: Tensor | None = None  # of the last encode, already weighted
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> quantized latents (B, C, h, w), or (B, N, C); sets `last_vq_loss`.
+        """(B, 3, H, W) in [0, 1] -> quantized latents (B, C, h, w), or (B, N, C); sets
+        `last_vq_loss`.
 
-        Gradients pass straight through the codebook. The latents are normalised where there are statistics.
+        Gradients pass straight through the codebook. The latents are normalised where there are
+        statistics.
         """
         features = self._features(images)
         if self.training and self.autoencoder.noise_tau > 0:
@@ -240,14 +247,16 @@ class VQRAE(nn.Module):
         return (self.autoencoder.to_images(latents) + 1) / 2
 
     def forward(self, images: Tensor) -> Tensor:
-        """decode(encode(images)). In training, applies first what the codebook gathered in the step before."""
+        """decode(encode(images)). In training, applies first what the codebook gathered in the step
+        before."""
         if self._pending and self.training:
             self.update()
         return self.decode(self.encode(images))
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, h, w) int64; (B, N) without reshape_to_2d. Adds no noise, gathers nothing."""
+        """(B, 3, H, W) in [0, 1] -> (B, h, w) int64; (B, N) without reshape_to_2d. Adds no noise,
+        gathers nothing."""
         training = self.autoencoder.quantizer.training
         self.autoencoder.quantizer.eval()
         _, quantized = self.autoencoder.quantize(self._features(images))
@@ -257,7 +266,8 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor) -> Tensor:
-        """(B, h, w) or (B, N) int64 -> images (B, 3, H, W), about [0, 1]. Raises ValueError for other codes."""
+        """(B, h, w) or (B, N) int64 -> images (B, 3, H, W), about [0, 1]. Raises ValueError for
+        other codes."""
         codes = indices.flatten(1)
         grid = tuple(indices.shape[1:]) if indices.ndim == 3 else self.autoencoder.grid
         layout = self.autoencoder.layout_of(
@@ -270,15 +280,17 @@ class VQRAE(nn.Module):
         self.autoencoder.set_stage(stage)
 
     def compute_distillation_loss(self, z_cont: Tensor, z_quant: Tensor) -> Tensor:
-        """Mean squared error between quantized features and the continuous ones, which get no gradient.
+        """Mean squared error between quantized features and the continuous ones, which get no
+        gradient.
 
-        Through straight-through vectors it moves the features *away* from their codes; training here keeps the
-        features near a frozen teacher's instead (objective.distillation_target).
+        Through straight-through vectors it moves the features *away* from their codes; training
+        here keeps the features near a frozen teacher's instead (objective.distillation_target).
         """
         return distillation_loss(z_quant, z_cont.detach())
 
     def get_codebook_usage(self) -> CodebookUsage:
-        """Share of codes met in recent training steps, a number in [0, 1]; beside it what CodebookUsage has."""
+        """Share of codes met in recent training steps, a number in [0, 1]; beside it what
+        CodebookUsage has."""
         figures = self.autoencoder.quantizer.statistics.figures()
         return CodebookUsage(
             float(figures["usage"]),
@@ -287,14 +299,16 @@ class VQRAE(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` reads: arguments, weights, the encoder's architecture, a card."""
+        """Write a folder that `from_pretrained` reads: arguments, weights, the encoder's
+        architecture, a card."""
         from tokenizer.sharing import save_vqrae
 
         save_vqrae(self, folder)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None) -> VQRAE:
-        """From a folder, or a repository of the Hub. Raises UserError when there is none, or it is damaged."""
+        """From a folder, or a repository of the Hub. Raises UserError when there is none, or it is
+        damaged."""
         from tokenizer.sharing import load_vqrae
 
         return load_vqrae(name_or_folder, revision)
@@ -312,7 +326,8 @@ class VQRAE(nn.Module):
 
 
 def _decoder_config(path: str) -> ViTDecoderConfig:
-    """Of a name as `vit_mae-base` or `ViTXL`, or of a config.json with transformers' decoder_* fields."""
+    """Of a name as `vit_mae-base` or `ViTXL`, or of a config.json with transformers' decoder_*
+    fields."""
     name = Path(path).name.removesuffix(".json").lower()
     if name in DECODER_PRESETS:
         return ViTDecoderConfig(preset=DECODER_PRESETS[name])

@@ -1,11 +1,13 @@
-"""Which of its algorithms a GPU computes with. All stages have it from here, and set nothing of it themselves.
+"""Which of its algorithms a GPU computes with. All stages have it from here, and set nothing of it
+themselves.
 
                             products of fp32   convolutions of fp32
     a run while it trains   fp32               TF32, which rounds what is multiplied to 10 bits
     all else                fp32               fp32
 
-What is encoded, sampled and measured is to be what another machine finds. A training step bears TF32: most of it is
-bf16 already, and an H100 has seven times the fp32 rate in it for what is not, such as LPIPS' trunk.
+What is encoded, sampled and measured is to be what another machine finds. A training step bears
+TF32: most of it is bf16 already, and an H100 has seven times the fp32 rate in it for what is not,
+such as LPIPS' trunk.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ def compute_exactly() -> None:
 
 @contextlib.contextmanager
 def training_on(device: torch.device, *, deterministic: bool) -> Iterator[None]:
-    """Inside, a GPU computes as for training: fast, or, `deterministic`, so that the same steps give the same bits.
+    """Inside, a GPU computes as for training: fast, or, `deterministic`, so that the same steps
+    give the same bits.
 
-    Shapes are the same in every step, so that cuDNN tries its algorithms once; deterministic, it may not choose by the
-    clock. Raises UserError where something has no deterministic algorithm. A CPU is exact anyway, and left alone.
+    Shapes are the same in every step, so that cuDNN tries its algorithms once; deterministic, it
+    may not choose by the clock. Raises UserError where something has no deterministic algorithm. A
+    CPU is exact anyway, and left alone.
     """
     if device.type == "cpu":
         yield
@@ -71,9 +75,11 @@ def training_on(device: torch.device, *, deterministic: bool) -> Iterator[None]:
 
 
 def lay_out(module: Module, device: torch.device) -> Module:
-    """A network that is mostly convolutions as they like it best on a GPU: with channels last, in place.
+    """A network that is mostly convolutions as they like it best on a GPU: with channels last, in
+    place.
 
-    Not where there is a GroupNorm: on CUDA it puts them first again, and each, and what follows it, would copy.
+    Not where there is a GroupNorm: on CUDA it puts them first again, and each, and what follows it,
+    would copy.
     """
     parts = list(module.modules())
     convolved = sum(

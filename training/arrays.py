@@ -17,8 +17,9 @@ class DamagedFile(ValueError):
 def read_arrays(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name, or those `wanted` that it has; nothing is unpickled.
 
-    Each is read to its end, where the archive keeps its checksum, and which numpy alone may not reach. Raises
-    FileNotFoundError, and DamagedFile for whatever else is no whole archive of arrays.
+    Each is read to its end, where the archive keeps its checksum, and which numpy alone may not
+    reach. Raises FileNotFoundError, and DamagedFile for whatever else is no whole archive of
+    arrays.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -50,7 +51,8 @@ def array_names(path: Path) -> list[str]:
 
 
 def _names(archive: zipfile.ZipFile) -> dict[str, str]:
-    """Members' names by those of their arrays, each as it stands both in the list of all and before its bytes."""
+    """Members' names by those of their arrays, each as it stands both in the list of all and before
+    its bytes."""
     for name in archive.namelist():
         archive.open(name).close()
     return {name.removesuffix(".npy"): name for name in archive.namelist()}

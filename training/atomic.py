@@ -1,4 +1,5 @@
-"""Writing that is whole or absent: a process that dies at any moment leaves the old or the new, never half of it.
+"""Writing that is whole or absent: a process that dies at any moment leaves the old or the new,
+never half of it.
 
 .tessera-staged/     what is to take the place of a folder's contents, while it is made
 .tessera-committed/  the same once it is whole, while it takes that place: whoever comes next finishes it
@@ -31,7 +32,8 @@ BUSY = (
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, whatever happens. A link's target is replaced."""
+    """Write a file so that it is either the old one or the new one, whatever happens. A link's
+    target is replaced."""
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     if path.is_dir():
@@ -51,8 +53,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Let a failed write say which file it was, which the system does only for opening, and not by the name that
-    it, or its folder, had meanwhile.
+    """Let a failed write say which file it was, which the system does only for opening, and not by
+    the name that it, or its folder, had meanwhile.
     """
     try:
         yield
@@ -74,12 +76,13 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """A temporary folder whose files take the place of those in `path` when the block ends well.
 
-    Otherwise it vanishes. Of what `path` held before, the files go for which `ours(relative name)` holds; others stay,
-    and so does a link to a folder. `noting(relative names)` is called before the first of them appears. `last` is the
-    file that says to others that the folder is whole: it goes first and comes last.
+    Otherwise it vanishes. Of what `path` held before, the files go for which `ours(relative name)`
+    holds; others stay, and so does a link to a folder. `noting(relative names)` is called before
+    the first of them appears. `last` is the file that says to others that the folder is whole: it
+    goes first and comes last.
 
-    A process that is killed leaves the old contents or the new ones, or what `settle` makes the new ones of. Raises
-    UserError for a file in the way, and where another process is writing.
+    A process that is killed leaves the old contents or the new ones, or what `settle` makes the new
+    ones of. Raises UserError for a file in the way, and where another process is writing.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     make_folder(path.parent)
@@ -118,7 +121,8 @@ def atomic_folder(
 
 
 def settle(path: Path) -> None:
-    """Finish what a killed process had begun to put in place in `path`; nothing where there was none.
+    """Finish what a killed process had begun to put in place in `path`; nothing where there was
+    none.
 
     Raises UserError when what it left is damaged.
     """
@@ -154,7 +158,8 @@ def settle(path: Path) -> None:
 
 
 def is_settled(path: Path) -> bool:
-    """Whether no process was ended while it put new contents in place in `path`; `settle` finishes what one left."""
+    """Whether no process was ended while it put new contents in place in `path`; `settle` finishes
+    what one left."""
     return not (path / COMMITTED).is_dir()
 
 
@@ -189,7 +194,8 @@ def _commit(path: Path, staged: Path, names: list[str], gone: list[str], last: s
 
 
 def discard(left_over: Path, path: Path) -> None:
-    """Remove a temporary folder that a killed process left. UserError where a process is at work in it."""
+    """Remove a temporary folder that a killed process left. UserError where a process is at work in
+    it."""
     if not left_over.is_dir():
         return
     _refuse_link(left_over)
@@ -215,7 +221,8 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def _hold(folder: Path) -> int | None:
-    """A descriptor that tells other processes of this machine that a folder is in use; None where one holds it."""
+    """A descriptor that tells other processes of this machine that a folder is in use; None where
+    one holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,7 +237,8 @@ def _hold(folder: Path) -> int | None:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Relative names of all files below a folder; links to folders count as files, and are not followed."""
+    """Relative names of all files below a folder; links to folders count as files, and are not
+    followed."""
     for root, folders, files in os.walk(folder):
         linked = [each for each in folders if os.path.islink(os.path.join(root, each))]
         for entry in (*files, *linked):
@@ -270,7 +278,8 @@ def remove_file(path: Path) -> None:
 
 
 def remove_empty(path: Path, names: Iterable[str]) -> None:
-    """Remove the folders in `path` that held these files, where nothing is left in them and they are no links."""
+    """Remove the folders in `path` that held these files, where nothing is left in them and they
+    are no links."""
     folders = {folder for name in names for folder in parents_of(name)}
     for folder in sorted(folders, key=len, reverse=True):
         if not (path / folder).is_symlink():

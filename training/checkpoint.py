@@ -1,4 +1,5 @@
-"""Run folders and checkpoints: written under a temporary name, fsynced, renamed; checksummed; no pickles.
+"""Run folders and checkpoints: written under a temporary name, fsynced, renamed; checksummed; no
+pickles.
 
 config.yaml, inputs.json     the resolved configuration, and hashes of what the run is made from
 inventory.npz                what the images were, to say what became of them
@@ -35,8 +36,8 @@ from training.folder import Folder, Kind
 from training.signals import Interrupted
 from training.words import escaped, undump
 
-# Settings that a run may change between one start and the next: they move no weight, or, where they only say how
-# the same step is computed, not beyond rounding.
+# Settings that a run may change between one start and the next: they move no weight, or, where they
+# only say how the same step is computed, not beyond rounding.
 FREE_KEYS = {"root", "log_every", "save_every", "preview_every", "keep", "workers", "sampling"}
 FREE_KEYS |= {"accumulate", "sharding", "compile", "gradient_checkpointing"}
 
@@ -57,7 +58,8 @@ def digest(value: Any) -> str:
 
 
 def _made(folder: Path) -> bool:
-    """Whether a folder without a list holds a run: of before there were lists, or copied without hidden files."""
+    """Whether a folder without a list holds a run: of before there were lists, or copied without
+    hidden files."""
     has_checkpoints = any(
         RUN.fits(f"checkpoints/{name}", folder=True) for name in _entries(folder / "checkpoints")
     )
@@ -118,11 +120,11 @@ class Run:
     ) -> Run:
         """Take a run folder, new or to be resumed.
 
-        `inputs` are the SHA-256 of what the run is made from, by name; `where` has for some of them the setting
-        that only says where they lie, and may change while they do not. Raises UserError when another process
-        writes to the folder, when the run was made with other settings or from other inputs (OtherInput, of the
-        first that differs), or when it holds something else. `fresh` first removes what runs wrote there, and
-        nothing else.
+        `inputs` are the SHA-256 of what the run is made from, by name; `where` has for some of them
+        the setting that only says where they lie, and may change while they do not. Raises
+        UserError when another process writes to the folder, when the run was made with other
+        settings or from other inputs (OtherInput, of the first that differs), or when it holds
+        something else. `fresh` first removes what runs wrote there, and nothing else.
         """
         run = cls(Path(folder), config)
 
@@ -201,7 +203,8 @@ class Run:
                 print(line, flush=True)
 
     def _start_over(self) -> None:
-        """Remove what runs wrote. Raises UserError, and removes nothing, where others' files would be taken for it."""
+        """Remove what runs wrote. Raises UserError, and removes nothing, where others' files would
+        be taken for it."""
         for name in self._steps():
             others = set(_entries(self.checkpoints / name)) - set(CHECKPOINT)
             if others:
@@ -212,7 +215,8 @@ class Run:
         self.files.clear()
 
     def _inputs(self) -> dict[str, str] | None:
-        """What the run was made from; None where that is lost: it is not compared, as the run itself is whole."""
+        """What the run was made from; None where that is lost: it is not compared, as the run
+        itself is whole."""
         file = self.folder / "inputs.json"
         try:
             before = json.loads(file.read_text())
@@ -254,8 +258,8 @@ class Run:
 
     @contextlib.contextmanager
     def marking(self) -> Iterator[None]:
-        """Leave the marker `requeue` when SIGTERM ends the block; an earlier one goes as it begins. Whatever else ends
-        it before its time, the folder is free for another start at once."""
+        """Leave the marker `requeue` when SIGTERM ends the block; an earlier one goes as it begins.
+        Whatever else ends it before its time, the folder is free for another start at once."""
         marker = self.folder / "requeue"
         if distributed.is_main():
             marker.unlink(missing_ok=True)
@@ -274,7 +278,8 @@ class Run:
             raise
 
     def save(self, step: int, state: dict[str, Any], keep: int | None) -> None:
-        """Write a checkpoint, then remove all but the newest `keep`, if it is given. Only rank 0 writes.
+        """Write a checkpoint, then remove all but the newest `keep`, if it is given. Only rank 0
+        writes.
 
         Raises UserError when the disk is full: the older checkpoints stay as they are.
         """
@@ -303,7 +308,8 @@ class Run:
                 self._warned.add(old)
 
     def latest(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state that is whole, or None. Says which damaged ones it passes over."""
+        """The newest checkpoint's state that is whole, or None. Says which damaged ones it passes
+        over."""
         for folder in [self.checkpoints / name for name in reversed(self._steps())]:
             damage = _damage(folder)
             if damage is None:
@@ -327,7 +333,8 @@ class Run:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically, with a checksum. Raises UserError when the disk is full."""
+    """Write a safetensors file atomically, with a checksum. Raises UserError when the disk is
+    full."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -430,7 +437,8 @@ def _unwritable(path: Path, size: int, error: Exception) -> UserError:
 
 
 def _rooted(value: Any, root: str = "") -> Any:
-    """A config with its root replaced by a mark in every path, so that a root can be moved as a whole."""
+    """A config with its root replaced by a mark in every path, so that a root can be moved as a
+    whole."""
     if isinstance(value, dict):
         root = root or str(value.get("root", ""))
         return {key: _rooted(entry, root) for key, entry in value.items()}

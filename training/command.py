@@ -20,7 +20,8 @@ from training.signals import Interrupted, listening
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message names the file, the value and the remedy, in one line."""
+    """Something the user can mend. The message names the file, the value and the remedy, in one
+    line."""
 
     told = False  # whether another process says so
 
@@ -31,9 +32,11 @@ def expand_home(text: str) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main` as a process: UserError and a full disk exit with 2, Ctrl-C with 130, SIGTERM with 75.
+    """Run `main` as a process: UserError and a full disk exit with 2, Ctrl-C with 130, SIGTERM with
+    75.
 
-    Of processes that fail together one says why. Anything else is our own bug and keeps its traceback.
+    Of processes that fail together one says why. Anything else is our own bug and keeps its
+    traceback.
     """
     open_closed_streams()
     os.environ["MPLBACKEND"] = (
@@ -144,10 +147,11 @@ def config_command(
     run: Callable[..., object],
     dry_run: Callable[..., str] | None = None,
 ) -> None:
-    """The main of every command that a YAML describes: PROGRAM CONFIG.yaml [section.key=value ...] [--fresh].
+    """The main of every command that a YAML describes: PROGRAM CONFIG.yaml [section.key=value ...]
+    [--fresh].
 
-    `run(config, fresh=...)` does what the config of class `schema` says; where there is a `dry_run(config)`, the
-    flag --dry-run prints what it returns instead.
+    `run(config, fresh=...)` does what the config of class `schema` says; where there is a
+    `dry_run(config)`, the flag --dry-run prints what it returns instead.
     """
     parser = Parser(prog=f"python -m {program}", description=description)
     parser.add_argument("config", type=Path, help="YAML file of the run")
@@ -184,7 +188,8 @@ def config_command(
 
 @contextlib.contextmanager
 def _building(path: Path) -> Iterator[None]:
-    """What torch says of a setting's value within some config's `build` is the user's to mend, as a UserError is."""
+    """What torch says of a setting's value within some config's `build` is the user's to mend, as a
+    UserError is."""
     try:
         yield
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:

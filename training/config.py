@@ -1,15 +1,17 @@
 """One YAML per run over frozen dataclasses, read by the types of their fields.
 
-A file may `include:` another, which it overrides key by key; the command line overrides both. A field made by
-`one_of` holds one of a table's config classes: its `kind` names which, and naming another kind drops what a
-lower layer said about the old one.
+A file may `include:` another, which it overrides key by key; the command line overrides both. A
+field made by `one_of` holds one of a table's config classes: its `kind` names which, and naming
+another kind drops what a lower layer said about the old one.
 
-What a word means is the field's to say, in a file and on the command line alike: `007` is text for a `str`, 7 for an
-`int`. Nothing else reads it, so `1e3`, `yes` and `a: b` are as good a name as any.
+What a word means is the field's to say, in a file and on the command line alike: `007` is text for
+a `str`, 7 for an `int`. Nothing else reads it, so `1e3`, `yes` and `a: b` are as good a name as
+any.
 
-Text in a file may refer to another key of the same configuration, `${root}/tokenizer`, which omegaconf looks up;
-`$${` stands for `${` itself.
-Nothing else in braces means anything: no environment, no functions. On the command line `${` is text.
+Text in a file may refer to another key of the same configuration, `${root}/tokenizer`, which
+omegaconf looks up; `$${` stands for `${` itself.
+Nothing else in braces means anything: no environment, no functions. On the command line `${` is
+text.
 """
 
 from __future__ import annotations
@@ -52,14 +54,16 @@ class Misfit(ValueError):
 
 @dataclasses.dataclass
 class Section:
-    """A config before it is made: its class, and of each field a value of the right type or a Section."""
+    """A config before it is made: its class, and of each field a value of the right type or a
+    Section."""
 
     schema: type
     values: dict[str, Any]
 
 
 def one_of(table: Mapping[str, type], kind: str, **defaults: Any) -> Any:
-    """A dataclass field that holds an instance of one of `table`'s classes, by default of `kind`'s."""
+    """A dataclass field that holds an instance of one of `table`'s classes, by default of
+    `kind`'s."""
     return dataclasses.field(
         default_factory=lambda: table[kind](**defaults),
         metadata={"table": table, "kind": kind, "defaults": defaults},
@@ -76,8 +80,8 @@ def load(
 ) -> T:
     """The config of class `schema` that a YAML file and `section.key=value` overrides describe.
 
-    With `alone` the file includes no other one: people who should read none here may have written it.
-    Raises UserError, naming the file (or the command line), the key and the nearest right one.
+    With `alone` the file includes no other one: people who should read none here may have written
+    it. Raises UserError, naming the file (or the command line), the key and the nearest right one.
     """
     origins: dict[str, str] = {}
     layers = [*_layers(Path(path).expanduser(), origins, alone=alone), read_overrides(overrides)]
@@ -89,7 +93,8 @@ def load(
 
 
 def from_dict(schema: type[T], raw: Mapping[str, Any], source: str) -> T:
-    """The config that a plain dictionary, such as `to_dict` gives, describes; `source` names it in errors.
+    """The config that a plain dictionary, such as `to_dict` gives, describes; `source` names it in
+    errors.
 
     Its text refers to nothing. Raises UserError, naming the key.
     """
@@ -107,7 +112,8 @@ def to_yaml(config: Any) -> str:
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`section.key=value` words as nested dictionaries of Words. Raises UserError for a word of another form."""
+    """`section.key=value` words as nested dictionaries of Words. Raises UserError for a word of
+    another form."""
     raw: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -164,7 +170,8 @@ def _section(value: Any, key: str) -> Any:
 
 
 def _joined(before: Any, word: Word, key: str) -> Any:
-    """A word after another one about the same key: of two sections what both say, else the later."""
+    """A word after another one about the same key: of two sections what both say, else the
+    later."""
     if before is None or not word.lstrip().startswith("{"):
         return word
     before = _section(before, key)
@@ -234,7 +241,8 @@ def _failing(source: str, origins: Mapping[str, str]) -> Fail:
 def _typed(
     schema: type, raw: Any, prefix: str, fail: Fail, defaults: Mapping[str, Any] = {}
 ) -> Section:
-    """What `raw` says and, where it says nothing, the defaults. Unknown keys and wrong types fail here."""
+    """What `raw` says and, where it says nothing, the defaults. Unknown keys and wrong types fail
+    here."""
     if not isinstance(raw, Mapping):
         raise fail(
             prefix.rstrip(".") or "config", f"a section of keys is expected, not {shown(raw)}"
@@ -320,7 +328,8 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def _value(hint: Any, given: Any, key: str, fail: Fail, signed: bool) -> Any:
-    """`given` as a value of the type `hint`. Numbers are finite and, unless they are signed, not below 0."""
+    """`given` as a value of the type `hint`. Numbers are finite and, unless they are signed, not
+    below 0."""
     if get_origin(hint) is dict and isinstance(given, Mapping):
         return {str(name): _value(get_args(hint)[1], each, f"{key}.{name}", fail, signed)
                 for name, each in given.items()}  # fmt: skip
@@ -436,8 +445,9 @@ def _text(text: str, known: DictConfig, holder: Any, place: Any) -> str:
 
 
 def _for_omegaconf(value: Any) -> Any:
-    """A tree in plain containers, its text escaped as omegaconf has it. Of `${...}` it holds keys alone, which
-    `words.parse` has seen to, so that no resolver is ever called. A None is left out: nothing may refer to it."""
+    """A tree in plain containers, its text escaped as omegaconf has it. Of `${...}` it holds keys
+    alone, which `words.parse` has seen to, so that no resolver is ever called. A None is left out:
+    nothing may refer to it."""
     if isinstance(value, Section):
         return _for_omegaconf(value.values)
     if isinstance(value, dict):

@@ -1,7 +1,8 @@
 """Processes: one helper over torch.distributed that is a no-op in a single process.
 
-And what makes a training step the same however its global batch is shared by processes and micro-batches: random
-numbers that belong to samples (`draw`, `samples`, `Stream`, `Dropout`), and means over the batch (`batch_mean`).
+And what makes a training step the same however its global batch is shared by processes and
+micro-batches: random numbers that belong to samples (`draw`, `samples`, `Stream`, `Dropout`), and
+means over the batch (`batch_mean`).
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 
 
 
 def start() -> None:
-    """Join the process group that torchrun describes in the environment; without torchrun there is none.
+    """Join the process group that torchrun describes in the environment; without torchrun there is
+    none.
 
-    Rank 0 says so where there is a GPU that is not used. Raises UserError for an environment that describes none, as
-    where a scheduler sets WORLD_SIZE and nothing else.
+    Rank 0 says so where there is a GPU that is not used. Raises UserError for an environment that
+    describes none, as where a scheduler sets WORLD_SIZE and nothing else.
     """
     algorithms.compute_exactly()
     if (found := unused_gpu()) and os.environ.get("RANK", "0") == "0":
@@ -85,7 +87,8 @@ def _not_launched(name: str, what: str) -> UserError:
 
 
 def finish() -> None:
-    """Leave the group, after a barrier: leaving without one aborts slower ranks. Not for error paths."""
+    """Leave the group, after a barrier: leaving without one aborts slower ranks. Not for error
+    paths."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -109,7 +112,8 @@ def barrier() -> None:
 
 
 def gpu() -> str | None:
-    """The kind of GPU that processes compute on, as torch names it, ROCm's "cuda", too; None without one."""
+    """The kind of GPU that processes compute on, as torch names it, ROCm's "cuda", too; None
+    without one."""
     if torch.cuda.is_available():
         return "cuda"
     if torch.xpu.is_available() and torch.xpu.get_device_properties(0).has_fp64:
@@ -137,7 +141,8 @@ def device() -> torch.device:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place. A collective's tensor is on the device of the process, here and elsewhere."""
+    """Sum over ranks, in place. A collective's tensor is on the device of the process, here and
+    elsewhere."""
     if dist.is_initialized():
         dist.all_reduce(_here(tensor))
     return tensor
@@ -168,8 +173,8 @@ def largest_(numbers: Tensor) -> Tensor:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call on rank 0 while the others wait; all get what it returned. What it cannot do there (UserError, a full disk)
-    fails on every rank.
+    """Call on rank 0 while the others wait; all get what it returned. What it cannot do there
+    (UserError, a full disk) fails on every rank.
     """
     error: Exception | None = None
     found: Any = None
@@ -199,7 +204,8 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_parts(parts: Sequence[Tensor]) -> Tensor:
-    """Parts (n, ...) of each rank, of which some ranks may have none -> all ranks' rows in rank order."""
+    """Parts (n, ...) of each rank, of which some ranks may have none -> all ranks' rows in rank
+    order."""
     own = torch.cat(list(parts)).cpu() if parts else None
     if not dist.is_initialized():
         return own
@@ -209,7 +215,8 @@ def gather_parts(parts: Sequence[Tensor]) -> Tensor:
 
 
 def gather_on_main(own: T) -> list[T]:
-    """What each rank gives, in rank order, on rank 0; an empty list on others. By way of the hosts, not the GPUs."""
+    """What each rank gives, in rank order, on rank 0; an empty list on others. By way of the hosts,
+    not the GPUs."""
     if not dist.is_initialized():
         return [own]
     every: list[Any] = [None] * world() if is_main() else []
@@ -219,12 +226,14 @@ def gather_on_main(own: T) -> list[T]:
 
 @functools.lru_cache(maxsize=1)
 def _hosts() -> Any:
-    """A group of all processes that joins their hosts' memories; made once, when every rank first asks for it."""
+    """A group of all processes that joins their hosts' memories; made once, when every rank first
+    asks for it."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def samples_each(batch_size: int, accumulate: int) -> int:
-    """Samples of a micro-batch. Raises UserError where the processes there are cannot share a step evenly."""
+    """Samples of a micro-batch. Raises UserError where the processes there are cannot share a step
+    evenly."""
     each, rest = divmod(batch_size, world() * accumulate)
     if rest or each == 0:
         raise UserError(
@@ -250,7 +259,8 @@ def _here(tensor: Tensor) -> Tensor:
 
 
 def equalise(module: nn.Module) -> None:
-    """Rank 0's parameters and buffers to every rank: what each makes by itself may differ by rounding on a GPU."""
+    """Rank 0's parameters and buffers to every rank: what each makes by itself may differ by
+    rounding on a GPU."""
     if world() > 1:
         for tensor in module.state_dict().values():
             tensor.copy_(broadcast_(tensor.contiguous()))
@@ -262,10 +272,12 @@ def draw(
     shape: tuple[int, ...] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Uniform numbers that belong to samples of the *global* batch, (len(positions), *shape) on their device.
+    """Uniform numbers that belong to samples of the *global* batch, (len(positions), *shape) on
+    their device.
 
-    `positions` are places within the global batch. A sample's numbers depend on the seed and its place alone, so they
-    are the same however the batch is split. float32 ones lie in [0, 1), with 24 bits; float64 ones in (0, 1), with 53.
+    `positions` are places within the global batch. A sample's numbers depend on the seed and its
+    place alone, so they are the same however the batch is split. float32 ones lie in [0, 1), with
+    24 bits; float64 ones in (0, 1), with 53.
     """
     size = math.prod(shape)
     if dtype == torch.float64:
@@ -276,14 +288,16 @@ def draw(
 
 
 def normal(seed: tuple[int, ...], positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers that belong to samples as those of `draw` do, (len(positions), *shape) float32."""
+    """Standard normal numbers that belong to samples as those of `draw` do, (len(positions),
+    *shape) float32."""
     size = math.prod(shape)
     drawn = philox.normal(*_owner(seed, positions), 1, size, positions * -(-size // 2))
     return drawn.view(len(positions), *shape)
 
 
 def _owner(seed: tuple[int, ...], positions: Tensor) -> tuple[int, Tensor]:
-    """Samples of a batch have successive parts of one sequence: on the CPU that is one call for all of them."""
+    """Samples of a batch have successive parts of one sequence: on the CPU that is one call for all
+    of them."""
     return mix(*seed), torch.zeros_like(positions)
 
 
@@ -302,7 +316,8 @@ def mix(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def samples(seed: tuple[int, ...], positions: Tensor) -> Iterator[None]:
-    """Inside, what a `Stream` gives belongs to the samples at these places of the global batch, (B,) int64.
+    """Inside, what a `Stream` gives belongs to the samples at these places of the global batch,
+    (B,) int64.
 
     It must span the backward pass too, where activations may be computed again.
     """
@@ -320,10 +335,11 @@ _samples: Tensor | None = (
 
 
 class Stream(nn.Module):
-    """Where a module's random numbers come from: functions of (seed, step, place in the global batch, stream).
+    """Where a module's random numbers come from: functions of (seed, step, place in the global
+    batch, stream).
 
-    They depend neither on how the batch is split nor on what was drawn before, and are the same when activations
-    are computed again. Outside `samples`, torch's global generator decides.
+    They depend neither on how the batch is split nor on what was drawn before, and are the same
+    when activations are computed again. Outside `samples`, torch's global generator decides.
     """
 
     def __init__(self) -> None:
@@ -332,8 +348,8 @@ class Stream(nn.Module):
         self.register_buffer("number", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def keys(self, batch: int, count: int = 1) -> Tensor:
-        """(batch * count, 2) int64: `count` for each of the samples, one after another. A key is a sequence of
-        numbers, and which part of it."""
+        """(batch * count, 2) int64: `count` for each of the samples, one after another. A key is a
+        sequence of numbers, and which part of it."""
         if _samples is None:
             owner = torch.randint(1 << 62, (1,), device=self.number.device).expand(batch)
             places = torch.arange(batch, device=self.number.device)
@@ -351,7 +367,8 @@ def number_streams(module: nn.Module) -> None:
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) whose masks belong to samples, the first axis; shares are of 1 / 65536."""
+    """Dropout (Srivastava et al. 2014) whose masks belong to samples, the first axis; shares are of
+    1 / 65536."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -369,7 +386,8 @@ class Dropout(nn.Module):
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """(N, 2) keys of a `Stream` -> (N, count) float32 in (0, 1), multiples of 2^-24; a row depends on its key only."""
+    """(N, 2) keys of a `Stream` -> (N, count) float32 in (0, 1), multiples of 2^-24; a row depends
+    on its key only."""
     drawn = words(keys, -(-count // 2)).view(torch.int32)[:, :count]
     return ((drawn & 0x7FFFFF).float() + 0.5) * 2**-23
 
@@ -388,10 +406,11 @@ def scramble_(z: Tensor) -> Tensor:
 
 
 class WholeBatch:
-    """Means over a global batch of several micro-batches, found in a rehearsal: a first pass over all but the last.
+    """Means over a global batch of several micro-batches, found in a rehearsal: a first pass over
+    all but the last.
 
-    A loss that is no mean over samples (the entropy of a mean, a ratio of gradients) asks `batch_mean` for what it
-    needs, in the same order in each micro-batch.
+    A loss that is no mean over samples (the entropy of a mean, a ratio of gradients) asks
+    `batch_mean` for what it needs, in the same order in each micro-batch.
     """
 
     def __init__(self, num_parts: int) -> None:
@@ -431,6 +450,7 @@ _whole: WholeBatch | None = None
 
 
 def batch_mean(own: Tensor) -> Tensor:
-    """The mean over ranks, and over the micro-batches of a step, of what each has; without a gradient."""
+    """The mean over ranks, and over the micro-batches of a step, of what each has; without a
+    gradient."""
     own = own.detach()
     return mean_(own.clone()) if _whole is None or _whole.num_parts == 1 else _whole.mean(own)

@@ -1,4 +1,5 @@
-"""Exponential moving average of a module's parameters *and* buffers (an averaged codebook is a buffer)."""
+"""Exponential moving average of a module's parameters *and* buffers (an averaged codebook is a
+buffer)."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from training.outcome import Taken, undone_unless
 
 
 class Ema:
-    """A frozen copy of `source` that follows it with `decay`, faster at first: min(decay, (1 + t)/(10 + t)).
+    """A frozen copy of `source` that follows it with `decay`, faster at first: min(decay, (1 +
+    t)/(10 + t)).
 
-    Submodules with a method `follow(source)` are told of each update, to take at once what must not be averaged.
+    Submodules with a method `follow(source)` are told of each update, to take at once what must not
+    be averaged.
     """
 
     def __init__(self, source: nn.Module, decay: float) -> None:
@@ -35,7 +38,8 @@ class Ema:
         ]
 
     def share(self, device: torch.device) -> None:
-        """After the source was sharded: keep only its parts. The average is to be on the CPU until now."""
+        """After the source was sharded: keep only its parts. The average is to be on the CPU until
+        now."""
         if distributed.is_main():
             self._unshared = copy.deepcopy(self.module)
         theirs = self.source.state_dict()
@@ -86,7 +90,8 @@ class Ema:
 
     @contextlib.contextmanager
     def whole(self, device: torch.device) -> Iterator[nn.Module]:
-        """The averaged module, on a device: on rank 0, where the source is sharded; others get their parts. Collective.
+        """The averaged module, on a device: on rank 0, where the source is sharded; others get
+        their parts. Collective.
 
         Sharded, it is as it was when the block began, and back on the CPU when it ends.
         """

@@ -1,12 +1,15 @@
-"""What a run takes of 1, 8 and 64 GPUs: memory, time and disk, from what its losses cost (training/tracing.py).
+"""What a run takes of 1, 8 and 64 GPUs: memory, time and disk, from what its losses cost
+(training/tracing.py).
 
-Of each GPU, in bytes: parameters and buffers; 4 per parameter for gradients of the turn that has more of them; 8 for
-AdamW's moments; the moving average of the first turn's parameters and buffers; activations of one micro-batch at their
-peak; what nearest-neighbour search holds; the copy of the gradients in DistributedDataParallel's buckets. With
-loop.sharding=full transformer blocks, their gradients, moments and average are divided by the number of GPUs, and two
-blocks with the gradients of one are whole for a moment. What CUDA, its libraries and fragments take comes on top.
+Of each GPU, in bytes: parameters and buffers; 4 per parameter for gradients of the turn that has
+more of them; 8 for AdamW's moments; the moving average of the first turn's parameters and buffers;
+activations of one micro-batch at their peak; what nearest-neighbour search holds; the copy of the
+gradients in DistributedDataParallel's buckets. With loop.sharding=full transformer blocks, their
+gradients, moments and average are divided by the number of GPUs, and two blocks with the gradients
+of one are whole for a moment. What CUDA, its libraries and fragments take comes on top.
 
-Time is operations over an accelerator's peak and UTILISATION, without communication and waiting for data.
+Time is operations over an accelerator's peak and UTILISATION, without communication and waiting for
+data.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """Peak operations per second without sparsity: of bf16, of fp32 in convolutions (TF32) and in products."""
+    """Peak operations per second without sparsity: of bf16, of fp32 in convolutions (TF32) and in
+    products."""
 
     name: str
     bf16: float
@@ -91,7 +95,8 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Parameters and bytes of what one turn moves: all of it, and the blocks that loop.sharding=full shares out."""
+    """Parameters and bytes of what one turn moves: all of it, and the blocks that
+    loop.sharding=full shares out."""
 
     trainable: int
     bytes: int  # of parameters and buffers
@@ -219,7 +224,8 @@ class Estimate:
         return f"disk, MiB: {sizes}"
 
     def describe(self, num_images: int | None) -> Iterator[str]:
-        """What the steps take of so many images, if they are at hand; tables for 1, 8 and 64 GPUs."""
+        """What the steps take of so many images, if they are at hand; tables for 1, 8 and 64
+        GPUs."""
         images = self.loop.steps * self.loop.batch_size
         epochs = f", {images / num_images:.1f} epochs of {num_images:,}" if num_images else ""
         yield f"images: {self.loop.batch_size} per step, {self.loop.steps} steps, {images:,} in all{epochs}"
@@ -313,8 +319,8 @@ class Estimate:
 
 
 def planned_precision(asked: str) -> str:
-    """ "fp32" or "bf16", as loop.precision=`asked` trains: "auto" on this machine's GPU, or, where it has none, on
-    ACCELERATORS, of which the tables are.
+    """ "fp32" or "bf16", as loop.precision=`asked` trains: "auto" on this machine's GPU, or, where
+    it has none, on ACCELERATORS, of which the tables are.
     """
     device = distributed.device()
     return "bf16" if asked == "auto" and device.type == "cpu" else decide(asked, device)
@@ -341,12 +347,14 @@ def this_cpu() -> Accelerator:
 
 
 def commented(config: Any, lines: Iterable[str]) -> str:
-    """A resolved configuration as YAML with lines about it as comments: by itself a configuration file again."""
+    """A resolved configuration as YAML with lines about it as comments: by itself a configuration
+    file again."""
     return to_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
 def extremes(loop: LoopConfig) -> tuple[int, int]:
-    """Samples of the smallest and the largest micro-batch on 1, 8 and 64 GPUs; of equal ones, the double of one."""
+    """Samples of the smallest and the largest micro-batch on 1, 8 and 64 GPUs; of equal ones, the
+    double of one."""
     each = [loop.batch_size // (world * loop.accumulate) or 1 for world in WORLDS]
     return min(each), max(max(each), 2 * min(each))
 
@@ -372,7 +380,8 @@ def with_activations_again(config: T) -> T:
 
 
 def made_by(schema: type[T], folder: str | Path) -> T | None:
-    """The configuration in configs/ of the run that makes this folder, root/name; None where there is none."""
+    """The configuration in configs/ of the run that makes this folder, root/name; None where there
+    is none."""
     folder = Path(folder)
     for path in sorted(CONFIGS.glob("*/*.yaml")):
         if re.search(rf"^name: {re.escape(folder.name)}$", path.read_text(), re.MULTILINE):

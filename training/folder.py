@@ -2,8 +2,9 @@
 
 .lock       what was written, a name per line and noted before it is; locked by the process that writes
 
-Only what a folder's `.lock` lists is ever removed or replaced. Whatever else is there stays where it is, and a link
-stays a link. A file that a command needs to write, and that no command wrote, ends the command before its work.
+Only what a folder's `.lock` lists is ever removed or replaced. Whatever else is there stays where
+it is, and a link stays a link. A file that a command needs to write, and that no command wrote,
+ends the command before its work.
 """
 
 from __future__ import annotations
@@ -53,17 +54,20 @@ NO_LOCKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a command's folders are called, and all that may be in one: a pattern per part of a path."""
+    """What a command's folders are called, and all that may be in one: a pattern per part of a
+    path."""
 
     name: str  # "run"
     patterns: tuple[str, ...]  # regular expressions, with "/" between those of a path's parts
     remedy: str = "name another folder"
-    # Whether a folder without a list is of this kind: made before there were lists, or copied without hidden files.
+    # Whether a folder without a list is of this kind: made before there were lists, or copied
+    # without hidden files.
     made: Callable[[Path], bool] = lambda path: False
     shared: bool = False  # whether others' files are expected in it, as in the root of a pipeline
 
     def fits(self, name: str, *, folder: bool = False) -> bool:
-        """Whether a file of this relative name may be ours; or a folder, because files within it may be."""
+        """Whether a file of this relative name may be ours; or a folder, because files within it
+        may be."""
         parts = name.split("/")
         return any(
             (len(parts) < len(wanted) if folder else len(parts) == len(wanted))
@@ -72,16 +76,19 @@ class Kind:
         )
 
     def find(self, folder: Path) -> Iterator[str]:
-        """Relative names of what is in a folder and may be ours; no other folders are looked into."""
+        """Relative names of what is in a folder and may be ours; no other folders are looked
+        into."""
         for pattern in self.patterns:
             yield from _find(folder, pattern.split("/"), "")
 
 
 class Folder:
-    """A folder of some kind: one process writes to it, and it removes what the list names and nothing else.
+    """A folder of some kind: one process writes to it, and it removes what the list names and
+    nothing else.
 
-    `take` before anything is written, `note` a file before it is, `clear` to start over, `replacing` to put whole new
-    contents in place of the old, `release` in the end. All but `take` are of the process that has taken it.
+    `take` before anything is written, `note` a file before it is, `clear` to start over,
+    `replacing` to put whole new contents in place of the old, `release` in the end. All but `take`
+    are of the process that has taken it.
     """
 
     def __init__(self, path: str | Path, kind: Kind) -> None:
@@ -99,10 +106,12 @@ class Folder:
             self.release()
 
     def take(self, *, wait: bool = False) -> None:
-        """Make the folder where it is not there, lock it, and finish or undo what a killed process had begun.
+        """Make the folder where it is not there, lock it, and finish or undo what a killed process
+        had begun.
 
-        Raises UserError when another process writes to it (or waits for that to end, which is for what takes a moment),
-        a file is in the way, or it holds something of another kind or of nobody here: then nothing was changed.
+        Raises UserError when another process writes to it (or waits for that to end, which is for
+        what takes a moment), a file is in the way, or it holds something of another kind or of
+        nobody here: then nothing was changed.
         """
         path, what = self.path, self.kind.name
         if path.exists() and not path.is_dir():
@@ -134,7 +143,8 @@ class Folder:
             self.lock.close()
 
     def strangers(self) -> list[str]:
-        """Names of what is in the folder, or within it beside what is listed, and is neither ours nor the system's."""
+        """Names of what is in the folder, or within it beside what is listed, and is neither ours
+        nor the system's."""
         return self._others({folder for name in self.listed for folder in parents_of(name)})
 
     def _others(self, folders: set[str]) -> list[str]:
@@ -151,7 +161,8 @@ class Folder:
         return [name for name in found if not OF_THE_SYSTEM.fullmatch(name.rpartition("/")[2])]
 
     def note(self, *names: str) -> None:
-        """List files that are about to be written. Raises UserError for one that is there and that no command wrote."""
+        """List files that are about to be written. Raises UserError for one that is there and that
+        no command wrote."""
         new = [name for name in dict.fromkeys(names) if name not in self.listed]
         for name in new:
             assert self.kind.fits(name), f"{name} is no file of a {self.kind.name}"
@@ -183,7 +194,8 @@ class Folder:
                 )
 
     def clear(self) -> None:
-        """Remove all that is listed, and say what stays. Raises UserError as `check_free`, before."""
+        """Remove all that is listed, and say what stays. Raises UserError as `check_free`,
+        before."""
         self.check_free()
         folders = {folder for name in self.listed for folder in parents_of(name)}
         self.remove(self.listed)
@@ -200,7 +212,8 @@ class Folder:
 
     @contextlib.contextmanager
     def replacing(self, last: str) -> Iterator[Path]:
-        """A folder whose files take the place of all that is listed when the block ends well; see `atomic_folder`.
+        """A folder whose files take the place of all that is listed when the block ends well; see
+        `atomic_folder`.
 
         `note` the names before the work, so that a file in the way is found before it.
         """
@@ -228,8 +241,8 @@ class Folder:
             yield staged
 
     def drop(self, name: str) -> str | None:
-        """Remove the subfolder `name` with all that it holds, or say why it stays: it holds what no command wrote, or
-        the file system does not let go of it yet, as of what is still open."""
+        """Remove the subfolder `name` with all that it holds, or say why it stays: it holds what no
+        command wrote, or the file system does not let go of it yet, as of what is still open."""
         path = self.path / name
         entries = os.listdir(path) if path.is_dir() and not path.is_symlink() else None
         if entries is None or (
@@ -262,7 +275,8 @@ class Folder:
         return f"{HEADER} {self.kind.name}\n".encode()
 
     def _read(self) -> set[str] | None:
-        """What is listed; None without a list. Raises UserError for a folder of another kind, or of another program."""
+        """What is listed; None without a list. Raises UserError for a folder of another kind, or of
+        another program."""
         try:
             data = self._bytes() if self.lock else (self.path / LOCK).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -296,7 +310,8 @@ class Folder:
         self.listed = listed or set()
         if listed is not None:
             self.lock.truncate(self._bytes().rfind(b"\n") + 1)
-            # Where someone put a link, it is not what was written: it is neither followed nor replaced.
+            # Where someone put a link, it is not what was written: it is neither followed nor
+            # replaced.
             self.listed = {name for name in listed if not os.path.islink(self.path / name)}
         else:
             self.lock.truncate(0)
@@ -316,7 +331,8 @@ class Folder:
             self._write(lines)
 
     def _write(self, data: bytes) -> None:
-        """Add to the list. On a disk that is nearly full the system may take a part of it at a time."""
+        """Add to the list. On a disk that is nearly full the system may take a part of it at a
+        time."""
         with naming(self.path / LOCK):
             while data:
                 data = data[self.lock.write(data) :]
@@ -341,7 +357,8 @@ class Folder:
                                 raise
 
     def _is_temporary(self, name: str) -> bool:
-        """Whether an entry has a temporary name of a file of ours, or of a folder that holds no other files."""
+        """Whether an entry has a temporary name of a file of ours, or of a folder that holds no
+        other files."""
         folder, _, entry = name.rpartition("/")
         match, path = TEMPORARY.fullmatch(entry), self.path / name
         if not match or path.is_symlink():
@@ -356,7 +373,8 @@ class Folder:
 
 
 def _open_locked(folder: Path, refusal: str, *, wait: bool) -> IO[bytes]:
-    """The folder's `.lock`, locked; where its file system cannot, that is said. Raises UserError where it is held."""
+    """The folder's `.lock`, locked; where its file system cannot, that is said. Raises UserError
+    where it is held."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     for _ in range(3):
         try:

@@ -26,9 +26,11 @@ CLOCKS = (
 
 
 class Meter:
-    """Weighted means of named scalars since the last reading; holds tensors, so that a step never waits for a device.
+    """Weighted means of named scalars since the last reading; holds tensors, so that a step never
+    waits for a device.
 
-    Its state is part of a checkpoint: a resumed run logs the very means that an uninterrupted one does.
+    Its state is part of a checkpoint: a resumed run logs the very means that an uninterrupted one
+    does.
     """
 
     def __init__(self) -> None:
@@ -69,7 +71,8 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """A rank goes on from its own sums, or from the mean of all where there were more or fewer of them."""
+        """A rank goes on from its own sums, or from the mean of all where there were more or fewer
+        of them."""
         rank, world = distributed.rank(), distributed.world()
         own = {
             name: sums.flatten().to(distributed.device()) for name, sums in state["sums"].items()
@@ -81,7 +84,8 @@ class Meter:
 
 
 class Log:
-    """log.jsonl and TensorBoard events in a run folder. Lines after the step resumed from are dropped.
+    """log.jsonl and TensorBoard events in a run folder. Lines after the step resumed from are
+    dropped.
 
     `note` is told the name of a file before it is made.
     """
@@ -117,8 +121,8 @@ class Log:
 
 
 class Events:
-    """A TensorBoard event file. Written here and now: SummaryWriter's thread loses what a killed process had not
-    written yet, and meets a full disk with a traceback.
+    """A TensorBoard event file. Written here and now: SummaryWriter's thread loses what a killed
+    process had not written yet, and meets a full disk with a traceback.
     """
 
     def __init__(
@@ -127,8 +131,8 @@ class Events:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # TensorBoard reads files by name. A clock that was set back would bring this one before those that it goes on
-        # from, and the start of theirs would hide its steps.
+        # TensorBoard reads files by name. A clock that was set back would bring this one before
+        # those that it goes on from, and the start of theirs would hide its steps.
         earlier = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")
                    if path.name.split(".")[3].isdecimal()]  # fmt: skip
         number = max([time.time_ns(), *(each + 1 for each in earlier)])
@@ -169,7 +173,8 @@ def _step_of(line: bytes) -> float | None:
 
 
 class Progress:
-    """One line that is rewritten on a terminal, and a plain line every `interval` seconds without one."""
+    """One line that is rewritten on a terminal, and a plain line every `interval` seconds without
+    one."""
 
     def __init__(self, title: str, total: int, interval: float = 10.0) -> None:
         self.title, self.total, self.interval = title, total, interval

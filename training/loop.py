@@ -1,8 +1,9 @@
-"""The one training loop: turns in order, each forward, backward, clip, step; then average, log, save.
+"""The one training loop: turns in order, each forward, backward, clip, step; then average, log,
+save.
 
-Everything random in a step derives from (seed, step, place in the global batch), and data from (seed, step), so a
-checkpoint needs no random state, running the same command again goes on exactly where it stopped, and the number
-of processes and micro-batches does not matter.
+Everything random in a step derives from (seed, step, place in the global batch), and data from
+(seed, step), so a checkpoint needs no random state, running the same command again goes on exactly
+where it stopped, and the number of processes and micro-batches does not matter.
 """
 
 from __future__ import annotations
@@ -95,17 +96,19 @@ def train(
     measure: Callable[[nn.Module], dict[str, float]] | None = None,
     watch: Callable[[int, dict[str, float]], list[str]] | None = None,
 ) -> nn.Module:
-    """Train to `config.steps`, resuming from the run's newest whole checkpoint; return the averaged `published`.
+    """Train to `config.steps`, resuming from the run's newest whole checkpoint; return the averaged
+    `published`.
 
-    `batches(step)` yields this rank's micro-batches of that step and all that follow. `begin()` is called, on every
-    rank, where there is no checkpoint to resume, to start the modules from data. `preview(averaged, path, step)`
-    draws a picture and `measure(averaged)` returns held-out figures; both are called every `preview_every` steps on
-    rank 0, as is `watch(step, figures)` with whatever is logged: the warnings that it returns are logged and printed.
-    Of a sharded run, ranks other than 0 get the parts that they have of the averaged module.
+    `batches(step)` yields this rank's micro-batches of that step and all that follow. `begin()` is
+    called, on every rank, where there is no checkpoint to resume, to start the modules from data.
+    `preview(averaged, path, step)` draws a picture and `measure(averaged)` returns held-out
+    figures; both are called every `preview_every` steps on rank 0, as is `watch(step, figures)`
+    with whatever is logged: the warnings that it returns are logged and printed. Of a sharded run,
+    ranks other than 0 get the parts that they have of the averaged module.
 
-    Raises Interrupted after saving on SIGINT or SIGTERM (and leaves the run's marker), and UserError on every rank
-    after `max_bad_steps` non-finite steps, or where a checkpoint cannot be written. What cannot be printed is no
-    reason to stop, nor is a terminal that is closed (SIGHUP).
+    Raises Interrupted after saving on SIGINT or SIGTERM (and leaves the run's marker), and
+    UserError on every rank after `max_bad_steps` non-finite steps, or where a checkpoint cannot be
+    written. What cannot be printed is no reason to stop, nor is a terminal that is closed (SIGHUP).
     """
     with (
         outliving_the_terminal(),
@@ -268,7 +271,8 @@ class _Loop:
         return taken
 
     def _show(self, requests: Requests) -> int:
-        """Preview and held-out figures, until a request to stop comes; the signal's number, 0 for none."""
+        """Preview and held-out figures, until a request to stop comes; the signal's number, 0 for
+        none."""
         drawn = False
 
         def draw() -> None:
@@ -363,7 +367,8 @@ class _Window:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Add the time that a step waits for its data. A GPU may still be busy with steps before: it counts its own."""
+        """Add the time that a step waits for its data. A GPU may still be busy with steps before:
+        it counts its own."""
         device = distributed.device()
         if is_known_at_once(device):
             with self.timing("data_wait"):
@@ -374,7 +379,8 @@ class _Window:
         self.gaps.append((begin, event(device, enable_timing=True)))
 
     def read(self, step: int) -> dict[str, float]:
-        """The log's CLOCKS; starts anew. data_wait is a share of the time, all ranks' mean. Call it on every rank."""
+        """The log's CLOCKS; starts anew. data_wait is a share of the time, all ranks' mean. Call it
+        on every rank."""
         for begin, end in self.gaps:
             end.synchronize()
             self.spent["data_wait"] += begin.elapsed_time(end) / 1000

@@ -1,4 +1,5 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with warmup and a cosine or constant schedule."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with warmup and a cosine or constant
+schedule."""
 
 from __future__ import annotations
 
@@ -37,8 +38,9 @@ class OptimizerConfig:
     def build(self, module: nn.Module, *, fused: bool = False) -> torch.optim.AdamW:
         """An optimizer over the module's trainable parameters; decay spares vectors and scalars.
 
-        `fused`: one kernel for many parameters, which heeds the optimizer's `found_inf`. Its roundings are its own.
-        Raises UserError for a prefix in `rates` that names no trainable parameter.
+        `fused`: one kernel for many parameters, which heeds the optimizer's `found_inf`. Its
+        roundings are its own. Raises UserError for a prefix in `rates` that names no trainable
+        parameter.
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         unused = set(self.rates)

@@ -1,7 +1,9 @@
-"""What became of a step, which the host need not wait for: whether it was taken, and who asks to stop.
+"""What became of a step, which the host need not wait for: whether it was taken, and who asks to
+stop.
 
-A GPU works off what the host gave it, and the host is to be ahead of it. So on a GPU a step that is not finite is
-undone there, and the host reads of it when it is known: where it logs or saves, or a step later.
+A GPU works off what the host gave it, and the host is to be ahead of it. So on a GPU a step that is
+not finite is undone there, and the host reads of it when it is known: where it logs or saves, or a
+step later.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ Taken = bool | Tensor  # of a step: a scalar on the device where the host is not
 
 
 def is_known_at_once(device: torch.device) -> bool:
-    """Whether reading a number from the device costs nothing. (AdamW on Apple's has no steps that undo themselves.)"""
+    """Whether reading a number from the device costs nothing. (AdamW on Apple's has no steps that
+    undo themselves.)"""
     return device.type in ("cpu", "mps")
 
 
@@ -61,10 +64,12 @@ class Reading:
 
 
 class Outcomes:
-    """Steps in a row that were not taken, and what number any process asks to stop with, by all processes' reckoning.
+    """Steps in a row that were not taken, and what number any process asks to stop with, by all
+    processes' reckoning.
 
-    All processes call the same methods after the same steps and get the same answers: gradients are averaged, so that
-    what is not finite is so for all of them. On a GPU answers are of the step before, unless `now`, which waits.
+    All processes call the same methods after the same steps and get the same answers: gradients are
+    averaged, so that what is not finite is so for all of them. On a GPU answers are of the step
+    before, unless `now`, which waits.
     """
 
     def __init__(self, device: torch.device, most: int) -> None:

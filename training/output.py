@@ -1,4 +1,5 @@
-"""Standard output and error that may go away: closed from the beginning, a terminal that is gone, a full disk."""
+"""Standard output and error that may go away: closed from the beginning, a terminal that is gone, a
+full disk."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ GONE = (errno.EIO, errno.ENXIO, errno.ENODEV)  # what a terminal answers that wa
 
 
 class Output:
-    """A text stream whose errors of these numbers, or all where there are none, end it and not the program.
+    """A text stream whose errors of these numbers, or all where there are none, end it and not the
+    program.
 
-    Others say that they are of this stream. `stream` is None where the process was started without one.
+    Others say that they are of this stream. `stream` is None where the process was started without
+    one.
     """
 
     def __init__(self, stream: Any, name: str, numbers: tuple[int, ...]) -> None:
@@ -50,7 +53,8 @@ class Output:
 
 
 def silence(stream: Any) -> None:
-    """Send what a stream still holds, and whatever is written to it, nowhere: the end of Python would flush it."""
+    """Send what a stream still holds, and whatever is written to it, nowhere: the end of Python
+    would flush it."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -79,7 +83,8 @@ def surviving(*numbers: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def outliving_the_terminal() -> Iterator[None]:
-    """Within, whoever started this process may leave: SIGHUP and output that nobody takes are passed over."""
+    """Within, whoever started this process may leave: SIGHUP and output that nobody takes are
+    passed over."""
     kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with surviving():
@@ -89,7 +94,8 @@ def outliving_the_terminal() -> Iterator[None]:
 
 
 def open_closed_streams() -> None:
-    """Give a process that was started without some of the descriptors 0 to 2 others that lead nowhere.
+    """Give a process that was started without some of the descriptors 0 to 2 others that lead
+    nowhere.
 
     Or the next file that it opens would be what prints, and what others print, are written to.
     """

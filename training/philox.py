@@ -1,11 +1,14 @@
-"""Where random numbers come from: Philox4x64-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3").
+"""Where random numbers come from: Philox4x64-10 (Salmon et al. 2011, "Parallel Random Numbers: As
+Easy as 1, 2, 3").
 
-A number has no history: it is a function of a key, here (seed, id), and of a counter, here (place, stream). So a row
-of a batch meets the same numbers in any batch, at any place in it, on any device. Words and uniform numbers are the
-same to the bit on every device; what goes through a logarithm, sine or cosine may differ by a rounding.
+A number has no history: it is a function of a key, here (seed, id), and of a counter, here (place,
+stream). So a row of a batch meets the same numbers in any batch, at any place in it, on any device.
+Words and uniform numbers are the same to the bit on every device; what goes through a logarithm,
+sine or cosine may differ by a rounding.
 
-A row of `words` is what `numpy.random.Philox(key=[seed, id], counter=[0, 0, 0, stream])` gives: on the CPU numpy
-makes it, on a CUDA device a Triton kernel (training.philox_kernel), anywhere else torch's integer operations.
+A row of `words` is what `numpy.random.Philox(key=[seed, id], counter=[0, 0, 0, stream])` gives: on
+the CPU numpy makes it, on a CUDA device a Triton kernel (training.philox_kernel), anywhere else
+torch's integer operations.
 """
 
 from __future__ import annotations
@@ -35,19 +38,22 @@ EMPTY = {
 
 
 def words(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None) -> Tensor:
-    """(N, count) int64, all bits random, on the device of `ids` (N,) int64; a row depends on its own id only.
+    """(N, count) int64, all bits random, on the device of `ids` (N,) int64; a row depends on its
+    own id only.
 
-    `first` (N,) int64 from 0 says from which place on a row's numbers are wanted; 0 without it. Seed and stream lie
-    from 0 to 2^63 - 1.
+    `first` (N,) int64 from 0 says from which place on a row's numbers are wanted; 0 without it.
+    Seed and stream lie from 0 to 2^63 - 1.
     """
-    # As an operator where it may be traced, by torch.compile or with fake tensors, which no kernel can be given.
+    # As an operator where it may be traced, by torch.compile or with fake tensors, which no kernel
+    # can be given.
     traced = torch.compiler.is_compiling() or ids.device.type == "cuda"
     make = torch.ops.tessera.philox if traced else _words
     return make(ids, seed, stream, count, first)
 
 
 def uniform(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None) -> Tensor:
-    """(N, count) float64 in (0, 1): the upper 53 bits of `words`, where 0 becomes the smallest normal number."""
+    """(N, count) float64 in (0, 1): the upper 53 bits of `words`, where 0 becomes the smallest
+    normal number."""
     if ids.device.type == "cpu":
         rows = np.empty((len(ids), count))
         for span in _runs(seed, ids, stream, count, first):
@@ -62,15 +68,18 @@ def uniform(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | Non
 def short_uniform(
     seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None
 ) -> Tensor:
-    """(N, count) float32 in [0, 1), multiples of 2^-24: two numbers of each of `words`. `first` counts words."""
+    """(N, count) float32 in [0, 1), multiples of 2^-24: two numbers of each of `words`. `first`
+    counts words."""
     halves = words(seed, ids, stream, -(-count // 2), first).view(torch.int32)[:, :count]
     return ((halves >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 
 def normal(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None) -> Tensor:
-    """(N, count) float32 from the standard normal distribution, two from each of `words`. `first` counts words.
+    """(N, count) float32 from the standard normal distribution, two from each of `words`. `first`
+    counts words.
 
-    By the inverse of its distribution function, from 32 bits: half of them for each side, which reach 5.4 deviations.
+    By the inverse of its distribution function, from 32 bits: half of them for each side, which
+    reach 5.4 deviations.
     """
     out, num_words = torch.empty(len(ids), count, device=ids.device), -(-count // 2)
     starts, height = (
@@ -125,7 +134,8 @@ HOST = _Host()
 
 
 def _runs(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None) -> Iterator[slice]:
-    """Rows that follow one another in one sequence, with the thread's generator set to where they begin."""
+    """Rows that follow one another in one sequence, with the thread's generator set to where they
+    begin."""
     owners, starts = (
         ids.numpy().view(np.uint64),
         np.zeros(len(ids), np.int64) if first is None else first.numpy(),
@@ -144,7 +154,8 @@ def _runs(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None)
 
 
 def in_torch(ids: Tensor, seed: int, stream: int, count: int, first: Tensor | None) -> Tensor:
-    """`words` on any device: unsigned integers of 64 bits in signed ones, whose sums and products wrap alike."""
+    """`words` on any device: unsigned integers of 64 bits in signed ones, whose sums and products
+    wrap alike."""
     num_blocks = -(-count // 4) + (first is not None)  # of four words
     places = torch.arange(
         1, num_blocks + 1, device=ids.device
@@ -157,7 +168,8 @@ def in_torch(ids: Tensor, seed: int, stream: int, count: int, first: Tensor | No
 
 
 def block(seed: int, ids: Tensor, counter: tuple[Tensor | int, ...]) -> Tensor:
-    """(..., 4) int64, Philox4x64-10 of the key (seed, ids) and the four words of the counter, which broadcast."""
+    """(..., 4) int64, Philox4x64-10 of the key (seed, ids) and the four words of the counter, which
+    broadcast."""
     a, b, c, d = (
         torch.full((), _signed(word), device=ids.device) if isinstance(word, int) else word
         for word in counter

@@ -1,4 +1,5 @@
-"""What products are computed in: fp32, or by autocast bf16 or fp16, where norms, softmax and losses stay fp32.
+"""What products are computed in: fp32, or by autocast bf16 or fp16, where norms, softmax and losses
+stay fp32.
 
 The one place that decides it, for training, encoding, sampling and evaluation.
 """
@@ -31,7 +32,8 @@ def has_bf16(device: torch.device) -> bool:
 def decide(asked: str, device: torch.device, setting: str = "", title: str = "") -> str:
     """ "fp32", "bf16" or "fp16". "auto" takes bf16 on a GPU that has it, and fp32 elsewhere.
 
-    Where a GPU has none, rank 0 says so, if `setting` names what the user would set. Raises UserError for other words.
+    Where a GPU has none, rank 0 says so, if `setting` names what the user would set. Raises
+    UserError for other words.
     """
     from training import distributed
     from training.command import UserError

@@ -1,4 +1,5 @@
-"""Saving that does not hold training up: state is copied, and written by a thread while training goes on."""
+"""Saving that does not hold training up: state is copied, and written by a thread while training
+goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from training.command import UserError
 
 
 class Saver:
-    """Writes one checkpoint at a time. What went wrong is told by `failed` and raised by `wait`; until then no more.
+    """Writes one checkpoint at a time. What went wrong is told by `failed` and raised by `wait`;
+    until then no more.
 
     A state that is not finite is not written, and so never takes the place of one that is.
     """
@@ -54,7 +56,8 @@ class Saver:
         return self._error is not None
 
     def wait(self) -> None:
-        """Return when all is on the disk. Raises UserError for a full disk, and for a state that is not finite."""
+        """Return when all is on the disk. Raises UserError for a full disk, and for a state that is
+        not finite."""
         if self._thread is not None:
             self._thread.join()
         self._thread, error = None, self._error
@@ -108,7 +111,8 @@ def tensors_in(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are; in one pass and no memory, as NaN is kept by the largest and the smallest."""
+    """Whether all elements are; in one pass and no memory, as NaN is kept by the largest and the
+    smallest."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     return bool(torch.stack(tensor.aminmax()).isfinite().all())

@@ -1,7 +1,9 @@
-"""Fully sharded data parallelism (FSDP2, arXiv:2304.11277): each process keeps a part of every block.
+"""Fully sharded data parallelism (FSDP2, arXiv:2304.11277): each process keeps a part of every
+block.
 
-A block is an entry of a ModuleList, as transformers have them, that holds nothing but parameters: what anything
-other than the optimizer changes, such as a codebook, stays whole in every process, and so do embeddings and heads.
+A block is an entry of a ModuleList, as transformers have them, that holds nothing but parameters:
+what anything other than the optimizer changes, such as a codebook, stays whole in every process,
+and so do embeddings and heads.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def share_of(blocks: Sequence[nn.Module], module: nn.Module) -> float:
 
 
 def shareable_blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a module, for loop.sharding=full. Raises UserError where they are less than half of it."""
+    """The blocks of a module, for loop.sharding=full. Raises UserError where they are less than
+    half of it."""
     blocks = blocks_of(module)
     if share_of(blocks, module) < 0.5:
         raise UserError(
@@ -59,7 +62,8 @@ def shareable_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def shard_(engine: nn.Module, device: torch.device) -> None:
-    """Share the blocks within `engine`, whose forward is a whole step, among all processes; all else is moved whole.
+    """Share the blocks within `engine`, whose forward is a whole step, among all processes; all
+    else is moved whole.
 
     Raises UserError as `shareable_blocks` does: little would be saved.
     """
@@ -105,7 +109,8 @@ def part(full: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
-    """All processes' parts of a tensor that is shared as `like` is, on rank 0's CPU; others get nothing. Collective."""
+    """All processes' parts of a tensor that is shared as `like` is, on rank 0's CPU; others get
+    nothing. Collective."""
     if not is_shared(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -123,7 +128,8 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
 
 
 def reduce_gradients(parameters: Sequence[Tensor]) -> None:
-    """Average over processes the gradients of parameters that are not shared; those of shared ones are already."""
+    """Average over processes the gradients of parameters that are not shared; those of shared ones
+    are already."""
     gradients = [p.grad for p in parameters if not is_shared(p) and p.grad is not None]
     if gradients:
         flat = distributed.mean_(torch.cat([gradient.flatten() for gradient in gradients]))

@@ -1,4 +1,5 @@
-"""Requests to stop: SIGTERM, which is how a cluster preempts and torchrun ends its workers, and SIGINT, Ctrl-C."""
+"""Requests to stop: SIGTERM, which is how a cluster preempts and torchrun ends its workers, and
+SIGINT, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-WORKER_GRACE = 20  # seconds that a process which reads data goes on for, to feed the step that is to be finished
+# seconds that a process which reads data goes on for, to feed the step that is to be finished
+WORKER_GRACE = 20
 EXIT_CODES = {
     signal.SIGINT: 130,
     signal.SIGTERM: os.EX_TEMPFAIL,
@@ -16,9 +18,11 @@ EXIT_CODES = {
 
 
 class Interrupted(BaseException):
-    """A command ends because it was asked to. The message says how to go on; `code` is the process's exit code.
+    """A command ends because it was asked to. The message says how to go on; `code` is the
+    process's exit code.
 
-    No Exception, so that nothing which passes over what is broken (a damaged image, say) passes over this.
+    No Exception, so that nothing which passes over what is broken (a damaged image, say) passes
+    over this.
     """
 
     def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
@@ -34,7 +38,8 @@ class Requests:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a request raises Interrupted wherever it finds the program, and so does one that came before."""
+        """Inside, a request raises Interrupted wherever it finds the program, and so does one that
+        came before."""
         if self.number:
             raise Interrupted(number=self.number)
         self._at_once = True
@@ -59,10 +64,12 @@ class Requests:
 
 @contextlib.contextmanager
 def listening(*numbers: int, at_once: bool = False, to_the_end: bool = False) -> Iterator[Requests]:
-    """Note these signals instead of ending by them; `at_once` from the beginning. Of the main thread alone.
+    """Note these signals instead of ending by them; `at_once` from the beginning. Of the main
+    thread alone.
 
-    A request that ends the block is one to whoever listens around it too, and is not obeyed again there. `to_the_end`:
-    nor by the process, which ends in order, with its own exit code, however often it is asked.
+    A request that ends the block is one to whoever listens around it too, and is not obeyed again
+    there. `to_the_end`: nor by the process, which ends in order, with its own exit code, however
+    often it is asked.
     """
     requests = Requests(at_once=at_once)
     kept = {number: signal.signal(number, requests._receive) for number in numbers}
@@ -77,5 +84,6 @@ def listening(*numbers: int, at_once: bool = False, to_the_end: bool = False) ->
             around = getattr(handler, "__self__", None)
             if ended and isinstance(around, Requests):
                 around.number = around.number or requests.number
-            # The end of Python leaves what is passed over alone, and gives what has a handler back to the system.
+            # The end of Python leaves what is passed over alone, and gives what has a handler back
+            # to the system.
             signal.signal(number, signal.SIG_IGN if ended and to_the_end else handler)

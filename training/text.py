@@ -7,7 +7,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# Control characters, halves of surrogate pairs, and separators of lines and paragraphs (Unicode 15, table 4-4).
+# Control characters, halves of surrogate pairs, and separators of lines and paragraphs (Unicode 15,
+# table 4-4).
 UNSAFE = ("Cc", "Cs", "Zl", "Zp")
 # What turns the order of the letters after it: a name could show itself as another one.
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -17,17 +18,19 @@ UNDECODED = range(
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text without what moves a cursor, ends a line or cannot be encoded; the characters of `keep` stay.
+    """A text without what moves a cursor, ends a line or cannot be encoded; the characters of
+    `keep` stay.
 
-    Those are written as Python escapes them: a line feed as \\n, ESC as \\x1b, the byte E9 of a name in Latin-1 as
-    \\xe9, half of a surrogate pair as \\ud800. Letters of all languages stay what they are.
+    Those are written as Python escapes them: a line feed as \\n, ESC as \\x1b, the byte E9 of a
+    name in Latin-1 as \\xe9, half of a surrogate pair as \\ud800. Letters of all languages stay
+    what they are.
     """
     return text if text.isprintable() else "".join(x if x in keep else _shown(x) for x in text)
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Printable names, of which no two look alike: those that would differ in what nobody sees alone (zero-width
-    spaces, other spaces, other spellings of one letter) are spelled out.
+    """Printable names, of which no two look alike: those that would differ in what nobody sees
+    alone (zero-width spaces, other spaces, other spellings of one letter) are spelled out.
     """
     shown = [printable(name) for name in names]
     looks = [_look(name) for name in shown]

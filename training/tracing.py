@@ -1,16 +1,18 @@
-"""What a loss costs, counted on the meta device: the real code runs there on shapes alone, in seconds.
+"""What a loss costs, counted on the meta device: the real code runs there on shapes alone, in
+seconds.
 
-Operations are those of matrix products, convolutions, attention and nearest-neighbour search, two for a
-multiplication, by torch's own formulas (torch.utils.flop_counter), forward and backward as they really run: frozen
-parts without gradients of weights, layers under activation checkpointing once more. Attention counts 4 n m d forward
-and twice that backward, whole also where it is causal.
+Operations are those of matrix products, convolutions, attention and nearest-neighbour search, two
+for a multiplication, by torch's own formulas (torch.utils.flop_counter), forward and backward as
+they really run: frozen parts without gradients of weights, layers under activation checkpointing
+once more. Attention counts 4 n m d forward and twice that backward, whole also where it is causal.
 
-Memory is the largest sum of living tensors within a micro-batch's forward and backward pass, without weights and
-their gradients. Attention keeps no weights (arXiv:2205.14135), and bf16 is CUDA's autocast: products in bf16 with one
-copy of each weight that learns; norms, softmax and losses in fp32. What an allocator, a library or a compiler takes
-or spares is not in it.
+Memory is the largest sum of living tensors within a micro-batch's forward and backward pass,
+without weights and their gradients. Attention keeps no weights (arXiv:2205.14135), and bf16 is
+CUDA's autocast: products in bf16 with one copy of each weight that learns; norms, softmax and
+losses in fp32. What an allocator, a library or a compiler takes or spares is not in it.
 
-Both are nearly affine in the number of samples, so that traces of a small and a large micro-batch tell all between.
+Both are nearly affine in the number of samples, so that traces of a small and a large micro-batch
+tell all between.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Count:
     backward: Counter[str]
     kept: Counter[str]  # between forward and backward, by part
     peak: float
-    rehearsed: bool  # whether of several micro-batches all run forward once more, for means of the whole batch
+    # whether of several micro-batches all run forward once more, for means of the whole batch
+    rehearsed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Cost:
         return _combined(lambda low, high: (high - low) / (many - few), self.few, self.many)
 
     def less(self, many: Count) -> Cost:
-        """Of a loss that does less for every sample, whose count of the large micro-batch is given."""
+        """Of a loss that does less for every sample, whose count of the large micro-batch is
+        given."""
         share = self.samples[0] / self.samples[1]
         few = _combined(
             lambda low, high, less: low - share * (high - less), self.few, self.many, many
@@ -107,7 +111,8 @@ def trace(
     module: nn.Module,
     parts: Mapping[str, nn.Module],
 ) -> Count:
-    """One forward and backward pass in training mode; memory is told apart by which of `parts` took it."""
+    """One forward and backward pass in training mode; memory is told apart by which of `parts` took
+    it."""
     tracer, like_cuda = _Tracer(), _LikeCuda(precision == "bf16")
     like_cuda.note = tracer.note
     whole = distributed.WholeBatch(2)
@@ -164,7 +169,8 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """By torch's own rules for shapes, once for each kind of arguments: they are in Python, and slow."""
+        """By torch's own rules for shapes, once for each kind of arguments: they are in Python, and
+        slow."""
         schema = func._schema
         if any(each.alias_info for each in (*schema.arguments, *schema.returns)):
             return func(*args, **kwargs)
@@ -229,7 +235,8 @@ class _Like:
 
 
 class _LikeCuda(TorchFunctionMode):
-    """On the meta device what CUDA would do: attention in one kernel, and the casts of autocast to bf16."""
+    """On the meta device what CUDA would do: attention in one kernel, and the casts of autocast to
+    bf16."""
 
     note: Callable[..., None]
 
@@ -266,7 +273,8 @@ class _LikeCuda(TorchFunctionMode):
 
     @contextlib.contextmanager
     def kept_in_backward(self) -> Iterator[None]:
-        """Autograd leaves this mode: modules that run again in its backward pass come back to it as it was."""
+        """Autograd leaves this mode: modules that run again in its backward pass come back to it as
+        it was."""
         outermost: list[nn.Module] = []
         lows: dict[nn.Module, bool] = {}
 
@@ -329,7 +337,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Shapes and operations of attention that keeps its inputs, its output and one number per row."""
+    """Shapes and operations of attention that keeps its inputs, its output and one number per
+    row."""
 
     @staticmethod
     def forward(
@@ -387,7 +396,8 @@ def _kind(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 class WeightsOnMeta(TorchFunctionMode):
-    """Modules built in it take no memory for weights, and may compute with small tables, as torch.device may not."""
+    """Modules built in it take no memory for weights, and may compute with small tables, as
+    torch.device may not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(

@@ -60,8 +60,9 @@ class Turn:
     loss: Callable[[Batch, int], Loss]  # (micro-batch, step), averaged over its samples
     optimizer: OptimizerConfig
     start_step: int = 0
-    # Told the step and whether it was taken. Where only the GPU knows it is told that it was; if it was not, what a
-    # checkpoint holds of the module's buffers, and of the parameters of parts that have `follow`, is put back.
+    # Told the step and whether it was taken. Where only the GPU knows it is told that it was; if it
+    # was not, what a checkpoint holds of the module's buffers, and of the parameters of parts that
+    # have `follow`, is put back.
     after_step: Callable[[int, bool], None] | None = None
 
 
@@ -91,7 +92,8 @@ class Mover:
         if compiled:  # in place: names of parameters stay
             import torch._functorch.config
 
-            # Losses that weigh their terms by gradients go backward several times, through buffers that stay.
+            # Losses that weigh their terms by gradients go backward several times, through buffers
+            # that stay.
             torch._functorch.config.donated_buffer = False
             for module in units_of(turn.module):
                 module.compile()
@@ -115,7 +117,8 @@ class Mover:
                 )
 
     def move(self, micro_batches: list[Batch], step: int, meter: Meter, seed: int) -> Taken:
-        """One optimizer step; False on every process, and nothing moved, where a loss or gradient is not finite."""
+        """One optimizer step; False on every process, and nothing moved, where a loss or gradient
+        is not finite."""
         self.turn.module.train()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -165,7 +168,8 @@ class Mover:
     def _rehearse(
         self, rest: list[Batch], step: int, whole: distributed.WholeBatch, seed: int
     ) -> None:
-        """Let the micro-batches after the first say, too, what the losses need to know of the whole batch."""
+        """Let the micro-batches after the first say, too, what the losses need to know of the whole
+        batch."""
         for batch in rest:
             with distributed.samples((seed, step), batch.positions):
                 self._loss(batch, step, whole)
@@ -210,7 +214,8 @@ class Mover:
     def _map_state(
         self, state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[str, Any]:
-        """AdamW's moments, by `change(moment, parameter)`; step counts, which have no axes, stay."""
+        """AdamW's moments, by `change(moment, parameter)`; step counts, which have no axes,
+        stay."""
         return state | {
             "state": {
                 number: {
@@ -246,7 +251,8 @@ class _Step(nn.Module):
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """In memory as `like` is on this device: a checkpoint of another may have its axes there in another order."""
+    """In memory as `like` is on this device: a checkpoint of another may have its axes there in
+    another order."""
     like = sharding.local(like)
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
@@ -262,7 +268,8 @@ def _updated(module: nn.Module) -> list[Tensor]:
 
 
 def units_of(module: nn.Module) -> list[nn.Module]:
-    """What is compiled as one: transformer blocks, which are alike, or, where these are not most of it, the whole.
+    """What is compiled as one: transformer blocks, which are alike, or, where these are not most of
+    it, the whole.
 
     By the block it takes seconds rather than minutes.
     """
@@ -271,5 +278,6 @@ def units_of(module: nn.Module) -> list[nn.Module]:
 
 
 def _spoilt(total: Tensor) -> Tensor:
-    """A loss times 1, or, where it is not finite, NaN: then so are its gradients, and after their mean all ranks'."""
+    """A loss times 1, or, where it is not finite, NaN: then so are its gradients, and after their
+    mean all ranks'."""
     return total * torch.where(total.detach().isfinite(), 1.0, torch.nan).to(total.dtype)

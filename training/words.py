@@ -23,7 +23,8 @@ class Word(str):
 
 class _Dumper(yaml.SafeDumper):
     def represent_str(self, text: str) -> yaml.ScalarNode:
-        """In single quotes, some characters that end a line elsewhere (U+0085) would come back as others."""
+        """In single quotes, some characters that end a line elsewhere (U+0085) would come back as
+        others."""
         return self.represent_scalar(
             "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
         )
@@ -47,7 +48,8 @@ def undump(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file's sections, with scalars as text: str where it was quoted, Word where it was not, and None.
+    """A file's sections, with scalars as text: str where it was quoted, Word where it was not, and
+    None.
 
     Raises UserError for what is no mapping in YAML.
     """

@@ -1,4 +1,5 @@
-"""Tables of images (parquet, Arrow, the Hub): which column holds the images, which one the labels."""
+"""Tables of images (parquet, Arrow, the Hub): which column holds the images, which one the
+labels."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ NO_CHOICE = Choice()
 def choose_label(
     source: str, columns: Sequence[str], choice: Choice, classes: Collection[str] = ()
 ) -> str | None:
-    """The column of labels: the one chosen, else the only one whose name or description says so; None without.
+    """The column of labels: the one chosen, else the only one whose name or description says so;
+    None without.
 
     `classes` are the columns that the source itself describes as classes.
     """
@@ -70,7 +72,8 @@ def choose_label(
 
 
 def choose_image(source: str, columns: Sequence[str], images: Sequence[str], choice: Choice) -> str:
-    """The column of images: the one chosen, else "image", else the only one of `images`, which hold images."""
+    """The column of images: the one chosen, else "image", else the only one of `images`, which hold
+    images."""
     if choice.image_column is not None:
         if choice.image_column not in columns:
             raise UserError(

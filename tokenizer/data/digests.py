@@ -1,4 +1,5 @@
-"""What files hold, by SHA-256: each is read once, and known again by its size and times while it is as it was."""
+"""What files hold, by SHA-256: each is read once, and known again by its size and times while it is
+as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from training.log import Progress
 FORMAT = b"tessera-digests-1\n"
 READING = "read once, to know them again"
 BLOCK = 2**22  # bytes read at once
-# A file may change again within one tick of its clock: what was written so shortly before is read anew next time.
+# A file may change again within one tick of its clock: what was written so shortly before is read
+# anew next time.
 YOUNG_NS = 2 * 10**9
 RECORD = np.dtype(
     [
@@ -80,9 +82,9 @@ class FileDigests(NamedTuple):
 def file_digests(root: Path, names: list[str], largest: int | None = None) -> FileDigests:
     """Of the files below `root`, or of `root` itself, whose name is "".
 
-    Of more than `largest` bytes only the first count, and the size. Digests are kept, so that a file which is as it
-    was costs one stat. Call it on every rank: the files are dealt to them. Raises UserError where ranks name
-    different files.
+    Of more than `largest` bytes only the first count, and the size. Digests are kept, so that a
+    file which is as it was costs one stat. Call it on every rank: the files are dealt to them.
+    Raises UserError where ranks name different files.
     """
     place, short = (
         kept.kept_at("digests", root),
@@ -121,7 +123,8 @@ def short_hash(name: str) -> int:
 
 
 def _stamps(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """(n, 3) int64: bytes, and the times in ns of the last change of content and of any change; -1 for no file."""
+    """(n, 3) int64: bytes, and the times in ns of the last change of content and of any change; -1
+    for no file."""
     stamps, progress = (
         np.full((len(paths), 3), -1, np.int64),
         Progress(f"{root}: files", len(paths)),
@@ -139,7 +142,8 @@ def _stamps(root: Path, paths: Sequence[str]) -> np.ndarray:
 
 
 def _known(before: np.ndarray, names: np.ndarray, stamps: np.ndarray) -> np.ndarray:
-    """The record of each file that is as it was, (n,); -1 for others. `before` is sorted by name."""
+    """The record of each file that is as it was, (n,); -1 for others. `before` is sorted by
+    name."""
     if not len(before):
         return np.full(len(names), -1)
     rows = np.searchsorted(before["name"], names).clip(max=len(before) - 1)

@@ -1,4 +1,5 @@
-"""Folders of images as a source: flat, in class subfolders, or either of these within train/ and validation/."""
+"""Folders of images as a source: flat, in class subfolders, or either of these within train/ and
+validation/."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from training.command import UserError
 from training.text import printable
 
 MAX_BYTES = 2**28  # of an encoded image
-# Pictures that are not read here: people take them for images, so that they are not lost among other files.
+# Pictures that are not read here: people take them for images, so that they are not lost among
+# other files.
 UNREAD = tuple(".heic .heif .hif .jxl .jxr .dng .cr2 .nef .arw .psd .exr .hdr .tga .svg".split())
 
 
@@ -41,7 +43,8 @@ class Layout(NamedTuple):
     names: frozenset[str] = frozenset()  # of the split's folders
 
     def part(self, path: str) -> str | None:
-        """What holds the classes that a path below the root belongs to, ending in "/"; None if it is left out."""
+        """What holds the classes that a path below the root belongs to, ending in "/"; None if it
+        is left out."""
         if not path.startswith(self.top):
             return None
         if self.split is None:
@@ -51,7 +54,8 @@ class Layout(NamedTuple):
 
 
 class FolderListing:
-    """A folder of images. Their classes are, where a label file says nothing of them, its first subfolders."""
+    """A folder of images. Their classes are, where a label file says nothing of them, its first
+    subfolders."""
 
     refused: Mapping[int, str] = {}
 
@@ -123,7 +127,8 @@ class FolderListing:
 
 
 def _layout(root: Path, images: Sequence[str], found: Walk) -> Layout:
-    """Looks through wrappers: folders beside which there is no image, and which are a split or lead to the splits.
+    """Looks through wrappers: folders beside which there is no image, and which are a split or lead
+    to the splits.
 
     A split's folder counts without images, too: it may be closed, or a link to another split's.
     """
@@ -214,7 +219,8 @@ def _without_images(images: Sequence[str], found: Walk, layout: Layout) -> list[
 
 
 def other_files(found: Walk, others: Sequence[str]) -> list[str]:
-    """Notes on files of other kinds than the one that a folder is a source of, and on folders that are closed."""
+    """Notes on files of other kinds than the one that a folder is a source of, and on folders that
+    are closed."""
     notes = []
     if unread := [path for path in others if path.lower().endswith(UNREAD)]:
         notes.append(
@@ -230,7 +236,8 @@ def other_files(found: Walk, others: Sequence[str]) -> list[str]:
 
 
 def _repeats(root: Path, found: Walk, layout: Layout) -> list[str]:
-    """Folders that were met again, by links. Raises UserError where their images would be of two classes or splits."""
+    """Folders that were met again, by links. Raises UserError where their images would be of two
+    classes or splits."""
     shown = []
     for path, first in found.repeats:
         parts = layout.part(f"{path}/"), layout.part(f"{first}/")

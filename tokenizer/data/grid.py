@@ -14,7 +14,8 @@ BACKGROUND = 255
 
 
 def image_grid(images: np.ndarray, columns: int, scale: int = 0) -> Image.Image:
-    """(N, H, W, 3) uint8 in reading order -> one picture with `columns` per row; the last row may be short.
+    """(N, H, W, 3) uint8 in reading order -> one picture with `columns` per row; the last row may
+    be short.
 
     Every pixel becomes scale x scale pixels; 0 enlarges tiny images so that a side is about 64.
     """

@@ -39,7 +39,8 @@ class Inventory:
 
     @staticmethod
     def take(listing: Listing, items: np.ndarray) -> Inventory:
-        """Of these items of a source, (n,) int64. Reads no file that is as it was; call it on every rank."""
+        """Of these items of a source, (n,) int64. Reads no file that is as it was; call it on every
+        rank."""
         whole = hashlib.sha256()
         for item, label in zip(items.tolist(), listing.labels[items].tolist()):
             whole.update(f"{listing.key(item)}\0{label}\n".encode("utf-8", "surrogatepass"))
@@ -49,7 +50,8 @@ class Inventory:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The identity of the split: equal where, and only where, all that training can see of it is."""
+        """The identity of the split: equal where, and only where, all that training can see of it
+        is."""
         whole = hashlib.sha256(
             json.dumps([FORMAT, self.class_names, self.num_items, self.items_sha256]).encode()
         )
@@ -68,9 +70,11 @@ def open_run(
     inputs: Mapping[str, str] = {},
     remedy: str = "",
 ) -> Run:
-    """`Run.open` for a run that is made from splits of a data set, at the path `data.source` of its configuration.
+    """`Run.open` for a run that is made from splits of a data set, at the path `data.source` of its
+    configuration.
 
-    The path may change while the data stay what they were. Raises UserError, with what changed, where they did not.
+    The path may change while the data stay what they were. Raises UserError, with what changed,
+    where they did not.
     """
     made_from = {_input(each.split): each.inventory.sha256 for each in data}
     where = dict.fromkeys(made_from, "data.source")

@@ -1,7 +1,7 @@
 """Files that the project keeps for itself, in $XDG_CACHE_HOME/tessera, by default ~/.cache/tessera.
 
-Each begins with the SHA-256 of the rest, so that whatever befell it (a flipped bit, a cut) it counts as absent before
-anything is read from it: what it holds can always be made again.
+Each begins with the SHA-256 of the rest, so that whatever befell it (a flipped bit, a cut) it
+counts as absent before anything is read from it: what it holds can always be made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def kept_at(kind: str, source: Path) -> Path:
 
 
 def keep(path: Path, data: bytes) -> str | None:
-    """Write `data`; None, or why it cannot be kept. Where nothing can be written nothing is tried."""
+    """Write `data`; None, or why it cannot be kept. Where nothing can be written nothing is
+    tried."""
     there = next(parent for parent in path.parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return f"{there} cannot be written"

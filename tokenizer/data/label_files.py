@@ -1,4 +1,5 @@
-"""Labels that lie beside images in a file: metadata.csv and .jsonl (the Hugging Face ImageFolder), Tiny-ImageNet's."""
+"""Labels that lie beside images in a file: metadata.csv and .jsonl (the Hugging Face ImageFolder),
+Tiny-ImageNet's."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class LabelFiles(NamedTuple):
     notes: list[str]
 
     def value(self, image: str, folder_class: str | None) -> Any:
-        """An image's class, from its file or, where none is about its folder, from that folder's name."""
+        """An image's class, from its file or, where none is about its folder, from that folder's
+        name."""
         if image in self.labels:
             return self.labels[image]
         folder = image
@@ -47,8 +49,8 @@ class LabelFiles(NamedTuple):
 def read_label_files(
     root: Path, files: Sequence[str], images: Sequence[str], choice: Choice
 ) -> LabelFiles:
-    """`files` are all those below `root`, of which `images` are images. Raises UserError for a damaged file, one whose
-    labels are in doubt, and where two say different things of one image."""
+    """`files` are all those below `root`, of which `images` are images. Raises UserError for a
+    damaged file, one whose labels are in doubt, and where two say different things of one image."""
     found = LabelFiles({}, set(), set(), [])
     if choice.label_column == NO_LABELS:
         return found
@@ -96,7 +98,8 @@ def _joined(file: Path, labels: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    """Its text, where bytes that are no UTF-8 stay what the names of files have for them. Raises OSError."""
+    """Its text, where bytes that are no UTF-8 stay what the names of files have for them. Raises
+    OSError."""
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may never end
         raise OSError("is no regular file")
     return path.read_bytes().decode("utf-8-sig", "surrogateescape")
@@ -105,7 +108,8 @@ def _read(path: Path) -> str:
 def _of_metadata(
     root: Path, file: str, choice: Choice, notes: list[str]
 ) -> list[tuple[str, Any]] | None:
-    """Images, relative to the file's folder, and their labels; None, with a note, where the file has no labels."""
+    """Images, relative to the file's folder, and their labels; None, with a note, where the file
+    has no labels."""
     path = root / file
     try:
         text = _read(path)
@@ -146,7 +150,8 @@ def _rows(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _numbered(labels: Sequence[str | None]) -> list[int | str | None]:
-    """CSV's text: numbers where all are written as numbers are (007 is a name), nothing where there is none."""
+    """CSV's text: numbers where all are written as numbers are (007 is a name), nothing where there
+    is none."""
     as_number = all(
         re.fullmatch(r"0|-?[1-9]\d{0,17}", label, re.ASCII) for label in labels if label
     )
@@ -154,7 +159,8 @@ def _numbered(labels: Sequence[str | None]) -> list[int | str | None]:
 
 
 def _of_annotations(root: Path, file: str, images: Iterable[str]) -> list[tuple[str, Any]]:
-    """Images, relative to the file's folder, which may keep them in a folder of its own, and their labels."""
+    """Images, relative to the file's folder, which may keep them in a folder of its own, and their
+    labels."""
     path, folder = root / file, posixpath.dirname(file)
     try:
         lines = _read(path).replace("\r\n", "\n").split("\n")

@@ -1,4 +1,5 @@
-"""What a source holds, undecoded: which kind of listing a `DataConfig.source` is, and the embedded digits."""
+"""What a source holds, undecoded: which kind of listing a `DataConfig.source` is, and the embedded
+digits."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Listing(Protocol):
 
 
 def open_listing(source: str, cache_bytes: int, choice: Choice = NO_CHOICE) -> Listing:
-    """The listing of a `DataConfig.source`: embedded name, else existing path, else hub:owner/name."""
+    """The listing of a `DataConfig.source`: embedded name, else existing path, else
+    hub:owner/name."""
     path = Path(source).expanduser()
     if source in EMBEDDED:
         choice.refuse(source, *choice._fields)
@@ -75,8 +77,9 @@ def open_listing(source: str, cache_bytes: int, choice: Choice = NO_CHOICE) -> L
 def _open_folder(root: Path, cache_bytes: int, choice: Choice) -> Listing:
     """What a folder holds: a saved data set, else tables of images, else images, else shards.
 
-    Tables about images (img2dataset writes them beside its shards) hide nothing, and archives beside the images that
-    they once held are no source. What is passed over for another kind is said.
+    Tables about images (img2dataset writes them beside its shards) hide nothing, and archives
+    beside the images that they once held are no source. What is passed over for another kind is
+    said.
     """
     if is_saved(root):
         return ArrowListing(root, choice)

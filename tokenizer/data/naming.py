@@ -1,4 +1,5 @@
-"""What names say: which files are a source's images, which split they belong to, and what class a label is."""
+"""What names say: which files are a source's images, which split they belong to, and what class a
+label is."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ EXTENSIONS = tuple(
 )
 
 
-# What may follow such a word in a folder's name: train2017, val_256, test-images. A "bullet_train" is a class.
+# What may follow such a word in a folder's name: train2017, val_256, test-images. A "bullet_train"
+# is a class.
 SUFFIX = r"(?:[\s_.-]*(?:\d+|images?|imgs?|jpe?gs?|set|data|split))*"
 
 
 class OwnSplit(NamedTuple):
-    """The parts of a source that are its training and its held-out split, and the parts that are neither."""
+    """The parts of a source that are its training and its held-out split, and the parts that are
+    neither."""
 
     train: list[str]
     held_out: list[str]
@@ -46,8 +49,9 @@ class OwnSplit(NamedTuple):
 def own_split(names: Sequence[str]) -> OwnSplit | None:
     """What a source's files or parts say by their names; None unless both splits are among them.
 
-    What is above all of them says nothing: train_and_val/train.tar is trained on, train_and_val/val.tar is not.
-    Of several that could be held out one is taken and the others, like names that say nothing, are left out.
+    What is above all of them says nothing: train_and_val/train.tar is trained on,
+    train_and_val/val.tar is not. Of several that could be held out one is taken and the others,
+    like names that say nothing, are left out.
     """
     above = len(os.path.commonpath(names)) if names and all("/" in name for name in names) else 0
     return _own_split(
@@ -56,8 +60,9 @@ def own_split(names: Sequence[str]) -> OwnSplit | None:
 
 
 def folder_split(source: str, names: Sequence[str]) -> OwnSplit | None:
-    """The same of folders, which may be classes: nothing but a split's name counts. Raises UserError where two
-    folders are the same split, such as train2014 and train2017, as one may hold images of the other's held-out one.
+    """The same of folders, which may be classes: nothing but a split's name counts. Raises
+    UserError where two folders are the same split, such as train2014 and train2017, as one may hold
+    images of the other's held-out one.
     """
     split = _own_split(names, {name: {split_word(name)} - {None} for name in names})
     for several in (split.train, split.held_out) if split else ():
@@ -97,10 +102,11 @@ def some(names: Sequence[str], most: int = 3) -> str:
 def number_classes(
     source: str, values: Sequence[Any], class_names: Sequence[str] | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Label values, either names or numbers (into `class_names` where given) -> (n,) int64, all names.
+    """Label values, either names or numbers (into `class_names` where given) -> (n,) int64, all
+    names.
 
-    A missing value, -1, or one that `class_names` does not know, is -1; where all are missing, all are of one class.
-    The names given back are printable, and no two of them look alike.
+    A missing value, -1, or one that `class_names` does not know, is -1; where all are missing, all
+    are of one class. The names given back are printable, and no two of them look alike.
     """
     values = [
         str(value) if isinstance(value, bool) else None if value == -1 else value

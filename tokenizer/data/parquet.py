@@ -28,10 +28,11 @@ class RowGroup(NamedTuple):
 
 
 class ParquetListing:
-    """Parquet files in the Hugging Face layout: images as `{bytes, path}` and, where there are classes, their labels.
+    """Parquet files in the Hugging Face layout: images as `{bytes, path}` and, where there are
+    classes, their labels.
 
-    Row groups are read as they are needed and up to `cache_bytes` of them kept. A random order over more than
-    that reads a row group per image: better unpack such a set into a folder.
+    Row groups are read as they are needed and up to `cache_bytes` of them kept. A random order over
+    more than that reads a row group per image: better unpack such a set into a folder.
     """
 
     refused: Mapping[int, str] = {}

@@ -1,8 +1,10 @@
-"""Stateless order of training items: a function of (seed, step), shared evenly by ranks and micro-batches.
+"""Stateless order of training items: a function of (seed, step), shared evenly by ranks and
+micro-batches.
 
-Epochs of up to 2^24 items are drawn as a table, exactly uniform. Larger ones are enciphered: a Feistel network (Luby
-& Rackoff 1988) over the next power of four, walked along its cycles until it lands on an item (Black & Rogaway 2002),
-gives any place of the order without memory or a start, and still each item once.
+Epochs of up to 2^24 items are drawn as a table, exactly uniform. Larger ones are enciphered: a
+Feistel network (Luby & Rackoff 1988) over the next power of four, walked along its cycles until it
+lands on an item (Black & Rogaway 2002), gives any place of the order without memory or a start, and
+still each item once.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Keyed(Protocol):
-    """A map-style data set that gives whole batches. One of files has `skipped`, a `tokenizer.data.skipped.Skipped`."""
+    """A map-style data set that gives whole batches. One of files has `skipped`, a
+    `tokenizer.data.skipped.Skipped`."""
 
     def __len__(self) -> int: ...
 
@@ -56,7 +59,8 @@ def permutation(num_items: int, seed: int, epoch: int) -> Tensor:
 
 
 def encipher(places: np.ndarray, num_items: int, seed: int) -> np.ndarray:
-    """Places (n,) in [0, num_items) -> where a permutation that only the seed decides puts them, (n,) int64."""
+    """Places (n,) in [0, num_items) -> where a permutation that only the seed decides puts them,
+    (n,) int64."""
     half = np.uint64(max(1, -(-(num_items - 1).bit_length() // 2)))  # bits
     mask = (np.uint64(1) << half) - np.uint64(1)
     rounds = np.array(
@@ -96,11 +100,13 @@ def keys_of_step(num_items: int, batch_size: int, seed: int, step: int) -> list[
 def feed(
     dataset: Keyed, batch_size: int, seed: int, accumulate: int = 1, workers: int = 0
 ) -> Callable[[int], Iterator[list[Batch]]]:
-    """The training loop's `batches`: from a step on, this rank's micro-batches of each step, without end.
+    """The training loop's `batches`: from a step on, this rank's micro-batches of each step,
+    without end.
 
-    Rank r of W takes places [rB/W, (r+1)B/W) of the global batch of B, in `accumulate` equal parts. What a
-    place holds depends on neither W nor `accumulate` nor `workers` (processes that read ahead; 0 reads in
-    this one). Raises UserError when B cannot be shared evenly or the data set is empty.
+    Rank r of W takes places [rB/W, (r+1)B/W) of the global batch of B, in `accumulate` equal parts.
+    What a place holds depends on neither W nor `accumulate` nor `workers` (processes that read
+    ahead; 0 reads in this one). Raises UserError when B cannot be shared evenly or the data set is
+    empty.
     """
     micro = distributed.samples_each(batch_size, accumulate)
     if len(dataset) == 0:
@@ -129,11 +135,12 @@ def feed(
 def read(
     dataset: Keyed, keys: Iterator[list[Key]], workers: int, setting: str = "workers"
 ) -> Generator[dict[str, Tensor]]:
-    """What `dataset.gather` gives for each of the lists of keys, in order and to the bit, read ahead by `workers`
-    processes, which end with this iterator; 0 reads in this one, when it is asked.
+    """What `dataset.gather` gives for each of the lists of keys, in order and to the bit, read
+    ahead by `workers` processes, which end with this iterator; 0 reads in this one, when it is
+    asked.
 
-    Raises UserError where `gather` does, where one of the processes is gone (`setting` is what to lower then), and
-    where all of them together meet too many items that cannot be read.
+    Raises UserError where `gather` does, where one of the processes is gone (`setting` is what to
+    lower then), and where all of them together meet too many items that cannot be read.
     """
     parts = _read_ahead(dataset, keys, workers) if workers else map(dataset.gather, keys)
     try:
@@ -175,7 +182,8 @@ def _read_ahead(dataset: Keyed, keys: Iterator[list[Key]], workers: int) -> Iter
 
 
 def _leave_stopping_to_the_loop(worker: int) -> None:
-    """A launcher signals all its processes, and the loop needs batches until its step is done and saved."""
+    """A launcher signals all its processes, and the loop needs batches until its step is done and
+    saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
@@ -201,7 +209,8 @@ class _Gathered(torch.utils.data.Dataset):
 
 
 def _next(parts: Iterator[Any], workers: int, setting: str) -> Any:
-    """What comes next; of a process that died, the UserError to raise where no traceback keeps the others."""
+    """What comes next; of a process that died, the UserError to raise where no traceback keeps the
+    others."""
     try:
         return next(parts)
     except (RuntimeError, OSError, EOFError) as error:

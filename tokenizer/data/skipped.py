@@ -1,4 +1,5 @@
-"""Items of a split that cannot be read: counted and told to people by one process, whichever process meets them."""
+"""Items of a split that cannot be read: counted and told to people by one process, whichever
+process meets them."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ class Findings:
 
 
 class Skipped:
-    """Of one split. A process that reads ahead for another (`tell_another`) judges nothing and warns of nothing: what
-    it found is added up where it is read for (`drain`, `merge`), so that any number of processes say what one says.
+    """Of one split. A process that reads ahead for another (`tell_another`) judges nothing and
+    warns of nothing: what it found is added up where it is read for (`drain`, `merge`), so that any
+    number of processes say what one says.
     """
 
     def __init__(
         self, source: str, split: str, listed: int, max_bad: float, fewest_reads: int
     ) -> None:
-        """`listed`: items of the split; `max_bad`: the share of bad ones that is borne, of `fewest_reads` or more."""
+        """`listed`: items of the split; `max_bad`: the share of bad ones that is borne, of
+        `fewest_reads` or more."""
         self.source, self.split, self.listed = source, split, listed
         self.max_bad, self.fewest_reads = max_bad, fewest_reads
         self.lines: list[str] = []  # "item: reason"
@@ -66,7 +69,8 @@ class Skipped:
             self.reads, self._untold = 0, []
 
     def drain(self) -> Findings:
-        """What was found since the last call, for `merge` in the process that this one reads for."""
+        """What was found since the last call, for `merge` in the process that this one reads
+        for."""
         found = Findings(self.reads, self._untold or [])
         self.reads, self._untold = 0, []
         return found

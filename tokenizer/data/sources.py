@@ -1,4 +1,5 @@
-"""Image data sets: one split of a source as pixels with labels, without the items that cannot be read."""
+"""Image data sets: one split of a source as pixels with labels, without the items that cannot be
+read."""
 
 from __future__ import annotations
 
@@ -83,8 +84,8 @@ class DataConfig:
 def open_split(config: DataConfig, split: str, augment: bool = False, seed: int = 0) -> Images:
     """One split, "train" or "held_out", of the configured source.
 
-    Raises UserError when the source cannot be found or read, has too many unreadable items, or leaves the
-    split without items.
+    Raises UserError when the source cannot be found or read, has too many unreadable items, or
+    leaves the split without items.
     """
     assert split in SPLITS, split
     listing = open_listing(config.source, config.memory_mib * 2**20, config.choice)
@@ -92,7 +93,8 @@ def open_split(config: DataConfig, split: str, augment: bool = False, seed: int 
 
 
 def take_inventories(config: DataConfig) -> dict[str, Inventory]:
-    """What each split of the configured source is made of; nothing is decoded. Call it on every rank."""
+    """What each split of the configured source is made of; nothing is decoded. Call it on every
+    rank."""
     listing = open_listing(config.source, 0, config.choice)
     return {
         split: Inventory.take(listing, split_items(listing, split, config.held_out))
@@ -103,10 +105,10 @@ def take_inventories(config: DataConfig) -> dict[str, Inventory]:
 class Images:
     """A map-style data set of square RGB images with class labels.
 
-    Where the decoded split fits in `memory_mib`, it is decoded once, here, and unreadable items are left out:
-    the same ones in every process and run. A larger split is decoded as it is read, and an unreadable item
-    then gives the next readable item of its class, so length and labels hold but `gather` may give another id
-    than `ids`. Either way what was skipped is in `bad`.
+    Where the decoded split fits in `memory_mib`, it is decoded once, here, and unreadable items are
+    left out: the same ones in every process and run. A larger split is decoded as it is read, and
+    an unreadable item then gives the next readable item of its class, so length and labels hold but
+    `gather` may give another id than `ids`. Either way what was skipped is in `bad`.
     """
 
     def __init__(
@@ -170,11 +172,13 @@ class Images:
         return self.skipped.lines
 
     def readers(self, workers: int) -> int:
-        """How many of so many processes are worth starting to read: none where the pixels are in memory already."""
+        """How many of so many processes are worth starting to read: none where the pixels are in
+        memory already."""
         return workers if self._pixels is None else 0
 
     def gather(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """(epoch, index) keys -> images (B, 3, S, S) float32 in [-1, 1], labels (B,) and ids (B,) int64.
+        """(epoch, index) keys -> images (B, 3, S, S) float32 in [-1, 1], labels (B,) and ids (B,)
+        int64.
 
         Augmentation depends on (seed, epoch, index) only.
         """
@@ -216,8 +220,8 @@ class Images:
         return other
 
     def announce(self) -> None:
-        """Tell people on standard output what this is and what was skipped, once per run; of the training split, too,
-        what of the source was passed over.
+        """Tell people on standard output what this is and what was skipped, once per run; of the
+        training split, too, what of the source was passed over.
         """
         if distributed.is_main():
             print(self.summary(), flush=True)
@@ -231,7 +235,8 @@ class Images:
         return f"{self.name} ({self.split}): {what}{skipped}"
 
     def _load(self, place: int) -> tuple[Tensor, int]:
-        """Pixels (3, S, S) uint8 of an item, or of the next readable one of its class, and which it was."""
+        """Pixels (3, S, S) uint8 of an item, or of the next readable one of its class, and which it
+        was."""
         for candidate in self._candidates(place):
             self.skipped.reads += 1
             try:
@@ -247,7 +252,8 @@ class Images:
         raise UserError(f"{self._config.source}: class {name} has no readable {self.split} image")
 
     def _candidates(self, place: int) -> Iterator[int]:
-        """The item, then those of its class that follow it, around the end; without the known unreadable."""
+        """The item, then those of its class that follow it, around the end; without the known
+        unreadable."""
         if place not in self.skipped:
             yield place
         same = torch.nonzero(self.labels == self.labels[place]).flatten()
@@ -259,7 +265,8 @@ class Images:
 def decode_all(
     listing: Listing, items: np.ndarray, config: DataConfig, block: int = 256
 ) -> tuple[Tensor, dict[int, str]]:
-    """Every item's pixels, (n, 3, S, S) uint8, and the reason of each that cannot be read, by item."""
+    """Every item's pixels, (n, 3, S, S) uint8, and the reason of each that cannot be read, by
+    item."""
     pixels = np.zeros((len(items), 3, config.image_size, config.image_size), dtype=np.uint8)
     bad: dict[int, str] = {}
 
@@ -295,17 +302,20 @@ def decode_all(
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Pillow's, of damage that it reads over: lines without the name of a file, as many as there are images."""
+    """Pillow's, of damage that it reads over: lines without the name of a file, as many as there
+    are images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def split_items(listing: Listing, split: str, share: float) -> np.ndarray:
-    """Items of a split, (n,) int64 ascending: the source's own split, else `share` of each class held out.
+    """Items of a split, (n,) int64 ascending: the source's own split, else `share` of each class
+    held out.
 
-    The stratified split ranks each class by a hash of its items' keys, so it needs no state and little moves
-    when images are added. A class of two or more gives at least one item to either side.
+    The stratified split ranks each class by a hash of its items' keys, so it needs no state and
+    little moves when images are added. A class of two or more gives at least one item to either
+    side.
     """
     held_out = listing.held_out
     if held_out is None:

@@ -1,7 +1,8 @@
-"""Where a WebDataset shard keeps its samples, read from the tar's headers alone (POSIX ustar and pax, GNU long names).
+"""Where a WebDataset shard keeps its samples, read from the tar's headers alone (POSIX ustar and
+pax, GNU long names).
 
-Nothing is extracted, no name of a member is ever opened, and members of other kinds than the few that are wanted
-are never read: whatever they hold, there is nothing here that could run it.
+Nothing is extracted, no name of a member is ever opened, and members of other kinds than the few
+that are wanted are never read: whatever they hold, there is nothing here that could run it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ class Member(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The n items of a shard, in its order. Neighbours of one name up to its first dot are one sample, and a sample
-    is one item, unless it holds several images of which none has the plain name: then each of them is.
+    """The n items of a shard, in its order. Neighbours of one name up to its first dot are one
+    sample, and a sample is one item, unless it holds several images of which none has the plain
+    name: then each of them is.
     """
 
     offsets: (
@@ -93,9 +95,11 @@ class Seen(NamedTuple):
 
 
 def index_of(path: Path) -> TarIndex:
-    """A shard's index, from the cache folder while the shard is as it was; read anew and kept there else.
+    """A shard's index, from the cache folder while the shard is as it was; read anew and kept there
+    else.
 
-    Where nothing can be written, nothing is kept. Raises UserError for a file that is no whole, plain tar.
+    Where nothing can be written, nothing is kept. Raises UserError for a file that is no whole,
+    plain tar.
     """
     state, place = stamp(path), kept_at(path)
     index = _load(place, state)
@@ -123,12 +127,14 @@ class Stamp(NamedTuple):
     changed: int  # ns; also moves where a program sets `modified` back, as cp -p and tar do
 
     def same_contents(self, other: Stamp) -> bool:
-        """Whether a run can go on: a new link to a file, as backups make, changes `changed` alone."""
+        """Whether a run can go on: a new link to a file, as backups make, changes `changed`
+        alone."""
         return self[:2] == other[:2]
 
 
 def stamp(file: Path | int) -> Stamp:
-    """Of a path or a descriptor. Raises UserError unless it is a regular file, without opening it."""
+    """Of a path or a descriptor. Raises UserError unless it is a regular file, without opening
+    it."""
     try:
         found = os.stat(file)
     except OSError as error:
@@ -208,7 +214,8 @@ class _Sample:
 
     def __init__(self, key: bytes) -> None:
         self.key = key
-        # By stem, a name up to its last dot: the image `22.01.jpg` of sample `22` may have a label `22.01.cls` alone.
+        # By stem, a name up to its last dot: the image `22.01.jpg` of sample `22` may have a label
+        # `22.01.cls` alone.
         self._images: dict[bytes, list[Member | int]] = {}  # or what is wrong with it
         self._labels: dict[tuple[bytes, str], int | str | None] = {}  # (stem, cls or json)
         self._problems: dict[bytes, int] = {}  # of labels
@@ -240,7 +247,8 @@ class _Sample:
             self._problems[stem] = problem
 
     def items(self, seen: Seen) -> Iterator[_Item]:
-        """The image of the plain name, else the only one; of several others each is an item of its own name."""
+        """The image of the plain name, else the only one; of several others each is an item of its
+        own name."""
         images = [(stem, image) for stem, found in self._images.items() for image in found]
         plain = [(stem, image) for stem, image in images if stem == self.key]
         if not images:
@@ -270,7 +278,8 @@ class _Sample:
         return _Item(key, image, NO_IMAGE, self._label(stem))
 
     def _label(self, stem: bytes) -> int | str | list[str] | None:
-        """From .cls, else .json, of the image's own name or its sample's, else [the first folder of the name]."""
+        """From .cls, else .json, of the image's own name or its sample's, else [the first folder of
+        the name]."""
         folder, slash, _ = self.key.partition(b"/")
         named = [folder.decode("utf-8", "surrogateescape")] if slash else None
         own = [
@@ -363,7 +372,8 @@ def _name(header: bytes) -> bytes:
 
 
 def _pax(body: bytes, start: int) -> dict[str, bytes]:
-    """Records "length key=value\\n" of a pax header. Only `path`, `size` and GNU's marks of sparse files matter."""
+    """Records "length key=value\\n" of a pax header. Only `path`, `size` and GNU's marks of sparse
+    files matter."""
     found, position = {}, 0
     while position < len(body):
         digits, space, _ = body[position : position + 8].partition(b" ")

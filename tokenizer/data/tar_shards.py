@@ -1,4 +1,5 @@
-"""WebDataset shards (Aizman et al. 2019, arXiv:2001.01858) as a source, in any order by an index of places."""
+"""WebDataset shards (Aizman et al. 2019, arXiv:2001.01858) as a source, in any order by an index of
+places."""
 
 from __future__ import annotations
 
@@ -27,10 +28,11 @@ READERS = 8  # threads that read the headers of shards, which wait for disks
 
 
 class TarListing:
-    """WebDataset shards: tars of NAME.jpg (.jpeg, .png, .webp) with NAME.cls, NAME.json or a folder as the class.
+    """WebDataset shards: tars of NAME.jpg (.jpeg, .png, .webp) with NAME.cls, NAME.json or a folder
+    as the class.
 
-    An item is a place in a shard, so any order costs one positioned read per image. 32 bytes of memory per item,
-    and its name.
+    An item is a place in a shard, so any order costs one positioned read per image. 32 bytes of
+    memory per item, and its name.
     """
 
     def __init__(self, source: Path, shards: list[Path], choice: Choice = NO_CHOICE) -> None:
@@ -109,7 +111,8 @@ class TarListing:
 
 
 def _indexes(shards: list[Path]) -> list[tar_index.TarIndex]:
-    """Of each shard. Each process begins elsewhere, so that several find most of them made by the others."""
+    """Of each shard. Each process begins elsewhere, so that several find most of them made by the
+    others."""
     if (
         new := sum(not tar_index.kept_at(path).exists() for path in shards)
     ) and distributed.is_main():
@@ -179,12 +182,14 @@ def _merge_labels(source: str, indexes: list[tar_index.TarIndex]) -> tuple[np.nd
 
 
 def is_pattern(source: str) -> bool:
-    """Whether a source names shards by braces. An address with a scheme, such as pipe:, never does."""
+    """Whether a source names shards by braces. An address with a scheme, such as pipe:, never
+    does."""
     return source.endswith(".tar") and "{" in source and not re.match(r"[a-z]+:", source)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Shards that a pattern names: {000..099} counts with its digits, {a,b} lists. In order, each once."""
+    """Shards that a pattern names: {000..099} counts with its digits, {a,b} lists. In order, each
+    once."""
     parts: list[list[str]] = []
     for text in re.split(r"(\{[^{}]*\})", pattern):
         span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Frequent formats first. A closed list: some of Pillow's other readers start programs (EPS runs Ghostscript).
+# Frequent formats first. A closed list: some of Pillow's other readers start programs (EPS runs
+# Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 SIXTEEN_BITS = 65535
@@ -36,8 +37,8 @@ class BadImage(ValueError):
 def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     """An encoded image -> (3, size, size) uint8: upright, on white, centre square, grey thrice.
 
-    Raises BadImage, before any decoding when the header announces more than `max_pixels`, and MemoryError when the
-    machine is short of memory, which says nothing of the image.
+    Raises BadImage, before any decoding when the header announces more than `max_pixels`, and
+    MemoryError when the machine is short of memory, which says nothing of the image.
     """
     needed = len(data)  # bytes
     try:
@@ -48,7 +49,8 @@ def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
                 if width * height == 0:
                     raise BadImage(f"has no pixels ({width}x{height})")
             needed += 8 * image.width * image.height
-            # JPEG decodes at 1/2, 1/4 or 1/8; twice the target leaves the resize below its antialiasing.
+            # JPEG decodes at 1/2, 1/4 or 1/8; twice the target leaves the resize below its
+            # antialiasing.
             image.draft(image.mode, (2 * size, 2 * size))
             image.load()
             upright = UPRIGHT.get(_orientation(image))
@@ -98,11 +100,13 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _white(values: np.ndarray) -> int:
-    """What is white in (H, W) floats or 32-bit integers, whose format does not say it. Raises BadImage in doubt.
+    """What is white in (H, W) floats or 32-bit integers, whose format does not say it. Raises
+    BadImage in doubt.
 
-    0..1, 0..255 or 0..65535: resampling may have shot over either end by a tenth (OVERSHOOT), and where white is not
-    1 the brightest pixel must reach a quarter of it, or all be whole numbers up to 255. Anything else could be several
-    ranges: 0..4095, [-1, 1], heights in metres, a high dynamic range whose white is an exposure of the viewer's choice.
+    0..1, 0..255 or 0..65535: resampling may have shot over either end by a tenth (OVERSHOOT), and
+    where white is not 1 the brightest pixel must reach a quarter of it, or all be whole numbers up
+    to 255. Anything else could be several ranges: 0..4095, [-1, 1], heights in metres, a high
+    dynamic range whose white is an exposure of the viewer's choice.
     """
     if not np.isfinite(values).all():
         raise BadImage("has pixels that are not finite")
@@ -119,7 +123,8 @@ def _white(values: np.ndarray) -> int:
 
 
 def _grey(values: np.ndarray, white: int) -> Image.Image:
-    """(H, W) of 16 or more bits -> "L". Pillow's own conversion clips at 255, which turns 16-bit images white."""
+    """(H, W) of 16 or more bits -> "L". Pillow's own conversion clips at 255, which turns 16-bit
+    images white."""
     return Image.fromarray(np.rint((values * (255 / white)).clip(0, 255)).astype(np.uint8))
 
 
@@ -142,7 +147,8 @@ def flip(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shift(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Move by up to S/16 (at least one) whole pixels each way; the edge is repeated. (3, S, S) uint8."""
+    """Move by up to S/16 (at least one) whole pixels each way; the edge is repeated. (3, S, S)
+    uint8."""
     size = image.shape[-1]
     reach = max(1, size // 16)
     down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
@@ -159,7 +165,8 @@ AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], ...]
 
 
 def augment(image: Tensor, name: str, seed: int) -> Tensor:
-    """One item through AUGMENTATIONS[name]; the same seed gives the same result. (3, S, S) uint8."""
+    """One item through AUGMENTATIONS[name]; the same seed gives the same result. (3, S, S)
+    uint8."""
     generator = torch.Generator().manual_seed(seed)
     for step in AUGMENTATIONS[name]:
         image = step(image, generator)
@@ -172,7 +179,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floats, clamped to [-1, 1] and rounded in float32, -> uint8 0..255; undoes `to_float` exactly."""
+    """Floats, clamped to [-1, 1] and rounded in float32, -> uint8 0..255; undoes `to_float`
+    exactly."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -1,4 +1,5 @@
-"""The files below a folder: every real folder is entered once, by itself rather than by a link to it."""
+"""The files below a folder: every real folder is entered once, by itself rather than by a link to
+it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Repeat(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What lies below a folder, as sorted paths relative to it with "/". Hidden files and folders are left out."""
+    """What lies below a folder, as sorted paths relative to it with "/". Hidden files and folders
+    are left out."""
 
     files: list[str]
     folders: list[
@@ -30,7 +32,8 @@ class Walk(NamedTuple):
 
 
 def walk(root: Path) -> Walk:
-    """Links are followed after all real folders, in the order of their names, and never to what holds the root."""
+    """Links are followed after all real folders, in the order of their names, and never to what
+    holds the root."""
     found = Walk([], [], {}, [])
     real = {"": os.path.realpath(root)}  # of the folders that wait to be entered
     entered: dict[str, str] = {}  # real path: path below the root

@@ -1,6 +1,8 @@
-"""Residual convolutional decoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1).
+"""Residual convolutional decoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section
+4.1).
 
-It mirrors encoders/conv.py; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446) takes residual_channels=64 for 256 px.
+It mirrors encoders/conv.py; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446) takes
+residual_channels=64 for 256 px.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class ConvDecoderConfig:
 
 
 class ConvDecoder(nn.Module):
-    """(B, in_channels, h, w) -> images, or features of `out_channels`, (B, out_channels, stride * h, stride * w)."""
+    """(B, in_channels, h, w) -> images, or features of `out_channels`, (B, out_channels, stride *
+    h, stride * w)."""
 
     def __init__(
         self,

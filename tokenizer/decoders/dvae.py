@@ -1,7 +1,8 @@
-"""Convolutional decoder of DALL-E's discrete VAE (Ramesh et al. 2021, arXiv:2102.12092, appendix A).
+"""Convolutional decoder of DALL-E's discrete VAE (Ramesh et al. 2021, arXiv:2102.12092, appendix
+A).
 
-It mirrors encoders/dvae.py, with nearest neighbours between groups. Its output is a distribution of each pixel on
-(0, 1), of which the location makes the image.
+It mirrors encoders/dvae.py, with nearest neighbours between groups. Its output is a distribution of
+each pixel on (0, 1), of which the location makes the image.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class DVAEDecoder(nn.Module):
         return (location - self.margin) / (1 - 2 * self.margin) * 2 - 1
 
     def statistics(self, vectors: Tensor) -> Tensor:
-        """Location and log scale of every colour's distribution, before the sigmoid, (B, 6, H, W)."""
+        """Location and log scale of every colour's distribution, before the sigmoid, (B, 6, H,
+        W)."""
         x = vectors + self.shift[:, None, None]
         for number, group in enumerate(self.groups):
             x = group(F.interpolate(x, scale_factor=2.0, mode="nearest") if number else x)

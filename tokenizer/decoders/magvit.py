@@ -1,4 +1,5 @@
-"""Convolutional decoder without attention, as MaskGIT's and MAGVIT-v2's: encoders/magvit.py in a mirror."""
+"""Convolutional decoder without attention, as MaskGIT's and MAGVIT-v2's: encoders/magvit.py in a
+mirror."""
 
 from __future__ import annotations
 
@@ -27,11 +28,13 @@ class MagvitDecoderConfig:
         4,
     )  # of the channels, one per resolution, finest first
     blocks: int = 2  # per resolution, and in the middle
-    shortcut: str = "input"  # where a block changes width, what its 1x1 shortcut is of; MaskGIT's is of the "output"
+    # where a block changes width, what its 1x1 shortcut is of; MaskGIT's is of the "output"
+    shortcut: str = "input"
     upsampling: str = (
         "nearest"  # neighbour, then 3x3; or 3x3 to four times the "channels", which become pixels
     )
-    adaptive: bool = False  # before each resolution a group norm whose scale and shift the codes' statistics give
+    # before each resolution a group norm whose scale and shift the codes' statistics give
+    adaptive: bool = False
     groups: int = 0  # of each group norm; 0 for 32, or as many as leave four channels to each
     unit_range: bool = False  # the network gives images in [0, 1]
 
@@ -93,7 +96,8 @@ class MagvitDecoder(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """A group norm whose scale and shift come from the codes: from each of their channels' deviation and mean."""
+    """A group norm whose scale and shift come from the codes: from each of their channels'
+    deviation and mean."""
 
     def __init__(
         self, code_channels: int, channels: int, groups: int = 0, eps: float = 1e-6
@@ -116,7 +120,8 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class ChannelsToPixels(nn.Module):
-    """Twice the resolution: a 3x3 convolution to four values per channel, the place in the 2x2 changing slowest."""
+    """Twice the resolution: a 3x3 convolution to four values per channel, the place in the 2x2
+    changing slowest."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
-"""Vision transformer from codes to patches with learned positions, as BSQ-ViT has it (arXiv:2406.07548).
+"""Vision transformer from codes to patches with learned positions, as BSQ-ViT has it
+(arXiv:2406.07548).
 
-It mirrors encoders/patch_vit.py; each token becomes a patch through one linear map, or two with tanh between them.
+It mirrors encoders/patch_vit.py; each token becomes a patch through one linear map, or two with
+tanh between them.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class PatchViTDecoderConfig:
 
 
 class PatchViTDecoder(nn.Module):
-    """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w); other grids get interpolated positions."""
+    """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w); other grids get interpolated
+    positions."""
 
     def __init__(
         self, in_channels: int, stride: int, side: int, config: PatchViTDecoderConfig

@@ -1,8 +1,9 @@
 """ViT decoders trained elsewhere, and the latent statistics that go with them, loaded by name.
 
-RAE (Zheng et al. 2025, arXiv:2510.11690) publishes decoders as .pt, diffusers its AutoencoderRAE as safetensors. Both
-predict pixels in the normalisation of their encoder; a decoder loaded here predicts [-1, 1]. They were trained on
-the encoder's features as they are: a normaliser before the quantizer has to be undone before such a decoder.
+RAE (Zheng et al. 2025, arXiv:2510.11690) publishes decoders as .pt, diffusers its AutoencoderRAE as
+safetensors. Both predict pixels in the normalisation of their encoder; a decoder loaded here
+predicts [-1, 1]. They were trained on the encoder's features as they are: a normaliser before the
+quantizer has to be undone before such a decoder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from tokenizer.decoders.vit import ViTDecoder
 from training.command import UserError
 
-# diffusers calls the parts of attention by its own names; RAE by those of transformers' ViT, which are ours.
+# diffusers calls the parts of attention by its own names; RAE by those of transformers' ViT, which
+# are ours.
 DIFFUSERS_NAMES = {
     ".attention.to_q.": ".attention.attention.query.",
     ".attention.to_k.": ".attention.attention.key.",
@@ -38,9 +40,9 @@ def load_decoder(
 ) -> None:
     """Load what RAE or diffusers trained from a file, or from the folder that holds it.
 
-    `image_mean` and `image_std` are the encoder's per-channel normalisation of images in [0, 1]; a file that
-    states its own (diffusers') is taken at its word. Raises UserError, before anything is written, when a tensor is
-    missing, unknown or of another shape.
+    `image_mean` and `image_std` are the encoder's per-channel normalisation of images in [0, 1]; a
+    file that states its own (diffusers') is taken at its word. Raises UserError, before anything is
+    written, when a tensor is missing, unknown or of another shape.
     """
     file = _weights_file(Path(path))
     saved = _read(file)
@@ -79,7 +81,8 @@ def load_decoder(
 
 
 def load_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
-    """(mean, var) of latents, float32, as RAE's .pt files hold them: both (C, h, w). Raises UserError."""
+    """(mean, var) of latents, float32, as RAE's .pt files hold them: both (C, h, w). Raises
+    UserError."""
     saved = _read(Path(path))
     for name in ("mean", "var"):
         if not isinstance(saved.get(name), Tensor):
@@ -98,7 +101,8 @@ def load_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def _decoder_part(saved: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
-    """The decoder's tensors under our names, whatever they are nested in or prefixed with (decoder., module.)."""
+    """The decoder's tensors under our names, whatever they are nested in or prefixed with
+    (decoder., module.)."""
     last = "decoder_pred.weight"
     key = next((key for key in saved if key == last or key.endswith(f".{last}")), None)
     if key is None:

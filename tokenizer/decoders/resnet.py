@@ -1,7 +1,8 @@
-"""Convolutional decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841, appendix): encoders/resnet.py in a mirror.
+"""Convolutional decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841, appendix):
+encoders/resnet.py in a mirror.
 
-Each resolution has one residual block more than the encoder's; doubling is by nearest neighbour and a 3x3
-convolution. With `patch` above 1 the last layer predicts whole patches of pixels.
+Each resolution has one residual block more than the encoder's; doubling is by nearest neighbour and
+a 3x3 convolution. With `patch` above 1 the last layer predicts whole patches of pixels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A sequence of tokens to images: TiTok's decoder (Yu et al. 2024, arXiv:2406.07550), which mirrors encoders/titok.py.
+"""A sequence of tokens to images: TiTok's decoder (Yu et al. 2024, arXiv:2406.07550), which mirrors
+encoders/titok.py.
 
 A vision transformer sees a class token, a mask token for every patch and the codes. What became of
 the masks is pixels or, as in the first published models, a mixture of another tokenizer's codes,

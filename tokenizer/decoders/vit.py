@@ -1,7 +1,7 @@
 """ViT decoder in the style of MAE (He et al. 2021, arXiv:2111.06377), with RAE's parameter names.
 
-decoder_embed, decoder_pos_embed, decoder_layers, decoder_norm, decoder_pred, trainable_cls_token: so that
-decoders trained for RAE (Zheng et al. 2025, arXiv:2510.11690) load by name.
+decoder_embed, decoder_pos_embed, decoder_layers, decoder_norm, decoder_pred, trainable_cls_token:
+so that decoders trained for RAE (Zheng et al. 2025, arXiv:2510.11690) load by name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class ViTDecoderConfig:
-    """The size is a preset's, or one's own by `dim`, `depth`, `heads` and `mlp`; what neither says is B's."""
+    """The size is a preset's, or one's own by `dim`, `depth`, `heads` and `mlp`; what neither says
+    is B's."""
 
     kind: str = "vit"
     preset: str = ""  # B, L, XL (of RAE), or mirror: the encoder's own width, depth, heads and MLP
@@ -52,7 +53,8 @@ class ViTDecoderConfig:
     mlp: int | None = None  # the width inside each MLP; 4 dim
     gradient_checkpointing: bool = False  # less memory in training, a third more time
     weights: str | None = (
-        None  # a decoder trained for RAE, or diffusers' AutoencoderRAE: a file, or the folder of one
+        # a decoder trained for RAE, or diffusers' AutoencoderRAE: a file, or the folder of one
+        None
     )
 
     def __post_init__(self) -> None:
@@ -97,7 +99,8 @@ class ViTDecoderConfig:
 
 
 def mirrored(encoder: nn.Module) -> Size:
-    """The size that the transformers config of a pretrained encoder states. Raises ValueError where there is none."""
+    """The size that the transformers config of a pretrained encoder states. Raises ValueError where
+    there is none."""
     config = getattr(getattr(encoder, "model", None), "config", None)
     try:
         mlp = getattr(config, "intermediate_size", None) or int(
@@ -111,7 +114,8 @@ def mirrored(encoder: nn.Module) -> Size:
 
 
 class ViTDecoder(nn.Module):
-    """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w); other grids than `grid` get their own positions."""
+    """(B, in_channels, h, w) -> (B, 3, stride * h, stride * w); other grids than `grid` get their
+    own positions."""
 
     def __init__(
         self,
@@ -204,7 +208,8 @@ class Layer(nn.Module):
 
 
 def sin_cos_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed positions of MAE, (1, 1 + h w, dim): zeros for the class token, columns in the first half, rows after."""
+    """Fixed positions of MAE, (1, 1 + h w, dim): zeros for the class token, columns in the first
+    half, rows after."""
     frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
     def encode(places: Tensor) -> Tensor:

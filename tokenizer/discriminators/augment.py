@@ -1,4 +1,5 @@
-"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): colour, translation and cutout that gradients pass through."""
+"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): colour, translation and cutout that gradients
+pass through."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ NUM_DRAWS = 10  # uniform numbers that one sample needs
 
 
 def diff_augment(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> the same shape. Each sample meets each of the three with `probability`.
+    """(B, 3, H, W) in [-1, 1] -> the same shape. Each sample meets each of the three with
+    `probability`.
 
     `uniform` (B, NUM_DRAWS), in [0, 1), is all the randomness: a row decides for its sample alone.
     """
@@ -20,7 +22,8 @@ def diff_augment(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
 
 
 def color(images: Tensor, uniform: Tensor) -> Tensor:
-    """Brightness by -0.5..0.5, saturation times 0..2, contrast times 0.5..1.5; uniform (B, 3), 0.5 changes nothing."""
+    """Brightness by -0.5..0.5, saturation times 0..2, contrast times 0.5..1.5; uniform (B, 3), 0.5
+    changes nothing."""
     brightness, saturation, contrast = uniform[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1)
     images = images + (brightness - 0.5)
     grey = images.mean(1, keepdim=True)
@@ -30,7 +33,8 @@ def color(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def translate(images: Tensor, uniform: Tensor) -> Tensor:
-    """Move by up to an eighth of each side, in whole pixels; what comes in is 0. uniform (B, 2), 0.5 stays."""
+    """Move by up to an eighth of each side, in whole pixels; what comes in is 0. uniform (B, 2),
+    0.5 stays."""
     for dim, draw in ((2, uniform[:, 0]), (3, uniform[:, 1])):
         side = images.shape[dim]
         reach = (side + 4) // 8
@@ -45,7 +49,8 @@ def translate(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, uniform: Tensor) -> Tensor:
-    """A rectangle of half of each side becomes 0; its centre, uniform (B, 2), lies anywhere in the image."""
+    """A rectangle of half of each side becomes 0; its centre, uniform (B, 2), lies anywhere in the
+    image."""
     spans = []
     for side, draw in zip(images.shape[2:], uniform.unbind(1)):
         extent = (side + 1) // 2

@@ -1,9 +1,10 @@
 """Projected discriminator: small heads on a frozen, self-supervised vision transformer.
 
-Sauer et al. 2023 (StyleGAN-T, arXiv:2301.09515), section 3.2, as RAE's code has it (Zheng et al. 2025,
-arXiv:2510.11690): images are resized, class tokens left out, the last input is the trunk's before its last norm, and
-what is called batch normalisation there is of one image at a time. Other than there, estimates of spectral norms move
-once for an optimizer step, and DINO's GELU is the exact one that it was trained with.
+Sauer et al. 2023 (StyleGAN-T, arXiv:2301.09515), section 3.2, as RAE's code has it (Zheng et al.
+2025, arXiv:2510.11690): images are resized, class tokens left out, the last input is the trunk's
+before its last norm, and what is called batch normalisation there is of one image at a time. Other
+than there, estimates of spectral norms move once for an optimizer step, and DINO's GELU is the
+exact one that it was trained with.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class DinoConfig:
     def build(self, image_size: int, weights: bool = True) -> DinoDiscriminator:
         """With `weights=False`, the trunk's architecture alone.
 
-        Raises UserError for a trunk that cannot be loaded, that lacks a block of `layers`, or whose patches do not
-        fit the images.
+        Raises UserError for a trunk that cannot be loaded, that lacks a block of `layers`, or whose
+        patches do not fit the images.
         """
         try:
             trunk = FoundationConfig(name=self.name, revision=self.revision, frozen=False).build(
@@ -94,22 +95,25 @@ class DinoConfig:
 
 
 class DinoDiscriminator(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> (B, heads, h, w) logits: per head, one for every patch of the trunk.
+    """(B, 3, H, W) in [-1, 1] -> (B, heads, h, w) logits: per head, one for every patch of the
+    trunk.
 
-    Gradients pass through the trunk to the images. The trunk itself never learns, stays in evaluation mode, and is
-    in neither the parameters nor the state dict.
+    Gradients pass through the trunk to the images. The trunk itself never learns, stays in
+    evaluation mode, and is in neither the parameters nor the state dict.
     """
 
     def __init__(
         self, trunk: FoundationEncoder, blocks: tuple[int, ...], kernel: int, size: int
     ) -> None:
-        """`blocks`: those with a head, counted from 0; images are resized to `size` where theirs differs."""
+        """`blocks`: those with a head, counted from 0; images are resized to `size` where theirs
+        differs."""
         super().__init__()
         self.blocks, self.size = blocks, size
         self._unregistered = (
             trunk.eval().requires_grad_(False),
         )  # a tuple hides it from nn.Module
-        # Hooks of our own that stay, as a compiler traces through these and not through those of transformers.
+        # Hooks of our own that stay, as a compiler traces through these and not through those of
+        # transformers.
         self._met: list[Tensor] = []  # what the blocks in `asked` gave, in their order
         layers = blocks_of(trunk.model)
         assert len(layers) == trunk.model.config.num_hidden_layers
@@ -136,7 +140,8 @@ class DinoDiscriminator(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step: one power iteration for each spectral norm, however many forward passes it took."""
+        """After an optimizer step: one power iteration for each spectral norm, however many forward
+        passes it took."""
         for module in self._normed():
             estimate = module.parametrizations.weight.train(True)
             module.weight  # noqa: B018  in training mode the estimate moves where the weight is computed
@@ -158,7 +163,8 @@ class DinoDiscriminator(nn.Module):
         return torch.cat(logits, 1).unflatten(2, (side, side))
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
-        """(B, prefix + h * w, C) after each of `blocks`, and once more after the last, before the trunk's norm."""
+        """(B, prefix + h * w, C) after each of `blocks`, and once more after the last, before the
+        trunk's norm."""
         self._met.clear()
         self.trunk(images)
         met = dict(zip(self.asked, self._met))
@@ -172,7 +178,8 @@ class DinoDiscriminator(nn.Module):
 
 
 class Head(nn.Module):
-    """(B, C, N) tokens in raster order -> (B, 1, N): a pointwise and a residual circular convolution, spectral norm.
+    """(B, C, N) tokens in raster order -> (B, 1, N): a pointwise and a residual circular
+    convolution, spectral norm.
 
     Each channel of each image is normalised over its tokens, so that no image depends on its batch.
     """

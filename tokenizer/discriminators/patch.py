@@ -1,4 +1,5 @@
-"""PatchGAN discriminator (Isola et al. 2017, arXiv:1611.07004), group-normalised so that ranks cannot drift.
+"""PatchGAN discriminator (Isola et al. 2017, arXiv:1611.07004), group-normalised so that ranks
+cannot drift.
 
 Its last convolution is 3 x 3, theirs 4 x 4: it keeps the grid, and small images keep a patch.
 """
@@ -27,7 +28,8 @@ class PatchConfig:
                 )
 
     def build(self, image_size: int, weights: bool = True) -> PatchDiscriminator:
-        """Raises UserError for images that have no pixel left after `layers` halvings; nothing here is pretrained."""
+        """Raises UserError for images that have no pixel left after `layers` halvings; nothing here
+        is pretrained."""
         most = max(0, (image_size // 2).bit_length() - 1)
         if self.layers > most:
             remedy = f"take {most}" if most else "it needs images of at least 4 px"
@@ -56,8 +58,8 @@ class PatchDiscriminator(nn.Module):
 def group_norm(channels: int) -> nn.GroupNorm:
     """As many groups as divide the channels, at most 32 and of at least four channels each.
 
-    The papers' batch normalisation sees one rank's images, and its statistics differ from rank to rank; a sample's
-    own do not depend on which others share its batch.
+    The papers' batch normalisation sees one rank's images, and its statistics differ from rank to
+    rank; a sample's own do not depend on which others share its batch.
     """
     fitting = [count for count in range(1, 33) if channels % count == 0 and channels >= 4 * count]
     return nn.GroupNorm(max(fitting, default=1), channels)

@@ -1,7 +1,8 @@
-"""Residual convolutional encoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1).
+"""Residual convolutional encoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section
+4.1).
 
-The defaults are the paper's at stride 4; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446) takes residual_channels=64
-for 256 px. Larger strides put further halvings of channels / 2 in front.
+The defaults are the paper's at stride 4; VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446) takes
+residual_channels=64 for 256 px. Larger strides put further halvings of channels / 2 in front.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def check_activation(section: str, name: str) -> None:
 
 
 class ConvEncoder(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1], or features of `in_channels` -> (B, channels, H / stride, W / stride)."""
+    """Images (B, 3, H, W) in [-1, 1], or features of `in_channels` -> (B, channels, H / stride, W /
+    stride)."""
 
     frozen = False
 
@@ -68,7 +70,8 @@ class ConvEncoder(nn.Module):
         activation: str = "relu",
         narrow: bool = False,
     ) -> None:
-        """`narrow`: the width is half of `channels` up to the last convolution before the residual blocks."""
+        """`narrow`: the width is half of `channels` up to the last convolution before the residual
+        blocks."""
         super().__init__()
         self.channels, self.stride, self.activation = channels, stride, ACTIVATIONS[activation]()
         halvings = int(math.log2(stride))
@@ -85,7 +88,8 @@ class ConvEncoder(nn.Module):
 
 
 class ResidualStack(nn.Module):
-    """Blocks of activation, 3x3, activation, 1x1, each added to its input; an activation at the end."""
+    """Blocks of activation, 3x3, activation, 1x1, each added to its input; an activation at the
+    end."""
 
     def __init__(self, channels: int, blocks: int, hidden: int, activation: str = "relu") -> None:
         super().__init__()

@@ -1,7 +1,9 @@
-"""Convolutional encoder of DALL-E's discrete VAE (Ramesh et al. 2021, arXiv:2102.12092, appendix A).
+"""Convolutional encoder of DALL-E's discrete VAE (Ramesh et al. 2021, arXiv:2102.12092, appendix
+A).
 
-Groups of residual blocks without norms, ReLU before each convolution, the resolution halved by the largest of 2x2
-between groups. What each block adds is divided by the square of the number of blocks.
+Groups of residual blocks without norms, ReLU before each convolution, the resolution halved by the
+largest of 2x2 between groups. What each block adds is divided by the square of the number of
+blocks.
 """
 
 from __future__ import annotations

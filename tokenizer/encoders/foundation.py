@@ -1,4 +1,5 @@
-"""Pretrained vision transformers as encoders, through transformers' own classes, from a folder or the Hub."""
+"""Pretrained vision transformers as encoders, through transformers' own classes, from a folder or
+the Hub."""
 
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ from training.command import UserError
 
 @dataclasses.dataclass(frozen=True)
 class FoundationConfig:
-    """A model of one of FAMILIES, or the vision part of a composite model that has one (SigLIP, InternVL).
+    """A model of one of FAMILIES, or the vision part of a composite model that has one (SigLIP,
+    InternVL).
 
-    `final_norm` says what ends the encoder: "affine", its last LayerNorm as trained, or "plain", that norm without
-    its learned scale and shift (as RAE does, arXiv:2510.11690): each token has mean 0 and variance 1 over its
-    channels. InternViT as published ends in none: "affine" gives its features as they are, "plain" normalises them.
+    `final_norm` says what ends the encoder: "affine", its last LayerNorm as trained, or "plain",
+    that norm without its learned scale and shift (as RAE does, arXiv:2510.11690): each token has
+    mean 0 and variance 1 over its channels. InternViT as published ends in none: "affine" gives its
+    features as they are, "plain" normalises them.
     """
 
     kind: str = "foundation"
@@ -47,11 +50,12 @@ class FoundationConfig:
     def build(
         self, image_size: int, saved: Path | None = None, weights: bool = True
     ) -> FoundationEncoder:
-        """The encoder with its pretrained weights; with `saved` only its architecture, from that folder.
+        """The encoder with its pretrained weights; with `saved` only its architecture, from that
+        folder.
 
-        `weights=False` gives random weights and needs only a local folder's config.json or a name in KNOWN; under
-        `torch.device("meta")` it takes no memory. Raises UserError when the name is neither a folder nor a
-        reachable model, or the model is of a family that is not known here.
+        `weights=False` gives random weights and needs only a local folder's config.json or a name
+        in KNOWN; under `torch.device("meta")` it takes no memory. Raises UserError when the name is
+        neither a folder nor a reachable model, or the model is of a family that is not known here.
         """
         if saved is not None:
             model, preprocessing = load_architecture(saved / "encoder")
@@ -65,7 +69,8 @@ class FoundationConfig:
         return encoder
 
     def _stride(self, image_size: int, patch: int) -> int:
-        """Pixels of the image per feature. Raises ValueError unless both sizes are whole numbers of features."""
+        """Pixels of the image per feature. Raises ValueError unless both sizes are whole numbers of
+        features."""
         side = self.input_size // patch
         if side < 1 or self.input_size % patch or image_size % side:
             raise ValueError(
@@ -96,8 +101,8 @@ def _in_order(pixels: Tensor, config: Any) -> dict[str, Any]:
 
 
 def _flattened(pixels: Tensor, config: Any) -> dict[str, Any]:
-    """For NaFlex (arXiv:2502.14786): patches as rows, and the grid that they came from. All images of a batch have
-    the same grid, so that no row is padding and none is masked."""
+    """For NaFlex (arXiv:2502.14786): patches as rows, and the grid that they came from. All images
+    of a batch have the same grid, so that no row is padding and none is masked."""
     rows, columns = _pair(config.patch_size)
     grid = (pixels.shape[2] // rows, pixels.shape[3] // columns)
     return {
@@ -111,7 +116,8 @@ def _flattened(pixels: Tensor, config: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one architecture is made and called. In all of them class and register tokens come before the patches."""
+    """How one architecture is made and called. In all of them class and register tokens come before
+    the patches."""
 
     model_class: str
     inputs: Callable[
@@ -134,10 +140,11 @@ FAMILIES = {
     "internvl_vision": Family("InternVLVisionModel", _plain),
 }
 
-PART_OF_COMPOSITE = r"^(model\.)?vision_(tower|model)\."  # what the weights are called in a model that has more parts
+# what the weights are called in a model that has more parts
+PART_OF_COMPOSITE = r"^(model\.)?vision_(tower|model)\."
 
-# What every family's config is set to, where it has the field: features depend on nothing but the image, in
-# training too, and pooling heads are not made.
+# What every family's config is set to, where it has the field: features depend on nothing but the
+# image, in training too, and pooling heads are not made.
 SETTINGS = {
     "mask_ratio": 0.0,
     "drop_path_rate": 0.0,
@@ -207,10 +214,11 @@ KNOWN: dict[str, tuple[str, dict[str, Any], list[float], list[float]]] = {
 
 
 class FoundationEncoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> patch features (B, channels, H / stride, W / stride), for any whole grid of patches.
+    """(B, 3, H, W) in [-1, 1] -> patch features (B, channels, H / stride, W / stride), for any
+    whole grid of patches.
 
-    Images are normalised as the model's preprocessor_config.json says; class and register tokens are dropped.
-    A frozen encoder runs without gradients and stays in evaluation mode.
+    Images are normalised as the model's preprocessor_config.json says; class and register tokens
+    are dropped. A frozen encoder runs without gradients and stays in evaluation mode.
     """
 
     def __init__(
@@ -258,7 +266,8 @@ class FoundationEncoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """`grid` of features, where not one for every `stride` pixels; images are resized to what it takes (bicubic).
+        """`grid` of features, where not one for every `stride` pixels; images are resized to what
+        it takes (bicubic).
 
         Raises ValueError when the image is no whole number of strides, and no grid is given.
         """
@@ -337,7 +346,8 @@ def load_pretrained(
 
 
 def _download(name: str, revision: str | None) -> str:
-    """The local folder of a Hub model, from the Hub or its cache. A Hub that is away is told at once."""
+    """The local folder of a Hub model, from the Hub or its cache. A Hub that is away is told at
+    once."""
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*processor_config.json", "model.safetensors*", "model-*.safetensors"]

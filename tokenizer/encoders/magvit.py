@@ -1,9 +1,10 @@
 """Convolutional encoder without attention, as MaskGIT (Chang et al. 2022, arXiv:2202.04200) has it.
 
-So do MaskBit (Weber et al. 2024, arXiv:2409.16211) and Open-MAGVIT2 (Luo et al. 2024, arXiv:2409.04410).
+So do MaskBit (Weber et al. 2024, arXiv:2409.16211) and Open-MAGVIT2 (Luo et al. 2024,
+arXiv:2409.04410).
 
-At each resolution residual blocks of GroupNorm, SiLU and 3x3 convolutions without biases, a middle of as many blocks,
-and a 1x1 convolution at the end.
+At each resolution residual blocks of GroupNorm, SiLU and 3x3 convolutions without biases, a middle
+of as many blocks, and a 1x1 convolution at the end.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ class MagvitEncoderConfig:
         4,
     )  # of the channels, one per resolution, finest first
     blocks: int = 2  # per resolution, and in the middle
-    shortcut: str = "input"  # where a block changes width, what its 1x1 shortcut is of; MaskGIT's is of the "output"
-    downsampling: str = "average"  # of 2x2 pixels; or "conv", 3x3 padded below and at the right; "centred", on all sides
+    # where a block changes width, what its 1x1 shortcut is of; MaskGIT's is of the "output"
+    shortcut: str = "input"
+    # of 2x2 pixels; or "conv", 3x3 padded below and at the right; "centred", on all sides
+    downsampling: str = "average"
     groups: int = 0  # of each group norm; 0 for 32, or as many as leave four channels to each
     unit_range: bool = False  # the network is given images in [0, 1]
     out_channels: int = 256
@@ -114,8 +117,8 @@ def unbiased_blocks(in_channels: int, channels: int, count: int, config: Any) ->
 class UnbiasedBlock(nn.Module):
     """Norm, SiLU, 3x3, twice, added to the input or, where widths differ, to a 1x1 convolution.
 
-    With shortcut="output" that convolution is of the block's own output, and the input is dropped: so MaskGIT's
-    published networks were trained.
+    With shortcut="output" that convolution is of the block's own output, and the input is dropped:
+    so MaskGIT's published networks were trained.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Vision transformer over patches with learned positions, as BSQ-ViT has it (Zhao et al. 2024, arXiv:2406.07548).
+"""Vision transformer over patches with learned positions, as BSQ-ViT has it (Zhao et al. 2024,
+arXiv:2406.07548).
 
-A patch is a row of its pixels (colour, row, column) through a linear map; blocks are CLIP's, with norms before
-attention and MLP, and norms before the first and after the last.
+A patch is a row of its pixels (colour, row, column) through a linear map; blocks are CLIP's, with
+norms before attention and MLP, and norms before the first and after the last.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def check_transformer(section: str, config: Any) -> None:
 
 
 class PatchViTEncoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> (B, out_channels, H / patch, W / patch); other grids get interpolated positions."""
+    """(B, 3, H, W) in [-1, 1] -> (B, out_channels, H / patch, W / patch); other grids get
+    interpolated positions."""
 
     frozen = False
 

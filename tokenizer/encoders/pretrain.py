@@ -2,8 +2,9 @@
 
 python -m tokenizer.encoders.pretrain CONFIG.yaml [section.key=value ...] [--fresh]
 
-For when no pretrained encoder can be reached, or none fits the images. The model is transformers' own
-ViTMAEForPreTraining, and RUN/model is saved in its format, so it loads exactly as facebook/vit-mae-base does.
+For when no pretrained encoder can be reached, or none fits the images. The model is transformers'
+own ViTMAEForPreTraining, and RUN/model is saved in its format, so it loads exactly as
+facebook/vit-mae-base does.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class MAEConfig:
             raise ValueError(f"mae.mask_ratio={self.mask_ratio} must be above 0 and below 1")
 
     def build(self, image_size: int) -> nn.Module:
-        """transformers' ViTMAEForPreTraining. Raises ValueError when the image is no whole number of patches."""
+        """transformers' ViTMAEForPreTraining. Raises ValueError when the image is no whole number
+        of patches."""
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
         if image_size % self.patch_size:
@@ -85,8 +87,8 @@ class MAEConfig:
 def initialise(model: nn.Module, side: int) -> None:
     """Start as the paper does: sin-cos positions, Xavier weights, small class and mask tokens.
 
-    transformers sets all of them from a checkpoint; without one (5.23) it leaves every position at zero, and a
-    masked autoencoder that cannot tell its patches apart learns nothing but the mean.
+    transformers sets all of them from a checkpoint; without one (5.23) it leaves every position at
+    zero, and a masked autoencoder that cannot tell its patches apart learns nothing but the mean.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

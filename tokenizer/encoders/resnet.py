@@ -1,8 +1,10 @@
-"""Convolutional encoder of VQGAN (Esser et al. 2021, arXiv:2012.09841, appendix), as latent diffusion has it.
+"""Convolutional encoder of VQGAN (Esser et al. 2021, arXiv:2012.09841, appendix), as latent
+diffusion has it.
 
-At each resolution residual blocks of GroupNorm, SiLU and 3x3 convolutions, at the coarsest with self-attention; then
-a middle of block, attention, block. With `patch` above 1 a strided convolution takes whole patches of pixels, and
-nothing is computed at full resolution: for small images on few cores.
+At each resolution residual blocks of GroupNorm, SiLU and 3x3 convolutions, at the coarsest with
+self-attention; then a middle of block, attention, block. With `patch` above 1 a strided convolution
+takes whole patches of pixels, and nothing is computed at full resolution: for small images on few
+cores.
 """
 
 from __future__ import annotations
@@ -140,15 +142,16 @@ def middle(channels: int, attention: bool, groups: int = 0) -> nn.Sequential:
 
 
 def group_norm(channels: int, groups: int = 0) -> nn.GroupNorm:
-    """So many groups; without a number 32, or as many as leave four channels to each: the norm of one channel alone
-    would erase its level."""
+    """So many groups; without a number 32, or as many as leave four channels to each: the norm of
+    one channel alone would erase its level."""
     return nn.GroupNorm(
         groups or math.gcd(min(32, max(1, channels // 4)), channels), channels, eps=1e-6
     )
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, 3x3, twice, added to the input, which takes a 1x1 convolution where widths differ."""
+    """Norm, SiLU, 3x3, twice, added to the input, which takes a 1x1 convolution where widths
+    differ."""
 
     def __init__(self, in_channels: int, channels: int, groups: int = 0) -> None:
         super().__init__()
@@ -190,7 +193,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution by a 3x3 convolution, padded below and at the right as in the published networks."""
+    """Half the resolution by a 3x3 convolution, padded below and at the right as in the published
+    networks."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
-"""Images to a sequence of tokens without a grid: TiTok's encoder (Yu et al. 2024, arXiv:2406.07550).
+"""Images to a sequence of tokens without a grid: TiTok's encoder (Yu et al. 2024,
+arXiv:2406.07550).
 
-A vision transformer sees a class token, patches and learned latent tokens; what became of the latents is the output.
+A vision transformer sees a class token, patches and learned latent tokens; what became of the
+latents is the output.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class TiTokEncoderConfig:
     heads: int = 16
     mlp: int | None = None  # the width inside each MLP; 4 channels
     unit_range: bool = False  # the network is given images in [0, 1]
-    scrambled: bool = False  # tokens and channels are mixed up before the last map, as in the first published models
+    # tokens and channels are mixed up before the last map, as in the first published models
+    scrambled: bool = False
     out_channels: int = 12
 
     def __post_init__(self) -> None:

@@ -1,4 +1,5 @@
-"""The field's published tokenizers by name: `from_pretrained`, and python -m tokenizer.published."""
+"""The field's published tokenizers by name: `from_pretrained`, and python -m
+tokenizer.published."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""Published tokenizers: python -m tokenizer.published check FOLDER, and list, import, import-all, export, page."""
+"""Published tokenizers: python -m tokenizer.published check FOLDER, and list, import, import-all,
+export, page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""zhaoyue-zephyrus/bsq-vit: vision transformers with binary spherical quantization, or a codebook."""
+"""zhaoyue-zephyrus/bsq-vit: vision transformers with binary spherical quantization, or a
+codebook."""
 
 from __future__ import annotations
 

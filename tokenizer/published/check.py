@@ -1,9 +1,10 @@
 """A published tokenizer against a case: inputs, and what its authors' code makes of them.
 
-A case is a folder with the weights under published names, the configuration (config.json) and case.safetensors:
-`images` and what is computed of them (`features`, which the quantizer is given, `codes`, `quantized`,
-`reconstruction`, ...), further images with their own prefix (`wide.images`, `wide.codes`), codes to be decoded
-(`free.codes`, `free.reconstruction`), and under `raw.` what the weights give that are no averages.
+A case is a folder with the weights under published names, the configuration (config.json) and
+case.safetensors: `images` and what is computed of them (`features`, which the quantizer is given,
+`codes`, `quantized`, `reconstruction`, ...), further images with their own prefix (`wide.images`,
+`wide.codes`), codes to be decoded (`free.codes`, `free.reconstruction`), and under `raw.` what the
+weights give that are no averages.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files of published weights: safetensors and torch.save's, out of their envelopes and prefixes.
 
-Nothing is unpickled but tensors, containers, text and numbers (pickles.py), and tensors are read when they are asked
-for, so that an optimizer's state beside a model costs nothing.
+Nothing is unpickled but tensors, containers, text and numbers (pickles.py), and tensors are read
+when they are asked for, so that an optimizer's state beside a model costs nothing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def open_weights(path: str | Path, *, averaged: bool = True) -> Weights:
 
 
 def find_weights(folder: Path, file: str | None = None) -> Path:
-    """The one file of weights in a folder. Raises UserError where there is none, or which one is not told."""
+    """The one file of weights in a folder. Raises UserError where there is none, or which one is
+    not told."""
     if file is not None:
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: there is no such file: name one of the folder's")
@@ -148,14 +149,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class Hyperparameters:
-    """What a published configuration says, by the names that it has there, wherever in it they stand."""
+    """What a published configuration says, by the names that it has there, wherever in it they
+    stand."""
 
     def __init__(self, values: Mapping[str, Any] | None = None, path: Path | str = "") -> None:
         """`path`: of the configuration, or of the weights that have none."""
         self.values, self.path = dict(values or {}), path
 
     def find(self, *names: str) -> Any:
-        """The value at the end of a chain of keys, the least nested one; None where there is none."""
+        """The value at the end of a chain of keys, the least nested one; None where there is
+        none."""
         todo: list[Any] = [self.values]
         while todo:
             level = [each for each in todo if isinstance(each, dict)]
@@ -188,7 +191,8 @@ class Hyperparameters:
         )
 
     def needed(self, *names: str, why: str) -> int:
-        """A number that nothing else tells. Raises UserError, in one line, where it is not there."""
+        """A number that nothing else tells. Raises UserError, in one line, where it is not
+        there."""
         value = self.number(*names)
         if value is None:
             told = f"{self.path}: no configuration says {'.'.join(names)}, {why}"

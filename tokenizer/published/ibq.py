@@ -1,4 +1,5 @@
-"""TencentARC/SEED-Voken: IBQ, taming's networks with a codebook that is searched by inner product."""
+"""TencentARC/SEED-Voken: IBQ, taming's networks with a codebook that is searched by inner
+product."""
 
 from __future__ import annotations
 

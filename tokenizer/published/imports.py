@@ -1,4 +1,5 @@
-"""Published tokenizers as folders of this project, which every command takes, and back under their authors' names."""
+"""Published tokenizers as folders of this project, which every command takes, and back under their
+authors' names."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ from training.config import from_dict, to_dict
 def import_tokenizer(
     reference: str | Path, out: str | Path, data: dict[str, Any] | None = None, **options: Any
 ) -> Path:
-    """Write a published tokenizer as a folder that `tokenizer.load` and every command take; return it.
+    """Write a published tokenizer as a folder that `tokenizer.load` and every command take; return
+    it.
 
-    `data` are settings of the images that it is for (DataConfig), its size its own without `image_size`; `options`
-    are from_pretrained's. Raises UserError for what cannot be loaded, or where `out` holds something else.
+    `data` are settings of the images that it is for (DataConfig), its size its own without
+    `image_size`; `options` are from_pretrained's. Raises UserError for what cannot be loaded, or
+    where `out` holds something else.
     """
     data = dict(data or {})
     size = data.pop("image_size", None)
@@ -55,7 +58,8 @@ def run_of(model: nn.Module, data: dict[str, Any]) -> TokenizerRun:
 
 
 def export_tokenizer(folder: str | Path, like: str | Path, out: str | Path, **options: Any) -> Path:
-    """Write a tokenizer of ours, trained on from a published file `like`, under that file's names; return its path.
+    """Write a tokenizer of ours, trained on from a published file `like`, under that file's names;
+    return its path.
 
     Raises UserError where the two are not of one architecture.
     """
@@ -65,7 +69,8 @@ def export_tokenizer(folder: str | Path, like: str | Path, out: str | Path, **op
 
 
 def at_hand() -> dict[str, str]:
-    """Published tokenizers that need no network, name -> reference: put there by hand, or downloaded before."""
+    """Published tokenizers that need no network, name -> reference: put there by hand, or
+    downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
     place = home()

@@ -13,7 +13,8 @@ from tokenizer.quantizers.vector import VectorConfig
 
 
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
-    """Unit-length codes between taming's networks, whose levels the decoder numbers from the coarsest."""
+    """Unit-length codes between taming's networks, whose levels the decoder numbers from the
+    coarsest."""
     levels = count(shapes, "encoder.conv_blocks.{}.")
     channels = shapes["encoder.conv_in.weight"][0]
 

@@ -1,4 +1,5 @@
-"""Published tokenizers as ours: found, recognised, built and filled; and written again under either names.
+"""Published tokenizers as ours: found, recognised, built and filled; and written again under either
+names.
 
 Every tensor of a file has a place, or is named: nothing is skipped in silence.
 """
@@ -52,7 +53,8 @@ def from_pretrained(
     image_size: int | None = None,
     averaged: bool = True,
 ) -> nn.Module:
-    """A published tokenizer in evaluation mode, as `tokenizer.load` gives one of ours; `.published` is its Source.
+    """A published tokenizer in evaluation mode, as `tokenizer.load` gives one of ours; `.published`
+    is its Source.
 
     name_or_path  published:NAME or NAME of docs/published.md, a file, a folder, or a repository of the Hub
     file          of a folder or a repository, where it has several
@@ -86,7 +88,8 @@ def hyperparameters(
 def load_weights(
     peer: Peer, weights: Weights, hyper: Hyperparameters, image_size: int | None = None
 ) -> nn.Module:
-    """A file of a known kind as one of our modules. Raises UserError, naming tensors, where it is not one."""
+    """A file of a known kind as one of our modules. Raises UserError, naming tensors, where it is
+    not one."""
     try:
         model, places, run = _built(peer, weights.shapes, hyper, image_size)
     except KeyError as error:
@@ -112,7 +115,8 @@ def load_weights(
 def _built(
     peer: Peer, shapes: Shapes, hyper: Hyperparameters, image_size: int | None
 ) -> tuple[nn.Module, dict[str, Place], TokenizerRun | None]:
-    """A module with random weights, where the file keeps each of its tensors, and the configuration of its run."""
+    """A module with random weights, where the file keeps each of its tensors, and the configuration
+    of its run."""
     if peer.build is not None:
         model, names = peer.build(shapes, hyper)
         return model, {ours: Place(theirs) for ours, theirs in names.items()}, None
@@ -135,7 +139,8 @@ def _built(
 def read_state(
     peer: Peer, weights: Weights, places: dict[str, Place], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Our tensors from a file's, in float32. Raises UserError for any that is missing, mis-shaped or left over."""
+    """Our tensors from a file's, in float32. Raises UserError for any that is missing, mis-shaped
+    or left over."""
     wanted = {place.name for place in places.values()}
     missing = wanted - weights.tensors.keys()
     if missing:
@@ -168,7 +173,8 @@ def read_state(
 
 
 def published_state(model: nn.Module) -> dict[str, Tensor]:
-    """A loaded model's tensors under the names, and in the shapes and types, of the file that it came from."""
+    """A loaded model's tensors under the names, and in the shapes and types, of the file that it
+    came from."""
     source: Source = model.published
     weights = open_weights(source.path, averaged=True)
     raw = open_weights(source.path, averaged=False)
@@ -184,7 +190,8 @@ def published_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_published(model: nn.Module, out: str | Path) -> Path:
-    """Write a loaded model, trained on or not, as a safetensors file under its authors' names; return its path.
+    """Write a loaded model, trained on or not, as a safetensors file under its authors' names;
+    return its path.
 
     What the file that it came from holds beside the model is written, too, as it is.
     """
@@ -198,7 +205,8 @@ def save_published(model: nn.Module, out: str | Path) -> Path:
 def locate(
     name_or_path: str | Path, file: str | None = None, revision: str | None = None
 ) -> tuple[Path, dict[str, Any] | None, str | None]:
-    """The local file of weights; with it, of a known name, hyperparameters that no file says and its kind.
+    """The local file of weights; with it, of a known name, hyperparameters that no file says and
+    its kind.
 
     Raises UserError when there is none, which says where to put it.
     """
@@ -241,7 +249,8 @@ def home() -> Path:
 
 
 def fetch(where: str, file: str, revision: str | None, name: str, config: str = "") -> Path:
-    """A published file: from the folder of files fetched by hand, else from the Hub or its cache."""
+    """A published file: from the folder of files fetched by hand, else from the Hub or its
+    cache."""
     by_hand = home() / name / Path(file).name
     if by_hand.is_file():
         return by_hand

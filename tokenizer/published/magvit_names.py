@@ -1,4 +1,5 @@
-"""Our convolutional networks without attention under the names of the projects that publish such networks."""
+"""Our convolutional networks without attention under the names of the projects that publish such
+networks."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from tokenizer.decoders.magvit import MagvitDecoderConfig
 from tokenizer.encoders.magvit import MagvitEncoderConfig
 from tokenizer.published.peer import Shapes, count
 
-# Of a module its name there, from (side, part, level, number): "encoder" or "decoder"; "block", "middle", "sample",
-# "norm" or one of ENDS; the resolution (0 the finest), and the number among its like.
+# Of a module its name there, from (side, part, level, number): "encoder" or "decoder"; "block",
+# "middle", "sample", "norm" or one of ENDS; the resolution (0 the finest), and the number among its
+# like.
 Naming = Callable[[str, str, int, int], str]
 ENDS = ("conv_in", "norm_out", "conv_out")
 BLOCK = {

@@ -1,4 +1,5 @@
-"""MaskGIT's VQGAN, as bytedance/1d-tokenizer publishes it, and MaskBit's tokenizers, which are built alike."""
+"""MaskGIT's VQGAN, as bytedance/1d-tokenizer publishes it, and MaskBit's tokenizers, which are
+built alike."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def page() -> str:
 
 
 def sections(peers: Iterable[Peer]) -> list[str]:
-    """Lines on each peer: how its files differ from what one would expect, and which were published."""
+    """Lines on each peer: how its files differ from what one would expect, and which were
+    published."""
     lines = []
     for peer in peers:
         lines += [f"### {peer.title}", "", f"Kind `{peer.kind}`. Licence: {peer.licence}.", ""]

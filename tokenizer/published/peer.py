@@ -1,6 +1,8 @@
-"""What this project knows of one published model: its names, its sizes, its quirks and its published files.
+"""What this project knows of one published model: its names, its sizes, its quirks and its
+published files.
 
-A peer's file holds one `Peer`, the one source of truth: the loader, the check and docs/published.md are made from it.
+A peer's file holds one `Peer`, the one source of truth: the loader, the check and docs/published.md
+are made from it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Place:
     transposed: bool = False  # rows there are columns here
 
     def to_ours(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in our shape, to the bit. Raises ValueError when it is not the same numbers."""
+        """The tensor in our shape, to the bit. Raises ValueError when it is not the same
+        numbers."""
         tensor = _turned(tensor) if self.transposed else tensor
         if _without_ones(tensor.shape) != _without_ones(shape):
             raise ValueError
@@ -133,7 +136,8 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 
 def has(*patterns: str, without: tuple[str, ...] = ()) -> Callable[[Evidence], bool]:
-    """Whether the names hold each of these (regular expressions, whole names), and none of those."""
+    """Whether the names hold each of these (regular expressions, whole names), and none of
+    those."""
 
     def recognise(evidence: Evidence) -> bool:
         def found(pattern: str) -> bool:

@@ -1,9 +1,9 @@
 """What torch.save wrote, read without running any of it.
 
-A pickle is a program. Here its instructions are followed over an own, small stack: containers, text and numbers are
-made, tensors are noted with the place of their bytes, and whatever else it names becomes an `Opaque` that is never
-imported and never called. So files that hold more than tensors (Lightning's checkpoints, whole pickled modules) can be
-read, and hostile ones stay harmless.
+A pickle is a program. Here its instructions are followed over an own, small stack: containers, text
+and numbers are made, tensors are noted with the place of their bytes, and whatever else it names
+becomes an `Opaque` that is never imported and never called. So files that hold more than tensors
+(Lightning's checkpoints, whole pickled modules) can be read, and hostile ones stay harmless.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MODULE_PARTS = ("_parameters", "_buffers")
 
 
 class Damaged(Exception):
-    """The file is not whole, or is nothing that torch.save wrote; the message says why, without the file's name."""
+    """The file is not whole, or is nothing that torch.save wrote; the message says why, without the
+    file's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Name:
 
 @dataclasses.dataclass
 class Opaque:
-    """In the place of an object of some class: its name, and the state that it would have been given."""
+    """In the place of an object of some class: its name, and the state that it would have been
+    given."""
 
     of: str
     state: Any = None
@@ -84,7 +86,8 @@ class StoredTensor:
 
 
 def read_torch(path: Path) -> Any:
-    """The object of a file of torch.save, with StoredTensor for tensors and Opaque for what is no plain value.
+    """The object of a file of torch.save, with StoredTensor for tensors and Opaque for what is no
+    plain value.
 
     Raises Damaged.
     """
@@ -185,7 +188,8 @@ def _read_legacy(path: Path) -> Any:
 
 
 def follow(file: IO[bytes]) -> tuple[Any, list[StoredTensor]]:
-    """One pickle from a file, up to its end: its object, and all tensors that it names. Raises Damaged."""
+    """One pickle from a file, up to its end: its object, and all tensors that it names. Raises
+    Damaged."""
     machine = _Machine()
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "STOP":
@@ -340,7 +344,8 @@ class _Machine:
         self.stack.append(_storage(self.pop()))
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """What a function of torch or collections would give, by our own rules; of any other an Opaque."""
+        """What a function of torch or collections would give, by our own rules; of any other an
+        Opaque."""
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             return Opaque(_name_of(function))
         name = str(function)

@@ -1,4 +1,5 @@
-"""bytetriper/RAE (nyu-visionx/RAE-collections): decoders of pretrained encoders' features, without codes."""
+"""bytetriper/RAE (nyu-visionx/RAE-collections): decoders of pretrained encoders' features, without
+codes."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ class RAE(nn.Module):
 
 
 def build(shapes: Shapes, hyper: Hyperparameters) -> tuple[RAE, dict[str, str]]:
-    """The model without its decoder's weights, and its decoder's names. Raises UserError for what is not there."""
+    """The model without its decoder's weights, and its decoder's names. Raises UserError for what
+    is not there."""
     folder = Path(hyper.path).parent
 
     def path(key: str) -> Path | None:

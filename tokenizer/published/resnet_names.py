@@ -1,4 +1,5 @@
-"""Our residual encoder and decoder of VQGAN under the names of the projects that publish such networks."""
+"""Our residual encoder and decoder of VQGAN under the names of the projects that publish such
+networks."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from collections.abc import Callable, Mapping
 from tokenizer.decoders.resnet import ResNetDecoderConfig
 from tokenizer.encoders.resnet import ResNetEncoderConfig, attention_levels
 
-# Of a module its name there, from (side, part, level, number): "encoder" or "decoder", one of PARTS, the resolution
-# (0 the finest), and the number among its like.
+# Of a module its name there, from (side, part, level, number): "encoder" or "decoder", one of
+# PARTS, the resolution (0 the finest), and the number among its like.
 Naming = Callable[[str, str, int, int], str]
 PARTS = (
     "conv_in",
@@ -30,7 +31,8 @@ def resnet_names(
     attention: Mapping[str, str],
     sample: str = ".conv",
 ) -> dict[str, str]:
-    """Our modules -> theirs. `block` and `attention` name their parts there, `sample` a convolution that resamples."""
+    """Our modules -> theirs. `block` and `attention` name their parts there, `sample` a convolution
+    that resamples."""
     names: dict[str, str] = {}
 
     def add(ours: str, theirs: str, parts: Mapping[str, str]) -> None:

@@ -1,4 +1,5 @@
-"""CompVis/taming-transformers: VQGAN and its Gumbel variant; and the VQ first stages of latent diffusion."""
+"""CompVis/taming-transformers: VQGAN and its Gumbel variant; and the VQ first stages of latent
+diffusion."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
 def _pixels(shapes: Shapes) -> tuple[MagvitDecoderConfig, dict[str, str]]:
     """MaskGIT-VQGAN's decoder, and its names."""
     levels = count(shapes, "decoder.up.{}.")
-    # Its first width is that of the finest level, as channel multipliers of published files begin with 1.
+    # Its first width is that of the finest level, as channel multipliers of published files begin
+    # with 1.
     shapes = {**shapes, "encoder.conv_in.weight": (shapes["decoder.norm_out.weight"][0],)}
     config = MagvitDecoderConfig(**sizes(shapes, "decoder", levels, naming), **UNIT)
     return config, magvit_decoder_names(config, naming)

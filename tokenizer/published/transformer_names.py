@@ -8,7 +8,8 @@ BLOCK = {
 
 
 def transformer_names(ours: str, theirs: str, blocks: str, depth: int) -> dict[str, str]:
-    """Of the transformer `ours` whose norms stand in the module `theirs`, and whose blocks are `blocks`.0, .1, ..."""
+    """Of the transformer `ours` whose norms stand in the module `theirs`, and whose blocks are
+    `blocks`.0, .1, ..."""
     names = {f"{ours}.norm_in": f"{theirs}.ln_pre", f"{ours}.norm_out": f"{theirs}.ln_post"}
     for number in range(depth):
         names |= {

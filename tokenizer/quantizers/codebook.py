@@ -1,4 +1,5 @@
-"""What codebook quantizers share: gradients past the choice, assignment and its losses, statistics, restarts."""
+"""What codebook quantizers share: gradients past the choice, assignment and its losses, statistics,
+restarts."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ def to_grid(rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def finite(rows: Tensor) -> Tensor:
-    """Which of rows (N, D) have a code, (N,) bool. Others get -1 from every quantizer, and their loss is not finite."""
+    """Which of rows (N, D) have a code, (N,) bool. Others get -1 from every quantizer, and their
+    loss is not finite."""
     return rows.isfinite().all(1)
 
 
 def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
-    """`vectors` in the forward pass, to the last bit; the identity for gradients (Bengio et al. 2013, arXiv:1308.3432).
+    """`vectors` in the forward pass, to the last bit; the identity for gradients (Bengio et al.
+    2013, arXiv:1308.3432).
 
     What is returned shares its memory with `vectors`.
     """
@@ -54,10 +57,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def rotate(features: Tensor, vectors: Tensor) -> Tensor:
-    """`vectors` (N, D) in the forward pass, to the last bit; backwards the rotation trick (arXiv:2410.06424).
+    """`vectors` (N, D) in the forward pass, to the last bit; backwards the rotation trick
+    (arXiv:2410.06424).
 
-    The rotation R and the scale |q| / |e| that take a feature e to its vector q are constants to the gradient,
-    (|q| / |e|) R^T g, with R = I - 2 r r^T + 2 q^ e^^T of unit vectors e^, q^ and r along e^ + q^ (section 4.2).
+    The rotation R and the scale |q| / |e| that take a feature e to its vector q are constants to
+    the gradient, (|q| / |e|) R^T g, with R = I - 2 r r^T + 2 q^ e^^T of unit vectors e^, q^ and r
+    along e^ + q^ (section 4.2).
     """
     return _Rotation.apply(features, vectors)
 
@@ -81,7 +86,8 @@ class _Rotation(torch.autograd.Function):
 
 
 class _Distance(torch.autograd.Function):
-    """Mean squared distance of (N, D) rows and vectors, twice: for gradients of the rows, and of the vectors."""
+    """Mean squared distance of (N, D) rows and vectors, twice: for gradients of the rows, and of
+    the vectors."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, vectors: Tensor):
@@ -104,8 +110,9 @@ class _Distance(torch.autograd.Function):
 class Assignment(nn.Module):
     """Features to their nearest codes, in fp32 whatever the autocast, and what that costs.
 
-    The loss is commitment * |z - sg(e)|^2, and |sg(z) - e|^2 where gradients move the codebook (van den Oord et
-    al. 2017, equation 3), as means over elements; in training plus entropy * (mean H(p) - H(mean p)).
+    The loss is commitment * |z - sg(e)|^2, and |sg(z) - e|^2 where gradients move the codebook (van
+    den Oord et al. 2017, equation 3), as means over elements; in training plus entropy * (mean H(p)
+    - H(mean p)).
     """
 
     def __init__(
@@ -119,7 +126,8 @@ class Assignment(nn.Module):
         entropy_temperature: float,
         rotation: bool,
     ) -> None:
-        """`cosine`: features are brought to unit length; the codebook has to come in unit length, too."""
+        """`cosine`: features are brought to unit length; the codebook has to come in unit length,
+        too."""
         super().__init__()
         self.learn_codebook, self.cosine, self.rotation = learn_codebook, cosine, rotation
         self.commitment, self.commitment_warmup_steps = commitment, commitment_warmup_steps
@@ -135,9 +143,11 @@ class Assignment(nn.Module):
         low_rank: LowRank | None = None,
         vectors_of: Callable[[Tensor], Tensor] | None = None,
     ) -> QuantizerOutput:
-        """(B, D, H, W) features and a codebook (K, D); `low_rank` are the same features, for a cheaper search.
+        """(B, D, H, W) features and a codebook (K, D); `low_rank` are the same features, for a
+        cheaper search.
 
-        `vectors_of` gives the vectors of codes, (N,) -> (N, D), where gradients are not to go through the codebook.
+        `vectors_of` gives the vectors of codes, (N,) -> (N, D), where gradients are not to go
+        through the codebook.
         """
         with torch.autocast(features.device.type, enabled=False):
             rows = self.rows_of(features)
@@ -161,7 +171,8 @@ class Assignment(nn.Module):
         shape: Sequence[int],
         vectors_of: Callable[[Tensor], Tensor] | None = None,
     ) -> QuantizerOutput:
-        """What follows from rows (N, D) and their codes (N,), for features of `shape`; called without autocast."""
+        """What follows from rows (N, D) and their codes (N,), for features of `shape`; called
+        without autocast."""
         vectors = embed(codes, codebook) if vectors_of is None else vectors_of(codes)
         if self.learn_codebook:
             distance, moving = _Distance.apply(rows, vectors)
@@ -202,7 +213,8 @@ def build_assignment(config: Any, *, learn_codebook: bool) -> Assignment:
 
 
 def embed(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Rows of the codebook (K, D), codes (...) -> (..., D); code -1, of features that are not finite, meets the first.
+    """Rows of the codebook (K, D), codes (...) -> (..., D); code -1, of features that are not
+    finite, meets the first.
 
     So it is in the other quantizers, too. The training loop skips a step whose loss is not finite.
     """
@@ -212,9 +224,10 @@ def embed(codes: Tensor, codebook: Tensor) -> Tensor:
 def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     """mean_n H(p_n) - H(q), q = mean_n p_n, in nats, of p_nk ~ exp(-|z_n - e_k|^2 / temperature).
 
-    Sure of each code and using all of them makes it small (Yu et al. 2023, arXiv:2310.05737, section 3.2). It is
-    -mean_n KL(p_n | q), and its gradient is the same with q held constant: so q is measured first, over the global
-    batch, and the sum over n is taken in chunks that are computed again in the backward pass.
+    Sure of each code and using all of them makes it small (Yu et al. 2023, arXiv:2310.05737,
+    section 3.2). It is -mean_n KL(p_n | q), and its gradient is the same with q held constant: so q
+    is measured first, over the global batch, and the sum over n is taken in chunks that are
+    computed again in the backward pass.
     """
     chunks = rows.split(max(1, search.BUDGET // len(codebook)))
 
@@ -236,7 +249,8 @@ def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
 
 
 class Usage(nn.Module):
-    """How often each code was met: since the last `reduce`, and over the last `window` updates for the log."""
+    """How often each code was met: since the last `reduce`, and over the last `window` updates for
+    the log."""
 
     def __init__(self, num_codes: int, dim: int = 0, *, window: int = 100) -> None:
         """`dim`: of sums kept beside the counts."""
@@ -262,7 +276,8 @@ class Usage(nn.Module):
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
-        """Counts (K,) over micro-batches and ranks, the same on every rank; gathering starts anew."""
+        """Counts (K,) over micro-batches and ranks, the same on every rank; gathering starts
+        anew."""
         return self._take()[0]
 
     def clear(self) -> None:
@@ -317,16 +332,19 @@ class Statistics(Usage):
             self.candidates.append(rows)
 
     def interleave(self, count: int) -> None:
-        """Of the last `count` times that features were given: the first of each, the second of each, ...
+        """Of the last `count` times that features were given: the first of each, the second of
+        each, ...
 
-        So their order does not depend on how a batch is cut, where one codebook is met several times by it.
+        So their order does not depend on how a batch is cut, where one codebook is met several
+        times by it.
         """
         if self.candidates:
             self.candidates[-count:] = [torch.stack(self.candidates[-count:], 1).flatten(0, 1)]
 
     @torch.no_grad()
     def reduce(self) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
-        """(counts (K,), sums (K, D), candidates (M, D) or None); counts and sums are the same on every rank."""
+        """(counts (K,), sums (K, D), candidates (M, D) or None); counts and sums are the same on
+        every rank."""
         candidates = self.candidates
         counts, sums = self._take()
         return (
@@ -363,7 +381,8 @@ def start_from(
     *,
     choose: Callable[..., Tensor] = kmeans,
 ) -> Tensor:
-    """A codebook (K, D) from rows (N, D), or from rows (N, d) that `project` maps to (n, D) keeping distances."""
+    """A codebook (K, D) from rows (N, D), or from rows (N, d) that `project` maps to (n, D) keeping
+    distances."""
     centres = choose(rows, num_codes, seed, cosine=cosine)
     centres = centres if project is None else project(centres).float()
     return F.normalize(centres, dim=1) if cosine else centres
@@ -380,11 +399,13 @@ def revive(
     split: bool = False,
     to_book: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Tensor:
-    """Put new vectors, in place, where a code is used less than `below` times the mean; which codes changed, (K,) bool.
+    """Put new vectors, in place, where a code is used less than `below` times the mean; which codes
+    changed, (K,) bool.
 
-    The new vectors are `to_book` of rows of the data (`candidates`, (N, D)), with the mean for their count; or, with
-    `split`, copies of the most used codes moved by a hundredth of the book's spread, each pair sharing its count; all
-    in one direction, drawn for the step (as in Linde, Buzo & Gray 1980).
+    The new vectors are `to_book` of rows of the data (`candidates`, (N, D)), with the mean for
+    their count; or, with `split`, copies of the most used codes moved by a hundredth of the book's
+    spread, each pair sharing its count; all in one direction, drawn for the step (as in Linde, Buzo
+    & Gray 1980).
     """
     mean = mean_counts.mean()
     dead = mean_counts < below * mean
@@ -417,7 +438,8 @@ def revive(
 
 @torch.no_grad()
 def follow(quantizer: nn.Module, source: nn.Module, names: Sequence[str]) -> None:
-    """Copy the rows `source.changed`, (K,) bool, of tensors from one quantizer to another of the same shapes."""
+    """Copy the rows `source.changed`, (K,) bool, of tensors from one quantizer to another of the
+    same shapes."""
     if source.changed is not None:
         for name in names:
             replace_(
@@ -429,7 +451,8 @@ def follow(quantizer: nn.Module, source: nn.Module, names: Sequence[str]) -> Non
 
 @torch.no_grad()
 def replace_(tensor: Tensor, mask: Tensor, new: Callable[[Tensor], Tensor]) -> None:
-    """Put `new` of row numbers (M,), (M, ...), where `mask` (K,) says, in place of rows of `tensor` (K, ...)."""
+    """Put `new` of row numbers (M,), (M, ...), where `mask` (K,) says, in place of rows of `tensor`
+    (K, ...)."""
     rows = _numbers_of(mask)
     if len(rows):
         chosen = mask[rows].view(-1, *[1] * (tensor.ndim - 1))
@@ -437,17 +460,19 @@ def replace_(tensor: Tensor, mask: Tensor, new: Callable[[Tensor], Tensor]) -> N
 
 
 def _numbers_of(mask: Tensor) -> Tensor:
-    """Numbers of at least the rows where a mask (K,) holds, (M,): of all on a GPU, not to wait for it."""
+    """Numbers of at least the rows where a mask (K,) holds, (M,): of all on a GPU, not to wait for
+    it."""
     rows = torch.arange(len(mask), device=mask.device)
     return rows[mask] if mask.device.type == "cpu" else rows
 
 
 @torch.no_grad()
 def pick_rows(candidates: Tensor, count: int, step: int, places: Tensor | None = None) -> Tensor:
-    """`count` of all ranks' candidates, (M, D) per rank -> (count, D): the same whatever the number of ranks.
+    """`count` of all ranks' candidates, (M, D) per rank -> (count, D): the same whatever the number
+    of ranks.
 
-    Ranks hold consecutive shares of the global batch, so a row's global number does not depend on their count.
-    `places` (n,) of the `count`, at least -count, choose among them: (n, D).
+    Ranks hold consecutive shares of the global batch, so a row's global number does not depend on
+    their count. `places` (n,) of the `count`, at least -count, choose among them: (n, D).
     """
     total, first = len(candidates) * distributed.world(), len(candidates) * distributed.rank()
     device = candidates.device

@@ -41,10 +41,11 @@ class FSQConfig:
 
 
 class FSQ(nn.Module):
-    """Each channel is bounded and rounded to one of its levels; the code is the levels as digits of a number.
+    """Each channel is bounded and rounded to one of its levels; the code is the levels as digits of
+    a number.
 
-    The first channel is the lowest digit. Vectors are the levels, scaled to about [-1, 1]. Nothing is learned, and
-    there is no loss: gradients pass through the rounding, not around the bound.
+    The first channel is the lowest digit. Vectors are the levels, scaled to about [-1, 1]. Nothing
+    is learned, and there is no loss: gradients pass through the rounding, not around the bound.
     """
 
     starts_from_data = False

@@ -1,13 +1,16 @@
-"""Exact nearest codes on a GPU in Triton: a short-list on tensor cores, a decision in fp64, a certificate per row.
+"""Exact nearest codes on a GPU in Triton: a short-list on tensor cores, a decision in fp64, a
+certificate per row.
 
-A product in half precision keeps the best codes of a row in registers, as attention without its matrix keeps a
-running sum (Rabe & Staats 2021, arXiv:2112.05682). Codes are kept by a lower bound of their exact score, so that a
-row whose last kept bound lies above its best exact score cannot have lost the winner; the others are searched in fp32.
+A product in half precision keeps the best codes of a row in registers, as attention without its
+matrix keeps a running sum (Rabe & Staats 2021, arXiv:2112.05682). Codes are kept by a lower bound
+of their exact score, so that a row whose last kept bound lies above its best exact score cannot
+have lost the winner; the others are searched in fp32.
 
-Score of row x and code c of offset o, both less a centre m: o - <x - m, c - m>. Powers of two bring it to a range
-where nothing overflows or vanishes: X = (x - m) 2^-e, C = (c - m) 2^-f, score = o - <X, C> 2^(e+f). The product of
-the rounded X', C' is wrong by, Cauchy-Schwarz, and as tensor cores truncate (Fasi et al. 2021,
-doi:10.7717/peerj-cs.330) with two units of fp32 for each of D additions,
+Score of row x and code c of offset o, both less a centre m: o - <x - m, c - m>. Powers of two bring
+it to a range where nothing overflows or vanishes: X = (x - m) 2^-e, C = (c - m) 2^-f, score = o -
+<X, C> 2^(e+f). The product of the rounded X', C' is wrong by, Cauchy-Schwarz, and as tensor cores
+truncate (Fasi et al. 2021, doi:10.7717/peerj-cs.330) with two units of fp32 for each of D
+additions,
     |<X, C> - fl<X', C'>| <= |X - X'| |C| + |X'| |C - C'| + D 2^-22 |X'| |C'|.
 """
 
@@ -59,7 +62,8 @@ class Search(NamedTuple):
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels run there: CUDA of capability 8.0 and above, or anywhere under TRITON_INTERPRET=1."""
+    """Whether kernels run there: CUDA of capability 8.0 and above, or anywhere under
+    TRITON_INTERPRET=1."""
     if triton is None or triton.knobs.runtime.interpret:
         return triton is not None
     return (
@@ -72,14 +76,16 @@ def available(device: torch.device) -> bool:
 def nearest_fused(
     features: Tensor, codebook: Tensor, offsets: Tensor | None = None, *, coarse: str = "fp16"
 ) -> Tensor:
-    """Index of the code nearest in L2, (N, D) and (K, D) -> (N,) int64; equal codes give the lowest index.
+    """Index of the code nearest in L2, (N, D) and (K, D) -> (N,) int64; equal codes give the lowest
+    index.
 
-    With `offsets` (K,) it is argmin_k offsets_k - <x_n, c_k> instead. The answer is that of float64 on the fp32
-    inputs, except where more than eight codes tie in fp32, for every `coarse`, the precision of the first product:
-    "fp16", "bf16" and "tf32" run on tensor cores, "ieee" is the fp32 search of all rows. As fast as bf16, fp16 has
-    an eighth of its error (scales keep it in range). A row that is not finite gets -1; a code that is not, by entry
-    or offset, is never chosen. A common mean is taken off, unless offsets are given. The host is never
-    synchronised. Call it once before capturing a CUDA graph: kernels are compiled at their first call.
+    With `offsets` (K,) it is argmin_k offsets_k - <x_n, c_k> instead. The answer is that of float64
+    on the fp32 inputs, except where more than eight codes tie in fp32, for every `coarse`, the
+    precision of the first product: "fp16", "bf16" and "tf32" run on tensor cores, "ieee" is the
+    fp32 search of all rows. As fast as bf16, fp16 has an eighth of its error (scales keep it in
+    range). A row that is not finite gets -1; a code that is not, by entry or offset, is never
+    chosen. A common mean is taken off, unless offsets are given. The host is never synchronised.
+    Call it once before capturing a CUDA graph: kernels are compiled at their first call.
     """
     if coarse not in (*COARSE, "ieee"):
         raise ValueError(f"coarse={coarse!r} is none of {', '.join(COARSE)}, ieee")
@@ -120,7 +126,8 @@ def search(
     tiles: Tiles | None = None,
     chunk: int = 0,
 ) -> Search:
-    """`nearest_fused` outside the operator, with the count of rows that needed fp32; given tiles and rows at a time."""
+    """`nearest_fused` outside the operator, with the count of rows that needed fp32; given tiles
+    and rows at a time."""
     with torch.cuda.device_of(features):
         codebook = Codes(codebook.float().contiguous(), offsets, coarse)
         row_bytes = 4 * codebook.width + 8 * KEPT + 64
@@ -135,7 +142,8 @@ def search(
 
 
 class Codes:
-    """The codebook's side of a search: (K, D) fp32, offsets, and for a coarse product its rounded copy and bounds."""
+    """The codebook's side of a search: (K, D) fp32, offsets, and for a coarse product its rounded
+    copy and bounds."""
 
     def __init__(self, values: Tensor, offsets: Tensor | None, coarse: str):
         self.values, self.width = values, _width(values.shape[1])
@@ -154,7 +162,8 @@ class Codes:
             self.rounded, norms, residuals = _round(
                 values, self.centre, self.scales, self.width, coarse
             )
-            # |C|, at least a thousandth of the longest so that |C - C'| can be bounded in parts of it: (K,), ()
+            # |C|, at least a thousandth of the longest so that |C - C'| can be bounded in parts of
+            # it: (K,), ()
             self.reaches = norms.maximum(norms.amax() * RANGE).clamp(min=2.0**-100)
             self.relative_residual = (residuals / self.reaches).amax()
             self.lower_offsets = (self.offsets - self.offsets.abs() * 2.0**-21).where(
@@ -222,14 +231,16 @@ def _search_rows(rows: Tensor, codebook: Codes, coarse: str, tiles: Tiles | None
 
 
 def _centre(codebook: Tensor) -> Tensor:
-    """The mean of some codes, (D,), where it leaves them half as large; else 0, which an outlier cannot move."""
+    """The mean of some codes, (D,), where it leaves them half as large; else 0, which an outlier
+    cannot move."""
     some = codebook[:CENTRE_CODES]
     mean = some.mean(0)
     return mean.where((some - mean).abs().amax() <= some.abs().amax() / 2, 0)
 
 
 def _measure(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """max_i |v_i - m_i|, infinite where v is not finite, and |v - m|^2 / 2, of (N, D): (N,) fp64."""
+    """max_i |v_i - m_i|, infinite where v is not finite, and |v - m|^2 / 2, of (N, D): (N,)
+    fp64."""
     peaks, half_norms = values.new_empty((2, len(values)), dtype=torch.float64)
     block = min(256, triton.next_power_of_2(values.shape[1]))
     _measure_rows[(triton.cdiv(len(values), GROUP),)](
@@ -241,7 +252,8 @@ def _measure(values: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
 def _round(
     values: Tensor, centre: Tensor, scales: Tensor, width: int, coarse: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(values - centre) * scales rounded, (N, width) filled up with 0; norms before, and of what was lost, (N,)."""
+    """(values - centre) * scales rounded, (N, width) filled up with 0; norms before, and of what
+    was lost, (N,)."""
     interpreted = coarse == "bf16" and not values.is_cuda  # whose products do not know bf16
     dtype = torch.float32 if interpreted else COARSE[coarse]
     rounded = values.new_empty((len(values), width), dtype=dtype)
@@ -254,7 +266,8 @@ def _round(
 
 
 def _exponent(peak: Tensor) -> Tensor:
-    """e with peak 2^-e in [1/2, 1), int32; at the ends of fp32 the nearest whose powers of two are normal numbers."""
+    """e with peak 2^-e in [1/2, 1), int32; at the ends of fp32 the nearest whose powers of two are
+    normal numbers."""
     return torch.frexp(peak.clamp(min=2.0**-149)).exponent.clamp(-126, 126)
 
 
@@ -282,13 +295,15 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _tiles(device: torch.device, precision: str, depth: int) -> Tiles:
-    """What fits a multiprocessor: scores in its registers, `stages` tiles of both sides in its shared memory.
+    """What fits a multiprocessor: scores in its registers, `stages` tiles of both sides in its
+    shared memory.
 
-    Hopper (9.0) multiplies 64 x 256 from 227 KiB of shared memory: 128 x 256 scores take half of the reads of
-    128 x 128, and all registers. Data centre Blackwell (10.x) has as much shared memory, but a memory of its own for
-    products, which a thread reads by rows: it holds what belongs to all codes of these, so codes are few. The others,
-    of 99 KiB and more, have three stages of 32 KiB. fp32 runs on the ordinary units, of few rows at a time: few are
-    left, and a block of them costs one reading of the codebook.
+    Hopper (9.0) multiplies 64 x 256 from 227 KiB of shared memory: 128 x 256 scores take half of
+    the reads of 128 x 128, and all registers. Data centre Blackwell (10.x) has as much shared
+    memory, but a memory of its own for products, which a thread reads by rows: it holds what
+    belongs to all codes of these, so codes are few. The others, of 99 KiB and more, have three
+    stages of 32 KiB. fp32 runs on the ordinary units, of few rows at a time: few are left, and a
+    block of them costs one reading of the codebook.
     """
     family = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if precision == "ieee":
@@ -363,7 +378,8 @@ def _shortlist(
     PRECISION: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, DEPTH: tl.constexpr, KEPT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The KEPT smallest bounds of the rows order[:count], and their codes, for every split of the codebook."""
+    """The KEPT smallest bounds of the rows order[:count], and their codes, for every split of the
+    codebook."""
     total = tl.load(count)
     blocks, splits, share = _partition(
         total, num_codes, tl.num_programs(0), ROWS, CODES, MAX_SPLITS
@@ -408,7 +424,8 @@ def _shortlist(
             scores = offset[None, :] * weight[:, None] - products * unit[:, None]
             if PRECISION != "ieee":
                 scores -= error[:, None] * tl.load(reaches + here)[None, :]
-            # The tile's least score enters while it is less than the last one kept: seldom, after the first tiles.
+            # The tile's least score enters while it is less than the last one kept: seldom, after
+            # the first tiles.
             last = tl.max(best, 1)
             least = tl.min(scores, 1)
             while tl.max((least < _score(last)).to(tl.int32), 0) > 0:
@@ -428,7 +445,8 @@ def _decide(
     FINAL: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, DEPTH: tl.constexpr, KEPT: tl.constexpr,
     MAX_SPLITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The best kept code of a row in fp64. Unless FINAL only those whose bound allows it; else the row is doubtful."""
+    """The best kept code of a row in fp64. Unless FINAL only those whose bound allows it; else the
+    row is doubtful."""
     start = tl.program_id(0) * GROUP
     total = tl.load(count)
     if start >= total:
@@ -487,7 +505,8 @@ def _decide(
 def _partition(
     total, num_codes, programs, ROWS: tl.constexpr, CODES: tl.constexpr, MAX_SPLITS: tl.constexpr
 ):
-    """Blocks of rows, splits of the codebook for each so that programs have work, tiles of codes in a split."""
+    """Blocks of rows, splits of the codebook for each so that programs have work, tiles of codes in
+    a split."""
     blocks = tl.cdiv(total, ROWS)
     tiles = tl.cdiv(num_codes, CODES)
     splits = tl.maximum(programs // tl.maximum(blocks, 1), 1)
@@ -497,7 +516,8 @@ def _partition(
 
 @jit
 def _key(score, code):
-    """int64 in the order of (score, code); fp32 read as int32 is in order once negatives are turned around."""
+    """int64 in the order of (score, code); fp32 read as int32 is in order once negatives are turned
+    around."""
     bits = score.to(tl.int32, bitcast=True)
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | code.to(tl.int64)
 

@@ -1,4 +1,5 @@
-"""Gumbel-softmax quantization (Jang et al. 2016, arXiv:1611.01144; Maddison et al. 2016, arXiv:1611.00712)."""
+"""Gumbel-softmax quantization (Jang et al. 2016, arXiv:1611.01144; Maddison et al. 2016,
+arXiv:1611.00712)."""
 
 from __future__ import annotations
 
@@ -46,11 +47,13 @@ class GumbelConfig:
 
 
 class Gumbel(nn.Module):
-    """Features (D channels) give the logits of a distribution q(k|z) over the rows of a codebook (K, vector_dim).
+    """Features (D channels) give the logits of a distribution q(k|z) over the rows of a codebook
+    (K, vector_dim).
 
-    In training a sample of it is relaxed: softmax((logits + Gumbel noise) / temperature) mixes the rows, and codes
-    are the largest of the noisy logits, so that `lookup(codes)` gives the vectors only with `hard`, where the mixture
-    passes gradients alone. In evaluation there is no noise, and vectors are rows.
+    In training a sample of it is relaxed: softmax((logits + Gumbel noise) / temperature) mixes the
+    rows, and codes are the largest of the noisy logits, so that `lookup(codes)` gives the vectors
+    only with `hard`, where the mixture passes gradients alone. In evaluation there is no noise, and
+    vectors are rows.
     """
 
     starts_from_data = False
@@ -80,7 +83,8 @@ class Gumbel(nn.Module):
         self.stream = Stream()
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        """(B, D, H, W). Chunks of rows are computed again in the backward pass, with the same noise."""
+        """(B, D, H, W). Chunks of rows are computed again in the backward pass, with the same
+        noise."""
         with torch.autocast(features.device.type, enabled=False):
             rows = to_rows(features.float())
             chunks = rows.split(max(1, search.BUDGET // len(self.codebook)))
@@ -126,7 +130,8 @@ class Gumbel(nn.Module):
         )
 
     def _choose(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, D) and, for their noise, keys (N, 2) -> vectors (N, D), codes (N,), KL(q, uniform) in nats (N,)."""
+        """(N, D) and, for their noise, keys (N, 2) -> vectors (N, D), codes (N,), KL(q, uniform) in
+        nats (N,)."""
         logits = self.logits(rows)
         log_q = logits.log_softmax(1)
         divergence = (log_q.exp() * log_q).sum(1) + math.log(len(self.codebook))

@@ -1,4 +1,5 @@
-"""Index backpropagation quantization: gradients reach every code (Shi et al. 2024, arXiv:2412.02692)."""
+"""Index backpropagation quantization: gradients reach every code (Shi et al. 2024,
+arXiv:2412.02692)."""
 
 from __future__ import annotations
 
@@ -52,8 +53,9 @@ class IBQConfig:
 class IBQ(nn.Module):
     """Codes are the rows e_k of a codebook (K, D) with the largest <z, e_k>.
 
-    The vector is Ind^T C with the one-hot Ind = onehot(argmax) - sg(p) + p and p = softmax(C z / temperature): its
-    gradient reaches z and all codes through p, and the chosen code directly. It does not pass z by as in VQ-VAE.
+    The vector is Ind^T C with the one-hot Ind = onehot(argmax) - sg(p) + p and p = softmax(C z /
+    temperature): its gradient reaches z and all codes through p, and the chosen code directly. It
+    does not pass z by as in VQ-VAE.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class IBQ(nn.Module):
         self.statistics = Usage(num_codes)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        """(B, D, H, W). The loss is the paper's double quantization loss, and in training the entropies."""
+        """(B, D, H, W). The loss is the paper's double quantization loss, and in training the
+        entropies."""
         with torch.autocast(features.device.type, enabled=False):
             rows = to_rows(features.float())
             codes = search.nearest(
@@ -117,7 +120,8 @@ class IBQ(nn.Module):
     def initialise(
         self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
     ) -> None:
-        """Start from data, (N, D) or what `project` maps there, where the configuration asks for it."""
+        """Start from data, (N, D) or what `project` maps there, where the configuration asks for
+        it."""
         if self.starts_from_data:
             self.codebook.copy_(start_from(rows, self.num_codes[0], seed, project))
 
@@ -127,7 +131,8 @@ class IBQ(nn.Module):
 
 
 class _IndexBackpropagation(torch.autograd.Function):
-    """The chosen codes; backward makes p again, a few rows at a time, so no N x K tensor is kept."""
+    """The chosen codes; backward makes p again, a few rows at a time, so no N x K tensor is
+    kept."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, codebook: Tensor, codes: Tensor, scale: float) -> Tensor:
@@ -151,9 +156,11 @@ class _IndexBackpropagation(torch.autograd.Function):
 
 
 class SoftAssignment(torch.autograd.Function):
-    """Mean entropy in nats of p = softmax(scale * <z, e_k>) and mean p (K,), over rows (N, D), for codes (K, D).
+    """Mean entropy in nats of p = softmax(scale * <z, e_k>) and mean p (K,), over rows (N, D), for
+    codes (K, D).
 
-    Works as above. With g and h the gradients by the two, that by p is (h - g log p) / N up to a constant.
+    Works as above. With g and h the gradients by the two, that by p is (h - g log p) / N up to a
+    constant.
     """
 
     @staticmethod
@@ -192,7 +199,8 @@ def _parts(rows: Tensor, codebook: Tensor) -> list[slice]:
 
 
 def _log_softmax(rows: Tensor, codebook: Tensor, scale: float) -> Tensor:
-    """Of scale * <z, e_k>, (N, K); at least -60, whose exponential is nothing, because underflow is slow."""
+    """Of scale * <z, e_k>, (N, K); at least -60, whose exponential is nothing, because underflow is
+    slow."""
     return (rows @ codebook.T).mul_(scale).log_softmax(1).clamp_(min=-60)
 
 

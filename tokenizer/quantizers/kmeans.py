@@ -1,4 +1,5 @@
-"""k-means on the codebook's search, a chunk of rows at a time, and a bounded sample of a stream of rows for it."""
+"""k-means on the codebook's search, a chunk of rows at a time, and a bounded sample of a stream of
+rows for it."""
 
 from __future__ import annotations
 
@@ -24,13 +25,15 @@ def rows_wanted(num_codes: int, per_code: int = 0) -> int:
 def kmeans(
     rows: Tensor, num_codes: int, seed: int, iterations: int | None = None, *, cosine: bool = False
 ) -> Tensor:
-    """Centres of `rows`, (N, D) -> (num_codes, D): seeding in rounds, then Lloyd's iterations (10; 3 above 8192 codes).
+    """Centres of `rows`, (N, D) -> (num_codes, D): seeding in rounds, then Lloyd's iterations (10;
+    3 above 8192 codes).
 
-    A round draws rows in proportion to their squared distance from the centres so far: one at a time up to 65
-    codes, which is k-means++ (Arthur & Vassilvitskii 2007), and several at once above (Bahmani et al. 2012,
-    arXiv:1203.6402). Of more than `rows_wanted`, as many are drawn by `seed`. A centre that loses its rows moves to
-    the row that is worst represented. With fewer rows than codes the rows are repeated with noise of a hundredth of
-    their spread. `cosine`: rows are brought to unit length. Raises ValueError for rows that are not finite.
+    A round draws rows in proportion to their squared distance from the centres so far: one at a
+    time up to 65 codes, which is k-means++ (Arthur & Vassilvitskii 2007), and several at once above
+    (Bahmani et al. 2012, arXiv:1203.6402). Of more than `rows_wanted`, as many are drawn by `seed`.
+    A centre that loses its rows moves to the row that is worst represented. With fewer rows than
+    codes the rows are repeated with noise of a hundredth of their spread. `cosine`: rows are
+    brought to unit length. Raises ValueError for rows that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = _enough(rows, num_codes, generator, cosine)
@@ -57,13 +60,14 @@ def kmeans(
 def common(
     rows: Tensor, num_codes: int, seed: int, images: Tensor | None = None, *, cosine: bool = False
 ) -> Tensor:
-    """Codes that many images have, from `rows`, (N, D) -> (num_codes, D): rows at random, then rounds of moves.
+    """Codes that many images have, from `rows`, (N, D) -> (num_codes, D): rows at random, then
+    rounds of moves.
 
-    Row i is of the image numbered `images[i]`, or of its own. A round counts for each code the images that meet it,
-    and moves those below FEW of the mean: half the way from another code to one of its rows, which are drawn in
-    proportion to how far above the mean the images are that meet that code. k-means prefers what a single image has,
-    however often: it lowers the error, and no image but that one meets the code. Fewer rows than codes, or bad ones,
-    as in `kmeans`.
+    Row i is of the image numbered `images[i]`, or of its own. A round counts for each code the
+    images that meet it, and moves those below FEW of the mean: half the way from another code to
+    one of its rows, which are drawn in proportion to how far above the mean the images are that
+    meet that code. k-means prefers what a single image has, however often: it lowers the error, and
+    no image but that one meets the code. Fewer rows than codes, or bad ones, as in `kmeans`.
     """
     generator = torch.Generator().manual_seed(seed)
     too_few = len(rows) < num_codes
@@ -95,10 +99,12 @@ def common(
 
 @torch.no_grad()
 def segment_sums(rows: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How many of (N, D) rows have each code, (K,), and the sums of these rows, (K, D); code -1 is not counted.
+    """How many of (N, D) rows have each code, (K,), and the sums of these rows, (K, D); code -1 is
+    not counted.
 
-    Rows are sorted by code and each code's are added in their order: repeatable on every device, and as fast as
-    `index_add_` on a CPU. No shape depends on the codes, so that no GPU is waited for.
+    Rows are sorted by code and each code's are added in their order: repeatable on every device,
+    and as fast as `index_add_` on a CPU. No shape depends on the codes, so that no GPU is waited
+    for.
     """
     codes = codes % (num_codes + 1)  # -1 comes last
     counts = codes.new_zeros(num_codes + 1).scatter_add_(0, codes, torch.ones_like(codes))
@@ -111,9 +117,11 @@ def segment_sums(rows: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, T
 
 
 class Reservoir:
-    """At most `size` rows of a stream, each equally likely, drawn by seed (Vitter 1985, algorithm R).
+    """At most `size` rows of a stream, each equally likely, drawn by seed (Vitter 1985, algorithm
+    R).
 
-    They are the same however the stream is cut into batches, and all of it, in order, where it is no longer.
+    They are the same however the stream is cut into batches, and all of it, in order, where it is
+    no longer.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -172,7 +180,8 @@ def _enough(rows: Tensor, num_codes: int, generator: torch.Generator, cosine: bo
 def _seed_centres(
     rows: Tensor, num_codes: int, generator: torch.Generator, cosine: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`num_codes` different rows, and which of them is nearest to each row, at what squared distance.
+    """`num_codes` different rows, and which of them is nearest to each row, at what squared
+    distance.
 
     The largest d_i / E_i, of exponential E_i, are a draw in proportion to d_i, without repetition.
     """

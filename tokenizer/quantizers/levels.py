@@ -1,4 +1,5 @@
-"""What quantizers of several levels share: the table of what a level may be, one reduction over ranks, averages."""
+"""What quantizers of several levels share: the table of what a level may be, one reduction over
+ranks, averages."""
 
 from __future__ import annotations
 

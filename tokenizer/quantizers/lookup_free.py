@@ -1,4 +1,5 @@
-"""A bit per channel: LFQ (Yu et al. 2023, arXiv:2310.05737) and BSQ (Zhao et al. 2024, arXiv:2406.07548)."""
+"""A bit per channel: LFQ (Yu et al. 2023, arXiv:2310.05737) and BSQ (Zhao et al. 2024,
+arXiv:2406.07548)."""
 
 from __future__ import annotations
 
@@ -15,14 +16,16 @@ from training import distributed
 
 @dataclasses.dataclass(frozen=True)
 class LookupFreeConfig:
-    """LFQ; the values are Open-MAGVIT2's (Luo et al. 2024, arXiv:2409.04410), the weight of both entropies constant."""
+    """LFQ; the values are Open-MAGVIT2's (Luo et al. 2024, arXiv:2409.04410), the weight of both
+    entropies constant."""
 
     kind: str = "lookup_free"
     bits: int = 10  # 2**bits codes
     spherical: bool = (
         False  # features and codes on the unit sphere; BSQ's other settings come with kind: bsq
     )
-    lowest_first: bool = False  # the first channel is the lowest bit of a code, not the highest (Open-MAGVIT2, MaskBit)
+    # the first channel is the lowest bit of a code, not the highest (Open-MAGVIT2, MaskBit)
+    lowest_first: bool = False
     commitment: float = 0.25
     entropy: float = 0.1  # weight of both entropies
     diversity: float = 1.0  # gamma, of the batch's entropy among them
@@ -83,10 +86,11 @@ class LookupFree(nn.Module):
     Vectors are +-1, or +-1/sqrt(bits) on the sphere. Gradients pass the signs by and are scaled as
     the vectors are: by 1/sqrt(bits) on the sphere.
 
-    In training the loss wants confident positions and batches that use all codes: E H[q(c|z)] - diversity *
-    H[E q(c|z)], in nats, for the soft assignment q(c|z) ~ exp(-|z - c|^2 / temperature). Given z its bits are
-    independent, so the first entropy is a sum over bits. The second is taken over the joint codes for LFQ and, as
-    Zhao et al. do, over each bit alone for BSQ, which bounds the joint entropy from above.
+    In training the loss wants confident positions and batches that use all codes: E H[q(c|z)] -
+    diversity * H[E q(c|z)], in nats, for the soft assignment q(c|z) ~ exp(-|z - c|^2 /
+    temperature). Given z its bits are independent, so the first entropy is a sum over bits. The
+    second is taken over the joint codes for LFQ and, as Zhao et al. do, over each bit alone for
+    BSQ, which bounds the joint entropy from above.
     """
 
     starts_from_data = False
@@ -185,10 +189,11 @@ def bit_probabilities(logits: Tensor) -> Tensor:
 
 
 def mean_joint_probabilities(logits: Tensor) -> Tensor:
-    """The mean over rows of the joint distribution of independent bits, (N, bits) -> (2**bits,), indexed by code.
+    """The mean over rows of the joint distribution of independent bits, (N, bits) -> (2**bits,),
+    indexed by code.
 
-    The joint of a row is the outer product of the joints of its two halves, so its mean is one matrix product and
-    nothing larger than N x 2**(bits / 2) is kept.
+    The joint of a row is the outer product of the joints of its two halves, so its mean is one
+    matrix product and nothing larger than N x 2**(bits / 2) is kept.
     """
     high, low = logits.tensor_split(2, dim=1)
     return (_joint(high).T @ _joint(low) / len(logits)).flatten()
@@ -205,7 +210,8 @@ def _joint(logits: Tensor) -> Tensor:
 def entropy_of_mean(mean: Tensor) -> Tensor:
     """Entropy in nats of mean probabilities of any shape, averaged over the global batch first.
 
-    The gradient reaches these probabilities at full weight, as averaging gradients over its parts expects.
+    The gradient reaches these probabilities at full weight, as averaging gradients over its parts
+    expects.
     """
     mean = straight_through(mean, distributed.batch_mean(mean))
     return -(mean * mean.clamp(min=1e-30).log()).sum()

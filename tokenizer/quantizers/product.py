@@ -1,4 +1,5 @@
-"""Product quantization: groups of channels, each with a codebook of its own (Jegou et al. 2011, PAMI 33(1))."""
+"""Product quantization: groups of channels, each with a codebook of its own (Jegou et al. 2011,
+PAMI 33(1))."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class ProductQuantizer(nn.Module):
     def initialise(
         self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
     ) -> None:
-        """Start each head from its channels of rows (N, C), or of what `project` makes of (N, d)."""
+        """Start each head from its channels of rows (N, C), or of what `project` makes of (N,
+        d)."""
         rows = rows if project is None else project(rows)
         for head, (level, own) in enumerate(zip(self.levels, rows.chunk(len(self.levels), dim=1))):
             level.initialise(own, distributed.mix(seed, head), images=images)

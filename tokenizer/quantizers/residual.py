@@ -1,4 +1,5 @@
-"""Residual quantization: each level quantizes what the levels before it left (Zeghidour et al. 2021, arXiv:2107.03312).
+"""Residual quantization: each level quantizes what the levels before it left (Zeghidour et al.
+2021, arXiv:2107.03312).
 
 For images, and with one codebook for all levels, Lee et al. 2022 (arXiv:2203.01941).
 """
@@ -50,7 +51,8 @@ class ResidualConfig:
 
 
 class ResidualQuantizer(nn.Module):
-    """z ~ e_1 + ... + e_depth, with e_l the code of z - sg(e_1 + ... + e_(l-1)); losses add up over levels."""
+    """z ~ e_1 + ... + e_depth, with e_l the code of z - sg(e_1 + ... + e_(l-1)); losses add up over
+    levels."""
 
     def __init__(self, levels: list[nn.Module], depth: int, quantizer_dropout: float = 0.0) -> None:
         """`levels`: one quantizer for all levels, or `depth` of them."""
@@ -72,7 +74,8 @@ class ResidualQuantizer(nn.Module):
     def initialise(
         self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
     ) -> None:
-        """Start level after level, (N, C), from what is left; a shared codebook from features and all that is left."""
+        """Start level after level, (N, C), from what is left; a shared codebook from features and
+        all that is left."""
         rest = rows.float() if project is None else project(rows).float()
         pool = rest
         for level in self._stack():
@@ -83,7 +86,8 @@ class ResidualQuantizer(nn.Module):
             pool = rest if len(self.levels) > 1 else torch.cat([pool, rest])
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        """(B, C, H, W). Levels are searched one after another, since each needs what the ones before it found."""
+        """(B, C, H, W). Levels are searched one after another, since each needs what the ones
+        before it found."""
         rest = to_rows(features.float())[
             :, :, None, None
         ]  # (N, C, 1, 1): rows, which no level has to move
@@ -117,7 +121,8 @@ class ResidualQuantizer(nn.Module):
         return list(self.levels) * (self.depth // len(self.levels))
 
     def _depths(self, features: Tensor) -> Tensor | None:
-        """How many levels each row's vectors are summed over, (N, 1, 1, 1), by image, where that is random."""
+        """How many levels each row's vectors are summed over, (N, 1, 1, 1), by image, where that is
+        random."""
         if not (self.training and self.quantizer_dropout):
             return None
         batch, _, height, width = features.shape

@@ -1,10 +1,12 @@
-"""Exact nearest neighbours in a codebook, without an N x K matrix: scored in chunks, decided in float64.
+"""Exact nearest neighbours in a codebook, without an N x K matrix: scored in chunks, decided in
+float64.
 
-A score is half a squared distance less what all codes share, o_k - <z, e_k> with o_k = |e_k|^2 / 2. A product in
-low precision (8-bit integers, bf16, or fp32 itself) scores all codes for some rows; a bound on its error
-(Cauchy-Schwarz on what its rounding took away, and gamma_D = D u for sums, Higham 2002, section 3.1) says which
-codes can still be the nearest. These are compared in fp32, and what fp32 cannot tell apart in float64. So the
-answer does not depend on chunks, threads or the precision of the product.
+A score is half a squared distance less what all codes share, o_k - <z, e_k> with o_k = |e_k|^2 / 2.
+A product in low precision (8-bit integers, bf16, or fp32 itself) scores all codes for some rows; a
+bound on its error (Cauchy-Schwarz on what its rounding took away, and gamma_D = D u for sums,
+Higham 2002, section 3.1) says which codes can still be the nearest. These are compared in fp32, and
+what fp32 cannot tell apart in float64. So the answer does not depend on chunks, threads or the
+precision of the product.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ FEW = 128  # rows for which a float64 search costs less than another product's c
 OPEN = -2  # the code of a row that is to be searched again
 UNIT = 2.0**-24  # roundoff of fp32
 TINY = 2.0**-126  # smaller products may be flushed to zero
-LEAST = 1e-15  # length of the longest code, below which squares of what rounding takes away would vanish
+# length of the longest code, below which squares of what rounding takes away would vanish
+LEAST = 1e-15
 CANDIDATES = 256  # codes that may be the nearest: with more, as with more tiles than MANY
 COARSE_DIM, COARSE_WORK = (
     256,
@@ -42,12 +45,14 @@ COARSE_DIM, COARSE_WORK = (
 def nearest(
     features: Tensor, codebook: Tensor, metric: str = "l2", offsets: Tensor | None = None
 ) -> Tensor:
-    """Index of the nearest codebook row, (..., N, D) and (..., K, D) -> (..., N) int64; -1 where z is not finite.
+    """Index of the nearest codebook row, (..., N, D) and (..., K, D) -> (..., N) int64; -1 where z
+    is not finite.
 
-    `metric` is "l2" or "cosine"; where `offsets` o (..., K) are given, o_k - <z, e_k> is made smallest instead. It
-    is the index of a float64 search wherever the two best distances differ by more than fp32 rounding, and the
-    lowest among equal codes. Codes that are not finite are never nearest. Leading dimensions are searches of their
-    own. Outer autocast does not reach it. Beyond its inputs it holds a copy of one codebook and BUDGET scores.
+    `metric` is "l2" or "cosine"; where `offsets` o (..., K) are given, o_k - <z, e_k> is made
+    smallest instead. It is the index of a float64 search wherever the two best distances differ by
+    more than fp32 rounding, and the lowest among equal codes. Codes that are not finite are never
+    nearest. Leading dimensions are searches of their own. Outer autocast does not reach it. Beyond
+    its inputs it holds a copy of one codebook and BUDGET scores.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, codebook = features.float(), codebook.float()
@@ -72,7 +77,8 @@ def half_norms(codebook: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """Features W z + b by what they were projected from, for a search in d instead of D dimensions."""
+    """Features W z + b by what they were projected from, for a search in d instead of D
+    dimensions."""
 
     rows: Tensor  # z, (N, d)
     weight: Tensor  # W, (D, d)
@@ -80,7 +86,8 @@ class LowRank:
 
     @torch.no_grad()
     def nearest(self, codebook: Tensor) -> Tensor:
-        """argmin_k |W z - (e_k - b)|^2 / 2 = argmin_k |e_k - b|^2 / 2 - <z, W^T (e_k - b)>, (N,) int64."""
+        """argmin_k |W z - (e_k - b)|^2 / 2 = argmin_k |e_k - b|^2 / 2 - <z, W^T (e_k - b)>, (N,)
+        int64."""
         with torch.autocast(codebook.device.type, enabled=False), full_precision():
             apart = codebook.float() - self.bias.float()
             return nearest(self.rows, apart @ self.weight.float(), offsets=half_norms(apart))
@@ -98,8 +105,8 @@ def _(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def on_device(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
-    """One search in fp32, (N, D), (K, D), (K,) -> (N,): by the fused kernel, which never waits for the host, if it runs
-    there."""
+    """One search in fp32, (N, D), (K, D), (K,) -> (N,): by the fused kernel, which never waits for
+    the host, if it runs there."""
     from tokenizer.quantizers import fused, shortlist
 
     if fused.available(
@@ -134,7 +141,8 @@ def on_cpu(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor
 class Book:
     """A codebook less its mean, because bounds grow with lengths, and filled up to whole tiles.
 
-    Filled, because a matrix product may round its last columns in another way: equal codes have to score equally.
+    Filled, because a matrix product may round its last columns in another way: equal codes have to
+    score equally.
     """
 
     codebook: Tensor  # (K, D), as it was given
@@ -156,7 +164,8 @@ class Book:
         return cls(codebook, offsets, shift, own, lengths.max(), largest)
 
     def fits(self) -> bool:
-        """Whether all bounds hold: what is given is finite, and squares neither overflow nor vanish."""
+        """Whether all bounds hold: what is given is finite, and squares neither overflow nor
+        vanish."""
         finite = 2 * self.radius.square() + self.largest < torch.inf
         return bool(finite & ((self.radius >= LEAST) | (self.codebook == self.shift).all()))
 
@@ -167,7 +176,8 @@ class Book:
             yield slice(start, start + len(part)), part
 
     def rows_at_once(self) -> int:
-        """That are scored together: more of them where a product's own work, not memory, takes the time."""
+        """That are scored together: more of them where a product's own work, not memory, takes the
+        time."""
         budget = BUDGET if self.codebook.shape[1] >= COARSE_DIM else min(BUDGET, CACHED)
         return max(LEAST_ROWS, budget // len(self.offsets))
 
@@ -176,7 +186,8 @@ class Book:
         return rows - self.shift if self.given is None else rows
 
     def rounding(self, lengths: Tensor) -> Tensor:
-        """How far a score computed in fp32 may be from the true one, for rows of these lengths, (n,) -> (n,)."""
+        """How far a score computed in fp32 may be from the true one, for rows of these lengths,
+        (n,) -> (n,)."""
         dim = len(self.shift)
         lengthy = (
             self.radius * (lengths + self.radius) * ((dim + 8) * UNIT)
@@ -185,9 +196,11 @@ class Book:
         return lengthy + (4 * UNIT * self.largest + dim * TINY * (1 + self.radius + lengths))
 
     def score(self, z: Tensor, row: Tensor, code: Tensor) -> Tensor:
-        """Scores in fp32 of pairs of a centred row and a code, (P,) each, rows ascending and codes in a row -> (P,).
+        """Scores in fp32 of pairs of a centred row and a code, (P,) each, rows ascending and codes
+        in a row -> (P,).
 
-        A product with no more entries than there are pairs; codes as they were given, so `rerounding` bounds it.
+        A product with no more entries than there are pairs; codes as they were given, so
+        `rerounding` bounds it.
         """
         first = F.pad(torch.bincount(row, minlength=len(z)).cumsum(0), (1, 0))
         with warnings.catch_warnings():
@@ -276,7 +289,8 @@ class InBFloat16:
 
 
 class InInt8:
-    """Rows in 7 bits and codes in 8, each with its own scale: the sum of two products fits into 16 bits."""
+    """Rows in 7 bits and codes in 8, each with its own scale: the sum of two products fits into 16
+    bits."""
 
     exact = False
 
@@ -310,7 +324,8 @@ class InInt8:
 
 
 def choose_products(num_rows: int, book: Book) -> list[type[_Product]]:
-    """What is fastest for this size on this processor, and then what decides the rows that it left open."""
+    """What is fastest for this size on this processor, and then what decides the rows that it left
+    open."""
     num_codes, dim = book.codebook.shape
     if dim >= COARSE_DIM and num_rows * num_codes * dim >= COARSE_WORK:
         if any(
@@ -326,7 +341,8 @@ def choose_products(num_rows: int, book: Book) -> list[type[_Product]]:
 
 
 def _search(rows: Tensor, book: Book, product: _Product) -> Tensor:
-    """(n, D) -> (n,), by short lists of the codes that can be nearest; OPEN where a list would be long."""
+    """(n, D) -> (n,), by short lists of the codes that can be nearest; OPEN where a list would be
+    long."""
     z = book.centre(rows)
     lengths = torch.linalg.vector_norm(z, dim=1)
     scores, slack = product.scores(z, lengths)
@@ -387,9 +403,11 @@ def _keep_lowest(
 
 
 def in_float64(rows: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
-    """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,). Waits for no device.
+    """The whole search in float64, for what fp32 cannot hold or tell apart, (n, D) -> (n,). Waits
+    for no device.
 
-    A product may round equal codes in different ways: the lowest index within the error of the best is taken.
+    A product may round equal codes in different ways: the lowest index within the error of the best
+    is taken.
     """
     found, height = [], TILE * 16
     for part in rows.split(BUDGET // (4 * height)):

@@ -1,8 +1,10 @@
-"""Exact nearest codes on a device without the fused kernel, in plain torch operations: a short list in fp32.
+"""Exact nearest codes on a device without the fused kernel, in plain torch operations: a short list
+in fp32.
 
-For GPUs before NVIDIA's Ampere, ROCm, XPU, MPS, and Windows. What fp32 may be wrong by has the CPU's bound, of
-`search.Book`: codes within it of a row's lowest score can be the nearest. Mostly that is one code. Several are compared
-in float64; where more than KEPT can be, or fp32 cannot hold the numbers, the row is searched in float64.
+For GPUs before NVIDIA's Ampere, ROCm, XPU, MPS, and Windows. What fp32 may be wrong by has the
+CPU's bound, of `search.Book`: codes within it of a row's lowest score can be the nearest. Mostly
+that is one code. Several are compared in float64; where more than KEPT can be, or fp32 cannot hold
+the numbers, the row is searched in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ SEVERAL, MANY, DECIDED = 0, 1, 2  # how many codes of a row can be the nearest; 
 
 
 class ShortList(NamedTuple):
-    codes: Tensor  # (n, KEPT) int64, of the lowest scores in fp32, ascending; -1 for a row that is not finite
+    # (n, KEPT) int64, of the lowest scores in fp32, ascending; -1 for a row that is not finite
+    codes: Tensor
     listed: Tensor  # (n, KEPT) bool, whether it can be the nearest
     state: Tensor  # (n,) int64
 
@@ -33,10 +36,11 @@ def has_float64(device: torch.device) -> bool:
 
 
 def nearest_listed(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor:
-    """One search in fp32 as of `search.nearest`, (N, D), (K, D), (K,) -> (N,). The host waits once: how many are open?
+    """One search in fp32 as of `search.nearest`, (N, D), (K, D), (K,) -> (N,). The host waits once:
+    how many are open?
 
-    What a device without float64 leaves open is decided on the CPU. Beyond its inputs it holds a copy of the codebook
-    and BUDGET scores.
+    What a device without float64 leaves open is decided on the CPU. Beyond its inputs it holds a
+    copy of the codebook and BUDGET scores.
     """
     if not len(features):
         return features.new_empty(0, dtype=torch.int64)
@@ -91,7 +95,8 @@ def _short_list(rows: Tensor, book: Book, centred: Tensor) -> ShortList:
 def _decide(
     rows: Tensor, near: Tensor, codes: Tensor, listed: Tensor, offsets: Tensor | None
 ) -> Tensor:
-    """The lowest listed code of the least score in float64: (n, D), (n, KEPT, D), (n, KEPT) thrice -> (n,)."""
+    """The lowest listed code of the least score in float64: (n, D), (n, KEPT, D), (n, KEPT) thrice
+    -> (n,)."""
     z, e = rows.double()[:, None], near.double()
     scores = (z - e).square_().sum(2) / 2 if offsets is None else offsets.double() - (z * e).sum(2)
     scores = scores.where(listed, torch.inf)

@@ -1,4 +1,5 @@
-"""SimVQ: a frozen codebook seen through one learnable linear map (Zhu et al. 2024, arXiv:2411.02038)."""
+"""SimVQ: a frozen codebook seen through one learnable linear map (Zhu et al. 2024,
+arXiv:2411.02038)."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class SimVQConfig:
 class SimVQ(nn.Module):
     """Codes are the nearest rows of C W + b, with C (K, D) frozen, W (D, D) and b (D,) learnable.
 
-    W and b are a linear layer that starts as torch's do, as in the authors' code (github.com/youngsheen/SimVQ).
+    W and b are a linear layer that starts as torch's do, as in the authors' code
+    (github.com/youngsheen/SimVQ).
     """
 
     takes_low_rank = True
@@ -114,7 +116,8 @@ class SimVQ(nn.Module):
     def initialise(
         self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
     ) -> None:
-        """Start from data, where the configuration asks for it: centres for C, the identity for W, 0 for b.
+        """Start from data, where the configuration asks for it: centres for C, the identity for W,
+        0 for b.
 
         Rows are (N, D), or (N, d) before a `project` that keeps distances.
         """
@@ -142,7 +145,8 @@ class SimVQ(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
-        """Count use; every `restart_every` steps solve r = c W + b for rows r of the data in place of dead codes."""
+        """Count use; every `restart_every` steps solve r = c W + b for rows r of the data in place
+        of dead codes."""
         self.changed = None
         if not taken:
             return self.statistics.clear()
@@ -157,7 +161,8 @@ class SimVQ(nn.Module):
             )  # fmt: skip
 
     def follow(self, source: SimVQ) -> None:
-        """Take what `source` restarted in its last update: a mean of the old and the new vector is neither."""
+        """Take what `source` restarted in its last update: a mean of the old and the new vector is
+        neither."""
         follow(self, source, ["frozen", "mean_counts"])
 
     def _solve(self, rows: Tensor) -> Tensor:
@@ -171,7 +176,8 @@ class SimVQ(nn.Module):
 
 
 class _Chosen(torch.autograd.Function):
-    """Rows of C W + b, (N,) codes -> (N, D), whose gradient reaches W by the rows of C that were chosen, not by all."""
+    """Rows of C W + b, (N,) codes -> (N, D), whose gradient reaches W by the rows of C that were
+    chosen, not by all."""
 
     @staticmethod
     def forward(

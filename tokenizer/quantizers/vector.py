@@ -1,7 +1,8 @@
-"""Vector quantization with a gradient or a moving-average codebook (van den Oord et al. 2017, arXiv:1711.00937).
+"""Vector quantization with a gradient or a moving-average codebook (van den Oord et al. 2017,
+arXiv:1711.00937).
 
-With `metric: cosine` and a small `code_dim` it is the quantizer of ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) and
-LlamaGen (Sun et al. 2024, arXiv:2406.06525).
+With `metric: cosine` and a small `code_dim` it is the quantizer of ViT-VQGAN (Yu et al. 2021,
+arXiv:2110.04627) and LlamaGen (Sun et al. 2024, arXiv:2406.06525).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class VectorConfig:
     num_codes: int = 512
     code_dim: int = 64
     codebook: str = "ema"  # or "gradient"
-    # "l2"; "cosine": features and codes of unit length; "angle": so they are searched, and vectors are as they are kept
+    # "l2"; "cosine": features and codes of unit length; "angle": so they are searched, and vectors
+    # are as they are kept
     metric: str = "l2"
     decay: float = 0.99  # of the moving averages
     epsilon: float = 1e-5  # of their Laplace smoothing
@@ -98,7 +100,8 @@ class VectorQuantizer(nn.Module):
         restart_until: int,
         keeps_length: bool = False,
     ) -> None:
-        """`keeps_length`: codes are searched by their direction alone, and are vectors of their own length."""
+        """`keeps_length`: codes are searched by their direction alone, and are vectors of their own
+        length."""
         super().__init__()
         self.keeps_length = keeps_length
         self.num_codes, self.dim, self.assignment = (num_codes,), dim, assignment
@@ -141,7 +144,8 @@ class VectorQuantizer(nn.Module):
     def initialise(
         self, rows: Tensor, seed: int, project: Project | None = None, images: Tensor | None = None
     ) -> None:
-        """Start from data, (N, D) or (N, d) before a `project` that keeps distances, where the configuration asks."""
+        """Start from data, (N, D) or (N, d) before a `project` that keeps distances, where the
+        configuration asks."""
         if self.starts_from_data:
             choose = kmeans if self.init == "kmeans" else functools.partial(common, images=images)
             cosine = self.assignment.cosine
@@ -169,7 +173,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
-        """Move the averaged codebook (equations 6 to 8, Laplace-smoothed) and restart codes that fell out of use."""
+        """Move the averaged codebook (equations 6 to 8, Laplace-smoothed) and restart codes that
+        fell out of use."""
         self.changed = None
         if not taken:
             return self.statistics.clear()
@@ -206,5 +211,6 @@ class VectorQuantizer(nn.Module):
                 )
 
     def follow(self, source: VectorQuantizer) -> None:
-        """Take what `source` restarted in its last update: a mean of the old and the new vector is neither."""
+        """Take what `source` restarted in its last update: a mean of the old and the new vector is
+        neither."""
         follow(self, source, ["codebook", "mean_counts", *(["mean_sums"] if self.ema else [])])
