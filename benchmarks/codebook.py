@@ -144,9 +144,14 @@ def searches() -> None:
         for name in list(rivals)[len(precisions) :]:
             for precision in precisions:
                 lines.append(
-                    [f"{num_rows} × {dim}, K = {num_codes}, {name}", precision, f"{median(taken[name]):.4f}",
-                     f"{median(taken[precision]):.4f}", ratio(taken, name, precision)]
-                )  # fmt: skip
+                    [
+                        f"{num_rows} × {dim}, K = {num_codes}, {name}",
+                        precision,
+                        f"{median(taken[name]):.4f}",
+                        f"{median(taken[precision]):.4f}",
+                        ratio(taken, name, precision),
+                    ]
+                )
     head = ["exact search", "bare product in", "search, s", "product, s", "search / product"]
     keep("Codebook: search", "python -m benchmarks.codebook search", table(head, lines))
 
@@ -188,9 +193,11 @@ def memory() -> None:
     matrix = num_rows * num_codes * 4 / 2**20
     lines = []
     for what, count in [
-        ("search", num_rows), ("search", 2 * num_rows), ("search", 4 * num_rows),
+        ("search", num_rows),
+        ("search", 2 * num_rows),
+        ("search", 4 * num_rows),
         *((f"{who}-{kind}", num_rows) for kind in ("vector", "simvq") for who in ("our", "their")),
-    ]:  # fmt: skip
+    ]:
         mib = float(in_fresh_process("benchmarks.codebook", "memory-of", what, str(count)))
         lines.append(
             [f"{what}, {count} × {dim}, K = {num_codes}", f"{mib:.0f}", f"{mib / matrix:.3f}"]

@@ -58,11 +58,19 @@ def main() -> None:
     directions = torch.linalg.eigh(rows.T @ rows / len(rows)).eigenvectors.flip(1)
     lines = []
     for num_codes, cosine, fit, dim in (
-        (4096, False, "at random", 0), (4096, False, "k-means", 0), (4096, False, "common", 0),
-        (4096, True, "at random", 0), (4096, True, "k-means", 0), (4096, True, "common", 0),
-        (16384, True, "at random", 0), (16384, True, "k-means", 0), (16384, True, "common", 0),
-        (16384, True, "at random", 32), (16384, True, "at random", 16), (16384, True, "at random", 8),
-    ):  # fmt: skip
+        (4096, False, "at random", 0),
+        (4096, False, "k-means", 0),
+        (4096, False, "common", 0),
+        (4096, True, "at random", 0),
+        (4096, True, "k-means", 0),
+        (4096, True, "common", 0),
+        (16384, True, "at random", 0),
+        (16384, True, "k-means", 0),
+        (16384, True, "common", 0),
+        (16384, True, "at random", 32),
+        (16384, True, "at random", 16),
+        (16384, True, "at random", 8),
+    ):
         given, seen = (part @ directions[:, :dim] if dim else part for part in (train, held_out))
         if cosine:
             given, seen = F.normalize(given, dim=2), F.normalize(seen, dim=2)

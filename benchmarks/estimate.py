@@ -36,22 +36,38 @@ CASES = {  # name: (schema, file, overrides)
     "VQGAN, 64 px": (
         TokenizerRun,
         "configs/imagenet/VQGAN-f16.yaml",
-        ["data.image_size=64", "loop.batch_size=4", "model.encoder.channels=64", "model.decoder.channels=64",
-         "objective.perceptual=0"],
+        [
+            "data.image_size=64",
+            "loop.batch_size=4",
+            "model.encoder.channels=64",
+            "model.decoder.channels=64",
+            "objective.perceptual=0",
+        ],
     ),
     "autoregressive prior": (
         PriorRun,
         "configs/imagenet/prior-300M.yaml",
-        ["prior.backbone.dim=384", "prior.backbone.depth=6", "prior.backbone.heads=6", "loop.batch_size=4",
-         "tokens=/nowhere"],
+        [
+            "prior.backbone.dim=384",
+            "prior.backbone.depth=6",
+            "prior.backbone.heads=6",
+            "loop.batch_size=4",
+            "tokens=/nowhere",
+        ],
     ),
     "the same, activations again": (
         PriorRun,
         "configs/imagenet/prior-300M.yaml",
-        ["prior.backbone.dim=384", "prior.backbone.depth=6", "prior.backbone.heads=6", "loop.batch_size=4",
-         "tokens=/nowhere", "prior.backbone.gradient_checkpointing=true"],
+        [
+            "prior.backbone.dim=384",
+            "prior.backbone.depth=6",
+            "prior.backbone.heads=6",
+            "loop.batch_size=4",
+            "tokens=/nowhere",
+            "prior.backbone.gradient_checkpointing=true",
+        ],
     ),
-}  # fmt: skip
+}
 STEPS = 3
 
 
@@ -120,12 +136,28 @@ def main() -> None:
     rows = []
     for name in CASES:
         found = json.loads(in_fresh_process("benchmarks.estimate", name))
-        rows.append([
-            name, f"{found['gflops']:.1f}", f"{found['seconds']:.2f}", f"{found['peak']:.0f}", f"{found['share']:.0%}",
-            f"{found['calculated']:.0f}", f"{found['measured']:.0f}", f"{found['calculated'] / found['measured']:.2f}",
-        ])  # fmt: skip
-    header = ["run", "GFLOP a step, calculated", "seconds a step", "peak of products, GFLOP/s", "share of that peak",
-              "MiB, calculated", "MiB, measured", "calculated / measured"]  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{found['gflops']:.1f}",
+                f"{found['seconds']:.2f}",
+                f"{found['peak']:.0f}",
+                f"{found['share']:.0%}",
+                f"{found['calculated']:.0f}",
+                f"{found['measured']:.0f}",
+                f"{found['calculated'] / found['measured']:.2f}",
+            ]
+        )
+    header = [
+        "run",
+        "GFLOP a step, calculated",
+        "seconds a step",
+        "peak of products, GFLOP/s",
+        "share of that peak",
+        "MiB, calculated",
+        "MiB, measured",
+        "calculated / measured",
+    ]
     keep("Estimates", "python -m benchmarks.estimate", table(header, rows))
 
 

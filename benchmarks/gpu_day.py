@@ -60,9 +60,15 @@ class Sizes:
 
 
 TOY = Sizes(
-    search=(64, 16, 32), rounds=2, engines=((16, 2, 2), (32, 2, 2)), batch=2, steps=2, train_batch=2, measured=2,
+    search=(64, 16, 32),
+    rounds=2,
+    engines=((16, 2, 2), (32, 2, 2)),
+    batch=2,
+    steps=2,
+    train_batch=2,
+    measured=2,
     toy=True,
-)  # fmt: skip
+)
 
 
 def found(what: str, value: float | str, unit: str = "", at_least: float | None = None) -> Found:
@@ -105,8 +111,12 @@ def search_speed(sizes: Sizes) -> Iterator[Found]:
         torch.randn(count, dim, device=codebook.DEVICE) for count in (num_rows, num_codes)
     )
     rivals = {name: codebook.product_of(rows, codes, name) for name in ("bf16", "tf32")}
-    taken = {name: median(each) for name, each in seconds(
-        {"search": lambda: search.nearest(rows, codes), **rivals}, sizes.rounds).items()}  # fmt: skip
+    taken = {
+        name: median(each)
+        for name, each in seconds(
+            {"search": lambda: search.nearest(rows, codes), **rivals}, sizes.rounds
+        ).items()
+    }
     yield found(f"search of {about}", 1e3 * taken["search"], "ms")
     for name in rivals:
         yield found(
@@ -245,9 +255,11 @@ def train_tokenizer_xl(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
 
     with tempfile.TemporaryDirectory() as folder:
         words = [
-            "objective.discriminator_start_step=0", "objective.adversarial_start_step=0",
-            "objective.adversarial_ramp_steps=1", *loop_of(sizes, compiled),
-        ]  # fmt: skip
+            "objective.discriminator_start_step=0",
+            "objective.adversarial_start_step=0",
+            "objective.adversarial_ramp_steps=1",
+            *loop_of(sizes, compiled),
+        ]
         if importlib.util.find_spec("lpips") is None:
             words += ["objective.perceptual=0"]
             yield found("LPIPS", "left out: the package lpips is not installed")
@@ -337,10 +349,13 @@ def loop_of(sizes: Sizes, compiled: bool) -> list[str]:
     """What a configuration's loop is told: to do nothing but steps."""
     never = 10**9
     return [
-        f"loop.steps={WARM_UP + sizes.measured + 1}", f"loop.batch_size={sizes.train_batch}", "loop.accumulate=1",
-        f"loop.compile={str(compiled).lower()}", "loop.workers=0",
+        f"loop.steps={WARM_UP + sizes.measured + 1}",
+        f"loop.batch_size={sizes.train_batch}",
+        "loop.accumulate=1",
+        f"loop.compile={str(compiled).lower()}",
+        "loop.workers=0",
         *(f"loop.{name}={never}" for name in ("log_every", "save_every", "preview_every")),
-    ]  # fmt: skip
+    ]
 
 
 def configured(name: str) -> Path:
@@ -372,11 +387,16 @@ def toy_tokenizer(folder: Path) -> list[str]:
         json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     )
     return [
-        f"model.encoder.name={folder}", "model.encoder.input_size=32", "data.image_size=32",
-        "model.quantizer.num_codes=32", "model.quantizer.code_dim=16", "model.decoder.preset=mirror",
-        f"objective.discriminator.name={folder}", "objective.discriminator.layers=[0,1]",
+        f"model.encoder.name={folder}",
+        "model.encoder.input_size=32",
+        "data.image_size=32",
+        "model.quantizer.num_codes=32",
+        "model.quantizer.code_dim=16",
+        "model.decoder.preset=mirror",
+        f"objective.discriminator.name={folder}",
+        "objective.discriminator.layers=[0,1]",
         "objective.discriminator.kernel=3",
-    ]  # fmt: skip
+    ]
 
 
 def peak_of_device() -> float | None:

@@ -498,9 +498,12 @@ class Bench:
                     text.splitlines(), mutant.source.splitlines(), lineterm="", n=0
                 )
                 known[mutant.key] = {
-                    **result, "line": mutant.line, "function": mutant.function, "diff": list(diff)[3:],
+                    **result,
+                    "line": mutant.line,
+                    "function": mutant.function,
+                    "diff": list(diff)[3:],
                     "tests_sha256": digest,
-                }  # fmt: skip
+                }
                 print(
                     f"{file}:{mutant.line} {result['status']} {result['by'][:90]}",
                     file=self.report,
@@ -596,9 +599,11 @@ def main() -> None:
         prog="python -m benchmarks.mutation", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--files", nargs="+", required=True,
+        "--files",
+        nargs="+",
+        required=True,
         help="our files or folders, from the root of the tree; FILE:engine,priors names its tests",
-    )  # fmt: skip
+    )
     parser.add_argument("--sample", type=int, help="mutants of each file (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

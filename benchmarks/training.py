@@ -131,8 +131,10 @@ class Given:
         self.folder, self.weights = folder, encoder is not None
         if encoder is None or data is None:
             print("without encoder=FOLDER and data=FOLDER: a random ViT-Tiny, and digits\n")
-        self.overrides = [f"model.encoder.name={encoder or random_vit(folder / 'tiny', 192, 3)}",
-                          f"data.source={data or 'digits'}"]  # fmt: skip
+        self.overrides = [
+            f"model.encoder.name={encoder or random_vit(folder / 'tiny', 192, 3)}",
+            f"data.source={data or 'digits'}",
+        ]
         self.about = "pretrained" if self.weights else "random"
 
     def command(self, part: str) -> str:
@@ -204,9 +206,13 @@ def wait(given: Given) -> None:
     seen, batch_size = in_turn(rivals, 2), first.config.loop.batch_size
     shares = {name: [100 * each.share() for each in found] for name, found in seen.items()}
     lines = [
-        [name, per_second(found, batch_size), f"{median(shares[name]):.1f} ({min(shares[name]):.1f} to "
-         f"{max(shares[name]):.1f})"] for name, found in seen.items()
-    ]  # fmt: skip
+        [
+            name,
+            per_second(found, batch_size),
+            f"{median(shares[name]):.1f} ({min(shares[name]):.1f} to {max(shares[name]):.1f})",
+        ]
+        for name, found in seen.items()
+    ]
     head = [
         f"{given.about} ViT-Tiny, 224 px, batch {batch_size}",
         "images/s",
@@ -244,8 +250,13 @@ def features(given: Given) -> None:
         lines.append(
             [name, *rates, ratio(taken, "images", "features"), f"{stored.bytes_per_image:,}"]
         )
-    head = [f"stage 1, 224 px, batch {batch_size}", "images, images/s", "features, images/s", "features / images",
-            "bytes per image and view"]  # fmt: skip
+    head = [
+        f"stage 1, 224 px, batch {batch_size}",
+        "images, images/s",
+        "features, images/s",
+        "features / images",
+        "bytes per image and view",
+    ]
     keep("Training: stored features", given.command("features"), table(head, lines))
 
 

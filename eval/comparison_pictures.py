@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 INK, FIRST, SECOND, GRID = "#1c1e26", "#2f5d8a", "#c89211", "#d9dde5"
 # Where a label may lie beside its point, the best first: offsets in points, and which end of the
 # text is there.
-PLACES = [(side * (8 + up), sign * up, "left" if side > 0 else "right")
-          for up in range(0, 120, 6) for side in (1, -1) for sign in ((1, -1) if up else (1,))]  # fmt: skip
+PLACES = [
+    (side * (8 + up), sign * up, "left" if side > 0 else "right")
+    for up in range(0, 120, 6)
+    for side in (1, -1)
+    for sign in ((1, -1) if up else (1,))
+]
 
 
 def rate_plot(names: Sequence[str], bits: Sequence[float], psnr: Sequence[float]) -> bytes:
@@ -57,9 +61,21 @@ def points_plot(
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]  # what labels keep off, in pixels
     for name, *point in zip(names, places, heights):
         label = axes.annotate(
-            _plain(name), point, PLACES[0][:2], textcoords="offset points", va="center", fontsize=9, color=INK,
-            arrowprops={"arrowstyle": "-", "color": FIRST, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
-        )  # fmt: skip
+            _plain(name),
+            point,
+            PLACES[0][:2],
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=INK,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": FIRST,
+                "linewidth": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 3,
+            },
+        )
         for dx, dy, end in PLACES:
             label.set_position((dx, dy))
             label.set_horizontalalignment(end)

@@ -163,13 +163,16 @@ def markdown(
         if figure
     ]
     lines = [
-        "# Priors compared", "",
+        "# Priors compared",
+        "",
         f"Trained alike ({common}) on the same tokens. For scale: {'; '.join(beside)}. Likelihoods are over "
-        f"{one.likelihood.settings['n']:,} held-out images, exact or an upper bound, as marked.", "",
+        f"{one.likelihood.settings['n']:,} held-out images, exact or an upper bound, as marked.",
+        "",
         *(f"> {note}\n" for note in notes),
-        *table, "",
+        *table,
+        "",
         f"Every figure with its settings is in [{NAME}.json]({NAME}.json).",
-    ]  # fmt: skip
+    ]
     for picture in pictures:
         lines += ["", f"![{picture.name}](images/{picture.name})", "", picture.caption]
     lines += ["", "## Settings that differ", ""]

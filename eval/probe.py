@@ -106,10 +106,16 @@ def measure_probe(pipeline: Pipeline) -> Record:
         hits = int((found.predictions == labels).sum())
         measurements.append(
             origin.measure(
-                f"probe accuracy, {name}", 100 * hits / len(labels), "%", True, len(labels),
-                interval=share_interval(hits, len(labels)), details=found.details, dimension=train[name].shape[1],
+                f"probe accuracy, {name}",
+                100 * hits / len(labels),
+                "%",
+                True,
+                len(labels),
+                interval=share_interval(hits, len(labels)),
+                details=found.details,
+                dimension=train[name].shape[1],
             )
-        )  # fmt: skip
+        )
         arrays[f"predictions, {name}"] = found.predictions
     record = Record("probe", settings, [*measurements, *kept_shares(measurements, origin)], arrays)
     if not views.pretrained:

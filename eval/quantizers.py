@@ -237,14 +237,17 @@ def markdown(
     made = "are measured alike" if imported else "were trained alike"
     images = " and ".join(dict.fromkeys(f"{row.figures['PSNR'].n:,}" for row in rows))
     lines = [
-        "# Quantizers compared", "",
+        "# Quantizers compared",
+        "",
         f"Reconstructions of {images} held-out images by tokenizers that {made}: {', '.join(common)}. "
         "Perplexity and usage are counted over all those images; where an image has several levels of codes, they are "
-        "means over the levels. Seconds per step are medians of each training log, on whatever machine wrote it.", "",
+        "means over the levels. Seconds per step are medians of each training log, on whatever machine wrote it.",
+        "",
         *(f"> {note}\n" for note in notes),
-        *table, "",
+        *table,
+        "",
         f"Every figure with its settings, and every level, is in [{NAME}.json]({NAME}.json).",
-    ]  # fmt: skip
+    ]
     for picture in pictures:
         lines += ["", f"![{picture.name}](images/{picture.name})", "", picture.caption]
     lines += ["", "## Settings that differ", ""]

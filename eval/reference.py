@@ -49,9 +49,16 @@ class Reference:
 
 
 def write_reference(
-    data: str, out: Path, extractor: Extractor, *, split: str = "train", image_size: int | None = None,
-    num: int | None = None, batch_size: int = 100, workers: int = 0,
-) -> Reference:  # fmt: skip
+    data: str,
+    out: Path,
+    extractor: Extractor,
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    num: int | None = None,
+    batch_size: int = 100,
+    workers: int = 0,
+) -> Reference:
     """Measure images and keep their statistics in `out`, a .npz file; what `read_reference` gives
     for it.
 

@@ -159,9 +159,15 @@ def reference_stats(arguments: argparse.Namespace) -> None:
 
     extractor = choose_extractor(arguments.extractor, arguments.inception_weights)
     made = write_reference(
-        arguments.data, arguments.out, extractor, split=arguments.split, image_size=arguments.image_size,
-        num=arguments.num, batch_size=arguments.batch_size, workers=arguments.workers or 0,
-    )  # fmt: skip
+        arguments.data,
+        arguments.out,
+        extractor,
+        split=arguments.split,
+        image_size=arguments.image_size,
+        num=arguments.num,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers or 0,
+    )
     if distributed.is_main():
         about = (
             f"{made.settings['reference_n']:,} images by {extractor.name}@{extractor.sha256[:8]}"

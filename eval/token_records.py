@@ -112,11 +112,17 @@ def measure_rate_distortion(pipeline: Pipeline) -> Record:
     rates = coder.rates(codes, places, len(places))
     points = [
         measure_point(
-            pipeline.folder.name, f"coded by {rate.settings['model']}", originals, images,
-            rate.bits, 8 * rate.details["payload_bytes"], lpips,
+            pipeline.folder.name,
+            f"coded by {rate.settings['model']}",
+            originals,
+            images,
+            rate.bits,
+            8 * rate.details["payload_bytes"],
+            lpips,
         )
-        for rate in rates.found if rate.name.startswith("file per image")
-    ]  # fmt: skip
+        for rate in rates.found
+        if rate.name.startswith("file per image")
+    ]
     found = compare(originals, points, lpips)
     origin = Origin(
         pipeline.split_name(held_out, places), {"data": held_out.identity()}, coder.subject

@@ -381,9 +381,15 @@ class Functions(TorchFunctionMode):
 
 
 def _attention(
-    queries: Any, keys: Any, values: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> Any:  # fmt: skip
+    queries: Any,
+    keys: Any,
+    values: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
     if not all(
         isinstance(t, Pretended)
         for t in (keys, values, *([] if attn_mask is None else [attn_mask]))

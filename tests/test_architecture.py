@@ -88,7 +88,7 @@ def test_a_module_keeps_the_house_rules(path):
     assert ast.get_docstring(tree) and source.startswith('"""'), (
         "the first line says what the module is"
     )
-    assert source.count("\n") <= 560, "one file, one idea"
+    assert source.count("\n") <= 600, "one file, one idea"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

@@ -441,8 +441,11 @@ def test_files_of_others_stay_and_links_are_followed(root):
     assert (root / "tokens").is_symlink() and files(root / "tokens") == made
     encode_data(run(root, views=2))
     assert {name for name, data in files(root / "disk").items() if data == b"mine"} == {
-        "thesis.tmp", ".thesis.tmp", ".thesis.9.tmp", "train-00000.codes.npy.bak"
-    }  # fmt: skip
+        "thesis.tmp",
+        ".thesis.tmp",
+        ".thesis.9.tmp",
+        "train-00000.codes.npy.bak",
+    }
     (root / "disk" / "train-00007.codes.npy").write_text("mine")
     with pytest.raises(
         UserError, match=r"train-00007\.codes\.npy: no command here wrote it.*move it away"
@@ -623,11 +626,30 @@ def test_a_flipped_bit_in_a_header_is_one_line(tmp_path):
 WHOLE = np.arange(10 * 3 * 4).reshape(10, 3, 4)
 MASK = np.arange(10) % 3 == 0
 KEYS = [
-    0, 9, -1, -10, np.int64(4), slice(None), slice(2, 8, 3), slice(None, None, -1), slice(5, 5), [0, 9, 3, 3, -2],
-    np.array([7, 1]), np.array([], dtype=np.int64), MASK,
-    (3,), (3, 1), (-1, 2, 0), (slice(1, 9), 0), (slice(None), slice(1, None), 2), (slice(2, 5), [0, 2]),
-    ([1, 8, 2], [0, 2, 1]), ([1, 8], 0), ([4, -4], slice(None), 1), (MASK, 1),
-]  # fmt: skip
+    0,
+    9,
+    -1,
+    -10,
+    np.int64(4),
+    slice(None),
+    slice(2, 8, 3),
+    slice(None, None, -1),
+    slice(5, 5),
+    [0, 9, 3, 3, -2],
+    np.array([7, 1]),
+    np.array([], dtype=np.int64),
+    MASK,
+    (3,),
+    (3, 1),
+    (-1, 2, 0),
+    (slice(1, 9), 0),
+    (slice(None), slice(1, None), 2),
+    (slice(2, 5), [0, 2]),
+    ([1, 8, 2], [0, 2, 1]),
+    ([1, 8], 0),
+    ([4, -4], slice(None), 1),
+    (MASK, 1),
+]
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)

@@ -249,8 +249,11 @@ def test_counts_of_levels_and_tables():
         "64 + 256",
     ]
     assert table_of({"name": ["a", "long"], "x": ["1", "22"]}) == [
-        "| name |  x |", "| ---- | -: |", "| a    |  1 |", "| long | 22 |",
-    ]  # fmt: skip
+        "| name |  x |",
+        "| ---- | -: |",
+        "| a    |  1 |",
+        "| long | 22 |",
+    ]
 
 
 def test_plots_are_the_same_bytes_every_time():

@@ -146,10 +146,52 @@ def test_round_trip_through_yaml(tmp_path):
 
 # What a word means is for the field to say
 
-TEXTS = ["pics #2", "007", "1e3", "yes", "null#", "1:30", "2024_01_05", "2024-01-05", "0x1f", "1_000", ".5",
-         "a: b", "[x]", "[x", "{a: b}", "{", " spaces ", "'quoted'", '"', "a=b", "!!python/name:os.system", "*a",
-         "&a b", "- x", "? x", "%x", "@x", "`x`", "two\nlines", "???", "é", "💥", "\x1b[2J", "\u2028", "\x85r\\",
-         "x" * 300, "${root}", "${", "$${root}", "$$${root}", "${oc.env:HOME}", "\\${root}", "$", ""]  # fmt: skip
+TEXTS = [
+    "pics #2",
+    "007",
+    "1e3",
+    "yes",
+    "null#",
+    "1:30",
+    "2024_01_05",
+    "2024-01-05",
+    "0x1f",
+    "1_000",
+    ".5",
+    "a: b",
+    "[x]",
+    "[x",
+    "{a: b}",
+    "{",
+    " spaces ",
+    "'quoted'",
+    '"',
+    "a=b",
+    "!!python/name:os.system",
+    "*a",
+    "&a b",
+    "- x",
+    "? x",
+    "%x",
+    "@x",
+    "`x`",
+    "two\nlines",
+    "???",
+    "é",
+    "💥",
+    "\x1b[2J",
+    "\u2028",
+    "\x85r\\",
+    "x" * 300,
+    "${root}",
+    "${",
+    "$${root}",
+    "$$${root}",
+    "${oc.env:HOME}",
+    "\\${root}",
+    "$",
+    "",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -213,8 +255,22 @@ def test_other_fields_read_their_type(tmp_path, word, value):
     assert getattr(drawing(tmp_path, f"title: a\nplace: {{{name}: {text}}}").place, name) == value
 
 
-NONE = ["x=1:30", "x=1e3", "x=yes", "x=0x1f", "x=1 #2", "x=٣", "x=" + "9" * 5000, "flag=2", "flag=maybe", "x=[1]",
-        "span=[1:30,2]", "span=3", "weights=[1]", "weights={a: yes}"]  # fmt: skip
+NONE = [
+    "x=1:30",
+    "x=1e3",
+    "x=yes",
+    "x=0x1f",
+    "x=1 #2",
+    "x=٣",
+    "x=" + "9" * 5000,
+    "flag=2",
+    "flag=maybe",
+    "x=[1]",
+    "span=[1:30,2]",
+    "span=3",
+    "weights=[1]",
+    "weights={a: yes}",
+]
 
 
 @pytest.mark.parametrize("word", NONE)
@@ -287,8 +343,14 @@ def test_nothing_but_keys_is_referred_to(tmp_path, monkeypatch, inside):
 
 def test_references_stay_within_the_text_of_one_configuration(tmp_path):
     assert drawing(tmp_path, "title: $${root} ${shape.side}").title == "${root} 5"
-    for text in ("title: ${place}", "title: ${place.span}", "title: a\nroot: ${target}", "title: ${root.x}",
-                 "title: a\nplace: {x: '${root}'}", "title: ${layer}"):  # fmt: skip
+    for text in (
+        "title: ${place}",
+        "title: ${place.span}",
+        "title: a\nroot: ${target}",
+        "title: ${root.x}",
+        "title: a\nplace: {x: '${root}'}",
+        "title: ${layer}",
+    ):
         with pytest.raises(UserError, match=r"drawing.yaml: (title|root|target|place.x): "):
             drawing(tmp_path, text)
 
@@ -364,56 +426,168 @@ def test_every_configuration_of_the_project_loads_and_round_trips(tmp_path, path
 # What is wrong: (file, overrides, what the one line says)
 
 WRONG = {
-    "unknown key": ("title: a\ncolour: red", [], "drawing.yaml: colour: unknown key; it takes layer, place, root"),
-    "misspelt key": ("tilte: a", [], "drawing.yaml: tilte: unknown key; did you mean title?"),
-    "misspelt inner key": ("title: a\nplace: {wieghts: {}}", [], "drawing.yaml: place.wieghts: unknown key; did you "
-                           "mean weights?"),
-    "key of another kind": ("title: a\nshape: {radius: 1}", [], "drawing.yaml: shape.radius: unknown key"),
-    "key on the command line": ("title: a", ["plaec.x=1"], "command line: plaec: unknown key; did you mean place?"),
-    "no default": ("root: a", [], "drawing.yaml: title: this key has no default"),
-    "wrong type": ("title: a\nplace: {x: many}", [], "drawing.yaml: place.x: Value 'many' is not a whole number"),
-    "fraction": ("title: a\nplace: {x: 1.5}", [], "drawing.yaml: place.x: Value '1.5'"),
-    "type on the command line": ("title: a", ["place.x=many"], "command line: place.x: Value 'many'"),
-    "nothing": ("title: a", ["place.x="], "command line: place.x: "),
-    "too long": ("place: {x: 1, span: [1, 2, 3]}\ntitle: a", [], "drawing.yaml: place.span: [1, 2, 3] is of a wrong"),
-    "a section for a pair": ("title: a\nplace: {span: {a: 1}}", [], "drawing.yaml: place.span"),
-    "wrong items": ("title: a", ["place.span=[a,b]"], "command line: place.span: [a, b] is of a wrong"),
-    "wrong item": ("title: a\nplace: {weights: {a: b}}", [], "drawing.yaml: place.weights.a: Value 'b'"),
-    "a scalar for a section": ("title: a\nplace: 3", [], "drawing.yaml: place: a section of keys is expected, not 3"),
-    "an empty section": ("title: a\nplace:", [], "drawing.yaml: place: a section of keys is expected, not None"),
-    "an empty choice": ("title: a\nshape:", [], "drawing.yaml: shape: a section of keys is expected, not None"),
-    "a section for a scalar": ("title: {a: b}", [], "drawing.yaml: title: Cannot convert"),
-    "unknown kind": ("title: a\nshape: {kind: sqare}", [], "drawing.yaml: shape.kind: unknown kind 'sqare'; did you "
-                     "mean square? It is one of round, square"),
-    "kind on the command line": ("title: a", ["shape.kind=x"], "command line: shape.kind: unknown kind 'x'; it is one"),
-    "kind as a list": ("title: a\nshape: {kind: [a]}", [], "drawing.yaml: shape.kind: unknown kind ['a']"),
-    "bare kind": ("title: a\nshape: round", [], "drawing.yaml: shape: a section is expected: shape: {kind: round}"),
-    "out of range": ("title: a\nshape: {side: 0}", [], "drawing.yaml: shape.side=0 must be at least 1"),
-    "below zero": ("title: a\nplace: {x: -1}", [], "drawing.yaml: place.x: -1 is not a number from 0 to"),
-    "no number": ("title: a\nplace: {span: [0, .nan]}", [], "drawing.yaml: place.span: nan is not a number from 0"),
-    "endless": ("title: a", ["shape.kind=round", "shape.radius=inf"], "command line: shape.radius: inf is not"),
-    "beyond a tensor": ("title: a", [f"place.x={2**63}"], f"command line: place.x: {2**63} is not a number"),
-    "an item below zero": ("title: a\nplace: {weights: {b: -1}}", [], "drawing.yaml: place.weights.b: -1.0 is not"),
-    "a section within text": (
-        "title: a ${place}", [], "drawing.yaml: title: ${place} refers to more than one value"
+    "unknown key": (
+        "title: a\ncolour: red",
+        [],
+        "drawing.yaml: colour: unknown key; it takes layer, place, root",
     ),
-    "no such reference": ("title: ${nothing}", [], "drawing.yaml: title: Interpolation key 'nothing' not found"),
+    "misspelt key": ("tilte: a", [], "drawing.yaml: tilte: unknown key; did you mean title?"),
+    "misspelt inner key": (
+        "title: a\nplace: {wieghts: {}}",
+        [],
+        "drawing.yaml: place.wieghts: unknown key; did you mean weights?",
+    ),
+    "key of another kind": (
+        "title: a\nshape: {radius: 1}",
+        [],
+        "drawing.yaml: shape.radius: unknown key",
+    ),
+    "key on the command line": (
+        "title: a",
+        ["plaec.x=1"],
+        "command line: plaec: unknown key; did you mean place?",
+    ),
+    "no default": ("root: a", [], "drawing.yaml: title: this key has no default"),
+    "wrong type": (
+        "title: a\nplace: {x: many}",
+        [],
+        "drawing.yaml: place.x: Value 'many' is not a whole number",
+    ),
+    "fraction": ("title: a\nplace: {x: 1.5}", [], "drawing.yaml: place.x: Value '1.5'"),
+    "type on the command line": (
+        "title: a",
+        ["place.x=many"],
+        "command line: place.x: Value 'many'",
+    ),
+    "nothing": ("title: a", ["place.x="], "command line: place.x: "),
+    "too long": (
+        "place: {x: 1, span: [1, 2, 3]}\ntitle: a",
+        [],
+        "drawing.yaml: place.span: [1, 2, 3] is of a wrong",
+    ),
+    "a section for a pair": ("title: a\nplace: {span: {a: 1}}", [], "drawing.yaml: place.span"),
+    "wrong items": (
+        "title: a",
+        ["place.span=[a,b]"],
+        "command line: place.span: [a, b] is of a wrong",
+    ),
+    "wrong item": (
+        "title: a\nplace: {weights: {a: b}}",
+        [],
+        "drawing.yaml: place.weights.a: Value 'b'",
+    ),
+    "a scalar for a section": (
+        "title: a\nplace: 3",
+        [],
+        "drawing.yaml: place: a section of keys is expected, not 3",
+    ),
+    "an empty section": (
+        "title: a\nplace:",
+        [],
+        "drawing.yaml: place: a section of keys is expected, not None",
+    ),
+    "an empty choice": (
+        "title: a\nshape:",
+        [],
+        "drawing.yaml: shape: a section of keys is expected, not None",
+    ),
+    "a section for a scalar": ("title: {a: b}", [], "drawing.yaml: title: Cannot convert"),
+    "unknown kind": (
+        "title: a\nshape: {kind: sqare}",
+        [],
+        "drawing.yaml: shape.kind: unknown kind 'sqare'; did you "
+        "mean square? It is one of round, square",
+    ),
+    "kind on the command line": (
+        "title: a",
+        ["shape.kind=x"],
+        "command line: shape.kind: unknown kind 'x'; it is one",
+    ),
+    "kind as a list": (
+        "title: a\nshape: {kind: [a]}",
+        [],
+        "drawing.yaml: shape.kind: unknown kind ['a']",
+    ),
+    "bare kind": (
+        "title: a\nshape: round",
+        [],
+        "drawing.yaml: shape: a section is expected: shape: {kind: round}",
+    ),
+    "out of range": (
+        "title: a\nshape: {side: 0}",
+        [],
+        "drawing.yaml: shape.side=0 must be at least 1",
+    ),
+    "below zero": (
+        "title: a\nplace: {x: -1}",
+        [],
+        "drawing.yaml: place.x: -1 is not a number from 0 to",
+    ),
+    "no number": (
+        "title: a\nplace: {span: [0, .nan]}",
+        [],
+        "drawing.yaml: place.span: nan is not a number from 0",
+    ),
+    "endless": (
+        "title: a",
+        ["shape.kind=round", "shape.radius=inf"],
+        "command line: shape.radius: inf is not",
+    ),
+    "beyond a tensor": (
+        "title: a",
+        [f"place.x={2**63}"],
+        f"command line: place.x: {2**63} is not a number",
+    ),
+    "an item below zero": (
+        "title: a\nplace: {weights: {b: -1}}",
+        [],
+        "drawing.yaml: place.weights.b: -1.0 is not",
+    ),
+    "a section within text": (
+        "title: a ${place}",
+        [],
+        "drawing.yaml: title: ${place} refers to more than one value",
+    ),
+    "no such reference": (
+        "title: ${nothing}",
+        [],
+        "drawing.yaml: title: Interpolation key 'nothing' not found",
+    ),
     "a reference to itself": ("title: ${title}", [], "drawing.yaml: title: "),
     "half a reference": ("title: ${", [], "drawing.yaml: not readable as YAML"),
     "bad YAML": ("title: [1", [], "drawing.yaml: not readable as YAML"),
     "a key twice": ("title: a\ntitle: b", [], "drawing.yaml: not readable as YAML"),
     "a list": ("[1, 2]", [], "drawing.yaml: a configuration is a mapping"),
     "a number": ("42", [], "drawing.yaml: a configuration is a mapping"),
-    "a tag": ("title: !!python/object/apply:os.mkdir [executed]", [], "drawing.yaml: not readable as YAML"),
-    "include of a list": ("include: [3]", [], "drawing.yaml: include: one file name is expected, not [3]"),
-    "include of nothing": ("include: drawin.yaml", [], "drawin.yaml: there is no such configuration file; did you "
-                           "mean"),
-    "include of itself": ("include: drawing.yaml", [], "drawing.yaml: include: the files include each other"),
-    "no equals sign": ("title: a", ["title"], "command line: 'title' is not of the form section.key=value"),
+    "a tag": (
+        "title: !!python/object/apply:os.mkdir [executed]",
+        [],
+        "drawing.yaml: not readable as YAML",
+    ),
+    "include of a list": (
+        "include: [3]",
+        [],
+        "drawing.yaml: include: one file name is expected, not [3]",
+    ),
+    "include of nothing": (
+        "include: drawin.yaml",
+        [],
+        "drawin.yaml: there is no such configuration file; did you mean",
+    ),
+    "include of itself": (
+        "include: drawing.yaml",
+        [],
+        "drawing.yaml: include: the files include each other",
+    ),
+    "no equals sign": (
+        "title: a",
+        ["title"],
+        "command line: 'title' is not of the form section.key=value",
+    ),
     "no key": ("title: a", ["=3"], "command line: '=3' is not of the form"),
     "empty part": ("title: a", ["place..x=3"], "command line: 'place..x=3' is not of the form"),
     "bad value": ("title: a", ["place.x=["], "command line: place.x: while parsing"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "overrides", "says"), WRONG.values(), ids=WRONG)
@@ -489,8 +663,26 @@ def test_mutated_configurations_give_a_config_or_a_user_error(tmp_path):
     assert min(outcomes.values()) > 10, outcomes
 
 
-VALUES = [None, True, -1, 0, 3, 1.5, float("inf"), "", "text", "a: b", "1e-3", "???", [], [1, "a"], {}, {"kind": "x"},
-          {"a": {"b": 1}}, 10**30]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1.5,
+    float("inf"),
+    "",
+    "text",
+    "a: b",
+    "1e-3",
+    "???",
+    [],
+    [1, "a"],
+    {},
+    {"kind": "x"},
+    {"a": {"b": 1}},
+    10**30,
+]
 
 
 def _mutate(raw: Any, generator: random.Random) -> None:

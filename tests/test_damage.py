@@ -113,11 +113,16 @@ def test_a_damaged_reference_is_one_line(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"about": np.array("[]")}, {"about": np.array('{"extractor": 3}')}, {"about": np.array("{")},
-        {"n": np.array("x")}, {"n": np.array([1, 2])}, {"features": np.zeros((3, 5))},
-        {"features": np.full((3, 12), np.nan)}, {"mu": np.array(["a"] * 12)},
+        {"about": np.array("[]")},
+        {"about": np.array('{"extractor": 3}')},
+        {"about": np.array("{")},
+        {"n": np.array("x")},
+        {"n": np.array([1, 2])},
+        {"features": np.zeros((3, 5))},
+        {"features": np.full((3, 12), np.nan)},
+        {"mu": np.array(["a"] * 12)},
     ],
-)  # fmt: skip
+)
 def test_a_reference_that_lies_is_one_line(tmp_path: Path, wrong: dict) -> None:
     write_reference(
         str(save(tmp_path / "samples.npz", arr_0=pixels(30))), tmp_path / "stats.npz", Means()

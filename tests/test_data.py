@@ -115,9 +115,19 @@ def test_whole_numbers_up_to_255_are_levels_of_eight_bits():
 
 @pytest.mark.parametrize(
     "low, high, kind",
-    [(0, 1.5, np.float32), (0, 3.7, np.float32), (0, 40.5, np.float32), (-1, 1, np.float32), (-90, 250, np.int32),
-     (0, 3000, np.float32), (0, 4095, np.int32), (0, 1e6, np.float32), (0, 2**20, np.int32), (-1e30, 1e38, np.float32)],
-)  # fmt: skip
+    [
+        (0, 1.5, np.float32),
+        (0, 3.7, np.float32),
+        (0, 40.5, np.float32),
+        (-1, 1, np.float32),
+        (-90, 250, np.int32),
+        (0, 3000, np.float32),
+        (0, 4095, np.int32),
+        (0, 1e6, np.float32),
+        (0, 2**20, np.int32),
+        (-1e30, 1e38, np.float32),
+    ],
+)
 def test_ranges_that_could_be_several_are_refused(low, high, kind):
     """A high dynamic range, heights, [-1, 1]: what is white cannot be told from one picture."""
     values = (low + RAMP / RAMP.max() * (high - low)).astype(kind)

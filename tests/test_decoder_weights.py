@@ -37,11 +37,16 @@ class Reference:
         torch.manual_seed(0)
         self.decoder = ViTMAEDecoder(
             ViTMAEConfig(
-                hidden_size=6, patch_size=4, decoder_hidden_size=16, decoder_num_hidden_layers=2,
-                decoder_num_attention_heads=2, decoder_intermediate_size=24, attn_implementation="eager",
+                hidden_size=6,
+                patch_size=4,
+                decoder_hidden_size=16,
+                decoder_num_hidden_layers=2,
+                decoder_num_attention_heads=2,
+                decoder_intermediate_size=24,
+                attn_implementation="eager",
             ),
             num_patches=9,
-        ).eval()  # fmt: skip
+        ).eval()
         with torch.no_grad():
             for name, parameter in self.decoder.named_parameters():
                 if name != "decoder_pos_embed":
@@ -249,12 +254,15 @@ class Payload:
         return (print, ("ran",))
 
 
-@pytest.mark.parametrize("make", [
-    lambda path: path.write_bytes(b"no archive"),
-    lambda path: path.write_bytes(b""),
-    lambda path: torch.save({"decoder_pred.weight": Payload()}, path),
-    lambda path: torch.save([1, 2], path),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_bytes(b"no archive"),
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save({"decoder_pred.weight": Payload()}, path),
+        lambda path: torch.save([1, 2], path),
+    ],
+)
 def test_only_tensors_are_read(make, tmp_path, capsys):
     make(tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"model\.pt: it (is damaged|holds a list)"):

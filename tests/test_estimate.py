@@ -309,15 +309,28 @@ def toy(**changes):
 
 def test_memory_of_one_and_of_many():
     estimate = toy()
-    alone = {"prior": 440, "teacher": 7, "gradients": 400, "moments": 800, "average": 440, "activations": 43300,
-             "search": 3, "buckets": 0, "fetched": 0}  # fmt: skip
+    alone = {
+        "prior": 440,
+        "teacher": 7,
+        "gradients": 400,
+        "moments": 800,
+        "average": 440,
+        "activations": 43300,
+        "search": 3,
+        "buckets": 0,
+        "fetched": 0,
+    }
     assert estimate.memory(1) == alone
     assert estimate.memory(8) == alone | {"activations": 5 * 900 + 1000, "buckets": 400}
     shared = estimate.memory(8, sharded=True)
     assert shared == alone | {
-        "prior": 200 + 30, "gradients": 160 + 30, "moments": 320 + 60, "average": 200 + 30,
-        "activations": 5500, "fetched": 240,
-    }  # fmt: skip
+        "prior": 200 + 30,
+        "gradients": 160 + 30,
+        "moments": 320 + 60,
+        "average": 200 + 30,
+        "activations": 5500,
+        "fetched": 240,
+    }
     assert estimate.samples(64) is None
     assert (
         "loop.batch_size=96 cannot be shared by 64 GPUs x loop.accumulate=2: 128 could"

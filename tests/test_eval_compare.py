@@ -19,9 +19,15 @@ PSNR = Measurement(
     "PSNR", 25.0, "dB", True, 9, "held-out", {"data": DATA, "batch_size": 4}, interval=(24.5, 25.5)
 )
 DISTANCE = Measurement(
-    "FD[cnn@aaaaaaaa] to held-out", 3.0, "", False, 9, "samples",
-    {"data": [DATA, DATA], "extractor": "cnn", "extractor_sha256": "a" * 64}, interval=(2.0, 4.0),
-)  # fmt: skip
+    "FD[cnn@aaaaaaaa] to held-out",
+    3.0,
+    "",
+    False,
+    9,
+    "samples",
+    {"data": [DATA, DATA], "extractor": "cnn", "extractor_sha256": "a" * 64},
+    interval=(2.0, 4.0),
+)
 
 
 def keep(
@@ -90,11 +96,17 @@ def test_differences_and_who_is_better_where_intervals_lie_apart(tmp_path: Path)
         (dataclasses.replace(PSNR, n=8), "n", "9 and 8"),
         (dataclasses.replace(PSNR, split="train"), "split", "held-out and train"),
         (changed(PSNR, window=11), "window", "nothing and 11"),
-        (changed(dataclasses.replace(DISTANCE, name="FD[cnn@bbbbbbbb] to held-out"), extractor_sha256="b" * 64),
-         "extractor_sha256", f"{'a' * 64} and {'b' * 64}"),
+        (
+            changed(
+                dataclasses.replace(DISTANCE, name="FD[cnn@bbbbbbbb] to held-out"),
+                extractor_sha256="b" * 64,
+            ),
+            "extractor_sha256",
+            f"{'a' * 64} and {'b' * 64}",
+        ),
         (changed(DISTANCE, data=[DATA, DATA | {"n": 7}]), "data.1.n", "9 and 7"),
     ],
-)  # fmt: skip
+)
 def test_unlike_settings_are_refused_by_name(other, field, values, tmp_path, capsys) -> None:
     first, second = keep(tmp_path / "a", PSNR, DISTANCE), keep(tmp_path / "b", other)
     assert command("eval.compare", first, second) == 2

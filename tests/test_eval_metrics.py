@@ -140,10 +140,22 @@ def test_all_figures_are_torch_fidelitys(inception: Inception, tmp_path: Path) -
     real = F.interpolate(random_images(30, 8, 2).float(), size=32, mode="bilinear").byte()
     path = save_inception(tmp_path / "random.pth")
     theirs = calculate_metrics(
-        input1=Pictures(made), input2=Pictures(real), cuda=False, cache=False, verbose=False, batch_size=6,
-        isc=True, fid=True, kid=True, prc=True, kid_subset_size=20, kid_subsets=10, isc_splits=3,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(path),
-    )  # fmt: skip
+        input1=Pictures(made),
+        input2=Pictures(real),
+        cuda=False,
+        cache=False,
+        verbose=False,
+        batch_size=6,
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=20,
+        kid_subsets=10,
+        isc_splits=3,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(path),
+    )
     ours, other = inception(made), inception(real)
     distance = frechet_distance(*(Gaussian.of_features(side.features) for side in (ours, other)))
     assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)

@@ -78,10 +78,16 @@ def run_config(root, out, /, steps=2, **changes):
         noise_tau=0.5,
     )
     config = TokenizerRun(
-        name="stage1", root=str(out), data=data(root), model=model, calibration_images=64,
+        name="stage1",
+        root=str(out),
+        data=data(root),
+        model=model,
+        calibration_images=64,
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=2),
-        loop=LoopConfig(steps=steps, batch_size=32, ema_decay=0.9, log_every=1, save_every=4, preview_every=8),
-    )  # fmt: skip
+        loop=LoopConfig(
+            steps=steps, batch_size=32, ema_decay=0.9, log_every=1, save_every=4, preview_every=8
+        ),
+    )
     return dataclasses.replace(config, **changes)
 
 

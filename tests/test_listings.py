@@ -247,8 +247,12 @@ def test_labels_from_metadata(tmp_path: Path) -> None:
     )
     (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "0.png", "label": 9}\n\n')
     assert found(tmp_path) == {
-        "train/0.png": "10", "train/sub/1.png": "9", "train/2.png": None, "train/3.png": None, "|test/0.png": "9",
-    }  # fmt: skip
+        "train/0.png": "10",
+        "train/sub/1.png": "9",
+        "train/2.png": None,
+        "train/3.png": None,
+        "|test/0.png": "9",
+    }
     listing = open_listing(str(tmp_path), 0)
     assert listing.class_names == ["9", "10"]  # numbers, not text
     assert "train/metadata.csv names 1 images that are not there (train/lost.png)" in listing.notes

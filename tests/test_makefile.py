@@ -89,9 +89,19 @@ def test_demo_runs_every_stage_in_order(place):
 
 def test_one_process_needs_no_launcher(place):
     assert calls(place, "samples", "CONFIG=digits_vqvae/")[-1] == [
-        "-m", "generate.sample", "runs/digits_vqvae", "--num", "500"]  # fmt: skip
+        "-m",
+        "generate.sample",
+        "runs/digits_vqvae",
+        "--num",
+        "500",
+    ]
     assert [call[1] for call in calls(place, "demo", "CONFIG=digits_vqvae", "DATA=a/b")] == [
-        "tokenizer.train", "tokenizer.encode", "priors.train", "generate.sample", "eval.run"]  # fmt: skip
+        "tokenizer.train",
+        "tokenizer.encode",
+        "priors.train",
+        "generate.sample",
+        "eval.run",
+    ]
     assert calls(place, "report", "DATA=pictures/cats/")[-1][3] == "runs/digits-cats"
 
 
@@ -182,10 +192,44 @@ def test_a_configuration_may_be_named_by_its_path(place, config):
 
 
 HACK = "touch hacked"
-HOSTILE = ["w/exp #2", f"`{HACK}`", f"$({HACK})", f"$(shell {HACK})", f"$$({HACK})", f"$$(shell {HACK})", "${HOME}",
-           "$HOME", f'"; {HACK}; "', f"'; {HACK}; '", f"a; {HACK}", f"a | {HACK}", f"a & {HACK}", f"a\n{HACK}\n", "50%",
-           'q"q', "it's", "a  b ", "back\\slash\\", "*", "?[a-z]", "{a,b}", "$@", "$(", "$", "$$", "~/runs", "a,b)",
-           "!x", "é", "a=b", "a:b", "$(info x)", f"$(eval X:=$(shell {HACK}))", "<in", ">out"]  # fmt: skip
+HOSTILE = [
+    "w/exp #2",
+    f"`{HACK}`",
+    f"$({HACK})",
+    f"$(shell {HACK})",
+    f"$$({HACK})",
+    f"$$(shell {HACK})",
+    "${HOME}",
+    "$HOME",
+    f'"; {HACK}; "',
+    f"'; {HACK}; '",
+    f"a; {HACK}",
+    f"a | {HACK}",
+    f"a & {HACK}",
+    f"a\n{HACK}\n",
+    "50%",
+    'q"q',
+    "it's",
+    "a  b ",
+    "back\\slash\\",
+    "*",
+    "?[a-z]",
+    "{a,b}",
+    "$@",
+    "$(",
+    "$",
+    "$$",
+    "~/runs",
+    "a,b)",
+    "!x",
+    "é",
+    "a=b",
+    "a:b",
+    "$(info x)",
+    f"$(eval X:=$(shell {HACK}))",
+    "<in",
+    ">out",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)

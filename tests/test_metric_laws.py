@@ -374,12 +374,17 @@ def test_a_likelihood_is_measured_once_for_the_tokens_that_its_prior_knows(tmp_p
         return record
 
     pipeline = SimpleNamespace(
-        options=SimpleNamespace(batch_size=2, fresh=False), how={}, precision="fp32", tokenizer_hash="t" * 64,
-        folder=tmp_path, keep=keep,
-        tokens=SimpleNamespace(split=lambda name: {"held_out": tokens}[name]), report_folder=tmp_path / "report",
+        options=SimpleNamespace(batch_size=2, fresh=False),
+        how={},
+        precision="fp32",
+        tokenizer_hash="t" * 64,
+        folder=tmp_path,
+        keep=keep,
+        tokens=SimpleNamespace(split=lambda name: {"held_out": tokens}[name]),
+        report_folder=tmp_path / "report",
         held_out=SimpleNamespace(image_size=1, identity=lambda: {"source": "made"}),
         places=lambda data: torch.tensor([3, 0, 2]),
-    )  # fmt: skip
+    )
     about = SimpleNamespace(tokenizer_sha256="t" * 64, tokens_sha256="k" * 64)
     shown = []
     progress = SimpleNamespace(show=lambda done, text: shown.append(done))

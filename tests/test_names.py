@@ -36,9 +36,13 @@ HOSTILE = [
     "\u202eevil\uffff",
 ]
 SHOWN = [
-    "\\x1b[31mred\\x1b[0m", "caf\\xe9", "two\\nlines\\n# and a heading\\n| a | row |", "\\ud800", "a|b\\|c",
+    "\\x1b[31mred\\x1b[0m",
+    "caf\\xe9",
+    "two\\nlines\\n# and a heading\\n| a | row |",
+    "\\ud800",
+    "a|b\\|c",
     "\\u202eevil\\uffff",
-]  # fmt: skip
+]
 
 
 def png(shade: int) -> bytes:
@@ -204,7 +208,13 @@ def test_text_stays_text_in_markdown() -> None:
         == "\\*a\\* \\_b\\_ \\`c\\` \\<d\\> x\\|y \\\\ \\&lt;"
     )
     assert [markdown(t) for t in ("# x", "- x", "1. x", "[a]: b", "[a](b)", "IS[x]")] == [
-        "\\# x", "\\- x", "1\\. x", "[a\\]: b", "[a\\](b)", "IS[x]"]  # fmt: skip
+        "\\# x",
+        "\\- x",
+        "1\\. x",
+        "[a\\]: b",
+        "[a\\](b)",
+        "IS[x]",
+    ]
     assert table_cell("`a=b|c`") == "`a=b\\|c`" and table_cell("a\\|b") == "a\\\\\\|b"
 
 

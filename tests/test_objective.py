@@ -212,7 +212,7 @@ def test_each_side_is_rewarded_for_winning(gan):
 def test_adversarial_term_is_ramped_and_capped():
     objective = objective_of(
         adversarial=0.5, adversarial_start_step=10, adversarial_ramp_steps=4, adaptive_cap=0.25
-    )  # fmt: skip
+    )
     batch = batch_of()
     assert [objective._ramp(step) for step in (0, 10, 12, 14, 99)] == [0, 0, 0.25, 0.5, 0.5]
     assert "adversarial" not in objective.autoencoder_loss(batch, 10).parts
@@ -273,8 +273,12 @@ def discriminator_config(request, encoder_folder):
 def test_each_turn_moves_its_own_module(discriminator_config):
     """As the loop does it: a turn's parameters take gradients in that turn alone."""
     objective = objective_of(
-        adversarial=1.0, adversarial_ramp_steps=1, augment=1.0, lecam=0.1, discriminator=discriminator_config
-    )  # fmt: skip
+        adversarial=1.0,
+        adversarial_ramp_steps=1,
+        augment=1.0,
+        lecam=0.1,
+        discriminator=discriminator_config,
+    )
     batch, judges = batch_of(), list(objective.discriminator.parameters())
     for parameter in judges:
         parameter.requires_grad_(False)
@@ -324,12 +328,25 @@ def test_perception_that_cannot_work_is_one_line(tmp_path):
 
 def test_nothing_but_a_squared_error_is_the_default():
     assert dataclasses.asdict(ObjectiveConfig()) == {
-        "l1": 0.0, "l2": 1.0, "perceptual": 0.0, "lpips_net": "vgg", "lpips_weights": None, "distillation": 0.0,
-        "distillation_target": "teacher", "adversarial": 0.0, "gan": "hinge", "adversarial_start_step": 0,
-        "adversarial_ramp_steps": 500, "adaptive": True, "adaptive_cap": 1.0, "augment": 0.0, "lecam": 0.0,
-        "lecam_start_step": 0, "discriminator_start_step": 0,
+        "l1": 0.0,
+        "l2": 1.0,
+        "perceptual": 0.0,
+        "lpips_net": "vgg",
+        "lpips_weights": None,
+        "distillation": 0.0,
+        "distillation_target": "teacher",
+        "adversarial": 0.0,
+        "gan": "hinge",
+        "adversarial_start_step": 0,
+        "adversarial_ramp_steps": 500,
+        "adaptive": True,
+        "adaptive_cap": 1.0,
+        "augment": 0.0,
+        "lecam": 0.0,
+        "lecam_start_step": 0,
+        "discriminator_start_step": 0,
         "discriminator": {"kind": "patch", "channels": 64, "layers": 3},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -735,17 +752,33 @@ def run_steps(folder, steps, discriminator, accumulate=2):
     checkpoint's state."""
     autoencoder = tiny_autoencoder()
     config = ObjectiveConfig(
-        adversarial=0.5, adversarial_start_step=1, adversarial_ramp_steps=1, augment=0.7, lecam=0.1,
-        gan="non_saturating", discriminator=discriminator,
-    )  # fmt: skip
+        adversarial=0.5,
+        adversarial_start_step=1,
+        adversarial_ramp_steps=1,
+        augment=0.7,
+        lecam=0.1,
+        gan="non_saturating",
+        discriminator=discriminator,
+    )
     torch.manual_seed(1)
     objective = Objective(config, autoencoder, None, seed=3)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, schedule="constant")
     turns = [
-        Turn("autoencoder", autoencoder, objective.autoencoder_loss, optimizer, after_step=autoencoder.update),
-        Turn("discriminator", objective.discriminator, objective.discriminator_loss, optimizer,
-             after_step=objective.discriminator.update),
-    ]  # fmt: skip
+        Turn(
+            "autoencoder",
+            autoencoder,
+            objective.autoencoder_loss,
+            optimizer,
+            after_step=autoencoder.update,
+        ),
+        Turn(
+            "discriminator",
+            objective.discriminator,
+            objective.discriminator_loss,
+            optimizer,
+            after_step=objective.discriminator.update,
+        ),
+    ]
     share = 6 // (accumulate * distributed.world())
 
     def batches(step):

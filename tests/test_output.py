@@ -160,9 +160,18 @@ def test_other_commands_say_that_it_was_their_output(tmp_path):
         assert done.returncode == 2
         assert done.stderr == f"error: cannot write standard output: {os.strerror(errno.ENOSPC)}\n"
     done = subprocess.run(
-        ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash", *script("[print('x' * 999) for _ in range(999)]")],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            "bash",
+            "-c",
+            '"$@" | true; exit ${PIPESTATUS[0]}',
+            "bash",
+            *script("[print('x' * 999) for _ in range(999)]"),
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 141 and done.stderr == ""
 
 
@@ -213,9 +222,13 @@ def full(*names: str) -> OSError:
 
 @pytest.mark.parametrize(
     ("names", "says"),
-    [((), "the folder"), (("inside",), "the folder/inside"), (("source", "inside"), "the folder/inside"),
-     (("other",), "other")],
-)  # fmt: skip
+    [
+        ((), "the folder"),
+        (("inside",), "the folder/inside"),
+        (("source", "inside"), "the folder/inside"),
+        (("other",), "other"),
+    ],
+)
 def test_a_full_disk_is_told_of_the_file_that_was_to_be_written(tmp_path, capsys, names, says):
     def main() -> None:
         with atomic_folder(tmp_path / "the folder") as temporary:

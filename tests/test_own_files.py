@@ -171,8 +171,13 @@ def test_only_checkpoints_as_they_are_written_are_read(tmp_path, capsys):
     assert "damaged" not in capsys.readouterr().out
     run.save(30, state_at(30), keep=1)
     assert sorted(os.listdir(folder / "checkpoints")) == [
-        "step-", "step-00000010-safety-copy", "step-00000020.bak", "step-00000030", "step-99", "step-notes.txt"
-    ]  # fmt: skip
+        "step-",
+        "step-00000010-safety-copy",
+        "step-00000020.bak",
+        "step-00000030",
+        "step-99",
+        "step-notes.txt",
+    ]
     with run.marking():
         pass
 

@@ -23,9 +23,13 @@ LOOP = [
     "loop.preview_every=3",
 ]
 MODEL = [
-    "model.quantizer.num_codes=16", "model.quantizer.code_dim=8", "model.decoder.dim=32", "model.decoder.depth=1",
-    "model.decoder.heads=2", "calibration_images=24",
-]  # fmt: skip
+    "model.quantizer.num_codes=16",
+    "model.quantizer.code_dim=8",
+    "model.decoder.dim=32",
+    "model.decoder.depth=1",
+    "model.decoder.heads=2",
+    "calibration_images=24",
+]
 MAE = ["mae.dim=32", "mae.depth=1", "mae.heads=2", "mae.decoder_dim=16", "mae.decoder_heads=2"]
 
 

@@ -189,6 +189,14 @@ def test_previews_and_held_out_figures_have_the_precision_of_the_run(tmp_path, a
         seen.append(torch.is_autocast_enabled("cpu"))
         return {}
 
-    train(toy.config.loop, Run.open(tmp_path / "run", toy.config), toy.turns, feed(Rows(), 8, seed=5), seed=7,
-          published=toy.generator, preview=look, measure=look)  # fmt: skip
+    train(
+        toy.config.loop,
+        Run.open(tmp_path / "run", toy.config),
+        toy.turns,
+        feed(Rows(), 8, seed=5),
+        seed=7,
+        published=toy.generator,
+        preview=look,
+        measure=look,
+    )
     assert seen == [asked == "bf16"] * 2

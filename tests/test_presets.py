@@ -213,8 +213,10 @@ def test_micro_batches_share_activations():
 
 def test_stored_features_spare_the_encoder():
     overrides = ["objective.perceptual=0", "loop.batch_size=64", "model.decoder.preset=B"]
-    images, stored = (preset("VQRAE-DINOv2-B_decXL", [*overrides, "objective.adversarial=0", *more])
-                      for more in ([], ["features.views=2"]))  # fmt: skip
+    images, stored = (
+        preset("VQRAE-DINOv2-B_decXL", [*overrides, "objective.adversarial=0", *more])
+        for more in ([], ["features.views=2"])
+    )
     images, stored = plan(images), plan(stored)
     tokens, size = 1 + 4 + 256, PRESETS["B"]
     encoder = size.depth * (

@@ -115,12 +115,22 @@ def encoders(tmp_path_factory):
 def autoencoder_of(kind, quantizer, encoders):
     made = QUANTIZERS[quantizer](**QUANTIZER_SIZES[quantizer])
     if kind == "vqvae2":
-        return VQVAE2Config(encoder=ConvEncoderConfig(**SIZES), top=made, bottom=made,
-                            decoder=ConvDecoderConfig(**SIZES), channels=8, residual_blocks=1)  # fmt: skip
+        return VQVAE2Config(
+            encoder=ConvEncoderConfig(**SIZES),
+            top=made,
+            bottom=made,
+            decoder=ConvDecoderConfig(**SIZES),
+            channels=8,
+            residual_blocks=1,
+        )
     if kind == "vqrae":
-        return VQRAEConfig(encoder=FoundationConfig(name=str(encoders / "dinov2"), frozen=False), quantizer=made,
-                           decoder=ViTDecoderConfig(dim=16, depth=1, heads=2, mlp=16), denormalise=True,
-                           noise_tau=0.5)  # fmt: skip
+        return VQRAEConfig(
+            encoder=FoundationConfig(name=str(encoders / "dinov2"), frozen=False),
+            quantizer=made,
+            decoder=ViTDecoderConfig(dim=16, depth=1, heads=2, mlp=16),
+            denormalise=True,
+            noise_tau=0.5,
+        )
     if kind == "resnet":
         encoder = ResNetEncoderConfig(**RESNET, out_channels=8)
         return VQVAEConfig(encoder=encoder, quantizer=made, decoder=ResNetDecoderConfig(**RESNET))
@@ -228,9 +238,14 @@ def prior_of(kind):
 
 
 SAMPLERS = {
-    "autoregressive": ("raster",), "masked": tuple(MASKED), "absorbing": tuple(ABSORBING),
-    "uniform": ("plug_in",), "posterior": ("mixture",), "pixelcnn": ("",), "hierarchical": ("",),
-}  # fmt: skip
+    "autoregressive": ("raster",),
+    "masked": tuple(MASKED),
+    "absorbing": tuple(ABSORBING),
+    "uniform": ("plug_in",),
+    "posterior": ("mixture",),
+    "pixelcnn": ("",),
+    "hierarchical": ("",),
+}
 
 
 def sequences(step, accumulate):
@@ -345,8 +360,14 @@ def test_a_pipeline_from_images_to_the_report(tmp_path):
     extractor = tiny_extractor()
     loop = dataclasses.replace(extractor.loop, steps=2, batch_size=8)
     few = ["loop.steps=1", "loop.batch_size=4", "loop.preview_every=1"]
-    prior = ["prior.kind=masked", "prior.steps=2", "prior.backbone.dim=16", "prior.backbone.depth=1",
-             "prior.backbone.heads=2", *few]  # fmt: skip
+    prior = [
+        "prior.kind=masked",
+        "prior.steps=2",
+        "prior.backbone.dim=16",
+        "prior.backbone.depth=1",
+        "prior.backbone.heads=2",
+        *few,
+    ]
     train_extractor(dataclasses.replace(extractor, data=data, loop=loop), root / "extractor")
     with pretended_gpu():
         assert (
@@ -378,9 +399,12 @@ def test_two_ranks_train_as_one_does(tmp_path):
     statistics."""
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "pretended_ranks.py", str(tmp_path)], cwd=here, capture_output=True, text=True,
+        [sys.executable, "pretended_ranks.py", str(tmp_path)],
+        cwd=here,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
     assert [found["on main"] for found in ranks] == [["of 0", "of 1"], []]

@@ -48,8 +48,11 @@ class Toy(nn.Module):
             list(itertools.product(*(range(-1, size) for size in self.sizes)))
         )  # (P, N)
         agrees = ((partial[:, None] == self.sequences) | (partial[:, None] < 0)).all(-1).double()
-        masses = [(agrees * joint) @ nn.functional.one_hot(self.sequences, max(self.sizes)).double().flatten(1)
-                  for joint in self.joints]  # fmt: skip
+        masses = [
+            (agrees * joint)
+            @ nn.functional.one_hot(self.sequences, max(self.sizes)).double().flatten(1)
+            for joint in self.joints
+        ]
         table = torch.stack(masses).unflatten(-1, (len(self.sizes), -1))
         self.table = (table / table.sum(-1, keepdim=True)).log()  # (conditions, P, N, K)
         self.partial_strides, self.strides = (

@@ -22,17 +22,32 @@ from tokenizer.interface import CodeLayout
 from training.command import UserError
 
 BACKBONE = {
-    "dim": 128, "depth": 4, "heads": 4, "dropout": 0.1, "positions": "rotary", "conditioning": "prefix",
+    "dim": 128,
+    "depth": 4,
+    "heads": 4,
+    "dropout": 0.1,
+    "positions": "rotary",
+    "conditioning": "prefix",
     "gradient_checkpointing": False,
-}  # fmt: skip
+}
 AUTOREGRESSIVE = {
-    "order": "raster", "anneal_start_step": 0, "anneal_end_step": 0, "label_dropout": 0.1, "label_smoothing": 0.0,
+    "order": "raster",
+    "anneal_start_step": 0,
+    "anneal_end_step": 0,
+    "label_dropout": 0.1,
+    "label_smoothing": 0.0,
     "backbone": BACKBONE,
-}  # fmt: skip
+}
 MASKED = {
-    "label_dropout": 0.1, "label_smoothing": 0.1, "schedule": "cosine", "sampler": "confidence",
-    "sampling_schedule": "", "steps": 8, "choice_temperature": 4.5, "backbone": BACKBONE,
-}  # fmt: skip
+    "label_dropout": 0.1,
+    "label_smoothing": 0.1,
+    "schedule": "cosine",
+    "sampler": "confidence",
+    "sampling_schedule": "",
+    "steps": 8,
+    "choice_temperature": 4.5,
+    "backbone": BACKBONE,
+}
 DEFAULTS = {
     "autoregressive": AUTOREGRESSIVE,
     "masked": MASKED,
@@ -40,16 +55,33 @@ DEFAULTS = {
         "top": {"kind": "autoregressive", **AUTOREGRESSIVE},
         "bottom": {"kind": "masked", **MASKED},
     },
-    "absorbing": {"label_dropout": 0.1, "schedule": "cosine", "steps": 32, "eta": 0.02, "backbone": BACKBONE},
+    "absorbing": {
+        "label_dropout": 0.1,
+        "schedule": "cosine",
+        "steps": 32,
+        "eta": 0.02,
+        "backbone": BACKBONE,
+    },
     "uniform": {
-        "label_dropout": 0.1, "time_conditioning": True, "mask_share": 0.0, "noise": "gidd",
-        "parameterisation": "leave_one_out", "cross_entropy": 0.0, "schedule": "linear", "steps": 64,
+        "label_dropout": 0.1,
+        "time_conditioning": True,
+        "mask_share": 0.0,
+        "noise": "gidd",
+        "parameterisation": "leave_one_out",
+        "cross_entropy": 0.0,
+        "schedule": "linear",
+        "steps": 64,
         "backbone": BACKBONE,
     },
     "pixelcnn": {
-        "channels": 64, "depth": 6, "kernel": 5, "dropout": 0.1, "label_dropout": 0.1, "label_smoothing": 0.0,
+        "channels": 64,
+        "depth": 6,
+        "kernel": 5,
+        "dropout": 0.1,
+        "label_dropout": 0.1,
+        "label_smoothing": 0.0,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", PRIORS)
@@ -130,9 +162,16 @@ def test_a_prior_made_around_a_network_has_the_configurations_settings(kind):
 
 def test_samples_are_plain_where_nothing_is_asked_for():
     assert dataclasses.asdict(SampleOptions()) == {
-        "guidance": 1.0, "guidance_schedule": "constant", "guidance_power": 2.75, "temperature": 1.0, "top_k": 0,
-        "top_p": 1.0, "steps": 0, "sampler": "", "seed": 0,
-    }  # fmt: skip
+        "guidance": 1.0,
+        "guidance_schedule": "constant",
+        "guidance_power": 2.75,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "steps": 0,
+        "sampler": "",
+        "seed": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -192,10 +231,14 @@ def test_both_branches_of_guidance_lose_what_the_guided_codes_lose():
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("cosine", 2 / math.pi), ("linear", 1 / 2), ("square", 2 / 3), ("cubic", 3 / 4), ("square_root", 1 / 3),
+        ("cosine", 2 / math.pi),
+        ("linear", 1 / 2),
+        ("square", 2 / 3),
+        ("cubic", 3 / 4),
+        ("square_root", 1 / 3),
         ("arc_cosine", 2 / math.pi),
     ],
-)  # fmt: skip
+)
 def test_mean_shares_are_integrals(schedule, expected):
     assert set(SCHEDULES) == {"cosine", "linear", "square", "cubic", "square_root", "arc_cosine"}
     assert mean_share(SCHEDULES[schedule]) == pytest.approx(expected, abs=1e-6)

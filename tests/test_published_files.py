@@ -101,11 +101,18 @@ def test_pickles_of_every_protocol_are_read(tmp_path, protocol):
 def test_views_types_and_empty_tensors_come_back(tmp_path, zipped):
     whole = torch.arange(24.0).view(4, 6)
     saved = {
-        "transposed": whole.T, "part": whole[1:3, 2:], "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5),
-        "half": torch.randn(3).half(), "brain": torch.randn(3).bfloat16(), "long": torch.tensor([1, -2]),
-        "bool": torch.tensor([True, False]), "double": torch.randn(2).double(), "tied": whole,
+        "transposed": whole.T,
+        "part": whole[1:3, 2:],
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "half": torch.randn(3).half(),
+        "brain": torch.randn(3).bfloat16(),
+        "long": torch.tensor([1, -2]),
+        "bool": torch.tensor([True, False]),
+        "double": torch.randn(2).double(),
+        "tied": whole,
         "again": whole,
-    }  # fmt: skip
+    }
     torch.save(saved, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
     assert_same(open_weights(tmp_path / "x.bin"), saved)
 
@@ -255,15 +262,29 @@ def payloads(mark):
     script.write_text(code)
     shell = f"touch {mark}"
     calls = [
-        (os.system, shell), (eval, code), (exec, code), (subprocess.call, shell.split()),
-        (subprocess.check_output, shell.split()), (os.popen, shell), (open, str(mark), "w"),
-        (runpy.run_path, str(script)), (timeit.timeit, code), (shutil.copy, str(script), str(mark)),
-        (os.mkdir, str(mark)), (os.symlink, str(script), str(mark)), (subprocess.Popen, shell.split()),
-        (importlib.import_module, "script"), (os.rename, str(script), str(mark)),
-        (torch.load, str(script)), (torch.save, {}, str(mark)), (torch.hub.load, str(mark.parent), "script"),
-        (map, os.system, [shell]), (torch.jit.load, str(script)), (zipfile.ZipFile, str(mark), "w"),
+        (os.system, shell),
+        (eval, code),
+        (exec, code),
+        (subprocess.call, shell.split()),
+        (subprocess.check_output, shell.split()),
+        (os.popen, shell),
+        (open, str(mark), "w"),
+        (runpy.run_path, str(script)),
+        (timeit.timeit, code),
+        (shutil.copy, str(script), str(mark)),
+        (os.mkdir, str(mark)),
+        (os.symlink, str(script), str(mark)),
+        (subprocess.Popen, shell.split()),
+        (importlib.import_module, "script"),
+        (os.rename, str(script), str(mark)),
+        (torch.load, str(script)),
+        (torch.save, {}, str(mark)),
+        (torch.hub.load, str(mark.parent), "script"),
+        (map, os.system, [shell]),
+        (torch.jit.load, str(script)),
+        (zipfile.ZipFile, str(mark), "w"),
         (io.FileIO, str(mark), "w"),
-    ]  # fmt: skip
+    ]
     return [Runs(*call) for call in calls]
 
 

@@ -43,9 +43,14 @@ def test_moving_average_codebook(metric, decay):
         commitment=0.25,
     ).build()
     theirs = reference.VectorQuantize(
-        DIM, CODES, decay=decay, eps=1e-5, commitment_weight=0.25, use_cosine_sim=metric == "cosine",
+        DIM,
+        CODES,
+        decay=decay,
+        eps=1e-5,
+        commitment_weight=0.25,
+        use_cosine_sim=metric == "cosine",
         rotation_trick=False,
-    )  # fmt: skip
+    )
     theirs.codebook = ours.codebook
     theirs._codebook.embed_avg.copy_(ours.codebook[None])
     ours.train(), theirs.train()
@@ -80,10 +85,14 @@ def test_simvq(rotation):
         .train()
     )
     theirs = reference.SimVQ(
-        DIM, CODES, rotation_trick=rotation, input_to_quantize_commit_loss_weight=0.25, channel_first=True,
+        DIM,
+        CODES,
+        rotation_trick=rotation,
+        input_to_quantize_commit_loss_weight=0.25,
+        channel_first=True,
         # as the authors have it; the library's own has no bias
         codebook_transform=torch.nn.Linear(DIM, DIM),
-    ).train()  # fmt: skip
+    ).train()
     theirs.frozen_codebook.copy_(ours.frozen)
     theirs.code_transform.load_state_dict(ours.transform.state_dict())
     optimizers = [torch.optim.Adam(each.parameters(), lr=0.02) for each in (ours, theirs)]

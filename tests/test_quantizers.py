@@ -108,38 +108,85 @@ def same_state(one, other):
 # What a kind is where nothing is set: the values of its source, or this project's own where there
 # is none.
 COMMON = {
-    "commitment": 0.25, "commitment_warmup_steps": 0, "entropy": 0.0, "entropy_temperature": 1.0, "rotation": False,
-    "restart": "none", "restart_below": 0.1, "restart_until": 0,
-}  # fmt: skip
+    "commitment": 0.25,
+    "commitment_warmup_steps": 0,
+    "entropy": 0.0,
+    "entropy_temperature": 1.0,
+    "rotation": False,
+    "restart": "none",
+    "restart_below": 0.1,
+    "restart_until": 0,
+}
 VECTOR = {
-    "num_codes": 512, "code_dim": 64, "codebook": "ema", "metric": "l2", "decay": 0.99, "epsilon": 1e-5,
-    "init": "kmeans", **COMMON,
-}  # fmt: skip
+    "num_codes": 512,
+    "code_dim": 64,
+    "codebook": "ema",
+    "metric": "l2",
+    "decay": 0.99,
+    "epsilon": 1e-5,
+    "init": "kmeans",
+    **COMMON,
+}
 DEFAULTS = {
     "vector": VECTOR,
     "simvq": {
-        "num_codes": 8192, "code_dim": 256, "metric": "l2", "init": "normal", "restart_every": 50, **COMMON,
+        "num_codes": 8192,
+        "code_dim": 256,
+        "metric": "l2",
+        "init": "normal",
+        "restart_every": 50,
+        **COMMON,
     },
-    "residual": {"depth": 4, "shared": False, "quantizer_dropout": 0.0, "level": {"kind": "vector", **VECTOR}},
-    "product": {"heads": 4, "level": {"kind": "vector", **VECTOR, "num_codes": 256, "code_dim": 16}},
+    "residual": {
+        "depth": 4,
+        "shared": False,
+        "quantizer_dropout": 0.0,
+        "level": {"kind": "vector", **VECTOR},
+    },
+    "product": {
+        "heads": 4,
+        "level": {"kind": "vector", **VECTOR, "num_codes": 256, "code_dim": 16},
+    },
     "gumbel": {
-        "num_codes": 8192, "code_dim": 256, "temperature_start": 1.0, "temperature_end": 1 / 16,
-        "anneal_steps": 10000, "hard": False, "kl": 5e-4, "vector_dim": None,
+        "num_codes": 8192,
+        "code_dim": 256,
+        "temperature_start": 1.0,
+        "temperature_end": 1 / 16,
+        "anneal_steps": 10000,
+        "hard": False,
+        "kl": 5e-4,
+        "vector_dim": None,
     },
     "fsq": {"levels": (8, 5, 5, 5)},
     "lookup_free": {
-        "bits": 10, "spherical": False, "lowest_first": False, "commitment": 0.25, "entropy": 0.1, "diversity": 1.0,
+        "bits": 10,
+        "spherical": False,
+        "lowest_first": False,
+        "commitment": 0.25,
+        "entropy": 0.1,
+        "diversity": 1.0,
         "temperature": 0.01,
     },
     "bsq": {
-        "bits": 10, "commitment": 0.0, "entropy": 0.1, "entropy_boost": 3.0, "entropy_boost_steps": 2000,
-        "diversity": 1.0, "temperature": 1.0,
+        "bits": 10,
+        "commitment": 0.0,
+        "entropy": 0.1,
+        "entropy_boost": 3.0,
+        "entropy_boost_steps": 2000,
+        "diversity": 1.0,
+        "temperature": 1.0,
     },
     "ibq": {
-        "num_codes": 16384, "code_dim": 256, "commitment": 1.0, "attraction": 0.25, "temperature": 1.0,
-        "entropy": 0.05, "entropy_temperature": 0.01, "init": "normal",
+        "num_codes": 16384,
+        "code_dim": 256,
+        "commitment": 1.0,
+        "attraction": 0.25,
+        "temperature": 1.0,
+        "entropy": 0.05,
+        "entropy_temperature": 0.01,
+        "init": "normal",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -563,13 +610,18 @@ def test_levels_are_summed_over_ranks_at_once(monkeypatch, name, columns):
 # below
 
 ON_A_GPU = {
-    **{f"{name}-{restart}": dataclasses.replace(config, restart=restart, restart_below=0.5)
-       for name, config in CODEBOOKS.items() for restart in ("data", "split")},
+    **{
+        f"{name}-{restart}": dataclasses.replace(config, restart=restart, restart_below=0.5)
+        for name, config in CODEBOOKS.items()
+        for restart in ("data", "split")
+    },
     "entropy": VectorConfig(**SIZES, entropy=0.1, commitment_warmup_steps=5),
     "rotation": VectorConfig(**SIZES, codebook="gradient", rotation=True),
-    "residual": ResidualConfig(depth=2, quantizer_dropout=0.5, level=VectorConfig(**SIZES, restart="data")),
+    "residual": ResidualConfig(
+        depth=2, quantizer_dropout=0.5, level=VectorConfig(**SIZES, restart="data")
+    ),
     "product": ProductConfig(heads=2, level=VectorConfig(**SIZES, restart="split")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [name for name in ON_A_GPU if "simvq" not in name])

@@ -100,9 +100,16 @@ def vqrae(folder: Path, frozen: bool) -> VQRAEConfig:
 # Without the l1 term: its gradient is a sign, which the rounding of fp32 flips (in fp64 it changes
 # nothing here).
 ADVERSARY = ObjectiveConfig(
-    distillation=0.5, adversarial=0.5, adversarial_start_step=4, adversarial_ramp_steps=8, adaptive_cap=10.0,
-    discriminator_start_step=2, augment=0.7, lecam=0.1, discriminator=PatchConfig(channels=8, layers=1),
-)  # fmt: skip
+    distillation=0.5,
+    adversarial=0.5,
+    adversarial_start_step=4,
+    adversarial_ramp_steps=8,
+    adaptive_cap=10.0,
+    discriminator_start_step=2,
+    augment=0.7,
+    lecam=0.1,
+    discriminator=PatchConfig(channels=8, layers=1),
+)
 
 
 def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
@@ -110,9 +117,13 @@ def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
     restarted = VectorConfig(**CODES, **RESTART, decay=0.8, commitment_warmup_steps=6)
     models = {
         "averaged, k-means, restart": conv(restarted),
-        "averaged, split": conv(VectorConfig(**CODES, restart="split", restart_below=0.5, rotation=True)),
+        "averaged, split": conv(
+            VectorConfig(**CODES, restart="split", restart_below=0.5, rotation=True)
+        ),
         "cosine, entropy": conv(
-            VectorConfig(**CODES, codebook="gradient", metric="cosine", entropy=0.1, entropy_temperature=0.1)
+            VectorConfig(
+                **CODES, codebook="gradient", metric="cosine", entropy=0.1, entropy_temperature=0.1
+            )
         ),
         "simvq": conv(SimVQConfig(**CODES, init="kmeans", **RESTART, restart_every=3)),
         "residual": conv(ResidualConfig(depth=3, quantizer_dropout=0.5, level=restarted)),
@@ -122,11 +133,15 @@ def tokenizers(folder: Path) -> dict[str, dict[str, Any]]:
         "lfq": conv(LookupFreeConfig(bits=4, temperature=1.0)),
         "bsq": conv(BSQConfig(bits=4, entropy_boost_steps=10)),
         "vq-vae-2": VQVAE2Config(
-            encoder=ConvEncoderConfig(16, residual_blocks=1, residual_channels=4), top=restarted, bottom=restarted,
-            decoder=ConvDecoderConfig(16, residual_blocks=1, residual_channels=4), channels=16, residual_blocks=1,
+            encoder=ConvEncoderConfig(16, residual_blocks=1, residual_channels=4),
+            top=restarted,
+            bottom=restarted,
+            decoder=ConvDecoderConfig(16, residual_blocks=1, residual_channels=4),
+            channels=16,
+            residual_blocks=1,
             residual_channels=4,
         ),
-    }  # fmt: skip
+    }
     stage2 = {
         "start_from": str(where(folder, "one", torch.float32) / "vqrae 1"),
         "objective": ADVERSARY,
@@ -147,15 +162,19 @@ def priors_() -> dict[str, Any]:
     families = {
         "autoregressive": AutoregressiveConfig(backbone=backbone, label_smoothing=0.1),
         "annealed": AutoregressiveConfig(
-            order="annealed", anneal_start_step=2, anneal_end_step=15,
+            order="annealed",
+            anneal_start_step=2,
+            anneal_end_step=15,
             backbone=dataclasses.replace(backbone, conditioning="adaln", positions="learned"),
         ),
         "masked": MaskedConfig(backbone=backbone),
         "absorbing": AbsorbingConfig(backbone=backbone),
         "uniform": UniformConfig(backbone=backbone),
-        "hybrid": UniformConfig(backbone=backbone, mask_share=0.9, parameterisation="posterior", cross_entropy=0.5),
+        "hybrid": UniformConfig(
+            backbone=backbone, mask_share=0.9, parameterisation="posterior", cross_entropy=0.5
+        ),
         "pixelcnn": PixelCNNConfig(channels=8, depth=2, kernel=3, dropout=0.1),
-    }  # fmt: skip
+    }
     return families | {
         "hierarchical": HierarchicalConfig(
             top=families["autoregressive"], bottom=families["masked"]
@@ -170,9 +189,15 @@ def where(folder: Path, world: str, dtype: torch.dtype) -> Path:
 def configurations(folder: Path, world: str, dtype: torch.dtype) -> dict[str, Any]:
     """Every toy run."""
     settings = LoopConfig(
-        steps=STEPS, batch_size=16, accumulate=WORLDS[world][1], log_every=STEPS, save_every=STEPS, preview_every=STEPS,
-        precision="fp32", ema_decay=0.9,
-    )  # fmt: skip
+        steps=STEPS,
+        batch_size=16,
+        accumulate=WORLDS[world][1],
+        log_every=STEPS,
+        save_every=STEPS,
+        preview_every=STEPS,
+        precision="fp32",
+        ema_decay=0.9,
+    )
     common = {"root": str(where(folder, world, dtype)), "optimizer": OPTIMIZER, "loop": settings}
     runs: dict[str, Any] = {
         name: TokenizerRun(name=name, data=DATA, calibration_images=64, **common, **own)

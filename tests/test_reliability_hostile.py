@@ -37,12 +37,25 @@ TINY = [
 ]
 SIZES = ["data.image_size=8", "data.held_out=0.2", "calibration_images=8"]
 CONV = [
-    "model.kind=vqvae", "model.encoder.channels=8", "model.encoder.residual_blocks=1",
-    "model.encoder.residual_channels=4", "model.decoder.channels=8", "model.decoder.residual_blocks=1",
-    "model.decoder.residual_channels=4", "model.quantizer.num_codes=16", "model.quantizer.code_dim=2",
-]  # fmt: skip
-VIT = ["model.kind=vqrae", "data.image_size=16", "model.quantizer.num_codes=8", "model.quantizer.code_dim=4",
-       "model.decoder.dim=16", "model.decoder.depth=1", "model.decoder.heads=2"]  # fmt: skip
+    "model.kind=vqvae",
+    "model.encoder.channels=8",
+    "model.encoder.residual_blocks=1",
+    "model.encoder.residual_channels=4",
+    "model.decoder.channels=8",
+    "model.decoder.residual_blocks=1",
+    "model.decoder.residual_channels=4",
+    "model.quantizer.num_codes=16",
+    "model.quantizer.code_dim=2",
+]
+VIT = [
+    "model.kind=vqrae",
+    "data.image_size=16",
+    "model.quantizer.num_codes=8",
+    "model.quantizer.code_dim=4",
+    "model.decoder.dim=16",
+    "model.decoder.depth=1",
+    "model.decoder.heads=2",
+]
 PRIOR = ["prior.backbone.dim=16", "prior.backbone.depth=1", "prior.backbone.heads=2"]
 
 
@@ -481,9 +494,12 @@ MANIFESTS = {
     "no codes": codeless,
     "a tokenizer elsewhere": elsewhere,
     **{f"no {key}": without(key) for key in ("layout", "splits", "tokenizer", "class_names")},
-    **{f"{key} is {value!r}": replaced(key, value) for key in ("layout", "splits", "tokenizer", "class_names")
-       for value in (None, 3, "x", [], {})},
-}  # fmt: skip
+    **{
+        f"{key} is {value!r}": replaced(key, value)
+        for key in ("layout", "splits", "tokenizer", "class_names")
+        for value in (None, 3, "x", [], {})
+    },
+}
 
 
 @cases("change", MANIFESTS, "../", "an uneven layout", "no splits", "class_names is []")

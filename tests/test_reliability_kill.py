@@ -44,9 +44,14 @@ data: {image_size: 8, augment: shift}
 COMMANDS = {
     "tokenizer.train": ["{root}/tokenizer.yaml", *LOOP],
     "tokenizer.encode": ["{root}/tokens.yaml", "views=2"],
-    "priors.train": ["{root}/prior.yaml", "prior.backbone.dim=16", "prior.backbone.depth=1",
-                     "prior.backbone.heads=2", *LOOP],
-}  # fmt: skip
+    "priors.train": [
+        "{root}/prior.yaml",
+        "prior.backbone.dim=16",
+        "prior.backbone.depth=1",
+        "prior.backbone.heads=2",
+        *LOOP,
+    ],
+}
 
 
 def torture(folder: Path, points: dict[str, int], seed: int) -> dict[str, object]:

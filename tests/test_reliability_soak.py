@@ -372,21 +372,38 @@ def test_offline_from_a_read_only_folder(tmp_path, module):
     here.chmod(0o555)
     words = COMMANDS.get(module, ["{root}", "--num", "4"])
     environment = {
-        "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HOME": str(here), "TMPDIR": str(temporary),
-        "XDG_CACHE_HOME": str(here / "caches"), "HF_HOME": str(here / "hf"), "TORCH_HOME": str(here / "torch"),
-        "MPLCONFIGDIR": str(here / "mpl"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+        "PATH": os.environ["PATH"],
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(here),
+        "TMPDIR": str(temporary),
+        "XDG_CACHE_HOME": str(here / "caches"),
+        "HF_HOME": str(here / "hf"),
+        "TORCH_HOME": str(here / "torch"),
+        "MPLCONFIGDIR": str(here / "mpl"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     before = {
         path
         for path in tmp_path.rglob("*")
         if tmp_path / "runs" not in path.parents and path.is_file()
     }
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, module, f"{tmp_path / 'runs'}:{temporary}",
-         *(word.format(root=tmp_path / "runs") for word in words)],
-        capture_output=True, text=True, cwd=here, env=environment,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            OFFLINE,
+            module,
+            f"{tmp_path / 'runs'}:{temporary}",
+            *(word.format(root=tmp_path / "runs") for word in words),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "outside: []", done.stdout
     after = {

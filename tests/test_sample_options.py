@@ -102,10 +102,16 @@ def test_ranges_end_where_they_say(name):
 def test_the_ends_of_the_ranges_give_codes(family, sampler):
     """No overflow and no NaN chooses a code that does not exist."""
     prior = build(family)
-    ends = [{name: value} for name in ("guidance", "guidance_power", "temperature", "top_k", "top_p")
-            for value in ALLOWED[name]]  # fmt: skip
-    ends += [{"guidance": 1000.0, "temperature": 5e-324}, {"guidance": 1000.0, "guidance_power": 1e308},
-             {"seed": 2**63 - 1}]  # fmt: skip
+    ends = [
+        {name: value}
+        for name in ("guidance", "guidance_power", "temperature", "top_k", "top_p")
+        for value in ALLOWED[name]
+    ]
+    ends += [
+        {"guidance": 1000.0, "temperature": 5e-324},
+        {"guidance": 1000.0, "guidance_power": 1e308},
+        {"seed": 2**63 - 1},
+    ]
     for end in ends:
         prior.layout.check(draw(prior, sampler=sampler, **{"guidance": 2.0, "steps": 3, **end}))
 

@@ -138,8 +138,14 @@ class Training:
         )
         run = Run.open(folder, self.config)
         return train(
-            self.config.loop, run, turns, batches, seed=7, published=self.network, measure=self.measure
-        )  # fmt: skip
+            self.config.loop,
+            run,
+            turns,
+            batches,
+            seed=7,
+            published=self.network,
+            measure=self.measure,
+        )
 
 
 def launch(folder: Path) -> None:

@@ -179,9 +179,16 @@ def test_pieces_cover_what_is_missing_and_end_at_whole_batches():
         range(20, 25),
         range(30, 31),
     ]
-    assert [shard_size(500, batch, world) for batch, world in ((50, 1), (50, 4), (1, 1), (1000, 1), (64, 2))] == [
-        100, 100, 64, 1000, 64,
-    ]  # fmt: skip
+    assert [
+        shard_size(500, batch, world)
+        for batch, world in ((50, 1), (50, 4), (1, 1), (1000, 1), (64, 2))
+    ] == [
+        100,
+        100,
+        64,
+        1000,
+        64,
+    ]
     assert (
         shard_size(100, 50, 4) == 50 and shard_size(8, 1, 4) == 2
     )  # every process has something to do
@@ -234,8 +241,13 @@ def test_other_settings_are_drawn_anew_and_only_our_files_go(tmp_path, monkeypat
     sample(out, prior=prior, options=SampleOptions(seed=6))  # not the shards of seed 5
     assert drawn[0][0] == 0
     assert {path.name for path in out.iterdir()} == {
-        ".lock", "samples.npz", "samples.json", "grid.png", "thesis.txt", "000099-mine.png",
-    }  # fmt: skip
+        ".lock",
+        "samples.npz",
+        "samples.json",
+        "grid.png",
+        "thesis.txt",
+        "000099-mine.png",
+    }
     assert contents(out)["samples.npz"] != before["samples.npz"]
 
 

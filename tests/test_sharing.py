@@ -35,8 +35,12 @@ IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 
 
 def a_run(folder, model, **changes):
     """A finished run with random weights, as training leaves it."""
-    config = TokenizerRun(name=folder.name, root=str(folder.parent), model=model,
-                          data=DataConfig(source=str(folder.parent / "pictures"), image_size=16))  # fmt: skip
+    config = TokenizerRun(
+        name=folder.name,
+        root=str(folder.parent),
+        model=model,
+        data=DataConfig(source=str(folder.parent / "pictures"), image_size=16),
+    )
     config = dataclasses.replace(config, **changes)
     torch.manual_seed(0)
     autoencoder = model.build(16)
@@ -82,10 +86,18 @@ def vqrae(tmp_path):
 def report_of(run, **changes):
     """A record as eval writes it."""
     measured = {
-        "name": "PSNR", "value": 23.88156, "unit": "dB", "higher_is_better": True, "n": 10000, "split": "held-out",
-        "settings": {"data": {}, "batch_size": 100, "mean": "over images"}, "subject": {}, "details": {},
-        "interval": [23.8354, 23.9276], "settings_hash": "0",
-    }  # fmt: skip
+        "name": "PSNR",
+        "value": 23.88156,
+        "unit": "dB",
+        "higher_is_better": True,
+        "n": 10000,
+        "split": "held-out",
+        "settings": {"data": {}, "batch_size": 100, "mean": "over images"},
+        "subject": {},
+        "details": {},
+        "interval": [23.8354, 23.9276],
+        "settings_hash": "0",
+    }
     endless = measured | {
         "name": "best",
         "value": "inf",
@@ -370,10 +382,15 @@ def model(tmp_path):
         json.dumps(decoder | {"decoder_intermediate_size": 24})
     )
     model = VQRAE(
-        encoder_config_path=save_encoder(tmp_path / "made" / "encoder", "dinov2"), encoder_input_size=16,
-        decoder_config_path=str(tmp_path / "made" / "decoder.json"), decoder_patch_size=4,
-        normalization_stat_path=str(tmp_path / "made" / "stat.pt"), num_embeddings=16, codebook_dim=8, eps=1e-3,
-    )  # fmt: skip
+        encoder_config_path=save_encoder(tmp_path / "made" / "encoder", "dinov2"),
+        encoder_input_size=16,
+        decoder_config_path=str(tmp_path / "made" / "decoder.json"),
+        decoder_patch_size=4,
+        normalization_stat_path=str(tmp_path / "made" / "stat.pt"),
+        num_embeddings=16,
+        codebook_dim=8,
+        eps=1e-3,
+    )
     model.set_stage(2)
     return model.eval()
 

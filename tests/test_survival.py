@@ -344,9 +344,7 @@ def train_broken(folder: Path, kind: str, turn: str, rank: int) -> dict[str, Any
     except UserError as error:
         facts = {"error": str(error), "told": error.told}
     states.append(state_of(coder) if turn == "coder" else state_of(turns[index].module))
-    facts["unmoved"] = [
-        all(map(torch.equal, *pair)) for pair in itertools.pairwise(states)
-    ]  # fmt: skip
+    facts["unmoved"] = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(states)]
     facts["finite"] = all(is_finite(tensor) for tensor in states[-1])
     facts["sums"] = [float(tensor.double().sum()) for tensor in states[-1]]
     return facts | {

@@ -612,10 +612,18 @@ def test_no_image_of_a_name_with_dots_vanishes(tmp_path):
 def test_labels_of_images_that_share_a_sample(tmp_path):
     """Its own, else its sample's, else the folder's."""
     entries = [
-        ("x/v1.a.png", png(1)), ("x/v1.a.cls", b"7"), ("x/v1.b.png", png(2)), ("x/v1.json", b'{"label": 9}'),
-        ("x/v2.c.png", png(3)), ("x/v2.c.cls", b"5"), ("y/v3.d.png", png(4)), ("y/v3.cls", b"-1"),
-        ("y/v4.png", png(5)), ("y/v4.cls", b"5"), ("y/v4.mask.cls", b"no number"),
-    ]  # fmt: skip
+        ("x/v1.a.png", png(1)),
+        ("x/v1.a.cls", b"7"),
+        ("x/v1.b.png", png(2)),
+        ("x/v1.json", b'{"label": 9}'),
+        ("x/v2.c.png", png(3)),
+        ("x/v2.c.cls", b"5"),
+        ("y/v3.d.png", png(4)),
+        ("y/v3.cls", b"-1"),
+        ("y/v4.png", png(5)),
+        ("y/v4.cls", b"5"),
+        ("y/v4.mask.cls", b"no number"),
+    ]
     listing = open_listing(str(write_shard(tmp_path / "a.tar", entries)), 0)
     names = [*listing.class_names, None]
     assert [names[label] for label in listing.labels.tolist()] == [
@@ -647,9 +655,15 @@ def test_bad_members_of_a_sample_of_several_images_are_their_own(tmp_path):
 
 def test_what_is_passed_over_is_said(tmp_path, monkeypatch):
     entries = [
-        ("a.png", png(1)), ("a.seg.png", png(2)), ("a.jpg", png(3)), ("a.txt", b"caption"), ("b.png", png(4)),
-        ("b.npy", b"0"), ("b.txt", b"caption"), ("README", b""),
-    ]  # fmt: skip
+        ("a.png", png(1)),
+        ("a.seg.png", png(2)),
+        ("a.jpg", png(3)),
+        ("a.txt", b"caption"),
+        ("b.png", png(4)),
+        ("b.npy", b"0"),
+        ("b.txt", b"caption"),
+        ("README", b""),
+    ]
     path = write_shard(tmp_path / "a.tar", entries)
     said = [
         "passed over 2 images beside the one of their sample (a.jpg, a.seg.png, …)",

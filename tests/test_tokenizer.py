@@ -245,7 +245,7 @@ def test_calibration_normalises_and_starts_the_codebook(encoder_folder, code_dim
     config = config_of("vqrae", "vector", encoder_folder)
     autoencoder = dataclasses.replace(
         config, quantizer=dataclasses.replace(config.quantizer, code_dim=code_dim)
-    ).build(16)  # fmt: skip
+    ).build(16)
     assert isinstance(autoencoder.project_in, nn.Identity) == (code_dim == 16)
     batches = [images(seed=seed, batch=32) for seed in range(3)]
     autoencoder.calibrate(batches, seed=0)

@@ -75,13 +75,21 @@ def stage2(root, /, **changes):
         first.model, encoder=dataclasses.replace(first.model.encoder, frozen=False)
     )
     objective = ObjectiveConfig(
-        distillation=0.5, adversarial=0.1, adversarial_start_step=1, adversarial_ramp_steps=2,
+        distillation=0.5,
+        adversarial=0.1,
+        adversarial_start_step=1,
+        adversarial_ramp_steps=2,
         discriminator=PatchConfig(channels=8, layers=1),
-    )  # fmt: skip
+    )
     config = dataclasses.replace(
-        first, name="stage2", start_from=str(root / "stage1"), model=model, objective=objective,
-        discriminator_optimizer=FAST, optimizer=dataclasses.replace(FAST, rates={"encoder": 5e-4}),
-    )  # fmt: skip
+        first,
+        name="stage2",
+        start_from=str(root / "stage1"),
+        model=model,
+        objective=objective,
+        discriminator_optimizer=FAST,
+        optimizer=dataclasses.replace(FAST, rates={"encoder": 5e-4}),
+    )
     return dataclasses.replace(config, **changes)
 
 

@@ -58,8 +58,14 @@ PRIORS = {
         top=AutoregressiveConfig(backbone=BACKBONE), bottom=MaskedConfig(backbone=BACKBONE)
     ),
 }
-ADVERSARY = {"adversarial": 0.5, "adversarial_start_step": 1, "adversarial_ramp_steps": 1, "augment": 0.7, "lecam": 0.1,
-             "discriminator": PatchConfig(channels=8, layers=1)}  # fmt: skip
+ADVERSARY = {
+    "adversarial": 0.5,
+    "adversarial_start_step": 1,
+    "adversarial_ramp_steps": 1,
+    "augment": 0.7,
+    "lecam": 0.1,
+    "discriminator": PatchConfig(channels=8, layers=1),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -138,8 +144,14 @@ def autoencoder_of(kind, folder):
     """By the kind of its quantizer, or of the autoencoder."""
     level = QUANTIZERS["vector"](num_codes=20, code_dim=8)
     if kind == "vqvae2":
-        return VQVAE2Config(encoder=ConvEncoderConfig(**SIZES), top=level, bottom=level,
-                            decoder=ConvDecoderConfig(**SIZES), channels=8, residual_blocks=1)  # fmt: skip
+        return VQVAE2Config(
+            encoder=ConvEncoderConfig(**SIZES),
+            top=level,
+            bottom=level,
+            decoder=ConvDecoderConfig(**SIZES),
+            channels=8,
+            residual_blocks=1,
+        )
     if kind == "vqrae":
         folder.mkdir()
         encoder = FoundationConfig(name=save_encoder(folder, "dinov2"), frozen=False)

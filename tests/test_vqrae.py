@@ -38,10 +38,14 @@ def folder(tmp_path_factory):
 def model(folder, **arguments):
     torch.manual_seed(0)
     defaults = {
-        "encoder_cls": "MAEwNorm", "encoder_config_path": str(folder / "mae"), "encoder_input_size": 16,
-        "decoder_config_path": str(folder / "decoder"), "decoder_patch_size": 4, "num_embeddings": 20,
+        "encoder_cls": "MAEwNorm",
+        "encoder_config_path": str(folder / "mae"),
+        "encoder_input_size": 16,
+        "decoder_config_path": str(folder / "decoder"),
+        "decoder_patch_size": 4,
+        "num_embeddings": 20,
         "codebook_dim": 48,
-    }  # fmt: skip
+    }
     return VQRAE(**{**defaults, **arguments})
 
 

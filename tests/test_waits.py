@@ -118,9 +118,15 @@ def a_twin():
         def forward(self, *inputs):
             return self.module(*inputs)
 
-    facts = {"is_initialized": lambda: True, "get_rank": lambda: 0, "get_world_size": lambda: 2, "barrier": lambda: 0,
-             "all_reduce": all_reduce, "broadcast": lambda tensor, rank: None,
-             "broadcast_object_list": lambda told, device: None}  # fmt: skip
+    facts = {
+        "is_initialized": lambda: True,
+        "get_rank": lambda: 0,
+        "get_world_size": lambda: 2,
+        "barrier": lambda: 0,
+        "all_reduce": all_reduce,
+        "broadcast": lambda tensor, rank: None,
+        "broadcast_object_list": lambda told, device: None,
+    }
     with contextlib.ExitStack() as stack:
         for name, fact in facts.items():
             stack.enter_context(mock.patch.object(dist, name, fact))
@@ -293,8 +299,10 @@ def test_after_steps_that_are_not_finite_all_is_as_on_the_cpu(spoilt, tmp_path):
 def test_a_schedule_of_a_prior_stays_too(tmp_path):
     config = AutoregressiveConfig(
         backbone=dataclasses.replace(BACKBONE, positions="learned"),
-        order="annealed", anneal_start_step=0, anneal_end_step=9,
-    )  # fmt: skip
+        order="annealed",
+        anneal_start_step=0,
+        anneal_end_step=9,
+    )
     for device in (contextlib.nullcontext, pretended_gpu):
         with device():
             prior, turns = prior_turns(config)

@@ -90,10 +90,21 @@ class Toy:
         self.generator = Generator(config.dropout).double()
         self.discriminator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
         self.turns = [
-            Turn("generator", self.generator, self.generator_loss, config.optimizer, after_step=self.generator.update),
-            Turn("discriminator", self.discriminator, self.discriminator_loss, config.optimizer,
-                 config.discriminator_start_step),
-        ]  # fmt: skip
+            Turn(
+                "generator",
+                self.generator,
+                self.generator_loss,
+                config.optimizer,
+                after_step=self.generator.update,
+            ),
+            Turn(
+                "discriminator",
+                self.discriminator,
+                self.discriminator_loss,
+                config.optimizer,
+                config.discriminator_start_step,
+            ),
+        ]
 
     def generator_loss(self, batch: Batch, step: int) -> Loss:
         noise = distributed.draw((0, step), batch.positions, (4,)).to(batch["rows"])

@@ -53,8 +53,19 @@ from training.loop import Batch
 from training.sharding import shareable_blocks
 from training.tracing import Cost, cost, trace
 
-ORDER = ("encoder", "normaliser", "top_encoder", "project_top", "top_quantizer", "top_decoder", "project_in",
-         "quantizer", "upsample", "project_out", "decoder")  # fmt: skip
+ORDER = (
+    "encoder",
+    "normaliser",
+    "top_encoder",
+    "project_top",
+    "top_quantizer",
+    "top_decoder",
+    "project_in",
+    "quantizer",
+    "upsample",
+    "project_out",
+    "decoder",
+)
 
 
 @dataclasses.dataclass(frozen=True)

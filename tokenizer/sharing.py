@@ -382,8 +382,12 @@ def _upload(folder: Path, repo_id: str, private: bool) -> str:
         with patient(repo_id):
             api = HfApi()
             address = str(api.create_repo(repo_id, private=private, exist_ok=True))
-            api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=FILES,
-                              commit_message="Tokenizer trained with Tessera")  # fmt: skip
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                allow_patterns=FILES,
+                commit_message="Tokenizer trained with Tessera",
+            )
     except Exception as error:  # the errors of its network libraries share no base
         raise UserError(
             f"{repo_id}: the Hub did not take it ({_reason(error)}): log in with `hf auth login`, and check the "

@@ -63,8 +63,14 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         inputs["discriminator"] = objective.discriminator.network.trunk.fingerprint()
     stored = None
     if config.features is not None:
-        stored = StoredFeatures(images, autoencoder.encoder, config.features, augment=config.data.augment,
-                                seed=config.seed, root=Path(config.root))  # fmt: skip
+        stored = StoredFeatures(
+            images,
+            autoencoder.encoder,
+            config.features,
+            augment=config.data.augment,
+            seed=config.seed,
+            root=Path(config.root),
+        )
         inputs["features"] = stored.hash
     remedy = f", or begin another run with its weights, start_from={folder}"
     run = open_run(folder, config, [images, held_out], fresh=fresh, inputs=inputs, remedy=remedy)
@@ -102,22 +108,43 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
 
     health = Health(autoencoder.layout.num_codes, config.objective.adaptive_cap)
-    return train(config.loop, run, turns_of(config, objective), batches, seed=config.seed, published=autoencoder,
-                 begin=begin, preview=preview, measure=measure, watch=health.read)  # fmt: skip
+    return train(
+        config.loop,
+        run,
+        turns_of(config, objective),
+        batches,
+        seed=config.seed,
+        published=autoencoder,
+        begin=begin,
+        preview=preview,
+        measure=measure,
+        watch=health.read,
+    )
 
 
 def turns_of(config: TokenizerRun, objective: Objective) -> list[Turn]:
     """What a step moves: the autoencoder, then the discriminator where there is one."""
     autoencoder, adversary = objective.autoencoder, objective.discriminator
     turns = [
-        Turn("autoencoder", autoencoder, objective.autoencoder_loss, config.optimizer,
-             after_step=autoencoder.update)
-    ]  # fmt: skip
+        Turn(
+            "autoencoder",
+            autoencoder,
+            objective.autoencoder_loss,
+            config.optimizer,
+            after_step=autoencoder.update,
+        )
+    ]
     if adversary is not None:
         turns.append(
-            Turn("discriminator", adversary, objective.discriminator_loss, config.discriminator_optimizer,
-                 config.objective.discriminator_start_step, adversary.update)
-        )  # fmt: skip
+            Turn(
+                "discriminator",
+                adversary,
+                objective.discriminator_loss,
+                config.discriminator_optimizer,
+                config.objective.discriminator_start_step,
+                adversary.update,
+            )
+        )
     return turns
 
 

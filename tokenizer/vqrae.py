@@ -352,8 +352,13 @@ def _decoder_config(path: str) -> ViTDecoderConfig:
 
 
 DECODER_PRESETS = {
-    "vit_mae-base": "B", "vitb": "B", "vit_mae-large": "L", "vitl": "L", "vit_mae-xl": "XL", "vitxl": "XL",
-}  # fmt: skip
+    "vit_mae-base": "B",
+    "vitb": "B",
+    "vit_mae-large": "L",
+    "vitl": "L",
+    "vit_mae-xl": "XL",
+    "vitxl": "XL",
+}
 
 ENCODER_CLASSES = {
     "Dinov2withNorm": ("dinov2", "dinov2_with_registers"),

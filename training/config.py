@@ -331,8 +331,10 @@ def _value(hint: Any, given: Any, key: str, fail: Fail, signed: bool) -> Any:
     """`given` as a value of the type `hint`. Numbers are finite and, unless they are signed, not
     below 0."""
     if get_origin(hint) is dict and isinstance(given, Mapping):
-        return {str(name): _value(get_args(hint)[1], each, f"{key}.{name}", fail, signed)
-                for name, each in given.items()}  # fmt: skip
+        return {
+            str(name): _value(get_args(hint)[1], each, f"{key}.{name}", fail, signed)
+            for name, each in given.items()
+        }
     try:
         value = _converted(hint, given)
     except Misfit as error:

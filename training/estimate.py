@@ -88,9 +88,11 @@ class Move:
         count = self.cost.at(samples)
         forward = accumulate * (2 if count.rehearsed and accumulate > 1 else 1)
         return Counter(
-            {rate: forward * count.forward[rate] + accumulate * count.backward[rate]
-             for rate in sorted(count.forward | count.backward)}
-        )  # fmt: skip
+            {
+                rate: forward * count.forward[rate] + accumulate * count.backward[rate]
+                for rate in sorted(count.forward | count.backward)
+            }
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,8 +133,11 @@ class Events:
 
         # TensorBoard reads files by name. A clock that was set back would bring this one before
         # those that it goes on from, and the start of theirs would hide its steps.
-        earlier = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")
-                   if path.name.split(".")[3].isdecimal()]  # fmt: skip
+        earlier = [
+            int(path.name.split(".")[3])
+            for path in folder.glob("events.out.tfevents.[0-9]*.*")
+            if path.name.split(".")[3].isdecimal()
+        ]
         number = max([time.time_ns(), *(each + 1 for each in earlier)])
         self.path = folder / f"events.out.tfevents.{number:020d}.{os.getpid()}"
         note(self.path.name)

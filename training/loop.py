@@ -169,10 +169,17 @@ class _Loop:
             )
         self.ema = Ema(published, config.ema_decay)
         self.movers = [
-            Mover(turn, self.device, steps=config.steps, clip=config.clip, low=self.precision == "bf16",
-                  compiled=config.compile, sharded=sharded and turn.module is published)
+            Mover(
+                turn,
+                self.device,
+                steps=config.steps,
+                clip=config.clip,
+                low=self.precision == "bf16",
+                compiled=config.compile,
+                sharded=sharded and turn.module is published,
+            )
             for turn in turns
-        ]  # fmt: skip
+        ]
         if sharded:
             self.ema.share(self.device)
         self.meter = Meter()

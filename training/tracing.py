@@ -322,14 +322,43 @@ class _LikeCuda(TorchFunctionMode):
 
 # Of CUDA's lists (torch/csrc/autocast_mode.h) what networks and losses here call.
 LOW = {
-    F.linear, F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, torch.conv1d, torch.conv2d,
-    torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm,
-    torch.addmm, torch.baddbmm, torch.einsum,
-}  # fmt: skip
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    torch.conv1d,
+    torch.conv2d,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+}
 FULL = {
-    F.layer_norm, F.group_norm, F.rms_norm, F.normalize, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax,
-    torch.log_softmax, Tensor.log_softmax, F.cross_entropy, F.mse_loss, F.l1_loss, F.softplus, torch.norm, Tensor.norm,
-}  # fmt: skip
+    F.layer_norm,
+    F.group_norm,
+    F.rms_norm,
+    F.normalize,
+    F.softmax,
+    torch.softmax,
+    Tensor.softmax,
+    F.log_softmax,
+    torch.log_softmax,
+    Tensor.log_softmax,
+    F.cross_entropy,
+    F.mse_loss,
+    F.l1_loss,
+    F.softplus,
+    torch.norm,
+    Tensor.norm,
+}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -388,11 +417,13 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def _kind(values: Iterable[Any]) -> tuple[Any, ...]:
     """All that the shape of a result can depend on."""
     return tuple(
-        (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor)
-        else _kind(value) if isinstance(value, (tuple, list))
+        (value.shape, value.stride(), value.dtype, value.device)
+        if isinstance(value, Tensor)
+        else _kind(value)
+        if isinstance(value, (tuple, list))
         else (type(value), value)
         for value in values
-    )  # fmt: skip
+    )
 
 
 class WeightsOnMeta(TorchFunctionMode):

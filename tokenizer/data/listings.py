@@ -106,8 +106,12 @@ def unseen_classes(listing: Listing) -> list[str]:
     """The warning that nothing trains on some held-out classes, where it is so."""
     if listing.held_out is None:
         return []
-    counts = [np.bincount(listing.labels[(listing.labels >= 0) & part], minlength=len(listing.class_names))
-              for part in (~listing.held_out, listing.held_out)]  # fmt: skip
+    counts = [
+        np.bincount(
+            listing.labels[(listing.labels >= 0) & part], minlength=len(listing.class_names)
+        )
+        for part in (~listing.held_out, listing.held_out)
+    ]
     alone = np.flatnonzero((counts[0] == 0) & (counts[1] > 0)).tolist()
     if not alone:
         return []

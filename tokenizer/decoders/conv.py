@@ -35,9 +35,13 @@ class ConvDecoderConfig:
                 f"decoder.kind=conv doubles its grid: {stride} pixels per code is no power of two; take vit"
             )
         return ConvDecoder(
-            in_channels, stride, self.channels, self.residual_blocks, self.residual_channels,
+            in_channels,
+            stride,
+            self.channels,
+            self.residual_blocks,
+            self.residual_channels,
             activation=self.activation,
-        )  # fmt: skip
+        )
 
 
 class ConvDecoder(nn.Module):

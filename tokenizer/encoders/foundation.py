@@ -326,9 +326,15 @@ def load_pretrained(
                 return _build(config), preprocessing
             family = FAMILIES[config.model_type]
             model, report = getattr(transformers, family.model_class).from_pretrained(
-                folder, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
-                dtype=torch.float32, key_mapping={PART_OF_COMPOSITE: ""}, **family.arguments,
-            )  # fmt: skip
+                folder,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                key_mapping={PART_OF_COMPOSITE: ""},
+                **family.arguments,
+            )
     except UserError:
         raise
     except Exception as error:  # what transformers' readers raise shares no base

@@ -88,10 +88,15 @@ def import_one(given) -> None:
     data = {name: value for name, value in asked.items() if value is not None}
     print(
         import_tokenizer(
-            given.reference, given.out, data, file=given.file, revision=given.revision, as_=given.kind,
+            given.reference,
+            given.out,
+            data,
+            file=given.file,
+            revision=given.revision,
+            as_=given.kind,
             config=given.config,
         )
-    )  # fmt: skip
+    )
 
 
 def import_every(given) -> None:

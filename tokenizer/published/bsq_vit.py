@@ -77,7 +77,11 @@ BSQ_VIT = Peer(
     kind="bsq-vit",
     title="BSQ-ViT (zhaoyue-zephyrus/bsq-vit)",
     licence="MIT",
-    recognises=has("encoder.conv1.weight", "quant_embed.weight", r"encoder\.transformer\.resblocks\.0\.ln_1\.weight"),
+    recognises=has(
+        "encoder.conv1.weight",
+        "quant_embed.weight",
+        r"encoder\.transformer\.resblocks\.0\.ln_1\.weight",
+    ),
     architecture=architecture,
     ignored=(r"quantize\.(group_)?basis",),
     quirks=(
@@ -89,19 +93,28 @@ BSQ_VIT = Peer(
     ),
     files=(
         PublishedFile(
-            "bsq-vit-18bit", WHERE, "checkpoint.pt", "256 px, f8, 18 bits, 768 wide, 12 layers, 12 heads",
+            "bsq-vit-18bit",
+            WHERE,
+            "checkpoint.pt",
+            "256 px, f8, 18 bits, 768 wide, 12 layers, 12 heads",
             "PSNR 24.79, SSIM .7319, LPIPS .0836, rFID 1.34; averages 24.80, .7314, .0820, 1.23 (ImageNet val)",
             hyperparameters=SIZES,
         ),
         PublishedFile(
-            "bsq-vit-18bit-grouped", WHERE, "checkpoint.pt", "the same, trained with entropies of groups of bits",
+            "bsq-vit-18bit-grouped",
+            WHERE,
+            "checkpoint.pt",
+            "the same, trained with entropies of groups of bits",
             "PSNR 25.36, SSIM .7578, LPIPS .0761, rFID 1.14; averages 25.80, .7680, .0729, 1.30 (ImageNet val)",
             hyperparameters=SIZES,
         ),
         PublishedFile(
-            "bsq-vit-36bit", WHERE, "checkpoint.pt", "36 bits: more than the codes that are counted here, refused",
+            "bsq-vit-36bit",
+            WHERE,
+            "checkpoint.pt",
+            "36 bits: more than the codes that are counted here, refused",
             "PSNR 27.88, SSIM .8410, LPIPS .0432, rFID 0.41; averages 28.14, .8448, .0400, 0.45 (ImageNet val)",
             hyperparameters=SIZES,
         ),
     ),
-)  # fmt: skip
+)

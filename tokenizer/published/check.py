@@ -136,11 +136,14 @@ def encoded(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         latents = model.project_in(torch.cat([model.top_decoder(top.vectors), features], 1))
         bottom = model.quantizer(latents)
         return {
-            "features.top": top_latents, "features.bottom": latents,
-            "codes.top": top.codes, "codes.bottom": bottom.codes,
-            "quantized.top": top.vectors, "quantized.bottom": bottom.vectors,
+            "features.top": top_latents,
+            "features.bottom": latents,
+            "codes.top": top.codes,
+            "codes.bottom": bottom.codes,
+            "quantized.top": top.vectors,
+            "quantized.bottom": bottom.vectors,
             "reconstruction": model._to_images(top.vectors, bottom.vectors),
-        }  # fmt: skip
+        }
     latents, quantized = model.quantize(features)
     outputs = {
         "features": latents,

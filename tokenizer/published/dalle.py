@@ -74,7 +74,9 @@ DALLE = Peer(
     title="DALL-E's dVAE (openai/DALL-E)",
     licence="modified MIT",
     recognises=has(
-        r"(encoder|decoder)\.blocks\.input\.w", "encoder.blocks.output.conv.w", "decoder.blocks.output.conv.w"
+        r"(encoder|decoder)\.blocks\.input\.w",
+        "encoder.blocks.output.conv.w",
+        "decoder.blocks.output.conv.w",
     ),
     architecture=architecture,
     outputs=outputs,
@@ -89,9 +91,11 @@ DALLE = Peer(
     ),
     files=(
         PublishedFile(
-            "dalle-dvae", "https://cdn.openai.com/dall-e/", "encoder.pkl",
+            "dalle-dvae",
+            "https://cdn.openai.com/dall-e/",
+            "encoder.pkl",
             "with decoder.pkl beside it: f8, 8192 codes, n_hid 256, n_init 128, 2 blocks a group",
             "rFID 33.88 (train) / 32.01 (val), taming's README",
         ),
     ),
-)  # fmt: skip
+)

@@ -103,7 +103,9 @@ DIFFUSERS = Peer(
     title="VQModel (huggingface/diffusers)",
     licence="Apache-2.0 (library); weights have their own",
     recognises=has(
-        r"encoder\.down_blocks\.0\.resnets\.0\.conv1\.weight", r"decoder\.up_blocks\.0\..*", "quantize.embedding.weight"
+        r"encoder\.down_blocks\.0\.resnets\.0\.conv1\.weight",
+        r"decoder\.up_blocks\.0\..*",
+        "quantize.embedding.weight",
     ),
     architecture=architecture,
     quirks=(
@@ -114,16 +116,25 @@ DIFFUSERS = Peer(
     ),
     files=(
         PublishedFile(
-            "ldm-celebahq-256", "CompVis/ldm-celebahq-256", "vqvae/diffusion_pytorch_model.bin", "f4, 8192 codes of 3",
+            "ldm-celebahq-256",
+            "CompVis/ldm-celebahq-256",
+            "vqvae/diffusion_pytorch_model.bin",
+            "f4, 8192 codes of 3",
             config="vqvae/config.json",
         ),
         PublishedFile(
-            "vq-diffusion-ithq", "microsoft/vq-diffusion-ithq", "vqvae/diffusion_pytorch_model.bin", "f8",
+            "vq-diffusion-ithq",
+            "microsoft/vq-diffusion-ithq",
+            "vqvae/diffusion_pytorch_model.bin",
+            "f8",
             config="vqvae/config.json",
         ),
         PublishedFile(
-            "amused-256", "amused/amused-256", "vqvae/diffusion_pytorch_model.safetensors", "f16, no attention",
+            "amused-256",
+            "amused/amused-256",
+            "vqvae/diffusion_pytorch_model.safetensors",
+            "f16, no attention",
             config="vqvae/config.json",
         ),
     ),
-)  # fmt: skip
+)

@@ -42,13 +42,17 @@ IBQ = Peer(
     ),
     files=tuple(
         PublishedFile(
-            f"ibq-{codes}", f"TencentARC/IBQ-Tokenizer-{codes}", f"imagenet256_{codes}.ckpt",
+            f"ibq-{codes}",
+            f"TencentARC/IBQ-Tokenizer-{codes}",
+            f"imagenet256_{codes}.ckpt",
             f"f16, {codes} codes of 256, 4 blocks a level",
             f"rFID {rfid}, LPIPS {lpips}, usage {usage} % (ImageNet val at 256 px)",
         )
         for codes, rfid, lpips, usage in (
-            (1024, "2.24", "0.2580", 99), (8192, "1.87", "0.2437", 98), (16384, "1.37", "0.2235", 96),
+            (1024, "2.24", "0.2580", 99),
+            (8192, "1.87", "0.2437", 98),
+            (16384, "1.37", "0.2235", 96),
             (262144, "1.00", "0.2030", 84),
         )
     ),
-)  # fmt: skip
+)

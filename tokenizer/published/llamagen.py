@@ -51,9 +51,12 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     num_codes, dim = shapes["quantize.embedding.weight"]
     l2_norm = hyper.flag("codebook_l2_norm")
     quantizer = VectorConfig(
-        num_codes=num_codes, code_dim=dim, codebook="gradient", metric="l2" if l2_norm is False else "cosine",
+        num_codes=num_codes,
+        code_dim=dim,
+        codebook="gradient",
+        metric="l2" if l2_norm is False else "cosine",
         init="uniform",
-    )  # fmt: skip
+    )
     names = resnet_names(encoder, decoder, naming, BLOCK, ATTENTION)
     names |= {
         "project_in": "quant_conv",
@@ -69,7 +72,9 @@ LLAMAGEN = Peer(
     title="LlamaGen VQ (FoundationVision/LlamaGen)",
     licence="MIT",
     recognises=has(
-        r"encoder\.conv_blocks\.0\.res\.0\.conv1\.weight", r"decoder\.conv_blocks\.0\..*", "quantize.embedding.weight"
+        r"encoder\.conv_blocks\.0\.res\.0\.conv1\.weight",
+        r"decoder\.conv_blocks\.0\..*",
+        "quantize.embedding.weight",
     ),
     architecture=architecture,
     ignored=(r"quantize\.codebook_used", r"loss\..*"),
@@ -82,17 +87,26 @@ LLAMAGEN = Peer(
     ),
     files=(
         PublishedFile(
-            "llamagen-vq-ds16", "FoundationVision/LlamaGen", "vq_ds16_c2i.pt", "f16, 16384 codes of 8",
+            "llamagen-vq-ds16",
+            "FoundationVision/LlamaGen",
+            "vq_ds16_c2i.pt",
+            "f16, 16384 codes of 8",
             "rFID 2.19 at 256 px, 0.94 at 384 px scaled down, 0.70 at 512 px (ImageNet val, 50k); PSNR 20.79, SSIM "
             "0.675, usage 97 % (paper)",
         ),
         PublishedFile(
-            "llamagen-vq-ds8", "FoundationVision/LlamaGen", "vq_ds8_c2i.pt", "f8, 16384 codes of 8",
+            "llamagen-vq-ds8",
+            "FoundationVision/LlamaGen",
+            "vq_ds8_c2i.pt",
+            "f8, 16384 codes of 8",
             "rFID 0.59 at 256 px (ImageNet val, 50k)",
         ),
         PublishedFile(
-            "llamagen-vq-ds16-t2i", "peizesun/llamagen_t2i", "vq_ds16_t2i.pt", "f16, 16384 codes of 8",
+            "llamagen-vq-ds16-t2i",
+            "peizesun/llamagen_t2i",
+            "vq_ds16_t2i.pt",
+            "f16, 16384 codes of 8",
             "rFID 2.47, PSNR 20.65, SSIM 0.54 (ImageNet val at 256 px, measured by SEED-Voken)",
         ),
     ),
-)  # fmt: skip
+)

@@ -100,28 +100,44 @@ MASKGIT = Peer(
     title="MaskGIT-VQGAN (bytedance/1d-tokenizer, from open-muse)",
     licence="Apache-2.0",
     recognises=has(
-        r"encoder\.down\.0\.block\.0\.conv1\.weight", r"encoder\.mid\.0\.conv1\.weight", "quantize.embedding.weight"
+        r"encoder\.down\.0\.block\.0\.conv1\.weight",
+        r"encoder\.mid\.0\.conv1\.weight",
+        "quantize.embedding.weight",
     ),
     architecture=maskgit,
     unit_range=True,
-    quirks=(RANGE, SHORTCUT, "resolution is halved by averaging, without weights; there is no attention"),
+    quirks=(
+        RANGE,
+        SHORTCUT,
+        "resolution is halved by averaging, without weights; there is no attention",
+    ),
     files=(
         PublishedFile(
-            "maskgit-vqgan", "fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin", "f16, 1024 codes of 256",
+            "maskgit-vqgan",
+            "fun-research/TiTok",
+            "maskgit-vqgan-imagenet-f16-256.bin",
+            "f16, 1024 codes of 256",
             "rFID 2.28 (MaskGIT's paper); MaskBit's README: rFID 1.96, IS 178.3, PSNR 18.6, SSIM 0.47, usage 0.45 "
             "(ImageNet val at 256 px)",
         ),
     ),
-)  # fmt: skip
+)
 MASKBIT = Peer(
     kind="maskbit",
     title="MaskBit tokenizers and VQGAN+ (markweberdev/maskbit)",
     licence="Apache-2.0",
     recognises=has(
-        r"encoder\.down\.0\.res_blocks\.0\.conv1\.weight", r"decoder\.up\.0\.res_blocks\..*", "encoder.conv_out.weight"
+        r"encoder\.down\.0\.res_blocks\.0\.conv1\.weight",
+        r"decoder\.up\.0\.res_blocks\..*",
+        "encoder.conv_out.weight",
     ),
     architecture=maskbit,
-    ignored=(r"quantize\.bits_to_indices", r"quantize\.codebook", r"loss\..*", r"discriminator\..*"),
+    ignored=(
+        r"quantize\.bits_to_indices",
+        r"quantize\.codebook",
+        r"loss\..*",
+        r"discriminator\..*",
+    ),
     unit_range=True,
     quirks=(
         RANGE,
@@ -132,9 +148,12 @@ MASKBIT = Peer(
     ),
     files=tuple(
         PublishedFile(
-            f"maskbit-{bits}bit", f"markweber/maskbit_tokenizer_{bits}bit", "model.safetensors",
-            f"f16, {bits} bits", config="config.json",
+            f"maskbit-{bits}bit",
+            f"markweber/maskbit_tokenizer_{bits}bit",
+            "model.safetensors",
+            f"f16, {bits} bits",
+            config="config.json",
         )
         for bits in (10, 12, 14, 16, 18)
     ),
-)  # fmt: skip
+)

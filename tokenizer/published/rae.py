@@ -135,9 +135,11 @@ RAE_PEER = Peer(
     ),
     files=(
         PublishedFile(
-            "rae-dinov2-b", "nyu-visionx/RAE-collections", "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+            "rae-dinov2-b",
+            "nyu-visionx/RAE-collections",
+            "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
             "1152 wide, 28 layers, 16 heads; statistics in stats/dinov2/wReg_base/imagenet1k/stat.pt",
             "rFID 0.57 reported, 0.54 reproduced (ImageNet val at 256 px, tau 0.8)",
         ),
     ),
-)  # fmt: skip
+)

@@ -47,9 +47,13 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     model = VQVAE2Config(
         encoder=ConvEncoderConfig(channels=channels, stride=4, **sizes),
         decoder=ConvDecoderConfig(channels=channels, **sizes),
-        top=quantizer("quantize_t"), bottom=quantizer("quantize_b"),
-        top_stride=2, channels=channels, narrow=True, **sizes,
-    )  # fmt: skip
+        top=quantizer("quantize_t"),
+        bottom=quantizer("quantize_b"),
+        top_stride=2,
+        channels=channels,
+        narrow=True,
+        **sizes,
+    )
     return Architecture(model, hyper.number("size") or RESOLUTION, names)
 
 
@@ -72,7 +76,12 @@ ROSINALITY = Peer(
     kind="rosinality",
     title="VQ-VAE-2 (rosinality/vq-vae-2-pytorch)",
     licence="MIT",
-    recognises=has(r"enc_b\.blocks\.0\.weight", r"quantize_t\.embed", r"quantize_b\.embed", r"upsample_t\.weight"),
+    recognises=has(
+        r"enc_b\.blocks\.0\.weight",
+        r"quantize_t\.embed",
+        r"quantize_b\.embed",
+        r"upsample_t\.weight",
+    ),
     architecture=architecture,
     quirks=(
         "codebooks are stored with a column for each code, beside their moving averages",
@@ -80,8 +89,10 @@ ROSINALITY = Peer(
     ),
     files=(
         PublishedFile(
-            "rosinality-vqvae2-ffhq", "https://github.com/rosinality/vq-vae-2-pytorch", "vqvae_560.pt",
+            "rosinality-vqvae2-ffhq",
+            "https://github.com/rosinality/vq-vae-2-pytorch",
+            "vqvae_560.pt",
             "FFHQ at 256 px: 32 x 32 and 64 x 64 of 512 codes of 64",
         ),
     ),
-)  # fmt: skip
+)

@@ -32,13 +32,15 @@ def autoencoder(
 ) -> Architecture:
     levels = count(shapes, "encoder.down.{}.")
     encoder = MagvitEncoderConfig(
-        **sizes(shapes, "encoder", levels, naming), downsampling="centred",
+        **sizes(shapes, "encoder", levels, naming),
+        downsampling="centred",
         out_channels=shapes["encoder.conv_out.weight"][0],
-    )  # fmt: skip
+    )
     decoder = MagvitDecoderConfig(
-        **sizes(shapes, "decoder", levels, naming), upsampling="channels",
+        **sizes(shapes, "decoder", levels, naming),
+        upsampling="channels",
         adaptive="decoder.adaptive.0.gamma.weight" in shapes,
-    )  # fmt: skip
+    )
     names = magvit_names(encoder, decoder, naming) | quantizer_names
     model = VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder)
     size = hyper.number("ddconfig", "resolution") or hyper.number("resolution") or RESOLUTION
@@ -80,23 +82,35 @@ MAGVIT2 = Peer(
     ),
     files=(
         PublishedFile(
-            "open-magvit2-256", "TencentARC/Open-MAGVIT2-Tokenizer-256-resolution", "imagenet_256_L.ckpt",
-            "f16, 18 bits, 4 blocks a level", "rFID 1.17, PSNR 21.90, usage 100 % (ImageNet val at 256 px)",
+            "open-magvit2-256",
+            "TencentARC/Open-MAGVIT2-Tokenizer-256-resolution",
+            "imagenet_256_L.ckpt",
+            "f16, 18 bits, 4 blocks a level",
+            "rFID 1.17, PSNR 21.90, usage 100 % (ImageNet val at 256 px)",
         ),
         PublishedFile(
-            "open-magvit2-128", "TencentARC/Open-MAGVIT2-Tokenizer-128-resolution", "imagenet_128_L.ckpt",
-            "f8, 18 bits, 4 blocks a level", "rFID 1.18, PSNR 25.08 (ImageNet val at 128 px)",
+            "open-magvit2-128",
+            "TencentARC/Open-MAGVIT2-Tokenizer-128-resolution",
+            "imagenet_128_L.ckpt",
+            "f8, 18 bits, 4 blocks a level",
+            "rFID 1.18, PSNR 25.08 (ImageNet val at 128 px)",
         ),
         PublishedFile(
-            "open-magvit2-pretrain-16384", "TencentARC/Open-MAGVIT2-Tokenizer-16384-Pretrain", "pretrain256_16384.ckpt",
-            "f16, 14 bits", "rFID 2.55, PSNR 22.21, SSIM 0.62 (ImageNet val at 256 px)",
+            "open-magvit2-pretrain-16384",
+            "TencentARC/Open-MAGVIT2-Tokenizer-16384-Pretrain",
+            "pretrain256_16384.ckpt",
+            "f16, 14 bits",
+            "rFID 2.55, PSNR 22.21, SSIM 0.62 (ImageNet val at 256 px)",
         ),
         PublishedFile(
-            "open-magvit2-pretrain-262144", "TencentARC/Open-MAGVIT2-Tokenizer-262144-Pretrain",
-            "pretrain256_262144.ckpt", "f16, 18 bits", "rFID 1.67, PSNR 22.70, SSIM 0.64 (ImageNet val at 256 px)",
+            "open-magvit2-pretrain-262144",
+            "TencentARC/Open-MAGVIT2-Tokenizer-262144-Pretrain",
+            "pretrain256_262144.ckpt",
+            "f16, 18 bits",
+            "rFID 1.67, PSNR 22.70, SSIM 0.64 (ImageNet val at 256 px)",
         ),
     ),
-)  # fmt: skip
+)
 SIMVQ = Peer(
     kind="simvq",
     title="SimVQ (youngsheen/SimVQ)",

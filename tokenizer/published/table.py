@@ -22,10 +22,22 @@ from training.command import UserError
 PEERS: dict[str, Peer] = {
     peer.kind: peer
     for peer in (
-        TAMING, GUMBEL, LLAMAGEN, IBQ, MAGVIT2, SIMVQ, MASKGIT, MASKBIT, TITOK, BSQ_VIT, DIFFUSERS, ROSINALITY,
-        DALLE, RAE_PEER,
+        TAMING,
+        GUMBEL,
+        LLAMAGEN,
+        IBQ,
+        MAGVIT2,
+        SIMVQ,
+        MASKGIT,
+        MASKBIT,
+        TITOK,
+        BSQ_VIT,
+        DIFFUSERS,
+        ROSINALITY,
+        DALLE,
+        RAE_PEER,
     )
-}  # fmt: skip
+}
 TARGETS = (
     "target",
     "class_path",

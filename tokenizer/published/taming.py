@@ -94,8 +94,12 @@ NETWORKS = (
     r"encoder\.down\.0\.block\.0\.norm1\.weight",
     r"decoder\.up\.0\.block\.0\..*",
 )
-PLAIN = has(*NETWORKS, "quantize.embedding.weight", r"encoder\.mid\.block_1\..*",
-            without=(r"quantize\.embedding_proj\..*", "quantize.codebook_used"))  # fmt: skip
+PLAIN = has(
+    *NETWORKS,
+    "quantize.embedding.weight",
+    r"encoder\.mid\.block_1\..*",
+    without=(r"quantize\.embedding_proj\..*", "quantize.codebook_used"),
+)
 
 
 def is_ibq(evidence: Evidence) -> bool:
@@ -123,18 +127,32 @@ TAMING = Peer(
     quirks=QUIRKS,
     files=(
         PublishedFile(
-            "taming-vqgan-f16-1024", HEIBOX, "last.ckpt", "f16, 1024 codes of 256; vqgan_imagenet_f16_1024",
+            "taming-vqgan-f16-1024",
+            HEIBOX,
+            "last.ckpt",
+            "f16, 1024 codes of 256; vqgan_imagenet_f16_1024",
             "rFID 10.54 (train) / 7.94 (val), torch-fidelity; MaskBit's README: rFID 7.96, PSNR 20.18, SSIM 0.52",
         ),
         PublishedFile(
-            "taming-vqgan-f16-16384", HEIBOX, "last.ckpt", "f16, 16384 codes of 256; vqgan_imagenet_f16_16384",
+            "taming-vqgan-f16-16384",
+            HEIBOX,
+            "last.ckpt",
+            "f16, 16384 codes of 256; vqgan_imagenet_f16_16384",
             "rFID 7.41 (train) / 4.98 (val), torch-fidelity",
         ),
-        PublishedFile("ldm-vq-f8", HEIBOX, "model.ckpt", "f8, 16384 codes of 4; OpenImages", "rFID 1.14 (val)"),
-        PublishedFile("ldm-vq-f8-n256", HEIBOX, "model.ckpt", "f8, 256 codes of 4; OpenImages", "rFID 1.49 (val)"),
+        PublishedFile(
+            "ldm-vq-f8", HEIBOX, "model.ckpt", "f8, 16384 codes of 4; OpenImages", "rFID 1.14 (val)"
+        ),
+        PublishedFile(
+            "ldm-vq-f8-n256",
+            HEIBOX,
+            "model.ckpt",
+            "f8, 256 codes of 4; OpenImages",
+            "rFID 1.49 (val)",
+        ),
         PublishedFile("ldm-vq-f16", HEIBOX, "model.ckpt", "f16, 16384 codes of 8; OpenImages"),
     ),
-)  # fmt: skip
+)
 GUMBEL = Peer(
     kind="taming-gumbel",
     title="Gumbel VQGAN (CompVis/taming-transformers)",
@@ -149,9 +167,12 @@ GUMBEL = Peer(
     ),
     files=(
         PublishedFile(
-            "taming-gumbel-f8", HEIBOX, "last.ckpt", "f8, 8192 codes of 256; vqgan_gumbel_f8, OpenImages",
+            "taming-gumbel-f8",
+            HEIBOX,
+            "last.ckpt",
+            "f8, 8192 codes of 256; vqgan_gumbel_f8, OpenImages",
             "rFID 3.24 (train) / 1.49 (val), torch-fidelity, of codes drawn at random",
         ),
     ),
     outputs=logits,
-)  # fmt: skip
+)

@@ -41,14 +41,21 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     size = patch * math.isqrt(shapes["encoder.positional_embedding"][0] - 1)
     num_codes, dim = shapes["quantize.embedding.weight"]
     encoder = TiTokEncoderConfig(
-        **transformer("encoder"), num_tokens=shapes["latent_tokens"][0], patch=patch, unit_range=True,
-        scrambled=legacy, out_channels=dim,
-    )  # fmt: skip
+        **transformer("encoder"),
+        num_tokens=shapes["latent_tokens"][0],
+        patch=patch,
+        unit_range=True,
+        scrambled=legacy,
+        out_channels=dim,
+    )
     names = {
-        "encoder.embed": "encoder.patch_embed", "encoder.head": "encoder.conv_out", "encoder.latents": "latent_tokens",
-        "decoder.embed": "decoder.decoder_embed", "decoder.mask": "decoder.mask_token",
+        "encoder.embed": "encoder.patch_embed",
+        "encoder.head": "encoder.conv_out",
+        "encoder.latents": "latent_tokens",
+        "decoder.embed": "decoder.decoder_embed",
+        "decoder.mask": "decoder.mask_token",
         "quantizer.codebook": "quantize.embedding.weight",
-    }  # fmt: skip
+    }
     settings = transformer("decoder")
     if mixes:
         names |= {"decoder.head.0": "decoder.ffn.0", "decoder.head.2": "decoder.ffn.2"}
@@ -61,9 +68,13 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
             f"decoder.pixels.{o.removeprefix('decoder.')}": f"pixel_{t}" for o, t in inner.items()
         }
         decoder = TiTokDecoderConfig(
-            **settings, patch=2 ** (len(pixels.multipliers) - 1), unit_range=True, pixels=pixels,
-            num_pixel_codes=num_pixel_codes, pixel_code_dim=pixel_code_dim,
-        )  # fmt: skip
+            **settings,
+            patch=2 ** (len(pixels.multipliers) - 1),
+            unit_range=True,
+            pixels=pixels,
+            num_pixel_codes=num_pixel_codes,
+            pixel_code_dim=pixel_code_dim,
+        )
     else:
         names |= {"decoder.head": "decoder.ffn.0", "decoder.pixels": "decoder.conv_out"}
         decoder_patch = math.isqrt(shapes["decoder.ffn.0.weight"][0] // 3)
@@ -75,9 +86,12 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
         names[f"{side}.latent_positions"] = f"{side}.latent_token_positional_embedding"
     unit_length = hyper.flag("use_l2_norm")
     quantizer = VectorConfig(
-        num_codes=num_codes, code_dim=dim, codebook="gradient", init="uniform",
+        num_codes=num_codes,
+        code_dim=dim,
+        codebook="gradient",
+        init="uniform",
         metric="cosine" if (legacy if unit_length is None else unit_length) else "l2",
-    )  # fmt: skip
+    )
     return Architecture(
         VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder), size, names
     )
@@ -97,16 +111,24 @@ def _files() -> tuple[PublishedFile, ...]:
     first = "4096 codes of 12 of unit length, first generation"
     second = "8192 codes of 64"
     known = (
-        ("l32", 32, first, "2.21"), ("b64", 64, first, "1.70"), ("s128", 128, first, "1.71"),
-        ("bl64_vq8k", 64, second, "2.06"), ("bl128_vq8k", 128, second, "1.49"), ("sl256_vq8k", 256, second, "1.03"),
-    )  # fmt: skip
+        ("l32", 32, first, "2.21"),
+        ("b64", 64, first, "1.70"),
+        ("s128", 128, first, "1.71"),
+        ("bl64_vq8k", 64, second, "2.06"),
+        ("bl128_vq8k", 128, second, "1.49"),
+        ("sl256_vq8k", 256, second, "1.03"),
+    )
     return tuple(
         PublishedFile(
-            f"titok-{name.replace('_', '-')}", f"yucornetto/tokenizer_titok_{name}_imagenet", "model.safetensors",
-            f"{tokens} tokens, {about}", f"rFID {rfid} (ImageNet val at 256 px)", config="config.json",
+            f"titok-{name.replace('_', '-')}",
+            f"yucornetto/tokenizer_titok_{name}_imagenet",
+            "model.safetensors",
+            f"{tokens} tokens, {about}",
+            f"rFID {rfid} (ImageNet val at 256 px)",
+            config="config.json",
         )
         for name, tokens, about, rfid in known
-    )  # fmt: skip
+    )
 
 
 TITOK = Peer(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 BLOCK = {
-    "norm1": "ln_1", "norm2": "ln_2", "out_proj": "attn.out_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj",
-}  # fmt: skip
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "out_proj": "attn.out_proj",
+    "mlp_in": "mlp.c_fc",
+    "mlp_out": "mlp.c_proj",
+}
 
 
 def transformer_names(ours: str, theirs: str, blocks: str, depth: int) -> dict[str, str]:

@@ -213,18 +213,49 @@ def _search_rows(rows: Tensor, codebook: Codes, coarse: str, tiles: Tiles | None
         )
         shape = dict(ROWS=tile.rows, CODES=tile.codes, KEPT=KEPT, MAX_SPLITS=MAX_SPLITS)
         _shortlist[(programs,)](
-            left, right, codebook.centre, offsets, reaches, order, count, scales, codebook.scales,
-            weights, units, errors, found,
-            num_codes, left.shape[1],
-            PRECISION=precision, DEPTH=tile.depth, **shape, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            left,
+            right,
+            codebook.centre,
+            offsets,
+            reaches,
+            order,
+            count,
+            scales,
+            codebook.scales,
+            weights,
+            units,
+            errors,
+            found,
+            num_codes,
+            left.shape[1],
+            PRECISION=precision,
+            DEPTH=tile.depth,
+            **shape,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         doubtful, rechecked = torch.empty_like(order), torch.zeros_like(count)
         _decide[(triton.cdiv(num_rows, GROUP),)](
-            found, order, count, rows, codebook.values, codebook.centre, codebook.exact_offsets, scales, ranges,
-            codes, doubtful, rechecked,
-            num_codes, depth, programs,
-            FINAL=precision == "ieee", DEPTH=min(256, triton.next_power_of_2(depth)), GROUP=GROUP, **shape,
-        )  # fmt: skip
+            found,
+            order,
+            count,
+            rows,
+            codebook.values,
+            codebook.centre,
+            codebook.exact_offsets,
+            scales,
+            ranges,
+            codes,
+            doubtful,
+            rechecked,
+            num_codes,
+            depth,
+            programs,
+            FINAL=precision == "ieee",
+            DEPTH=min(256, triton.next_power_of_2(depth)),
+            GROUP=GROUP,
+            **shape,
+        )
         if precision != "ieee":
             order, count = doubtful, rechecked
     return Search(codes, count)
@@ -259,9 +290,18 @@ def _round(
     rounded = values.new_empty((len(values), width), dtype=dtype)
     norms, residuals = torch.empty_like(scales), torch.empty_like(scales)
     _round_rows[(triton.cdiv(len(values), GROUP),)](
-        values, centre, scales, rounded, norms, residuals, *values.shape, width,
-        DROPPED=DROPPED[coarse], GROUP=GROUP, BLOCK=min(512, triton.next_power_of_2(width)),
-    )  # fmt: skip
+        values,
+        centre,
+        scales,
+        rounded,
+        norms,
+        residuals,
+        *values.shape,
+        width,
+        DROPPED=DROPPED[coarse],
+        GROUP=GROUP,
+        BLOCK=min(512, triton.next_power_of_2(width)),
+    )
     return rounded, norms, residuals
 
 
@@ -322,7 +362,7 @@ def _tiles(device: torch.device, precision: str, depth: int) -> Tiles:
 @jit
 def _measure_rows(
     values, centre, peaks, half_norms, num_rows, depth, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     row = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     source = values + row.to(tl.int64)[:, None] * depth
     peak = tl.zeros((GROUP, BLOCK), tl.float64)
@@ -341,9 +381,19 @@ def _measure_rows(
 
 @jit
 def _round_rows(
-    values, centre, scales, rounded, norms, residuals, num_rows, depth, width,
-    DROPPED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    values,
+    centre,
+    scales,
+    rounded,
+    norms,
+    residuals,
+    num_rows,
+    depth,
+    width,
+    DROPPED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     inside = (row < num_rows)[:, None]
     scale = tl.load(scales + row, mask=row < num_rows, other=0.0)[:, None]
@@ -373,11 +423,28 @@ def _round_rows(
 
 @jit
 def _shortlist(
-    features, codebook, centre, offsets, reaches, order, count, row_scales, code_scales,
-    weights, units, errors, found, num_codes, depth,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, DEPTH: tl.constexpr, KEPT: tl.constexpr,
+    features,
+    codebook,
+    centre,
+    offsets,
+    reaches,
+    order,
+    count,
+    row_scales,
+    code_scales,
+    weights,
+    units,
+    errors,
+    found,
+    num_codes,
+    depth,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    KEPT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-):  # fmt: skip
+):
     """The KEPT smallest bounds of the rows order[:count], and their codes, for every split of the
     codebook."""
     total = tl.load(count)
@@ -440,11 +507,29 @@ def _shortlist(
 
 @jit
 def _decide(
-    found, order, count, features, codebook, centre, offsets, row_scales, ranges,
-    codes, doubtful, num_doubtful, num_codes, depth, programs,
-    FINAL: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, DEPTH: tl.constexpr, KEPT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    found,
+    order,
+    count,
+    features,
+    codebook,
+    centre,
+    offsets,
+    row_scales,
+    ranges,
+    codes,
+    doubtful,
+    num_doubtful,
+    num_codes,
+    depth,
+    programs,
+    FINAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    KEPT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """The best kept code of a row in fp64. Unless FINAL only those whose bound allows it; else the
     row is doubtful."""
     start = tl.program_id(0) * GROUP

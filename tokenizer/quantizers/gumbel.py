@@ -41,9 +41,15 @@ class GumbelConfig:
 
     def build(self) -> Gumbel:
         return Gumbel(
-            self.num_codes, self.code_dim, self.temperature_start, self.temperature_end, self.anneal_steps, self.hard,
-            self.kl, self.vector_dim,
-        )  # fmt: skip
+            self.num_codes,
+            self.code_dim,
+            self.temperature_start,
+            self.temperature_end,
+            self.anneal_steps,
+            self.hard,
+            self.kl,
+            self.vector_dim,
+        )
 
 
 class Gumbel(nn.Module):

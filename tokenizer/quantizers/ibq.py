@@ -45,9 +45,15 @@ class IBQConfig:
 
     def build(self) -> IBQ:
         return IBQ(
-            self.num_codes, self.code_dim, self.commitment, self.attraction, self.temperature, self.entropy,
-            self.entropy_temperature, self.init == "kmeans",
-        )  # fmt: skip
+            self.num_codes,
+            self.code_dim,
+            self.commitment,
+            self.attraction,
+            self.temperature,
+            self.entropy,
+            self.entropy_temperature,
+            self.init == "kmeans",
+        )
 
 
 class IBQ(nn.Module):

@@ -36,9 +36,14 @@ class LookupFreeConfig:
 
     def build(self) -> LookupFree:
         return LookupFree(
-            self.bits, self.spherical, self.commitment, self.entropy, self.diversity, self.temperature,
+            self.bits,
+            self.spherical,
+            self.commitment,
+            self.entropy,
+            self.diversity,
+            self.temperature,
             lowest_first=self.lowest_first,
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +68,15 @@ class BSQConfig:
 
     def build(self) -> LookupFree:
         return LookupFree(
-            self.bits, True, self.commitment, self.entropy, self.diversity, self.temperature,
-            entropy_boost=self.entropy_boost, entropy_boost_steps=self.entropy_boost_steps,
-        )  # fmt: skip
+            self.bits,
+            True,
+            self.commitment,
+            self.entropy,
+            self.diversity,
+            self.temperature,
+            entropy_boost=self.entropy_boost,
+            entropy_boost_steps=self.entropy_boost_steps,
+        )
 
 
 def _check(config: LookupFreeConfig | BSQConfig) -> None:

@@ -60,9 +60,15 @@ class SimVQConfig:
     def build(self) -> SimVQ:
         assignment = build_assignment(self, learn_codebook=True)
         return SimVQ(
-            self.num_codes, self.code_dim, assignment, init=self.init, restart=self.restart,
-            restart_below=self.restart_below, restart_every=self.restart_every, restart_until=self.restart_until,
-        )  # fmt: skip
+            self.num_codes,
+            self.code_dim,
+            assignment,
+            init=self.init,
+            restart=self.restart,
+            restart_below=self.restart_below,
+            restart_every=self.restart_every,
+            restart_until=self.restart_until,
+        )
 
 
 class SimVQ(nn.Module):
@@ -156,9 +162,14 @@ class SimVQ(nn.Module):
         wanted = self.restart != "none" and not 0 < self.restart_until <= step
         if wanted and (step + 1) % self.restart_every == 0:
             self.changed = revive(
-                self.frozen, self.mean_counts, candidates, step, below=self.restart_below,
-                split=self.restart == "split", to_book=self._solve,
-            )  # fmt: skip
+                self.frozen,
+                self.mean_counts,
+                candidates,
+                step,
+                below=self.restart_below,
+                split=self.restart == "split",
+                to_book=self._solve,
+            )
 
     def follow(self, source: SimVQ) -> None:
         """Take what `source` restarted in its last update: a mean of the old and the new vector is

@@ -75,10 +75,17 @@ class VectorConfig:
     def build(self) -> VectorQuantizer:
         assignment = build_assignment(self, learn_codebook=self.codebook == "gradient")
         return VectorQuantizer(
-            self.num_codes, self.code_dim, assignment, decay=self.decay, epsilon=self.epsilon, init=self.init,
-            restart=self.restart, restart_below=self.restart_below, restart_until=self.restart_until,
+            self.num_codes,
+            self.code_dim,
+            assignment,
+            decay=self.decay,
+            epsilon=self.epsilon,
+            init=self.init,
+            restart=self.restart,
+            restart_below=self.restart_below,
+            restart_until=self.restart_until,
             keeps_length=self.metric == "angle",
-        )  # fmt: skip
+        )
 
 
 class VectorQuantizer(nn.Module):
@@ -194,9 +201,13 @@ class VectorQuantizer(nn.Module):
             torch.div(self.mean_sums, scale[:, None], out=self.codebook)
         if self.restart != "none" and not 0 < self.restart_until <= step:
             self.changed = revive(
-                self.codebook, self.mean_counts, candidates, step,
-                below=self.restart_below, split=self.restart == "split",
-            )  # fmt: skip
+                self.codebook,
+                self.mean_counts,
+                candidates,
+                step,
+                below=self.restart_below,
+                split=self.restart == "split",
+            )
             if self.assignment.cosine:
                 replace_(
                     self.codebook,
