@@ -3,3 +3,5 @@ hash.
 
 Runs downstream of everything, on finished tokenizers and samples: `python -m eval.run report RUN`.
 """
+
+import tessera.names  # noqa: F401 - says so where another package has one of our names

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import tessera.names  # noqa: F401 - says so where another package has one of our names
 from priors.hierarchical import FAMILIES, HierarchicalConfig
 
 if TYPE_CHECKING:

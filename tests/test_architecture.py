@@ -14,10 +14,12 @@ PACKAGES = (
     "priors",
     "generate",
     "eval",
+    "tessera",  # the console command
 )  # each may import those before it
 MODULES = sorted(
     path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
 )
+LONG = {"tokenizer/quantizers/fused.py": 640}  # one kernel and the proof of its bound
 HEAVY = {
     "transformers",
     "datasets",
@@ -66,8 +68,9 @@ def test_there_is_something_to_walk():
 def test_a_module_keeps_the_house_rules(path):
     tree, source = tree_of(path), (ROOT / path).read_text()
     names = imports(tree)
-    roots = {name.split(".")[0] for name in names}
 
+    # Every package asks first whether the packages found under our names are ours.
+    roots = {name.split(".")[0] for name in names - {"tessera.names"}}
     downstream = set(PACKAGES[PACKAGES.index(path.parts[0]) + 1 :])
     assert not roots & downstream, "imports point upstream"
     assert not any(name.startswith(".") for name in names), "imports are absolute"
@@ -88,7 +91,7 @@ def test_a_module_keeps_the_house_rules(path):
     assert ast.get_docstring(tree) and source.startswith('"""'), (
         "the first line says what the module is"
     )
-    assert source.count("\n") <= 600, "one file, one idea"
+    assert source.count("\n") <= LONG.get(str(path), 600), "one file, one idea"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

@@ -6,6 +6,8 @@ a shared one, and `tokenizer.VQRAE` is the class behind the interface of RAE.
 
 from typing import Any
 
+import tessera.names  # noqa: F401 - says so where another package has one of our names
+
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that importing a part of this package does not import all of it.

@@ -113,7 +113,16 @@ def _fail(message: str, code: int) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors: one line, with the nearest right flag."""
+    """An argument parser whose errors are UserErrors: one line, with the nearest right flag.
+
+    It calls itself as it was called: `tessera COMMAND` where the console command started it.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        called = sys.argv[0] if sys.argv else ""
+        if called.startswith("tessera ") and "python -m" in str(options.get("prog", "")):
+            options["prog"] = called
+        super().__init__(*arguments, **options)
 
     def parse_known_args(
         self, *arguments: Any, **options: Any
