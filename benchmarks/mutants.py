@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import hashlib
 import inspect
 import itertools
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
@@ -285,12 +285,19 @@ def _ifs(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.If]]:
 
 
 def sampled(file: str, count: int | None, seed: int) -> tuple[list[Mutant], int]:
-    """So many of a file's mutants, and how many there are; a larger sample holds the smaller
-    one."""
+    """So many of a file's mutants, and how many there are.
+
+    A larger sample holds the smaller one, and whether a mutant is in it depends on nothing but its
+    key: a file that moves, or changes elsewhere, keeps its sample.
+    """
     text = (ROOT / file).read_text()
     every = mutants_of(file, text) + negated_conditions(file, text)
-    random.Random(f"{seed}:{file}").shuffle(every)
-    return list(itertools.islice(filter(_compiles, every), count)), len(every)
+    folder = file.removesuffix(Path(file).name)
+
+    def rank(mutant: Mutant) -> str:
+        return hashlib.sha256(f"{seed}:{mutant.key.removeprefix(folder)}".encode()).hexdigest()
+
+    return list(itertools.islice(filter(_compiles, sorted(every, key=rank)), count)), len(every)
 
 
 def _compiles(mutant: Mutant) -> bool:

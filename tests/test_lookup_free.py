@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer.quantizers import search
+from tokenizer.quantizers import ibq, search
 from tokenizer.quantizers.codebook import to_rows
 from tokenizer.quantizers.fsq import FSQConfig
 from tokenizer.quantizers.gumbel import GumbelConfig
@@ -128,11 +128,11 @@ def test_gradients_reach_the_features_and_all_that_learns(config):
 
 
 def test_the_size_of_chunks_changes_nothing(config, monkeypatch):
-    noisy = isinstance(config, GumbelConfig)  # which is drawn chunk by chunk
     results = []
     for budget in (search.BUDGET, 1, 100):
         monkeypatch.setattr(search, "BUDGET", budget)
-        quantizer, given = build(config).train(not noisy), features().requires_grad_()
+        quantizer, given = build(config).train(), features().requires_grad_()
+        torch.manual_seed(3)
         output = quantizer(given)
         (output.vectors.square().sum() + output.loss).backward()
         results.append(
@@ -140,6 +140,24 @@ def test_the_size_of_chunks_changes_nothing(config, monkeypatch):
         )
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("kind", ["ibq", "gumbel"])
+@pytest.mark.parametrize(("budget", "most"), [(1, 1), (60, 5), (search.BUDGET, 36)])
+def test_chunks_are_as_long_as_the_budget_allows(kind, budget, most, monkeypatch):
+    """Of 36 rows with 12 products each: at least a row at once, and each row once."""
+    monkeypatch.setattr(search, "BUDGET", budget)
+    quantizer, given = build(CASES[kind]).train(), features()
+    if kind == "ibq":
+        parts = ibq._parts(to_rows(given), quantizer.codebook)
+        lengths = [len(to_rows(given)[part]) for part in parts]
+    else:
+        lengths, choose = [], quantizer._choose
+        monkeypatch.setattr(
+            quantizer, "_choose", lambda rows, keys: lengths.append(len(rows)) or choose(rows, keys)
+        )
+        quantizer(given)
+    assert sum(lengths) == 36 and max(lengths) == most and len(lengths) == math.ceil(36 / most)
 
 
 def test_update_adds_up_micro_batches_and_a_skipped_step_leaves_no_trace(config):
@@ -213,6 +231,7 @@ def test_initialise_changes_only_what_was_asked_for(config):
         (GumbelConfig, {"temperature_end": 2.0}, "quantizer.temperature_end=2.0"),
         (GumbelConfig, {"temperature_end": 0.0}, "quantizer.temperature_end=0.0"),
         (GumbelConfig, {"anneal_steps": 0}, "quantizer.anneal_steps=0"),
+        (GumbelConfig, {"vector_dim": 0}, "quantizer.vector_dim=0"),
     ],
 )
 def test_values_out_of_range_are_refused(kind, wrong, message):
@@ -226,6 +245,7 @@ def test_the_outermost_values_are_taken():
     for kind, bits in itertools.product((LookupFreeConfig, BSQConfig), (1, 24)):
         assert kind(bits=bits).bits == bits
     assert GumbelConfig(temperature_end=1.0, anneal_steps=1).build().temperature == 1
+    assert GumbelConfig(vector_dim=1).vector_dim == 1
     assert IBQConfig(temperature=1e-9, entropy_temperature=1e-9).temperature == 1e-9
 
 

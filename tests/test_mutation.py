@@ -83,6 +83,19 @@ def test_a_larger_sample_holds_the_smaller_one():
     assert more[:5] == few != other and len(more) == 9 < total
 
 
+def test_a_file_that_moves_or_changes_elsewhere_keeps_its_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.py").write_text(TEXT)
+    (tmp_path / "folder/rows.py").write_text(TEXT.replace("import math", "import math\n\nMORE = 1"))
+    here, moved = (
+        [mutant.key for mutant in mutants.sampled(f"{folder}rows.py", None, 0)[0]]
+        for folder in ("", "folder/")
+    )
+    assert [f"folder/{key}" for key in here] == [key for key in moved if "MORE" not in key]
+    assert len(moved) == len(here) + 2
+
+
 def test_tests_are_those_that_import_the_file_or_its_package():
     names = {path.name for path in mutation.test_files_near("tokenizer/quantizers/fsq.py", 1)}
     assert {
