@@ -16,7 +16,14 @@ from priors import PRIORS, bounds
 from priors.backbone import BackboneConfig
 from priors.halton import halton_turns
 from priors.interface import MOST_GUIDANCE, MOST_STEPS, SampleOptions
-from priors.sampling import shape_branches, shape_logits
+from priors.sampling import (
+    JUMP,
+    chosen_gumbel,
+    chosen_noise,
+    shape_branches,
+    shape_logits,
+    uniform_noise,
+)
 from priors.schedules import SCHEDULES, mean_share
 from tokenizer.interface import CodeLayout
 from training.command import UserError
@@ -226,6 +233,23 @@ def test_both_branches_of_guidance_lose_what_the_guided_codes_lose():
         [True, False, False],
         [False, True, False],
     ]
+
+
+def test_each_row_is_tempered_about_its_own_highest():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [7.0, 5.0, 9.0], [-1.0, -4.0, -2.0]])
+    found = shape_logits(logits, SampleOptions(temperature=0.5), 1.0)
+    torch.testing.assert_close(found.softmax(1), (2 * logits.double()).softmax(1))
+    assert found.amax(1).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [5, JUMP - 1, JUMP, JUMP + 44])
+def test_noise_of_chosen_places_is_that_of_all_places(size):
+    ids, chosen = torch.tensor([3, 9]), torch.tensor([[True, False, True], [False, True, True]])
+    whole = uniform_noise(4, ids, 7, (3, size))
+    assert torch.equal(chosen_noise(4, ids, 7, chosen, size), whole[chosen])
+    torch.testing.assert_close(
+        chosen_gumbel(4, ids, 7, chosen, size), -(-whole[chosen].log()).log()
+    )
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,17 @@ def test_annealing_makes_orders_raster():
     assert int(prior.state_dict()["next_step"]) == 99  # a checkpoint goes on where it stopped
 
 
+def test_only_annealed_orders_count_steps_and_only_those_taken():
+    for kind in ("raster", "random"):
+        prior = make(kind, ONE_LEVEL)
+        prior.update(4, taken=True)
+        assert not list(prior.buffers(recurse=False))
+    prior = make("annealed", ONE_LEVEL)
+    prior.update(4, taken=True)
+    prior.update(9, taken=False)
+    assert int(prior.next_step) == 5
+
+
 @pytest.mark.parametrize("kind", ["raster", "annealed", "pixelcnn"])
 def test_raster_order_continues_a_beginning_and_nothing_else(kind):
     prior, codes = make(kind, TWO_LEVELS), random_codes(TWO_LEVELS, 6)

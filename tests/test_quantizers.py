@@ -29,7 +29,7 @@ from tokenizer.quantizers.kmeans import common, kmeans
 from tokenizer.quantizers.product import ProductConfig
 from tokenizer.quantizers.residual import ResidualConfig
 from tokenizer.quantizers.search import LowRank
-from tokenizer.quantizers.simvq import SimVQConfig
+from tokenizer.quantizers.simvq import SimVQ, SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 from training import config as configuration
 from training import distributed
@@ -995,6 +995,39 @@ def test_the_frozen_codebook_is_the_papers():
     assert float(frozen.mean()) == pytest.approx(0, abs=2e-3) and float(
         frozen.std()
     ) == pytest.approx(64**-0.5, 0.02)
+
+
+def test_simvq_maps_every_code_for_the_gradient_only_where_entropies_ask(monkeypatch):
+    """Of 2**18 codes the map of all, and its gradient, would cost more than the rest of the
+    step."""
+    plain, weighted = build(CASES["simvq"]), build(CASES["simvq"], entropy=0.1)
+    asked = []
+    monkeypatch.setattr(SimVQ, "vectors", property(lambda self: asked.append(self)))
+    plain.train()(features()), plain.eval()(features()), weighted.eval()(features())
+    assert not asked
+    with pytest.raises(AttributeError):  # of the codebook that is not there
+        weighted.train()(features())
+    assert asked == [weighted]
+
+
+def test_a_uniform_start_is_the_authors():
+    """From -1 / K to 1 / K (van den Oord et al. 2017, in their code), both ends nearly reached."""
+    book = VectorConfig(num_codes=50, code_dim=64, init="uniform").build().codebook
+    assert book.abs().max() <= 1 / 50 and float(book.mean()) == pytest.approx(0, abs=1e-3)
+    assert book.min() < -0.99 / 50 and book.max() > 0.99 / 50
+
+
+def test_one_head_is_its_level():
+    alone, product = build(CASES["vector"]).eval(), build(CASES["product"], heads=1).eval()
+    assert product.dim == DIM // 2 and product.num_codes == (CODES,)
+    with torch.no_grad():
+        product.levels[0].codebook.copy_(alone.codebook[:, : DIM // 2])
+    given = features(dim=DIM // 2)
+    output, expected = product(given), product.levels[0](given)
+    assert torch.equal(output.vectors, expected.vectors)
+    assert output.parts == expected.parts and torch.equal(output.loss, expected.loss)
+    with pytest.raises(ValueError, match=r"quantizer\.heads=0"):
+        ProductConfig(heads=0)
 
 
 def test_no_code_is_restarted_from_the_last_step_for_it_on(book_config):
