@@ -291,6 +291,8 @@ def test_rotary_angles_are_rows_and_columns_in_units_of_the_finest_grid():
     )  # radians of the fastest pair: the row
     assert torch.equal(fine[..., 4], torch.arange(6.0).expand(4, 6))  # and the column
     assert torch.equal(angles[:, ::2], angles[:, 1::2])
+    # pair t of n turns by 100^(-t / n), as in Heo et al.
+    torch.testing.assert_close(fine[..., 2], 0.1 * fine[..., 0])
     means = fine.view(2, 2, 3, 2, 8).mean(
         (1, 3)
     )  # a coarse code stands amid the four fine ones under it
@@ -335,6 +337,8 @@ def test_a_backbone_copies():  # the loop averages a deep copy
     [
         ({"dim": 30}, "dim=30"),
         ({"depth": 0}, "depth=0"),
+        ({"dim": 0}, "dim=0"),
+        ({"heads": 0}, "heads=0"),
         ({"dropout": 1.5}, "prior.backbone.dropout=1.5"),
         (
             {"positions": "absolute"},

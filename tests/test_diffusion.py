@@ -204,6 +204,14 @@ def test_rate_is_the_slope_of_the_share_and_finite_at_the_ends(name):
     assert (rate > 0).all() and rate.isfinite().all() and (share > 0).all()
 
 
+def test_the_ends_of_the_clock_are_half_the_least_step_of_a_float32_away():
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    share, rate = share_and_rate(SCHEDULES["square_root"], ends)
+    near = torch.tensor([2**-25, 1 - 2**-25], dtype=torch.float64)
+    torch.testing.assert_close(share, 1 - near.sqrt(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(rate, 0.5 / near.sqrt())
+
+
 def test_antithetic_times_fill_the_batch_and_belong_to_places():
     uniform = torch.rand(64, 5, generator=torch.Generator().manual_seed(0))
     positions = torch.randperm(64, generator=torch.Generator().manual_seed(1))
@@ -857,6 +865,41 @@ def test_untrained_likelihood_is_that_of_uniform_codes(kind, layout):
     codes = random_codes(layout, 200)
     likelihood = make(kind, layout, trained=False).nll(codes, torch.arange(200) % 4)
     assert float(likelihood.nats.mean()) == pytest.approx(layout.bits * math.log(2), rel=0.05)
+
+
+def test_the_time_of_a_bound_says_nothing_about_the_noise_of_its_codes(monkeypatch):
+    """Of 400 sequences, in each of sixteen parts of the clock, and at its end."""
+    layout = CodeLayout(((4,),), (9,))
+    prior, drawn, estimate = make("uniform", layout), [], UniformPrior._estimate
+
+    def kept(self, network, codes, progress, uniform):
+        drawn.append((progress, uniform))
+        return estimate(self, network, codes, progress, uniform)
+
+    monkeypatch.setattr(UniformPrior, "_estimate", kept)
+    codes = torch.cartesian_prod(*[torch.arange(9)] * 4)[:400]
+    prior.nll(codes, torch.zeros(400, dtype=torch.int64))
+    *strata, (last, uniform) = drawn
+    assert (last == LATEST).all() and uniform.shape == (400, 4) and len(strata) == 16
+    for progress, uniform in strata:
+        both = torch.corrcoef(torch.cat([progress[None], uniform.T]))
+        assert both.fill_diagonal_(0).abs().max() < 0.25  # 5 standard deviations
+    places = torch.stack([progress for progress, _ in strata])
+    assert torch.equal(
+        places.flatten().sort().values, places.sort(0).values.sort(1).values.flatten()
+    )
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_codes_are_settled_only_where_some_are_known(known, monkeypatch):
+    layout = CodeLayout(((3,),), (5,))
+    prior, asked, at = make("uniform", layout, steps=3), [], UniformPrior._at
+    monkeypatch.setattr(
+        UniformPrior, "_at", lambda self, *given: asked.append(0) or at(self, *given)
+    )
+    beginning = torch.tensor([[4, -1, -1]]) if known else None
+    prior.sample(torch.tensor([1]), SampleOptions(), torch.tensor([7]), known=beginning)
+    assert len(asked) == (6 if known else 3)
 
 
 @LAYOUTS

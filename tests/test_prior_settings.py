@@ -130,22 +130,26 @@ def test_settings_are_taken_to_their_ends(kind, name, taken, refused):
             PRIORS[kind](**{name: value})
 
 
-@pytest.mark.parametrize("kind", PRIORS)
-def test_a_loss_draws_for_itself_where_it_is_given_nothing(kind):
-    small = BackboneConfig(dim=8, depth=1, heads=1)
-    config = PRIORS[kind]()
+def small(kind, **settings):
+    backbone = BackboneConfig(dim=8, depth=1, heads=1)
+    config = PRIORS[kind](**settings)
     if kind == "hierarchical":
         parts = {
-            name: dataclasses.replace(getattr(config, name), backbone=small)
+            name: dataclasses.replace(getattr(config, name), backbone=backbone)
             for name in ("top", "bottom")
         }
         config, layout = dataclasses.replace(config, **parts), CodeLayout(((1, 2), (2, 2)), (3, 3))
     else:
-        own = {"channels": 2, "depth": 1} if kind == "pixelcnn" else {"backbone": small}
+        own = {"channels": 2, "depth": 1} if kind == "pixelcnn" else {"backbone": backbone}
         config, layout = dataclasses.replace(config, **own), CodeLayout(((2, 3),), (3,))
-    prior = config.build(layout, 2)
+    return config.build(layout, 2)
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_a_loss_draws_for_itself_where_it_is_given_nothing(kind):
+    prior = small(kind)
     loss = prior.loss(
-        torch.zeros(2, layout.length, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        torch.zeros(2, prior.layout.length, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     )
     assert loss.total.isfinite()
 
@@ -311,6 +315,34 @@ def test_a_bound_masks_each_eighth_of_the_counts_once(length, monkeypatch):
     )
     strata = (torch.stack(counts, 1) - 1) // (length // 8)
     assert torch.equal(strata, torch.arange(8).expand(6, 8))  # from 1 to all of them
+
+
+def test_how_many_codes_a_bound_masks_says_nothing_about_which(monkeypatch):
+    """Of 16 codes the first two counts are 1 and 2: each code is masked by 1/16, and by 2/16."""
+    masks = []
+    monkeypatch.setattr(bounds, "reading", lambda *_: None)
+    monkeypatch.setattr(
+        bounds, "masked_nats", lambda *given: masks.append(given[-1]) or torch.zeros(4000)
+    )
+    network = types.SimpleNamespace(layout=CodeLayout(((16,),), (5,)))
+    codes = torch.randint(5, (4000, 16), generator=torch.Generator().manual_seed(0))
+    bounds.order_agnostic_bound(network, codes, torch.zeros(4000, dtype=torch.int64))
+    masked, counts = masks[0], masks[0].sum(1)
+    for count in (1, 2):
+        share = masked[counts == count].double().mean(0)
+        assert (share - count / 16).abs().max() < 4.5 * (count / 16 / 2000) ** 0.5
+        assert float((counts == count).double().mean()) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_files_of_weights_hold_what_was_learned_and_what_it_means(kind):
+    """And the step that an annealed order has come to: all else follows from the configuration."""
+    extra = {"uniform": {"meaning"}, "autoregressive": {"next_step"}}.get(kind, set())
+    prior = small(
+        kind, **({"order": "annealed", "anneal_end_step": 9} if "next_step" in extra else {})
+    )
+    learned = {name for name, _ in prior.named_parameters()}
+    assert set(prior.state_dict()) == learned | extra
 
 
 def test_the_lowest_are_as_many_as_asked_for():
