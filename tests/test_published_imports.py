@@ -16,11 +16,11 @@ from test_published_tokenizers import WITH_CODES, run
 import tokenizer as tessera
 from eval.quantizers import find_runs
 from eval.run import options, parse
+from priors.published.page import page
 from tokenizer.cache import TokenCache
 from tokenizer.encode import encode_published
 from tokenizer.published.imports import export_tokenizer, folder_of, import_tokenizer
 from tokenizer.published.load import from_pretrained, published_state
-from tokenizer.published.page import page
 from tokenizer.published.table import PEERS, published_files
 from training.command import UserError
 
@@ -319,7 +319,7 @@ def test_every_peer_is_described():
 
 def test_the_page_is_current(tmp_path, monkeypatch, capsys):
     assert (Path(__file__).parents[1] / "docs" / "published.md").read_text() == page(), (
-        "make it again: python -m tokenizer.published page docs/published.md"
+        "make it again: python -m priors.published page docs/published.md"
     )
     assert run(monkeypatch, capsys, "list")[0] == 0
 

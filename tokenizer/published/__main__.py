@@ -1,5 +1,5 @@
 """Published tokenizers: python -m tokenizer.published check FOLDER, and list, import, import-all,
-export, page."""
+export."""
 
 from __future__ import annotations
 
@@ -55,8 +55,6 @@ def main() -> None:
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="the authors' configuration"
         )
-    page = commands.add_parser("page", help="write docs/published.md from what is known here")
-    page.add_argument("out", type=Path, metavar="FILE")
     given = parser.parse_args()
     COMMANDS[given.command](given)
 
@@ -113,19 +111,12 @@ def export_one(given) -> None:
     print(export_tokenizer(given.run, given.like, given.out, as_=given.kind, config=given.config))
 
 
-def write_page(given) -> None:
-    from tokenizer.published.page import page
-
-    given.out.write_text(page())
-
-
 COMMANDS = {
     "check": check_case,
     "list": list_names,
     "import": import_one,
     "import-all": import_every,
     "export": export_one,
-    "page": write_page,
 }
 
 if __name__ == "__main__":

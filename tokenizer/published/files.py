@@ -30,7 +30,8 @@ USUAL = (
 # Of training checkpoints. Averaged weights stand before others, as published figures are of them.
 AVERAGED = ("ema", "ema_state_dict", "model_ema", "ema_model")
 ENVELOPES = ("state_dict", "model", "module", "model_state_dict", "weights")
-FIRST_STAGE = "first_stage_model."  # of a tokenizer within a latent diffusion model's checkpoint
+FIRST_STAGE = "first_stage_model."  # of a tokenizer within the checkpoint of a model on its codes
+STAGES = (FIRST_STAGE, "cond_stage_model.")
 PREFIXES = ("module.", "_orig_mod.", FIRST_STAGE)  # of distributed and of compiled modules
 HALVES = ("encoder.pkl", "decoder.pkl")  # of one model, in one folder
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # wherever in a name
@@ -75,6 +76,7 @@ class Weights:
     rest: dict[str, Stored] = dataclasses.field(
         default_factory=dict
     )  # what stands beside them, by its name
+    stage: str = "first"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,8 +90,11 @@ class Weights:
             raise _damaged(self.path, error) from None
 
 
-def open_weights(path: str | Path, *, averaged: bool = True) -> Weights:
+def open_weights(path: str | Path, *, averaged: bool = True, stage: str = "first") -> Weights:
     """A file's tensors; of a file that has them twice the averages, or else as they were trained.
+
+    `stage`: of a checkpoint that holds a tokenizer and the model on its codes, "first" is the
+    tokenizer, "second" the model.
 
     Raises UserError for what is no such file, is damaged, or holds no tensors by name.
     """
@@ -99,12 +104,14 @@ def open_weights(path: str | Path, *, averaged: bool = True) -> Weights:
     if path.name == HALVES[0] and path.with_name(HALVES[1]).is_file():
         return _joined(path, averaged)
     if path.suffix == ".safetensors":
-        return _plain(path, _open_safetensors(path), averaged)
+        found = _open_safetensors(path)
+        return dataclasses.replace(_plain(path, found, averaged, stage), stage=stage)
     try:
         saved = read_torch(path)
     except Damaged as error:
         raise _damaged(path, error) from None
-    return _plain(path, _state_dict(path, saved, averaged), averaged)
+    found = _state_dict(path, saved, averaged)
+    return dataclasses.replace(_plain(path, found, averaged, stage), stage=stage)
 
 
 def find_weights(folder: Path, file: str | None = None) -> Path:
@@ -298,14 +305,9 @@ def _described(saved: Any) -> str:
     return f"a {type(saved).__name__}"
 
 
-def _plain(path: Path, found: dict[str, Stored], averaged: bool) -> Weights:
+def _plain(path: Path, found: dict[str, Stored], averaged: bool, stage: str) -> Weights:
     """Under names without prefixes; averages in the place of what they are averages of."""
-    outside = {}
-    if any(name.startswith(FIRST_STAGE) for name in found):  # beside a diffusion model
-        outside = {
-            name: tensor for name, tensor in found.items() if not name.startswith(FIRST_STAGE)
-        }
-        found = {name: tensor for name, tensor in found.items() if name not in outside}
+    found, outside = _of_stage(found, stage)
     common = "".join(_common_prefixes(found))
     origins = {COMPILED.sub(r"\1", name.removeprefix(common)): name for name in found}
     tensors = {plain: found[name] for plain, name in origins.items()}
@@ -328,6 +330,20 @@ def _plain(path: Path, found: dict[str, Stored], averaged: bool) -> Weights:
     where = {name: origins[taken.get(name, name)] for name in raw}
     rest = {origins[name]: tensors[name] for name in tensors if origins[name] not in where.values()}
     return Weights(path, main, where, True, rest)
+
+
+def _of_stage(found: dict[str, Stored], stage: str) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """What belongs to the stage that is asked for, and what stands beside it."""
+    others = STAGES if stage == "second" else (FIRST_STAGE,)
+    inside = {name for name in found if name.startswith(others)}
+    if stage == "second":
+        inside = found.keys() - inside
+    elif not inside:  # a tokenizer alone
+        inside = set(found)
+    return (
+        {name: tensor for name, tensor in found.items() if name in inside},
+        {name: tensor for name, tensor in found.items() if name not in inside},
+    )
 
 
 def _common_prefixes(names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tokenizer.published.files import (
     read_config,
 )
 from tokenizer.published.peer import Peer, Place, Shapes
-from tokenizer.published.table import peer_of, published_files
+from tokenizer.published.table import PEERS, peer_of, published_files
 from tokenizer.run import TokenizerRun
 from training import distributed
 from training.command import UserError
@@ -41,6 +41,7 @@ class Source:
     peer: Peer
     path: Path
     places: dict[str, Place]  # ours -> the name in the file
+    stage: str = "first"  # of a checkpoint of a tokenizer and of a model on its codes
 
 
 def from_pretrained(
@@ -90,8 +91,24 @@ def load_weights(
 ) -> nn.Module:
     """A file of a known kind as one of our modules. Raises UserError, naming tensors, where it is
     not one."""
+    return filled(
+        peer, weights, hyper, lambda: _built(peer, weights.shapes, hyper, image_size)
+    ).requires_grad_(False)
+
+
+def filled(
+    peer: Any,
+    weights: Weights,
+    hyper: Hyperparameters,
+    build: Callable[[], tuple[nn.Module, dict[str, Place], Any]],
+) -> nn.Module:
+    """The module that `build` makes with a place in the file for each of its tensors, in evaluation
+    mode with these weights; `.config` is what `build` gives with it, `.published` its Source.
+
+    Raises UserError, naming tensors, where the file is of another kind or not whole.
+    """
     try:
-        model, places, run = _built(peer, weights.shapes, hyper, image_size)
+        model, places, run = build()
     except KeyError as error:
         raise UserError(
             f"{weights.path}: it has no {error.args[0]}, which every {peer.kind} has"
@@ -108,8 +125,8 @@ def load_weights(
         ours: dataclasses.replace(place, name=weights.origins[place.name])
         for ours, place in places.items()
     }
-    model.config, model.published = run, Source(peer, weights.path, found)
-    return model.to(distributed.device()).eval().requires_grad_(False)
+    model.config, model.published = run, Source(peer, weights.path, found, weights.stage)
+    return model.to(distributed.device()).eval()
 
 
 def _built(
@@ -176,8 +193,8 @@ def published_state(model: nn.Module) -> dict[str, Tensor]:
     """A loaded model's tensors under the names, and in the shapes and types, of the file that it
     came from."""
     source: Source = model.published
-    weights = open_weights(source.path, averaged=True)
-    raw = open_weights(source.path, averaged=False)
+    weights = open_weights(source.path, averaged=True, stage=source.stage)
+    raw = open_weights(source.path, averaged=False, stage=source.stage)
     stored = {w.origins[name]: tensor for w in (raw, weights) for name, tensor in w.tensors.items()}
     ours = model.state_dict()
     found = {name: tensor.read() for name, tensor in (weights.rest | raw.rest | stored).items()}
@@ -203,7 +220,10 @@ def save_published(model: nn.Module, out: str | Path) -> Path:
 
 
 def locate(
-    name_or_path: str | Path, file: str | None = None, revision: str | None = None
+    name_or_path: str | Path,
+    file: str | None = None,
+    revision: str | None = None,
+    peers: Mapping[str, Any] = PEERS,
 ) -> tuple[Path, dict[str, Any] | None, str | None]:
     """The local file of weights; with it, of a known name, hyperparameters that no file says and
     its kind.
@@ -211,7 +231,7 @@ def locate(
     Raises UserError when there is none, which says where to put it.
     """
     text = str(name_or_path)
-    name, known = text.removeprefix(PREFIX), published_files()
+    name, known = text.removeprefix(PREFIX), published_files(peers)
     path = Path(name).expanduser()
     if name in known and not path.exists():
         peer, entry = known[name]

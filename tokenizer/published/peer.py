@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their published names
 
 # Of our tensors those that only training fills: published files have none of them.
 OURS_ALONE = re.compile(
-    r"(.*\.)?(statistics\.usage|mean_counts|mean_sums|assignment\.warmth|temperature|boost)"
+    r"(.*\.)?(statistics\.usage|mean_counts|mean_sums|assignment\.warmth|temperature|boost|next_step)"
 )
 
 
@@ -72,16 +72,22 @@ class Architecture:
 
     def places(self, model: nn.Module) -> Iterator[tuple[str, Place]]:
         """(our name, place in the file) of every tensor of the model that such a file has."""
-        for name in model.state_dict():
-            if name in self.names:
-                place = self.names[name]
-                yield name, place if isinstance(place, Place) else Place(place)
-                continue
-            module, _, leaf = name.rpartition(".")
-            if module in self.names:
-                yield name, Place(f"{self.names[module]}.{leaf}")
-            elif not OURS_ALONE.fullmatch(name):
-                raise AssertionError(f"{name} has no published name")
+        return places(model, self.names)
+
+
+def places(model: nn.Module, names: Mapping[str, str | Place]) -> Iterator[tuple[str, Place]]:
+    """(our name, place in the file) of every tensor of a model; `names` are of tensors or
+    modules."""
+    for name in model.state_dict():
+        if name in names:
+            place = names[name]
+            yield name, place if isinstance(place, Place) else Place(place)
+            continue
+        module, _, leaf = name.rpartition(".")
+        if module in names:
+            yield name, Place(f"{names[module]}.{leaf}")
+        elif not OURS_ALONE.fullmatch(name):
+            raise AssertionError(f"{name} has no published name")
 
 
 @dataclasses.dataclass(frozen=True)

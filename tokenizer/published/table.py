@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from tokenizer.published.bsq_vit import BSQ_VIT
 from tokenizer.published.dalle import DALLE
@@ -46,20 +48,25 @@ TARGETS = (
 )  # keys of a class in the configurations of others
 
 
-def peer_of(weights: Weights, hyper: Hyperparameters, kind: str | None = None) -> Peer:
-    """Of which kind a file is. Raises UserError where it is of none, or of several."""
+def peer_of(
+    weights: Weights,
+    hyper: Hyperparameters,
+    kind: str | None = None,
+    peers: Mapping[str, Any] = PEERS,
+) -> Any:
+    """Of which kind of `peers` a file is. Raises UserError where it is of none, or of several."""
     if kind is not None:
-        if kind not in PEERS:
-            near = difflib.get_close_matches(kind, PEERS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(PEERS)}"
+        if kind not in peers:
+            near = difflib.get_close_matches(kind, peers, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(peers)}"
             raise UserError(f"{kind} is no published kind that is known here: {hint}")
-        return PEERS[kind]
+        return peers[kind]
     target = next((str(found) for key in TARGETS if (found := hyper.find(key)) is not None), "")
     evidence = Evidence(weights.shapes, target, weights.shadowed)
-    found = [peer for peer in PEERS.values() if peer.recognises(evidence)]
+    found = [peer for peer in peers.values() if peer.recognises(evidence)]
     if len(found) == 1:
         return found[0]
-    kinds = ", ".join(peer.kind for peer in found or PEERS.values())
+    kinds = ", ".join(peer.kind for peer in found or peers.values())
     which = (
         "it may be of several kinds" if found else "its tensors are of no kind that is known here"
     )
@@ -68,6 +75,6 @@ def peer_of(weights: Weights, hyper: Hyperparameters, kind: str | None = None) -
     )
 
 
-def published_files() -> dict[str, tuple[Peer, PublishedFile]]:
-    """All files that are known by name."""
-    return {file.name: (peer, file) for peer in PEERS.values() for file in peer.files}
+def published_files(peers: Mapping[str, Any] = PEERS) -> dict[str, tuple[Any, PublishedFile]]:
+    """All files that are known by name, with their peers."""
+    return {file.name: (peer, file) for peer in peers.values() for file in peer.files}

@@ -1,15 +1,17 @@
-"""docs/published.md, made from the peers: python -m tokenizer.published page docs/published.md"""
+"""docs/published.md, made from the peers: python -m priors.published page docs/published.md"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from priors.published.peer import PriorPeer, PublishedPrior
+from priors.published.table import PEERS as PRIORS
 from tokenizer.published.peer import Peer, PublishedFile
-from tokenizer.published.table import PEERS
+from tokenizer.published.table import PEERS as TOKENIZERS
 
 HEAD = """# Published models
 
-Made by `python -m tokenizer.published page docs/published.md`; a test keeps it current.
+Made by `python -m priors.published page docs/published.md`; a test keeps it current.
 
 Tokenizers that others trained load by name, and are tokenizers like any other from there on:
 
@@ -39,6 +41,24 @@ whatever the file has. A tensor that is missing, of another shape or left over i
 No file is unpickled: tensors, containers, text and numbers are read, and everything else in a checkpoint is passed by.
 So whole Lightning checkpoints load, and hostile ones do nothing.
 
+Priors likewise, behind the `Prior` interface: guidance, samplers, likelihoods, editing and sweeps work on them.
+
+```python
+from priors.published import from_pretrained
+
+prior = from_pretrained("published:rar-b")
+prior.config.sampling  # how its authors sample, which is the default of every command
+```
+
+```
+python -m priors.published list
+python -m generate.sample published:rar-b --num 1000                       # through the tokenizer that belongs to it
+python -m priors.published import rar-b runs/rar-b/prior                   # a run folder that every command takes
+python -m priors.published import FILE runs/mine/prior --tokenizer RUN     # of other codes
+python -m priors.train runs/rar-b/prior/config.yaml name=mine tokens=TOKENS start_from=runs/rar-b/prior # train on
+python -m priors.published export runs/mine rar-b OUT.safetensors          # under its authors' names
+```
+
 Where a file has weights twice, as they were trained and averaged, the averages load; `averaged=False` takes the others.
 
 Files that no Hub has, or that are to be used without a network, lie in `~/.cache/tessera/published/NAME/`, or in
@@ -51,6 +71,7 @@ those agree. `eval.run` measures all of them alike.
 
 ```
 python -m tokenizer.published check FOLDER [--as KIND] [--out FILE]
+python -m priors.published check FOLDER [--as KIND] [--out FILE]
 ```
 
 compares what is computed here with what the authors' code gave: FOLDER holds the weights under their published names,
@@ -61,7 +82,10 @@ beyond the tolerance (codes equal, all else within 1e-4).
 
 def page() -> str:
     """The whole page, in Markdown."""
-    return "\n".join([HEAD, "## Tokenizers", "", *sections(PEERS.values())])
+    priors = [line for peer in PRIORS.values() for line in prior_section(peer)]
+    return "\n".join(
+        [HEAD, "## Tokenizers", "", *sections(TOKENIZERS.values()), "## Priors", "", *priors]
+    )
 
 
 def sections(peers: Iterable[Peer]) -> list[str]:
@@ -75,6 +99,29 @@ def sections(peers: Iterable[Peer]) -> list[str]:
             lines += ["| name | file | sizes | its authors' figures |", "|---|---|---|---|"]
             lines += [*map(row, peer.files), ""]
     return lines
+
+
+def prior_section(peer: PriorPeer) -> list[str]:
+    """Lines on a prior, as `sections` of tokenizers, with how its authors sample."""
+    lines = [f"### {peer.title}", "", f"Kind `{peer.kind}`. Licence: {peer.licence}.", ""]
+    lines += [*(f"- {quirk}" for quirk in peer.quirks), f"- sampling: {peer.recipe}", ""]
+    if peer.files:
+        lines += ["| name | file | sizes | codes of | sampling | its authors' figures |"]
+        lines += ["|---|---|---|---|---|---|", *map(prior_row, peer.files), ""]
+    return lines
+
+
+def prior_row(file: PublishedPrior) -> str:
+    sampling = ", ".join(f"{name} {value}" for name, value in file.sampling.items()) or "plain"
+    cells = (
+        f"`{file.name}`",
+        f"{file.where} `{file.file}`",
+        file.about,
+        f"`{file.tokenizer}`",
+        sampling,
+        file.figures or "none stated",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def row(file: PublishedFile) -> str:
