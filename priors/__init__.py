@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING
 
 import tessera.names  # noqa: F401 - says so where another package has one of our names
 from priors.hierarchical import FAMILIES, HierarchicalConfig
+from priors.llama import LlamaConfig
+from priors.mingpt import MinGPTConfig
+from priors.rar import RARConfig
 
 if TYPE_CHECKING:
     from priors.interface import Prior
 
-PRIORS = {**FAMILIES, "hierarchical": HierarchicalConfig}
+PRIORS = {
+    **FAMILIES,
+    "hierarchical": HierarchicalConfig,
+    # Networks of published priors, which take no codes of other levels.
+    "llama": LlamaConfig,
+    "mingpt": MinGPTConfig,
+    "rar": RARConfig,
+}
 
 
 def load(run_folder: str | Path) -> Prior:

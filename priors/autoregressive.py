@@ -34,13 +34,7 @@ class AutoregressiveConfig:
 
     def __post_init__(self) -> None:
         check_settings(label_dropout=self.label_dropout, label_smoothing=self.label_smoothing)
-        if self.order not in ORDERS:
-            raise ValueError(f"prior.order={self.order!r} is not one of {', '.join(ORDERS)}")
-        if self.order == "annealed" and not 0 <= self.anneal_start_step < self.anneal_end_step:
-            raise ValueError(
-                f"prior.anneal_end_step={self.anneal_end_step} must come after anneal_start_step="
-                f"{self.anneal_start_step}: half and three quarters of loop.steps are usual"
-            )
+        check_order(self.order, self.anneal_start_step, self.anneal_end_step)
 
     def build(
         self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
@@ -52,6 +46,17 @@ class AutoregressiveConfig:
             self.label_smoothing,
             self.order,
             (self.anneal_start_step, self.anneal_end_step),
+        )
+
+
+def check_order(order: str, start_step: int, end_step: int) -> None:
+    """Raise ValueError for settings of an order that is none."""
+    if order not in ORDERS:
+        raise ValueError(f"prior.order={order!r} is not one of {', '.join(ORDERS)}")
+    if order == "annealed" and not 0 <= start_step < end_step:
+        raise ValueError(
+            f"prior.anneal_end_step={end_step} must come after anneal_start_step={start_step}: half "
+            "and three quarters of loop.steps are usual"
         )
 
 
@@ -76,6 +81,10 @@ class AutoregressivePrior(nn.Module):
         self.backbone, self.layout, self.num_classes = backbone, backbone.layout, num_classes
         self.label_dropout, self.label_smoothing = label_dropout, label_smoothing
         self.order, self.anneal_steps = order, anneal_steps
+        # Of some networks: no class stands for none; and by how many steps guidance is behind (0
+        # ends its schedule at s, 1 begins it at 0, as RAR's authors do).
+        self.unconditional = getattr(backbone, "unconditional", True)
+        self.guidance_lag = getattr(backbone, "guidance_lag", 0)
         if order == "annealed":
             self.register_buffer("next_step", torch.zeros((), dtype=torch.int64))
 
@@ -121,6 +130,7 @@ class AutoregressivePrior(nn.Module):
 
     def nll(self, codes: Tensor, labels: Tensor, given: Tensor | None = None) -> Likelihood:
         """Exact, of codes drawn in raster order, summed over positions in float64."""
+        self.check_labels(labels)
         with evaluation(self):
             logits = [level.double() for level in self.backbone(codes, labels, given=given)]
             return Likelihood(cross_entropy(self.layout, logits, codes).sum(1), "exact")
@@ -145,6 +155,7 @@ class AutoregressivePrior(nn.Module):
         none of the levels after it is known.
         """
         batch, length = len(labels), self.layout.length
+        self.check_labels(labels, options)
         start = begin(self, labels, options, known, given)
         sampler = choose_sampler(
             options, ("random", "raster") if self.order == "random" else ("raster",)
@@ -165,7 +176,7 @@ class AutoregressivePrior(nn.Module):
                 given=start.given,
             )
             for slot in range(length):
-                scale = options.guidance_at((slot + 1) / length)
+                scale = options.guidance_at((slot + 1 - self.guidance_lag) / length)
                 logits = shape_logits(decoding.step(slot, previous), options, scale)
                 drawn = categorical(
                     logits, gumbel(options.seed, sample_ids, slot, logits.shape[1:])
@@ -176,6 +187,16 @@ class AutoregressivePrior(nn.Module):
                 codes.scatter_(1, position, code[:, None])
                 previous = code.repeat(start.copies)
         return codes
+
+    def check_labels(self, labels: Tensor, options: SampleOptions | None = None) -> None:
+        """Raise UserError where there is no unconditional class and it is asked for."""
+        if self.unconditional:
+            return
+        if (options and options.guidance != 1) or bool((labels == self.num_classes).any()):
+            raise UserError(
+                "this prior knows no unconditional class, which guidance needs, too: leave --guidance "
+                "and --unconditional out, or train with prior.label_dropout above 0"
+            )
 
 
 def order_within_levels(layout: CodeLayout, keys: Tensor) -> Tensor:

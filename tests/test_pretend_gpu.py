@@ -230,6 +230,8 @@ def test_every_foundation_encoder(family, encoders):
 def prior_of(kind):
     if kind == "pixelcnn":
         return PRIORS[kind](channels=8, depth=1)
+    if kind in ("llama", "mingpt", "rar"):
+        return PRIORS[kind](dim=32, depth=2, heads=2)
     if kind == "hierarchical":
         return PRIORS[kind](top=prior_of("autoregressive"), bottom=prior_of("masked"))
     if kind == "posterior":
@@ -244,6 +246,9 @@ SAMPLERS = {
     "uniform": ("plug_in",),
     "posterior": ("mixture",),
     "pixelcnn": ("",),
+    "llama": ("",),
+    "mingpt": ("",),
+    "rar": ("",),
     "hierarchical": ("",),
 }
 

@@ -55,7 +55,33 @@ MASKED = {
     "choice_temperature": 4.5,
     "backbone": BACKBONE,
 }
+GPT = {
+    "dim": 128,
+    "depth": 4,
+    "heads": 4,
+    "feedforward": 0,
+    "dropout": 0.1,
+    "label_dropout": 0.1,
+    "label_smoothing": 0.0,
+    "gradient_checkpointing": False,
+}
 DEFAULTS = {
+    "llama": {
+        **GPT,
+        "kv_heads": 0,
+        "conditioning": "prefix",
+        "rotary_base": 10_000.0,
+        "norm_eps": 1e-5,
+    },
+    "mingpt": {**GPT, "positions": 0},
+    "rar": {
+        **GPT,
+        "positions": 0,
+        "steps": 0,
+        "order": "raster",
+        "anneal_start_step": 0,
+        "anneal_end_step": 0,
+    },
     "autoregressive": AUTOREGRESSIVE,
     "masked": MASKED,
     "hierarchical": {
@@ -141,6 +167,8 @@ def small(kind, **settings):
         config, layout = dataclasses.replace(config, **parts), CodeLayout(((1, 2), (2, 2)), (3, 3))
     else:
         own = {"channels": 2, "depth": 1} if kind == "pixelcnn" else {"backbone": backbone}
+        if kind in ("llama", "mingpt", "rar"):
+            own = {"dim": 8, "depth": 1, "heads": 1}
         config, layout = dataclasses.replace(config, **own), CodeLayout(((2, 3),), (3,))
     return config.build(layout, 2)
 

@@ -14,7 +14,11 @@ from priors.published.table import PEERS
 from tokenizer.published.check import told
 from tokenizer.published.load import published_state
 
-CASES = {"llamagen-gpt": "llamagen-gpt"}  # golden case -> kind
+CASES = {
+    "llamagen-gpt": "llamagen-gpt",
+    "rar": "rar",
+    "taming-mingpt": "taming-mingpt",
+}  # golden case -> kind
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -84,6 +84,12 @@ PRIOR_SIZES = {
     "absorbing": SMALL,
     "uniform": SMALL,
     "pixelcnn": ["channels=8", "depth=1", "kernel=3"],
+    "llama": ["dim=16", "depth=1", "heads=2"],
+    "mingpt": ["dim=16", "depth=1", "heads=2"],
+    "rar": [
+        *("dim=16", "depth=1", "heads=2"),
+        *("order=annealed", "anneal_start_step=2", "anneal_end_step=5"),
+    ],
     "hierarchical": [f"{level}.{size}" for level in ("top", "bottom") for size in SMALL],
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from priors.published.ibq import IBQ_GPT
 from priors.published.llamagen import LLAMAGEN_GPT
 from priors.published.peer import PriorPeer
+from priors.published.rar import RAR
+from priors.published.taming import TAMING_GPT
 
-PEERS: dict[str, PriorPeer] = {peer.kind: peer for peer in (LLAMAGEN_GPT,)}
+PEERS: dict[str, PriorPeer] = {peer.kind: peer for peer in (LLAMAGEN_GPT, RAR, TAMING_GPT, IBQ_GPT)}
