@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 
 
 def find_prior(path: Path) -> Path:
-    """A prior's run folder, or the one named `prior` in a root folder."""
+    """A prior's run folder, or the one named `prior` in a root folder; of a published one
+    runs/NAME/prior, where it is imported with its tokenizer."""
     from priors.record import is_prior
 
     for folder in (path, path / "prior"):
         if is_prior(folder):
             return folder
+    from priors.published.imports import folder_of, is_published
+
+    if is_published(path):
+        from training import distributed
+
+        distributed.start()
+        return folder_of(str(path))
     raise UserError(f"{path}: holds no trained prior: train one first (python -m priors.train)")
 
 
@@ -105,7 +113,10 @@ def _parse() -> argparse.Namespace:
         prog="python -m generate.sample", description="Draw samples from a trained prior."
     )
     parser.add_argument(
-        "run", type=Path, help="a prior's run folder, or a root folder that holds prior/"
+        "run",
+        type=Path,
+        help="a prior's run folder, or a root folder that holds prior/; or a published prior: "
+        "published:NAME, or its file",
     )
     parser.add_argument(
         "--num", type=int, default=100, help="samples, shared evenly by the classes (100)"

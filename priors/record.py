@@ -13,10 +13,16 @@ from training.checkpoint import replace_file, weights_hash
 from training.command import UserError
 from training.text import printable
 
+NO_TOKENIZER = (
+    "the tokenizer of its codes is not at hand: import the prior again with --tokenizer RUN "
+    "(python -m priors.published import)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class PriorRecord:
-    """Folders are relative to the prior's run folder, so that a root can be moved as a whole."""
+    """Folders are relative to the prior's run folder, so that a root can be moved as a whole. Of an
+    imported prior there are no tokens, and maybe no tokenizer: these are empty."""
 
     layout: CodeLayout
     class_names: list[str]
@@ -34,7 +40,10 @@ class PriorRecord:
         replace_file(_path(run_folder), json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     def tokenizer_folder(self, run_folder: Path) -> Path:
-        """The tokenizer's run folder. Raises UserError when its weights did not make the tokens."""
+        """The tokenizer's run folder. Raises UserError when its weights did not make the tokens, or
+        a published prior has none."""
+        if not self.tokenizer:
+            raise UserError(f"{run_folder}: {NO_TOKENIZER}")
         folder = Path(os.path.normpath(run_folder.resolve() / self.tokenizer))
         now = weights_hash(folder)
         if now != self.tokenizer_sha256:

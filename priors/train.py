@@ -20,6 +20,7 @@ from priors.diffusion import antithetic
 from priors.dry_run import dry_run
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
+from priors.starting import begin_with
 from training import distributed
 from training.checkpoint import Run, weights_hash
 from training.command import config_command, run_command
@@ -39,6 +40,7 @@ class PriorRun:
     root: str = "runs"
     seed: int = 0
     tokens: str = "${root}/tokens"  # a token cache
+    start_from: str | None = None  # a finished prior whose weights to begin with
     prior: Any = one_of(PRIORS, "autoregressive")
     sampling: SampleOptions = dataclasses.field(
         default_factory=SampleOptions
@@ -61,11 +63,14 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     # Before the folder is taken: what cannot be built must not cost the run that --fresh is to
     # replace.
     prior = config.prior.build(cache.layout, cache.num_classes)
+    inputs = {"tokens": cache.sha256}
+    if config.start_from is not None:
+        inputs["start_from"] = weights_hash(Path(config.start_from))
+        begin_with(prior, Path(config.start_from))
     sequences = TokenSequences(cache.split("train"), config.seed)
     batches = feed(
         sequences, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers
     )
-    inputs = {"tokens": cache.sha256}
     run = Run.open(Path(config.root) / config.name, config, fresh=fresh, inputs=inputs)
     record = _keep_record(run, cache, Path(config.tokens), config.sampling)
 

@@ -3,15 +3,17 @@ back under their authors' names."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from priors.interface import SampleOptions
 from priors.published.load import Model, from_pretrained
 from priors.published.table import PEERS
-from priors.record import PriorRecord
+from priors.record import NO_TOKENIZER, PriorRecord
 from priors.train import PriorRun
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import SUFFIXES, open_weights
@@ -45,7 +47,11 @@ def import_prior(
         elif (found := tokenizer_of(str(reference), source, model)) is not None:
             layout, folder = beside(out, found, prior)
         config = PriorRun(
-            name=out.name, root=str(out.parent), prior=model.prior, sampling=model.sampling
+            name=out.name,
+            root=str(out.parent),
+            tokens=str(out.parent / "tokens"),
+            prior=model.prior,
+            sampling=model.sampling,
         )
         run = Run.open(out, config, inputs={"published": sha256(source.path)})
         try:
@@ -54,15 +60,22 @@ def import_prior(
             record_of(prior, layout, folder, out).write(out)
         finally:
             run.files.release()
-        print(f"{out}: {source.peer.title}: sampling is its authors': {source.peer.recipe}")
+        print(f"{out}: {source.peer.title}: it samples as its authors do: {told(model.sampling)}")
         if folder is None:
-            print(f"{out}: {NO_TOKENIZER}: import it again with --tokenizer RUN to sample images")
+            print(f"{out}: {NO_TOKENIZER} to sample images", flush=True)
 
     distributed.on_main(write)
     return out
 
 
-NO_TOKENIZER = "the tokenizer whose codes it is of is not at hand"
+def told(sampling: SampleOptions) -> str:
+    """What is not plain."""
+    plain, found = dataclasses.asdict(SampleOptions()), {}
+    for name, value in dataclasses.asdict(sampling).items():
+        powered = name == "guidance_power" and sampling.guidance_schedule == "power_cosine"
+        if value != plain[name] or powered:
+            found[name] = value
+    return ", ".join(f"{name.replace('_', '-')} {v}" for name, v in found.items()) or "plainly"
 
 
 def record_of(
