@@ -9,6 +9,7 @@ import tessera.names  # noqa: F401 - says so where another package has one of ou
 from priors.hierarchical import FAMILIES, HierarchicalConfig
 from priors.llama import LlamaConfig
 from priors.mingpt import MinGPTConfig
+from priors.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig
 from priors.rar import RARConfig
 
 if TYPE_CHECKING:
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 PRIORS = {
     **FAMILIES,
     "hierarchical": HierarchicalConfig,
-    # Networks of published priors, which take no codes of other levels.
+    # Networks of published priors, which are told no codes of other levels.
     "llama": LlamaConfig,
     "mingpt": MinGPTConfig,
     "rar": RARConfig,
+    "halton_maskgit": HaltonConfig,
+    "titok": TiTokConfig,
+    "maskbit": MaskBitConfig,
 }
 
 

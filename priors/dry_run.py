@@ -152,9 +152,9 @@ def _loss(prior: torch.nn.Module, samples: int) -> Tensor:
 def _leaves(prior: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Its parts, through those that have but one."""
     for name, child in prior.named_children():
-        if name in ("backbone", "top", "bottom"):
+        if name in ("backbone", "groups", "top", "bottom"):
             yield from (
-                (inner if name == "backbone" else f"{name} {inner}", part)
+                (f"{name} {inner}" if name in ("top", "bottom") else inner, part)
                 for inner, part in _leaves(child)
             )
         else:

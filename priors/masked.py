@@ -4,6 +4,8 @@ most confident ones first, or in Halton order (Besnier et al. 2025, arXiv:2503.1
 from __future__ import annotations
 
 import dataclasses
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from priors.schedules import SCHEDULES, mean_share
 from tokenizer.interface import CodeLayout
 from training.loop import Loss
 
-SAMPLERS = {"confidence": "cosine", "halton": "arc_cosine"}  # with the schedules of their papers
+# With the schedules of their papers.
+SAMPLERS = {"confidence": "cosine", "halton": "arc_cosine", "annealed": "arc_cosine"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +57,14 @@ class MaskedConfig:
     def build(
         self, layout: CodeLayout, num_classes: int, given: CodeLayout | None = None
     ) -> MaskedPrior:
-        return MaskedPrior(
-            self.backbone.build(layout, num_classes, causal=False, given=given),
-            num_classes,
-            self.label_dropout,
-            self.label_smoothing,
-            self.schedule,
-            self.sampler,
-            self.sampling_schedule,
-            self.steps,
-            self.choice_temperature,
-        )
+        network = self.backbone.build(layout, num_classes, causal=False, given=given)
+        return MaskedPrior(network, num_classes, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """Of the prior, beside its network."""
+        own = ("kind", "backbone")
+        names = [each.name for each in dataclasses.fields(MaskedConfig) if each.name not in own]
+        return {name: getattr(self, name) for name in names}
 
 
 class MaskedPrior(nn.Module):
@@ -75,6 +75,12 @@ class MaskedPrior(nn.Module):
     codes draws from that law: "halton" with N steps does; "confidence" looks at the codes, and only
     without it (choice_temperature to infinity) would.
     """
+
+    # What the authors of published models do otherwise; priors/published_masked.py says which.
+    seen_weight = 0.0  # in the loss, of codes that are not masked
+    guided_late = False  # a step's guidance is by the steps before it: the first has none
+    redraws = False  # "halton" draws codes again in every later step, those that it began with not
+    softmax_temperatures = (1.0, 1.0)  # of "annealed", at its start and at its end
 
     def __init__(
         self,
@@ -103,10 +109,10 @@ class MaskedPrior(nn.Module):
         uniform: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Loss:
-        """Cross-entropy of masked codes. (B, N), (B,) int64; `uniform` as in
-        priors.interface.Prior.
+        """Cross-entropy of masked codes, and of others where `seen_weight` is not 0. (B, N), (B,)
+        int64; `uniform` as in priors.interface.Prior.
 
-        The sum is divided by the *expected* number of masked codes: each code weighs as in MaskGIT,
+        The sum is divided by the *expected* weight of all codes: each code weighs as in MaskGIT,
         and the mean over a batch does not depend on how the batch was split over processes. It is
         no likelihood.
         """
@@ -118,7 +124,9 @@ class MaskedPrior(nn.Module):
         masked = lowest(uniform[:, 2:], num_masked)
         logits = self.backbone(codes.masked_fill(masked, -1), labels, given=given)
         nats = cross_entropy(self.layout, logits, codes, self.label_smoothing)
-        total = (nats * masked).sum() / (len(codes) * length * self.mean_share)
+        mean_weight = self.mean_share + self.seen_weight * (1 - self.mean_share)
+        weights = torch.where(masked, 1.0, self.seen_weight)
+        total = (nats * weights).sum() / (len(codes) * length * mean_weight)
         with torch.no_grad():
             plain = cross_entropy(self.layout, logits, codes) if self.label_smoothing else nats
             per_masked = (plain * masked).sum() / masked.sum()
@@ -141,8 +149,10 @@ class MaskedPrior(nn.Module):
 
         Samplers: "confidence" keeps those drawn with most confidence under annealed noise, "halton"
         those whose turn it is, level after level, in an order that starts somewhere else in each
-        sample. At temperature 0 confidences are those of temperature 1, without noise: the seed
-        then has no part in "confidence".
+        sample. "annealed" is MUSE-PyTorch's and TiTok's: draws, too, are under annealed noise, the
+        last are the likeliest codes, and confidence is the code's logit. At temperature 0
+        confidences are those of temperature 1, without noise: the seed then has no part in
+        "confidence" and "annealed".
         """
         start, length = begin(self, labels, options, known, given), self.layout.length
         sampler = choose_sampler(options, (self.sampler, *SAMPLERS))
@@ -155,19 +165,24 @@ class MaskedPrior(nn.Module):
             starts = uniform_noise(options.seed, sample_ids, steps * streams, (streams - 1,))
             turns = rolled(self.layout, self.halton_turns, starts).double()
         read = reading(self.backbone, start.labels, start.given, start.copies)
+        redrawn = start.known < 0 if self.redraws and sampler == "halton" else None
         for step, share in enumerate(shares):
-            unknown = codes < 0
-            scale: float | Tensor = options.guidance_at((step + 1) / steps)
-            if (
-                sampler == "halton"
-            ):  # a hole of fewer codes than steps is full earlier: its last step has s too
-                scales = [
-                    options.guidance_at(min(1.0, (step + 1) / own)) for own in range(1, steps + 1)
-                ]
+            done = (step + 1) / steps
+            unknown = codes < 0 if redrawn is None else redrawn
+            scale: float | Tensor = self._guidance(options, step, steps)
+            if sampler == "halton":
+                # A hole of fewer codes than steps is full earlier: its last step has s, too.
+                scales = [self._guidance(options, step, own) for own in range(1, steps + 1)]
                 scale = codes.new_tensor(scales, dtype=torch.float64)[
                     initially_unknown.clamp(1, steps) - 1, None
                 ]
-            codes, confidence = self._draw(read, codes, options, sample_ids, step * streams, scale)
+            stepwise, anneal, noise_scale = options, None, self.choice_temperature * (1 - done)
+            if sampler == "annealed":
+                stepwise, anneal = self._softened(options, done), noise_scale
+                noise_scale *= stepwise.temperature  # for confidences that are not divided by it
+            codes, confidence = self._draw(
+                read, codes, unknown, stepwise, sample_ids, step * streams, scale, anneal
+            )
             if step + 1 == steps:
                 break  # the result is what was drawn before the last re-masking
             if sampler == "halton":
@@ -176,46 +191,54 @@ class MaskedPrior(nn.Module):
             else:
                 if options.temperature:
                     noise = gumbel(options.seed, sample_ids, (step + 1) * streams - 1, (length,))
-                    confidence = (
-                        confidence + self.choice_temperature * (1 - (step + 1) / steps) * noise
-                    )
+                    confidence = confidence + (noise_scale * noise).nan_to_num()  # finite
                 num_masked = _num_remasked(initially_unknown, unknown.sum(1), share)
                 masked = lowest(confidence, num_masked)
             codes = codes.masked_fill(masked, -1)
         return codes
 
+    def _guidance(self, options: SampleOptions, step: int, steps: int) -> float:
+        """s of a step of so many."""
+        return options.guidance_at(min(1.0, (step + (not self.guided_late)) / steps))
+
+    def _softened(self, options: SampleOptions, done: float) -> SampleOptions:
+        first, last = self.softmax_temperatures
+        temperature = options.temperature * (first * (1 - done) + last * done)
+        return dataclasses.replace(options, temperature=min(temperature, sys.float_info.max))
+
     def _draw(
         self,
         read: Reading,
         codes: Tensor,
+        unknown: Tensor,
         options: SampleOptions,
         sample_ids: Tensor,
         stream: int,
         scale: float | Tensor,
+        anneal: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Codes with the unknown ones drawn, and log-probabilities of these, infinite at the
-        others; both (B, N).
+        """Codes with the unknown ones, (B, N) bool, drawn, and log-probabilities of these, infinite
+        at the others; both (B, N).
 
-        `scale`: guidance of this step, or (B, 1) of each sample.
+        `scale`: guidance of this step, or (B, 1) of each sample. `anneal`: temperature of the draws
+        beside that of the options; what comes with codes then are their logits.
         """
-        logits, codes = read(codes, codes < 0), codes.clone()
+        logits, codes = read(codes, unknown), codes.clone()
         untempered = dataclasses.replace(options, temperature=1.0, top_k=0, top_p=1.0)
         confidence = torch.full(codes.shape, torch.inf, dtype=torch.float64, device=codes.device)
         for level, (raw, (span, size)) in enumerate(zip(logits, self.layout.spans())):
-            unknown = codes[:, span] < 0
+            asked = unknown[:, span]
             own_scale = (
-                scale.expand_as(unknown)[unknown][:, None] if isinstance(scale, Tensor) else scale
+                scale.expand_as(asked)[asked][:, None] if isinstance(scale, Tensor) else scale
             )
             shaped = shape_logits(raw, options, own_scale)
-            drawn = categorical(
-                shaped, chosen_gumbel(options.seed, sample_ids, stream + level, unknown, size)
-            )
-            codes[:, span][unknown] = drawn
-            if not options.temperature:
+            noise = chosen_gumbel(options.seed, sample_ids, stream + level, asked, size)
+            drawn = categorical(shaped, noise if anneal is None else anneal * noise)
+            codes[:, span][asked] = drawn
+            if anneal is not None or not options.temperature:
                 shaped = shape_logits(raw, untempered, own_scale)
-            confidence[:, span][unknown] = shaped.gather(-1, drawn[:, None])[
-                :, 0
-            ] - shaped.logsumexp(-1)
+            scores = shaped.gather(-1, drawn[:, None])[:, 0]
+            confidence[:, span][asked] = scores - shaped.logsumexp(-1) if anneal is None else scores
         return codes, confidence
 
 

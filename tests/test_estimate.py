@@ -219,7 +219,7 @@ def attention_by_products(
 
 @pytest.mark.parametrize("kind", PRIORS)
 def test_the_operations_of_a_prior_are_those_of_a_real_step(kind, monkeypatch):
-    layout = CodeLayout(((2, 2), (4, 4)), (8, 16))
+    layout = CodeLayout(((2, 2), (4, 4)), (16, 16) if kind == "maskbit" else (8, 16))
     prior = PRIORS[kind]().build(layout, 3)
 
     def loss(prior, samples, device):

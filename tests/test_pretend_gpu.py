@@ -236,9 +236,13 @@ def prior_of(kind):
         return PRIORS[kind](top=prior_of("autoregressive"), bottom=prior_of("masked"))
     if kind == "posterior":
         return PRIORS["uniform"](parameterisation="posterior", backbone=BACKBONE, steps=2)
+    if kind in PUBLISHED:
+        own = dataclasses.replace(PRIORS[kind]().backbone, dim=16, depth=2, heads=2, feedforward=16)
+        return PRIORS[kind](backbone=own, steps=2)
     return PRIORS[kind](backbone=BACKBONE, **({} if kind == "autoregressive" else {"steps": 2}))
 
 
+PUBLISHED = ("halton_maskgit", "titok", "maskbit")  # with networks of their own
 SAMPLERS = {
     "autoregressive": ("raster",),
     "masked": tuple(MASKED),
@@ -250,6 +254,9 @@ SAMPLERS = {
     "mingpt": ("",),
     "rar": ("",),
     "hierarchical": ("",),
+    "halton_maskgit": ("",),
+    "titok": ("",),
+    "maskbit": ("",),
 }
 
 
@@ -260,7 +267,8 @@ def sequences(step, accumulate):
 
 def prior_turns(config):
     torch.manual_seed(0)
-    prior = config.build(LAYOUT, 3)
+    layout = CodeLayout(LAYOUT.grids, (16, 16)) if config.kind == "maskbit" else LAYOUT
+    prior = config.build(layout, 3)
 
     def loss(batch, step):
         shape = (LAYOUT.length + 2,)

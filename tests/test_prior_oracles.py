@@ -398,6 +398,52 @@ def test_noise_on_confidences_fades_to_half_in_the_first_of_two_steps():
     assert p_value(toy, drawn, law.flatten()) > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_annealed_draws_are_of_falling_temperatures(temperature):
+    """Two codes in two steps, by counting, noise of 3: draws and confidences have temperature 3 / 2
+    in the first, and the second takes the likeliest code."""
+    toy = AnyOrder(PAIR)
+    joint = toy.joints[0].view(3, 3)
+    logits = [
+        each[0, 0] for each in toy(torch.tensor([[-1, -1]]), torch.tensor([0]))[0].split(1, 1)
+    ]
+    first, second = ((each / (1.5 * temperature)).softmax(-1) for each in logits)
+    law = torch.zeros(3, 3, dtype=torch.float64)
+    for a, b in itertools.product(range(3), repeat=2):
+        kept = torch.sigmoid((logits[0][a] - logits[1][b]) / (1.5 * temperature))
+        law[a, joint[a].argmax()] += first[a] * second[b] * kept
+        law[joint[:, b].argmax(), b] += first[a] * second[b] * (1 - kept)
+    prior = MaskedPrior(toy, 2, steps=2, sampler="annealed", choice_temperature=3.0)
+    drawn = draw(prior, SampleOptions(temperature=temperature))
+    assert p_value(toy, drawn, law.flatten()) > 1e-3
+
+
+def test_softmax_temperatures_are_of_steps():
+    """Of one step: the last one's, without noise; of two, 0.9 and noise of 1.5 at first."""
+    toy = AnyOrder(PAIR)
+    joint = toy.joints[0].view(3, 3)
+    prior = MaskedPrior(toy, 2, steps=2, sampler="annealed", choice_temperature=3.0)
+    prior.softmax_temperatures = (1.3, 0.5)
+    logits = [
+        each[0, 0] for each in toy(torch.tensor([[-1, -1]]), torch.tensor([0]))[0].split(1, 1)
+    ]
+    first, second = ((each / 0.9 / 1.5).softmax(-1) for each in logits)
+    law = torch.zeros(3, 3, dtype=torch.float64)
+    for a, b in itertools.product(range(3), repeat=2):
+        kept = torch.sigmoid((logits[0][a] - logits[1][b]) / 0.9 / 1.5)
+        law[a, joint[a].argmax()] += first[a] * second[b] * kept
+        law[joint[:, b].argmax(), b] += first[a] * second[b] * (1 - kept)
+    assert p_value(toy, draw(prior), law.flatten()) > 1e-3
+
+
+def test_late_guidance_is_by_the_steps_before():
+    """By hand: of three steps s - 1 is 0, a third and two thirds of what it is in the end."""
+    options, prior = SampleOptions(4.0, "linear"), MaskedPrior(AnyOrder(PAIR), 2)
+    assert [prior._guidance(options, step, 3) for step in range(3)] == [2.0, 3.0, 4.0]
+    prior.guided_late = True
+    assert [prior._guidance(options, step, 3) for step in range(3)] == [1.0, 2.0, 3.0]
+
+
 class Seeing(nn.Module):
     """Remembers how many codes are unknown, in each step."""
 

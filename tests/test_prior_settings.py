@@ -65,6 +65,14 @@ GPT = {
     "label_smoothing": 0.0,
     "gradient_checkpointing": False,
 }
+BERT = {
+    "dim": 128,
+    "depth": 4,
+    "heads": 4,
+    "feedforward": 0,
+    "dropout": 0.1,
+    "gradient_checkpointing": False,
+}
 DEFAULTS = {
     "llama": {
         **GPT,
@@ -114,6 +122,33 @@ DEFAULTS = {
         "label_dropout": 0.1,
         "label_smoothing": 0.0,
     },
+    "halton_maskgit": {
+        **MASKED,
+        "schedule": "arc_cosine",
+        "sampler": "halton",
+        "steps": 32,
+        "backbone": {**BERT, "registers": 1},
+    },
+    "titok": {
+        **MASKED,
+        "schedule": "arc_cosine",
+        "sampler": "annealed",
+        "choice_temperature": 9.5,
+        "backbone": {**BERT, "long_skips": False},
+    },
+    "maskbit": {
+        **MASKED,
+        "schedule": "arc_cosine",
+        "sampling_schedule": "arc_cosine",
+        "steps": 64,
+        "choice_temperature": 7.8,
+        "backbone": {**BERT, "splits": 2, "prenorm": False},
+    },
+}
+OWN_NETWORKS = {  # of kinds whose network is not the backbone
+    "halton_maskgit": {"dim": 8, "depth": 1, "heads": 1, "feedforward": 8},
+    "titok": {"dim": 8, "depth": 1, "heads": 1, "feedforward": 8},
+    "maskbit": {"dim": 8, "depth": 1, "heads": 1, "feedforward": 8},
 }
 
 
@@ -169,7 +204,9 @@ def small(kind, **settings):
         own = {"channels": 2, "depth": 1} if kind == "pixelcnn" else {"backbone": backbone}
         if kind in ("llama", "mingpt", "rar"):
             own = {"dim": 8, "depth": 1, "heads": 1}
-        config, layout = dataclasses.replace(config, **own), CodeLayout(((2, 3),), (3,))
+        elif kind in OWN_NETWORKS:
+            own = {"backbone": dataclasses.replace(config.backbone, **OWN_NETWORKS[kind])}
+        config, layout = dataclasses.replace(config, **own), CodeLayout(((2, 3),), (4,))
     return config.build(layout, 2)
 
 

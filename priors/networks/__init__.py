@@ -1,0 +1,1 @@
+"""Networks of published priors, each trainable as the backbone is."""
