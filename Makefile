@@ -88,7 +88,7 @@ test-gpu: setup ## the tests that need a GPU: one that CUDA and Triton know, com
 	@"$$py" -m pytest -m gpu
 
 test-reliability: setup ## the heavy tests: kills, hostile files, mutated configurations, processes, leaks (up to 40 minutes)
-	@"$$py" -m pytest -m slow -n auto --maxprocesses 8 --dist loadfile tests/test_reliability_*.py tests/test_ranks.py tests/test_sharded.py tests/test_image_fuzz.py
+	@"$$py" -m pytest -m slow -n auto --maxprocesses 8 --dist loadfile tests/test_reliability_*.py tests/test_ranks.py tests/training/test_sharded.py tests/tokenizer/test_image_fuzz.py
 
 lint: setup ## ruff
 	@"$$py" -m ruff check .

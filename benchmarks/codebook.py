@@ -208,7 +208,7 @@ def memory() -> None:
 
 def exactness() -> None:
     """Every product against float64, on random rows; the adversarial ones are
-    tests/test_search.py."""
+    tests/tokenizer/test_search.py."""
     lines = []
     kinds = [search.InFloat32, search.InBFloat16]
     if torch.backends.quantized.engine in ("x86", "fbgemm"):

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import in_fresh_process, keep, median, ratio, run_parts, seconds, table
-from eval.extractors import tag
-from eval.frechet import Gaussian, frechet_distance
-from eval.in_domain import Classifier, InDomain
-from eval.moments import Moments
+from eval.extractors.in_domain import Classifier, InDomain
+from eval.extractors.networks import tag
+from eval.metrics.frechet import Gaussian, frechet_distance
+from eval.metrics.moments import Moments
 from eval.pipeline import load
 from eval.reference import npz_batches
 from tokenizer.data.sources import open_split

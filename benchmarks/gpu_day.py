@@ -82,7 +82,7 @@ def found(what: str, value: float | str, unit: str = "", at_least: float | None 
 
 def gpu_tests(sizes: Sizes) -> Iterator[Found]:
     """pytest -m gpu. At toy size they are only collected: they cannot run."""
-    words = ["--collect-only", "tests/test_philox.py"] if sizes.toy else ["--durations=5"]
+    words = ["--collect-only", "tests/training/test_philox.py"] if sizes.toy else ["--durations=5"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     print(done.stdout)

@@ -1,4 +1,4 @@
-"""Mutation testing: python -m benchmarks.mutation --files priors/uniform.py --sample 40
+"""Mutation testing: python -m benchmarks.mutation --files priors/families/uniform.py --sample 40
 
 A mutant is one of our files with one thing changed (benchmarks/mutants.py). A test that fails with
 it kills it; one that no test kills tells of a line that no test holds, or changes nothing
@@ -61,7 +61,7 @@ def test_files_near(file: str, reach: int) -> list[Path]:
     modules = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     packages = {path: _imports(path) for path in modules if path.name == "__init__.py"}
     imports = {path: _imports(path, packages=packages) for path in modules} if reach > 1 else {}
-    tests = sorted((ROOT / "tests").glob("*.py"))
+    tests = sorted((ROOT / "tests").rglob("*.py"))
     helpers = {
         path.stem: _imports(path, packages=packages)
         for path in tests
@@ -134,11 +134,11 @@ def tests_for(
             if any(call.startswith(of_file) for call in test["calls"])
         }
     place = {name: number for number, name in enumerate(reversed(killers))}
-    named = f"tests/test_{Path(mutant.file).stem}.py"
+    named = f"/test_{Path(mutant.file).stem}.py"
 
     def order(name: str) -> tuple[bool, float, bool, float]:
         first = place.get(name, math.inf)
-        return name not in calling, first, not name.startswith(named), tests[name]["seconds"]
+        return name not in calling, first, named not in name, tests[name]["seconds"]
 
     chosen, total = [], 0.0
     for name in sorted(tests if all_of_them else calling, key=order):
@@ -409,7 +409,7 @@ class Bench:
 
     def _near(self, file: str, tests: list[str]) -> list[Path]:
         if tests:
-            return [ROOT / "tests" / f"test_{test}.py" for test in tests]
+            return [path for test in tests for path in (ROOT / "tests").rglob(f"test_{test}.py")]
         near = test_files_near(file, self.options.reach)
         return [test for test in near if not any(word in test.stem for word in self.options.skip)]
 
@@ -437,7 +437,9 @@ class Bench:
         return known.get("tests", {})
 
     def _record(self, test: Path, session: Session) -> dict[str, Any]:
-        names = [name for name in session.items if name.split("::")[0] == f"tests/{test.name}"]
+        names = [
+            name for name in session.items if name.split("::")[0] == str(test.relative_to(ROOT))
+        ]
         found, before = self.tree / "mutation.calls", set(sys.modules)
         found.write_text(json.dumps({"tests": {}, "imports": []}))
 
@@ -639,7 +641,7 @@ def main() -> None:
         bench = Bench(files, options, tree)
         for tests, group in bench.groups().items():
             arguments = [
-                *(f"tests/{path.name}" for path in tests),
+                *(str(path.relative_to(ROOT)) for path in tests),
                 "--continue-on-collection-errors",
             ]
             session = Session(functools.partial(bench.try_all, group))

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import keep, median, ratio, run_parts, seconds, table
-from priors.autoregressive import AutoregressiveConfig
 from priors.backbone import Backbone, BackboneConfig
+from priors.families.autoregressive import AutoregressiveConfig
+from priors.families.masked import MaskedConfig
 from priors.interface import Prior, SampleOptions
-from priors.masked import MaskedConfig
 from tokenizer.interface import CodeLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

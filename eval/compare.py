@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.markup import table_cell
 from eval.record import Measurement, nameless
-from eval.tables import ARROWS, interval_text, number, value_text
+from eval.report.markup import table_cell
+from eval.report.tables import ARROWS, interval_text, number, value_text
 from training.command import Parser, UserError, run_command
 from training.config import to_dict
 

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.cmmd import cmmd
 from eval.counts import Counts
-from eval.extractors import Extraction, Extractor, FeatureRows, banner, figure_name
-from eval.frechet import Gaussian, frechet_infinity
-from eval.in_domain import InDomain
-from eval.inception_score import inception_score
-from eval.kid import kernel_distance
-from eval.manifold import manifold
-from eval.moments import Moments
-from eval.neighbours import find_copying
+from eval.extractors.in_domain import InDomain
+from eval.extractors.networks import Extraction, Extractor, FeatureRows, banner, figure_name
+from eval.metrics.cmmd import cmmd
+from eval.metrics.frechet import Gaussian, frechet_infinity
+from eval.metrics.inception_score import inception_score
+from eval.metrics.kid import kernel_distance
+from eval.metrics.memorisation import find_copying
+from eval.metrics.moments import Moments
+from eval.metrics.precision_recall import manifold
 from eval.pipeline import Pipeline, load, pixels, share
 from eval.reconstruction import measure_frechet, measure_reconstruction
 from eval.record import Measurement, Origin, Record, share_interval

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.extractors import WEIGHTS, Extractor, Inception, Tower, find_inception
-from eval.in_domain import InDomain, check_extractor, open_extractor
+from eval.extractors.in_domain import InDomain, check_extractor, open_extractor
+from eval.extractors.networks import WEIGHTS, Extractor, Inception, Tower, find_inception
 from eval.interface import Batch
-from eval.paired import LPIPS
+from eval.metrics.image_similarity import LPIPS
 from eval.record import Record
 from tokenizer.cache import TokenCache
 from tokenizer.data.sampler import read
@@ -44,7 +44,7 @@ class Options:
     dinov2: Path | None = None  # folders of published towers
     clip: Path | None = None
     reference: Path | None = None  # .npz of statistics or images, for samples
-    protocol: tuple[str, ...] = ()  # of eval.protocols, for samples
+    protocol: tuple[str, ...] = ()  # of eval.extractors.fid_protocols, for samples
     prior: Path | None = None  # that codes tokens; a pipeline's is run/prior
     rate_distortion: int | None = None  # so many images beside picture formats
     num: int | None = None  # at most so many images of each set

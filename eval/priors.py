@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from eval.compare import check_alike, own_settings, table_of
-from eval.comparison_pictures import labelled_grid, points_plot
 from eval.generation import measure_generation
-from eval.likelihood import measure_likelihood
-from eval.pictures import Picture
+from eval.metrics.likelihood import measure_likelihood
 from eval.pipeline import Options, Pipeline
 from eval.record import Measurement, Record, dump_json, write_pages
+from eval.report.comparison_pictures import labelled_grid, points_plot
+from eval.report.pictures import Picture
+from eval.report.tables import number
 from eval.sample_facts import read_cost
-from eval.tables import number
 from priors.record import is_prior, read_record
 from priors.train import PriorRun
 from training import config, distributed

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.compare import check_alike, own_settings, table_of
-from eval.comparison_pictures import codebook_bars, curves_plot, labelled_grid, rate_plot
-from eval.pictures import Picture
 from eval.pipeline import Options, Pipeline
 from eval.reconstruction import measure_reconstruction
 from eval.record import Measurement, Record, dump_json, write_pages
-from eval.report import read_log
-from eval.tables import ARROWS, number
+from eval.report.comparison_pictures import codebook_bars, curves_plot, labelled_grid, rate_plot
+from eval.report.pictures import Picture
+from eval.report.report import read_log
+from eval.report.tables import ARROWS, number
 from tokenizer.data.identity import noted
 from tokenizer.run import TokenizerRun, load_config
 from training import distributed, words

@@ -7,12 +7,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from eval.codebook import CodebookUsage
 from eval.counts import LEAST, Counts
-from eval.extractors import WEIGHTS, Extractor, FeatureRows, banner, figure_name
-from eval.frechet import Gaussian, frechet_distance, frechet_jackknife
+from eval.extractors.networks import WEIGHTS, Extractor, FeatureRows, banner, figure_name
 from eval.interface import Batch
-from eval.paired import Paired
+from eval.metrics.codebook import CodebookUsage
+from eval.metrics.frechet import Gaussian, frechet_distance, frechet_jackknife
+from eval.metrics.image_similarity import Paired
 from eval.pipeline import Pipeline, load, pixels
 from eval.record import Measurement, Origin, Record
 from tokenizer.data.transforms import to_float, to_uint8

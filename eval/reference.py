@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from eval.counts import LEAST
-from eval.extractors import WEIGHTS, Extractor, Inception
-from eval.frechet import Gaussian
-from eval.in_domain import InDomain, check_extractor
+from eval.extractors.in_domain import InDomain, check_extractor
+from eval.extractors.networks import WEIGHTS, Extractor, Inception
 from eval.interface import Batch
-from eval.moments import Moments
+from eval.metrics.frechet import Gaussian
+from eval.metrics.moments import Moments
 from eval.pipeline import share, share_images
 from generate.npz import DAMAGES, IMAGES, Rows, first_damage
 from tokenizer.data.sources import DataConfig, open_split

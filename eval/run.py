@@ -22,7 +22,7 @@ PROTOCOLS = (
     "llamagen",
     "clean-fid",
     "torch-fidelity",
-)  # eval.protocols', named here for --help alone
+)  # eval.extractors.fid_protocols', named here for --help alone
 
 
 def main() -> None:
@@ -59,8 +59,8 @@ def codebook(options: Options) -> None:
 def rate(options: Options) -> None:
     """what held-out codes cost: fixed, by unigrams, by a prior, and as files; beside picture
     formats if asked for"""
+    from eval.metrics.rate_distortion import markdown, plot
     from eval.pipeline import Pipeline
-    from eval.rate_distortion import markdown, plot
     from eval.record import claim_pages, write_pages
     from eval.token_records import measure_rate, measure_rate_distortion, read_rate_distortion
     from training import distributed
@@ -81,8 +81,8 @@ def rate(options: Options) -> None:
 
 def probe(options: Options) -> None:
     """what a linear classifier reads from a tokenizer's features and codes, and from pixels"""
+    from eval.metrics.probe import measure_probe
     from eval.pipeline import Pipeline
-    from eval.probe import measure_probe
 
     pipeline = Pipeline(options)
     show(pipeline, [measure_probe(pipeline)])
@@ -106,7 +106,7 @@ def priors(options: Options) -> None:
 def likelihood(options: Options) -> None:
     """RUN/prior on held-out codes: nats per token, bits per pixel, bits per image, exact or a
     bound"""
-    from eval.likelihood import measure_likelihood
+    from eval.metrics.likelihood import measure_likelihood
     from eval.pipeline import Pipeline
 
     pipeline = Pipeline(options)
@@ -122,7 +122,7 @@ def generation(options: Options) -> None:
     pipeline = Pipeline(options)
     show(pipeline, [measure_generation(pipeline)])
     if options.protocol:
-        from eval.emulation import measure_protocols
+        from eval.fid_protocol_records import measure_protocols
 
         show(pipeline, [measure_protocols(pipeline)])
 
@@ -131,8 +131,8 @@ def report(options: Options) -> None:
     """all that concerns a pipeline, and RUN/report/report.html, report.md and report.json from
     it"""
     from eval.pipeline import Pipeline
-    from eval.report import collect_records, find_stages, write_report
-    from eval.tables import headlines, text_table, unique_figures
+    from eval.report.report import collect_records, find_stages, write_report
+    from eval.report.tables import headlines, text_table, unique_figures
     from training import distributed
 
     pipeline = Pipeline(options)
@@ -176,7 +176,7 @@ def reference_stats(arguments: argparse.Namespace) -> None:
 
 
 def show(pipeline: Pipeline, records: list[Record]) -> None:
-    from eval.tables import text_table, unique_figures
+    from eval.report.tables import text_table, unique_figures
     from training import distributed
 
     if distributed.is_main():

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from eval.counts import LEAST
-from eval.extractors import Extraction, FeatureRows, banner, figure_name
-from eval.frechet import Gaussian
+from eval.extractors.networks import Extraction, FeatureRows, banner, figure_name
 from eval.generation import Samples
 from eval.interface import Batch
+from eval.metrics.frechet import Gaussian
 from eval.pipeline import Options, Pipeline, share
 from eval.reconstruction import measure_frechet
 from eval.record import Measurement, Origin, share_interval
+from eval.report.tables import interval_text, number, value_text
 from eval.sample_facts import REMEDY, read_cost
-from eval.tables import interval_text, number, value_text
 from generate.sample import check_counts
 from generate.sweep import LINES, PLAN, PLOT, TABLE, claim
 from priors.interface import SampleOptions

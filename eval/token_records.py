@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import priors
-from eval.codebook import code_statistics, measure_codes
-from eval.codec import TableModel
+from eval.metrics.codebook import code_statistics, measure_codes
+from eval.metrics.codec import TableModel
+from eval.metrics.rate import Rates, find_rates
+from eval.metrics.rate_distortion import Point, RateDistortion, compare, measure_point
 from eval.pipeline import Pipeline
-from eval.rate import Rates, find_rates
-from eval.rate_distortion import Point, RateDistortion, compare, measure_point
 from eval.reconstruction import reconstruct
 from eval.record import Measurement, Origin, Record
 from priors.interface import Prior

@@ -31,7 +31,7 @@ from generate.images import (
 )
 from priors.interface import Prior
 from priors.record import PriorRecord
-from priors.sampling import uniform_noise
+from priors.sampling.noise import uniform_noise
 from tokenizer.cache import TokenCache
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tessera.names  # noqa: F401 - says so where another package has one of our names
-from priors.hierarchical import FAMILIES, HierarchicalConfig
+from priors.families.hierarchical import FAMILIES, HierarchicalConfig
 from priors.llama import LlamaConfig
 from priors.mingpt import MinGPTConfig
 from priors.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig

@@ -28,7 +28,7 @@ from training.command import UserError
 from training.distributed import Dropout
 
 if TYPE_CHECKING:
-    from priors.engine import Decoding
+    from priors.decoding.engine import Decoding
 
 POSITIONS = ("rotary", "learned")
 CONDITIONINGS = ("prefix", "adaln")
@@ -241,7 +241,7 @@ class Backbone(nn.Module):
     ) -> Decoding:
         """The same logits slot by slot from cached keys and values, without dropout; of a causal
         backbone."""
-        from priors.engine import Decoding
+        from priors.decoding.engine import Decoding
 
         return Decoding(self, labels, order=order, given=given)
 

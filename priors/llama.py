@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from priors.autoregressive import AutoregressivePrior
 from priors.backbone import CONDITIONINGS, check_settings
+from priors.families.autoregressive import AutoregressivePrior
 from priors.slots import (
     BlockCache,
     SlotDecoding,

@@ -2,7 +2,7 @@
 arXiv:2503.17076), the generators of TiTok (Yu et al. 2024, arXiv:2406.07550) and of MaskBit (Weber
 et al. 2024, arXiv:2409.16211).
 
-Each is priors.masked with a network of its own, and samples by its authors' recipe where nothing
+Each is priors.families.masked with a network of its own, and samples by its authors' recipe where nothing
 else is asked for; guidance is of the options, which the import of a published file sets.
 """
 
@@ -13,8 +13,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from priors.families.masked import MaskedConfig, MaskedPrior
 from priors.interface import Likelihood, SampleOptions
-from priors.masked import MaskedConfig, MaskedPrior
 from priors.networks.bert import MaskBitNetworkConfig, TiTokNetworkConfig, grouped
 from priors.networks.halton_maskgit import HaltonNetworkConfig
 from tokenizer.interface import CodeLayout
@@ -131,7 +131,7 @@ class MaskBitPrior(nn.Module):
         known: Tensor | None = None,
         given: None = None,
     ) -> Tensor:
-        """(B, N) int64, as of priors.masked; steps are of groups."""
+        """(B, N) int64, as of priors.families.masked; steps are of groups."""
         known = None if known is None else self.split(known)
         return self.join(self.groups.sample(labels, options, sample_ids, known))
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from priors.autoregressive import AutoregressivePrior, check_order
 from priors.backbone import check_settings
+from priors.families.autoregressive import AutoregressivePrior, check_order
 from priors.slots import (
     BlockCache,
     SlotDecoding,
@@ -39,7 +39,7 @@ EPS = 1e-6  # of every norm
 
 @dataclasses.dataclass(frozen=True)
 class RARConfig:
-    """`order` of the positions of a level in training, as of priors.autoregressive."""
+    """`order` of the positions of a level in training, as of priors.families.autoregressive."""
 
     kind: str = "rar"
     dim: int = 128

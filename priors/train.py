@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from priors import PRIORS, engine
-from priors.diffusion import antithetic
+from priors import PRIORS
+from priors.decoding import engine
 from priors.dry_run import dry_run
+from priors.families.diffusion import antithetic
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
 from priors.starting import begin_with

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# Tests import helpers, and each other, by name from whichever folder they lie in. The processes
+# that tests start do so too.
+TESTS = Path(__file__).parent
+PLACES = [str(TESTS.parent), str(TESTS), *map(str, sorted(TESTS.glob("[!_.]*/")))]
+sys.path += [place for place in PLACES if place not in sys.path]
+os.environ["PYTHONPATH"] = os.pathsep.join([*PLACES, *filter(None, [os.getenv("PYTHONPATH")])])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,10 +12,10 @@ import torch
 from test_eval_reference import Means, pixels, save
 from test_tar_shards import shards
 
-from eval.in_domain import ExtractorRun, open_extractor, train_extractor
+from eval.extractors.in_domain import ExtractorRun, open_extractor, train_extractor
 from eval.record import Measurement, Record
 from eval.reference import read_reference, write_reference
-from eval.report import Stage
+from eval.report.report import Stage
 from tokenizer.data import tar_index
 from tokenizer.data.sources import DataConfig, open_split
 from training.arrays import DamagedFile, read_arrays

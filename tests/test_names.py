@@ -17,9 +17,9 @@ from test_cache import save_images, save_tokenizer
 from test_eval_report import synthetic_records
 from tiny import command
 
-from eval.markup import escape, markdown, table_cell
-from eval.pictures import bars, curves_plot
-from eval.report import Stage, write_report
+from eval.report.markup import escape, markdown, table_cell
+from eval.report.pictures import bars, curves_plot
+from eval.report.report import Stage, write_report
 from priors.record import read_record
 from tokenizer.cache import TokenCache
 from tokenizer.data.naming import number_classes

@@ -135,7 +135,7 @@ def test_a_run_with_other_settings_is_refused(
 
 def test_report_is_one_offline_page(root: Path, capsys: pytest.CaptureFixture):
     import tokenizer
-    from eval.in_domain import extractor_run, train_extractor
+    from eval.extractors.in_domain import extractor_run, train_extractor
     from tokenizer.data.sources import open_split
 
     data = tokenizer.load(root / "tokenizer-stage2").config.data

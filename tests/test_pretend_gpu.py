@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import leaves
 from toy_pipeline import tiny_extractor
 
-from eval.in_domain import train_extractor
+from eval.extractors.in_domain import train_extractor
 from generate.images import _load_models
 from priors import PRIORS
-from priors.absorbing import SAMPLERS as ABSORBING
 from priors.backbone import BackboneConfig
+from priors.families.absorbing import SAMPLERS as ABSORBING
+from priors.families.masked import SAMPLERS as MASKED
 from priors.interface import SampleOptions
-from priors.masked import SAMPLERS as MASKED
 from tokenizer.autoencoder import VQVAEConfig
 from tokenizer.cache import TokenCache
 from tokenizer.data.sources import DataConfig
@@ -416,7 +416,7 @@ def test_two_ranks_train_as_one_does(tmp_path):
         cwd=here,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from priors.families.masked import MaskedPrior
 from priors.interface import SampleOptions
-from priors.masked import MaskedPrior
 from priors.networks.bert import MaskBitNetworkConfig, TiTokNetworkConfig, grouped
 from priors.networks.halton_maskgit import HaltonNetworkConfig
 from priors.published_masked import (

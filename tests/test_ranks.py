@@ -26,14 +26,14 @@ from tiny import command, save_encoder
 from torch import Tensor
 from toy import leaves
 
-from priors.absorbing import AbsorbingConfig
-from priors.autoregressive import AutoregressiveConfig
 from priors.backbone import BackboneConfig
-from priors.hierarchical import HierarchicalConfig
-from priors.masked import MaskedConfig
-from priors.pixelcnn import PixelCNNConfig
+from priors.families.absorbing import AbsorbingConfig
+from priors.families.autoregressive import AutoregressiveConfig
+from priors.families.hierarchical import HierarchicalConfig
+from priors.families.masked import MaskedConfig
+from priors.families.pixelcnn import PixelCNNConfig
+from priors.families.uniform import UniformConfig
 from priors.train import PriorRun
-from priors.uniform import UniformConfig
 from tokenizer.autoencoder import VQVAEConfig
 from tokenizer.data.sources import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
@@ -288,7 +288,7 @@ def run_pipeline(folder: Path, world: str) -> None:
     process trained."""
     from toy_pipeline import tiny_extractor
 
-    from eval.in_domain import train_extractor
+    from eval.extractors.in_domain import train_extractor
     from priors.train import train_prior
     from tokenizer import encode
 
@@ -361,9 +361,7 @@ def launch(folder: Path, processes: int) -> None:
             str(processes),
             *words,
         ]
-    path = os.pathsep.join([str(root), str(root / "tests")])
     environment = os.environ | {
-        "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -188,11 +188,7 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
 
 
 def killed(folder: Path, seed: int, **points: int) -> dict:
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     named = dict(zip(COMMANDS, points.values(), strict=True))
     command = [sys.executable, __file__, str(folder), json.dumps(named), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -217,7 +213,6 @@ def test_a_kill_at_every_file_boundary_changes_nothing(tmp_path):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)

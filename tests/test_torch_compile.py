@@ -16,13 +16,13 @@ import torch
 from tiny import QUANTIZER_SIZES, save_encoder
 from torch import nn
 
-from priors.absorbing import AbsorbingConfig
-from priors.autoregressive import AutoregressiveConfig
 from priors.backbone import BackboneConfig
-from priors.hierarchical import HierarchicalConfig
-from priors.masked import MaskedConfig
-from priors.pixelcnn import PixelCNNConfig
-from priors.uniform import UniformConfig
+from priors.families.absorbing import AbsorbingConfig
+from priors.families.autoregressive import AutoregressiveConfig
+from priors.families.hierarchical import HierarchicalConfig
+from priors.families.masked import MaskedConfig
+from priors.families.pixelcnn import PixelCNNConfig
+from priors.families.uniform import UniformConfig
 from tokenizer.autoencoder import VQVAEConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.resnet import ResNetDecoderConfig

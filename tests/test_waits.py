@@ -26,7 +26,7 @@ from tiny import save_encoder
 from torch import nn
 from toy import leaves, log_lines
 
-from priors.autoregressive import AutoregressiveConfig
+from priors.families.autoregressive import AutoregressiveConfig
 from tokenizer.discriminators.dino import DinoConfig
 from tokenizer.quantizers import QUANTIZERS
 from training import distributed, outcome, philox, turn

@@ -13,7 +13,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from eval import run as command
-from eval.in_domain import ExtractorRun, train_extractor
+from eval.extractors.in_domain import ExtractorRun, train_extractor
 from tokenizer.data.sources import DataConfig
 from tokenizer.interface import CodeLayout
 from training.checkpoint import write_weights

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from priors.autoregressive import AutoregressivePrior
+from priors.families.autoregressive import AutoregressivePrior
 from tokenizer.published.check import RAW, Difference, difference, fitted, read_case
 
 INPUTS = ("tokens", "labels", "masked", "orders")  # the first names the group

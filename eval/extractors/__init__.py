@@ -1,0 +1,1 @@
+"""Networks that see images for a distance between distributions, and how others fed them."""

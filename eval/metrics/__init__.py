@@ -1,0 +1,1 @@
+"""What is measured: each metric from images, features or codes, without knowing a pipeline."""

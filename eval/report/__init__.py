@@ -1,0 +1,1 @@
+"""Records as pages: tables, pictures, Markdown and HTML."""
