@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,23 @@ def from_pretrained(
     peer = peer_of(weights, hyper, as_ or kind, PEERS)
     name = str(name_or_path).removeprefix(PREFIX)
     known = peer.file_of(name) or peer.file_of(path.name)
-    sampling = SampleOptions(**(known.sampling if known else peer.sampling))
-    return load_weights(peer, weights, hyper, sampling)
+    return load_weights(peer, weights, hyper, known.sampling if known else None)
 
 
 def load_weights(
-    peer: PriorPeer, weights: Weights, hyper: Hyperparameters, sampling: SampleOptions
+    peer: PriorPeer,
+    weights: Weights,
+    hyper: Hyperparameters,
+    sampling: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A file of a known kind as one of our modules. Raises UserError, naming tensors, where it is
-    not one."""
+    """A file of a known kind as one of our modules, to be sampled as is known of the file, else as
+    its configuration says, else as its kind is. Raises UserError, naming tensors, where it is not
+    one."""
 
     def build() -> tuple[nn.Module, dict[str, Place], Model]:
         made = peer.architecture(weights.shapes, hyper)
         prior = made.prior.build(made.layout, made.num_classes)
-        return prior, dict(places(prior, made.names)), Model(made.prior, sampling, hyper)
+        options = SampleOptions(**(sampling or made.sampling or peer.sampling))
+        return prior, dict(places(prior, made.names)), Model(made.prior, options, hyper)
 
     return filled(peer, weights, hyper, build)

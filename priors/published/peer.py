@@ -29,6 +29,7 @@ class PriorArchitecture:
     layout: CodeLayout
     num_classes: int
     names: Mapping[str, str | Place]  # of modules or tensors: ours -> the published file's
+    sampling: Mapping[str, Any] | None = None  # of SampleOptions, where its configuration says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,9 @@ class PriorPeer:
     recipe: str  # how its authors sample, in words
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of no known file
     ignored: tuple[str, ...] = ()  # patterns of tensors that are no part of the model
+    tied: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # saved again: name -> of what
     quirks: tuple[str, ...] = ()
     files: tuple[PublishedPrior, ...] = ()
 
@@ -60,8 +64,11 @@ class PriorPeer:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def file_of(self, name: str) -> PublishedPrior | None:
-        """The published file that is called so, by its name here or its own."""
-        return next((file for file in self.files if name in (file.name, file.file)), None)
+        """The one published file that is called so: by its name here, its own, or its
+        repository's."""
+        named = [file for file in self.files if name == file.name]
+        found = named or [file for file in self.files if name in (file.file, file.where)]
+        return found[0] if len(found) == 1 else None
 
 
 def square(length: int) -> tuple[int, ...]:

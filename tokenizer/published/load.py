@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenizer.data.sources import DataConfig
@@ -164,7 +165,9 @@ def read_state(
         raise UserError(
             f"{weights.path}: as {peer.kind} it lacks {_listed(missing)}: is it whole, and of this kind?"
         )
-    unexpected = [name for name in weights.tensors.keys() - wanted if not peer.ignores(name)]
+    tied = {name: of for name, of in _tied(peer).items() if {name, of} <= weights.tensors.keys()}
+    left = weights.tensors.keys() - wanted - tied.keys()
+    unexpected = [name for name in left if not peer.ignores(name)]
     if unexpected:
         raise UserError(
             f"{weights.path}: as {peer.kind} it has no place for {_listed(unexpected)}: is it of this kind, and is the "
@@ -186,7 +189,18 @@ def read_state(
             raise UserError(
                 f"{weights.path}: {place.name} is {tuple(stored.shape)}, and {expected} is expected of this {peer.kind}"
             ) from None
+    for name, of in tied.items():
+        if not torch.equal(weights.read(name), weights.read(of)):
+            raise UserError(
+                f"{weights.path}: {name} and {of} are one tensor in every {peer.kind}, and differ "
+                "here: download it again"
+            )
     return state
+
+
+def _tied(peer: Any) -> Mapping[str, str]:
+    """Tensors that a file holds twice: name -> the name under which it is loaded."""
+    return getattr(peer, "tied", {})
 
 
 def published_state(model: nn.Module) -> dict[str, Tensor]:
@@ -203,6 +217,9 @@ def published_state(model: nn.Module) -> dict[str, Tensor]:
         found[place.name] = (
             place.to_theirs(ours[name].cpu(), tuple(like.shape)).to(like.dtype).contiguous()
         )
+    for name, of in _tied(source.peer).items():
+        if {name, of} <= weights.origins.keys():
+            found[weights.origins[name]] = found[weights.origins[of]].clone()
     return found
 
 
