@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from golden import golden
 from safetensors.torch import load_file, save_file
+from test_cache import save_images
+from tiny import command
 
 import priors
 from priors.interface import SampleOptions
@@ -18,9 +20,24 @@ from priors.published.check import check
 from priors.published.imports import export_prior, import_prior
 from priors.published.load import from_pretrained
 from priors.published.table import PEERS
+from priors.train import PriorRun, train_prior
+from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.data.sources import DataConfig
+from tokenizer.decoders.conv import ConvDecoderConfig
+from tokenizer.decoders.titok import TiTokDecoderConfig
+from tokenizer.encode import TokensRun, encode_data
+from tokenizer.encoders.conv import ConvEncoderConfig
+from tokenizer.encoders.titok import TiTokEncoderConfig
 from tokenizer.published.check import told
 from tokenizer.published.load import published_state
+from tokenizer.quantizers.lookup_free import LookupFreeConfig
+from tokenizer.quantizers.vector import VectorConfig
+from tokenizer.run import TokenizerRun
+from training.checkpoint import write_weights
 from training.command import UserError
+from training.config import to_yaml
+from training.loop import LoopConfig
+from training.optim import OptimizerConfig
 
 # golden case (of which the kinds are called so, too) -> what no shape tells
 GOLDEN = {
@@ -582,3 +599,63 @@ def test_a_file_of_an_everyday_name_is_no_known_one():
     assert peer.file_of("model.safetensors") is None
     assert peer.file_of("titok-b64-generator").tokenizer == "titok-b64"
     assert peer.file_of("yucornetto/generator_titok_s128_imagenet").tokenizer == "titok-s128"
+
+
+# Training on
+
+
+def tokenizer_of(variant):
+    """The configuration of a tiny tokenizer whose codes a variant is of: 4 of 16 of 8 px images."""
+    if variant == "titok":
+        sizes = {"channels": 16, "depth": 1, "heads": 2, "patch": 4}
+        return VQVAEConfig(
+            encoder=TiTokEncoderConfig(**sizes, num_tokens=LENGTH, out_channels=4),
+            quantizer=VectorConfig(num_codes=CODES, code_dim=4),
+            decoder=TiTokDecoderConfig(**sizes),
+        )
+    sizes = {"channels": 8, "residual_blocks": 1, "residual_channels": 4}
+    quantizer = VectorConfig(num_codes=CODES, code_dim=2)
+    if variant == "maskbit":
+        quantizer = LookupFreeConfig(bits=4, lowest_first=True)
+    return VQVAEConfig(
+        encoder=ConvEncoderConfig(**sizes),
+        quantizer=quantizer,
+        decoder=ConvDecoderConfig(**sizes),
+    )
+
+
+@pytest.mark.parametrize("variant", ["halton", "titok", "maskbit"])
+def test_training_goes_on_from_a_published_generator(variant, tmp_path, capsys):
+    """On codes of the tokenizer that belongs to it, with two classes in the place of three."""
+    save_images(tmp_path / "images")
+    config = TokenizerRun(data=DataConfig(str(tmp_path / "images"), 8), model=tokenizer_of(variant))
+    torch.manual_seed(0)
+    folder = tmp_path / "tokenizer"
+    write_weights(folder / "weights" / "model.safetensors", config.model.build(8).state_dict(), {})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    encode_data(TokensRun(root=str(tmp_path), tokenizer=str(folder)))
+
+    write(tmp_path / "theirs", variant)
+    begun = import_prior(tmp_path / "theirs", tmp_path / "begun" / "prior", folder)
+    network = from_pretrained(tmp_path / "theirs").config.prior
+    run = PriorRun(
+        root=str(tmp_path),
+        tokens=str(tmp_path / "tokens"),
+        prior=network,
+        start_from=str(begun),
+        loop=LoopConfig(steps=2, batch_size=4, log_every=1, save_every=2, preview_every=2),
+        optimizer=OptimizerConfig(lr=1e-9, warmup_steps=0, schedule="constant"),
+    )
+    trained = train_prior(run)
+    assert "it knows 3 classes, and there are 2" in capsys.readouterr().out
+    before, after = priors.load(begun), priors.load(tmp_path / "prior")
+    same = [  # of nobody, whose weights were taken over
+        prior.nll(
+            torch.randint(CODES, (3, LENGTH), generator=torch.Generator().manual_seed(0)), who
+        )
+        for prior, who in ((before, torch.full((3,), 3)), (after, torch.full((3,), 2)))
+    ]
+    torch.testing.assert_close(same[0].nats, same[1].nats, atol=1e-4, rtol=0)
+    assert same[0].kind == "bound" and trained.num_classes == 2
+    assert command("generate.sample", tmp_path / "prior", "--num", 4) == 0
+    assert (tmp_path / "samples" / "samples.npz").is_file()

@@ -65,7 +65,7 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> PriorArchitecture:
     prefix = "" if skips else "model."
     table = "embeddings.weight" if skips else "model.embeddings.word_embeddings.weight"
     places = "pos_embed" if skips else "model.embeddings.position_embeddings.weight"
-    first = "in_blocks.0.mlp.fc1" if skips else "model.encoder.layer.0.intermediate.dense"
+    first = "mid_block.mlp.fc1" if skips else "model.encoder.layer.0.intermediate.dense"
     num_codes, width = shapes[f"{prefix}lm_head.weight"]
     half = count(shapes, "in_blocks.{}.")
     length = shapes[places][-2] - 1
@@ -73,7 +73,7 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> PriorArchitecture:
     dropout = hyper.find("dropout")
     network = TiTokNetworkConfig(
         dim=width,
-        depth=2 * half if skips else count(shapes, "model.encoder.layer.{}."),
+        depth=2 * half + 1 if skips else count(shapes, "model.encoder.layer.{}."),
         heads=hyper.number("num_attention_heads")
         or HEADS.get(width)
         or hyper.needed("num_attention_heads", why=why),
