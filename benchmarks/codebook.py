@@ -23,7 +23,7 @@ from benchmarks.measure import (
     seconds,
     table,
 )
-from tokenizer.quantizers import search
+from tokenizer.quantizers import search, search_on_cpu
 from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 
@@ -127,20 +127,20 @@ def searches() -> None:
         )
         precisions = ("fp32", "tf32", "bf16") if DEVICE == "cuda" else ("fp32",)
         rivals = {precision: product_of(rows, codebook, precision) for precision in precisions}
-        kinds = [[search.InFloat32]]
+        kinds = [[search_on_cpu.InFloat32]]
         if DEVICE == "cpu":
-            chosen = search.choose_products(num_rows, search.Book.of(codebook, None))
+            chosen = search_on_cpu.choose_products(num_rows, search_on_cpu.Book.of(codebook, None))
             kinds = [*kinds, chosen] if len(chosen) > 1 else kinds
-        automatic = search.choose_products
+        automatic = search_on_cpu.choose_products
         for kind in kinds:
 
             def run(kind=kind, rows=rows, codebook=codebook) -> None:
-                search.choose_products = lambda *_: kind
+                search_on_cpu.choose_products = lambda *_: kind
                 search.nearest(rows, codebook)
 
             rivals[label(kind[0])] = run
         taken = seconds(rivals)
-        search.choose_products = automatic
+        search_on_cpu.choose_products = automatic
         for name in list(rivals)[len(precisions) :]:
             for precision in precisions:
                 lines.append(
@@ -210,12 +210,12 @@ def exactness() -> None:
     """Every product against float64, on random rows; the adversarial ones are
     tests/tokenizer/test_search.py."""
     lines = []
-    kinds = [search.InFloat32, search.InBFloat16]
+    kinds = [search_on_cpu.InFloat32, search_on_cpu.InBFloat16]
     if torch.backends.quantized.engine in ("x86", "fbgemm"):
-        kinds.append(search.InInt8)
+        kinds.append(search_on_cpu.InInt8)
     if DEVICE == "cuda":  # one kernel, whose products are chosen in another place
-        kinds = [search.InFloat32]
-    automatic = search.choose_products
+        kinds = [search_on_cpu.InFloat32]
+    automatic = search_on_cpu.choose_products
     for num_rows, dim, num_codes in (
         (ROWS * 8 // 10, 8, 64),
         (ROWS * 2 // 10, 32, 256),
@@ -235,7 +235,10 @@ def exactness() -> None:
             true = torch.cat([(half - z.double() @ codebook.double().T).argmin(1) for z in parts])
             found = []
             for kind in kinds:
-                search.choose_products = lambda *_, kind=kind: [kind, search.InFloat32]
+                search_on_cpu.choose_products = lambda *_, kind=kind: [
+                    kind,
+                    search_on_cpu.InFloat32,
+                ]
                 found.append(search.nearest(rows, codebook))
                 wrong[kind] += int((found[-1] != true).sum())
             differing += int(sum((codes != found[0]).sum() for codes in found[1:]))
@@ -250,7 +253,7 @@ def exactness() -> None:
                 f"{time.monotonic() - started:.0f}",
             ]
         )
-    search.choose_products = automatic
+    search_on_cpu.choose_products = automatic
     head = ["random rows", "other than the float64 search", "differing between paths", "s"]
     keep("Codebook: exactness", "python -m benchmarks.codebook exactness", table(head, lines))
 

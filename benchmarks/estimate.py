@@ -24,11 +24,11 @@ from priors.train import PriorRun
 from tokenizer import dry_run as tokenizer_dry_run
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun
-from tokenizer.train import turns_of
+from tokenizer.train import phases_of
 from training.config import load
 from training.ema import Ema
 from training.estimate import MIB, this_cpu
-from training.loop import Batch, Turn
+from training.loop import Batch, Phase
 
 FP32 = ["loop.precision=fp32"]
 CASES = {  # name: (schema, file, overrides)
@@ -81,21 +81,21 @@ def measure(name: str) -> dict[str, float]:
     memory = estimate.memory(1)
     this_cpu()
     before = peak_mib()
-    turns, batch = _turns(config)
-    optimizers = [turn.optimizer.build(turn.module) for turn in turns]
-    average, seconds, peaks = Ema(turns[0].module, 0.999), [], []
+    phases, batch = _phases(config)
+    optimizers = [phase.optimizer.build(phase.module) for phase in phases]
+    average, seconds, peaks = Ema(phases[0].module, 0.999), [], []
     for step in range(STEPS + 1):
         peaks.append(this_cpu().fp32)
         started = time.perf_counter()
-        for turn, optimizer in zip(turns, optimizers):
-            for other in turns:
-                other.module.requires_grad_(other is turn)
-            turn.module.train()
-            turn.loss(batch, 10**6).total.backward()
+        for phase, optimizer in zip(phases, optimizers):
+            for other in phases:
+                other.module.requires_grad_(other is phase)
+            phase.module.train()
+            phase.loss(batch, 10**6).total.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if turn.after_step:
-                turn.after_step(step, True)
+            if phase.after_step:
+                phase.after_step(step, True)
         average.update(step)
         seconds.append(time.perf_counter() - started)
     taken, peak = statistics.median(seconds[1:]), statistics.median(peaks)
@@ -110,13 +110,13 @@ def measure(name: str) -> dict[str, float]:
     }
 
 
-def _turns(config: TokenizerRun | PriorRun) -> tuple[list[Turn], Batch]:
+def _phases(config: TokenizerRun | PriorRun) -> tuple[list[Phase], Batch]:
     samples = config.loop.batch_size
     positions = torch.arange(samples)
     if isinstance(config, TokenizerRun):
         size = config.data.image_size
         objective = Objective(config.objective, config.model.build(size), None)
-        return turns_of(config, objective), Batch(
+        return phases_of(config, objective), Batch(
             {"images": torch.rand(samples, 3, size, size) * 2 - 1}, positions
         )
     codes = priors_dry_run.codes_of(config)
@@ -126,7 +126,7 @@ def _turns(config: TokenizerRun | PriorRun) -> tuple[list[Turn], Batch]:
         return prior.loss(batch["codes"], batch["codes"][:, 0] % codes.num_classes)
 
     drawn = torch.randint(min(codes.layout.num_codes), (samples, codes.layout.length))
-    return [Turn("prior", prior, loss, config.optimizer)], Batch({"codes": drawn}, positions)
+    return [Phase("prior", prior, loss, config.optimizer)], Batch({"codes": drawn}, positions)
 
 
 def main() -> None:

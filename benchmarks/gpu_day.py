@@ -208,9 +208,9 @@ def train_prior(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
 
     from priors import dry_run
     from priors.train import PriorRun
-    from training import distributed
+    from training import randomness
     from training.config import load
-    from training.loop import Batch, Loss, Turn
+    from training.loop import Batch, Loss, Phase
 
     words = ["tokens=/nowhere", *loop_of(sizes, compiled)]
     if sizes.toy:
@@ -221,7 +221,7 @@ def train_prior(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
     prior = config.prior.build(codes.layout, codes.num_classes)
 
     def loss(batch: Batch, step: int) -> Loss:
-        uniform = distributed.draw(
+        uniform = randomness.draw(
             (0, step), batch.positions, (codes.layout.length + 2,), torch.float64
         )
         return prior.loss(batch["codes"], batch["labels"], uniform)
@@ -233,7 +233,7 @@ def train_prior(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
         "labels": torch.randint(codes.num_classes, (sizes.train_batch,)),
     }
     turns = [
-        Turn("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))
+        Phase("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))
     ]
     yield from trained(sizes, config, turns, prior, batch, lambda: dry_run.plan(config).estimate)
 
@@ -246,7 +246,7 @@ def train_tokenizer_xl(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
     from tokenizer.discriminators.dino import DinoConfig
     from tokenizer.objective import Objective
     from tokenizer.run import TokenizerRun
-    from tokenizer.train import turns_of
+    from tokenizer.train import phases_of
     from training.config import load
 
     class RandomDino(DinoConfig):
@@ -273,7 +273,7 @@ def train_tokenizer_xl(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
         losses = dataclasses.replace(
             config.objective, discriminator=RandomDino(**vars(config.objective.discriminator))
         )
-        turns = turns_of(config, Objective(losses, model, None))
+        turns = phases_of(config, Objective(losses, model, None))
         images = (
             torch.rand(sizes.train_batch, 3, config.data.image_size, config.data.image_size) * 2 - 1
         )

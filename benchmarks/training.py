@@ -32,10 +32,10 @@ from tokenizer.data.sources import Images, open_split
 from tokenizer.features import FeaturesConfig, StoredFeatures
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun
-from tokenizer.train import teacher_of, turns_of
+from tokenizer.train import phases_of, teacher_of
 from training.checkpoint import Run
 from training.config import load
-from training.loop import Batch, LoopConfig, Turn, train
+from training.loop import Batch, LoopConfig, Phase, train
 
 STAGES = {stage: f"configs/imagenette/tokenizer-stage{stage}.yaml" for stage in (1, 2)}
 NEVER = 10**9
@@ -73,14 +73,14 @@ class Watch:
 
 
 def watch(
-    turns: list[Turn], published: nn.Module, batches: Batches, loop: LoopConfig, **changes: Any
+    phases: list[Phase], published: nn.Module, batches: Batches, loop: LoopConfig, **changes: Any
 ) -> Watch:
     """Train a few steps by the project's loop, which neither saves nor previews unless `changes` to
     `loop` say so."""
     quiet = {"save_every": NEVER, "preview_every": NEVER, "log_every": NEVER}
     loop, seen = dataclasses.replace(loop, **quiet | changes), Watch(batches)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train(loop, Run.open(Path(folder, "run"), loop), turns, seen, seed=0, published=published)
+        train(loop, Run.open(Path(folder, "run"), loop), phases, seen, seed=0, published=published)
     return seen
 
 
@@ -95,8 +95,8 @@ class Stage:
         self.objective = Objective(config.objective, self.autoencoder, teacher)
         self.trainable = [
             p
-            for turn in turns_of(self.config, self.objective)
-            for p in turn.module.parameters()
+            for phase in phases_of(self.config, self.objective)
+            for p in phase.module.parameters()
             if p.requires_grad
         ]
 
@@ -106,7 +106,7 @@ class Stage:
             parameter.requires_grad_(True)
         batches = feed(images, loop.batch_size, 0, loop.accumulate, changes.get("workers", 0))
         return watch(
-            turns_of(self.config, self.objective), self.autoencoder, batches, loop, **changes
+            phases_of(self.config, self.objective), self.autoencoder, batches, loop, **changes
         )
 
 

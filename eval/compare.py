@@ -17,8 +17,9 @@ from typing import Any
 from eval.record import Measurement, nameless
 from eval.report.markup import table_cell
 from eval.report.tables import ARROWS, interval_text, number, value_text
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
 from training.config import to_dict
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

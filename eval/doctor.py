@@ -18,7 +18,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
+from training.errors import UserError
 
 PROJECT = "tessera"
 LEAST_SPACE = 5 << 30  # bytes: a run and its checkpoints

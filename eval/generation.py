@@ -34,7 +34,7 @@ from generate.npz import DAMAGES, IMAGES, LABELS, Rows, first_damage
 from generate.shards import UNFINISHED
 from training.atomic import is_settled
 from training.checkpoint import sha256
-from training.command import UserError
+from training.errors import UserError
 
 MANIFOLD_LIMIT = 10_000  # images per side: the distances are a square table
 IS_SPLITS = 10

@@ -24,8 +24,8 @@ from priors.record import is_prior, read_record
 from priors.train import PriorRun
 from training import config, distributed
 from training.checkpoint import weights_path
-from training.command import UserError
 from training.config import to_dict
+from training.errors import UserError
 
 NAME = "priors"
 PER_CLASS = 2  # samples of each class in the grid

@@ -22,8 +22,8 @@ from tokenizer.data.identity import noted
 from tokenizer.run import TokenizerRun, load_config
 from training import distributed, words
 from training.checkpoint import weights_path
-from training.command import UserError
 from training.config import to_dict
+from training.errors import UserError
 
 NAME = "quantizers"
 MEASURED = r"PSNR$|SSIM$|LPIPS|rF"  # the record's own figures in the table

@@ -20,7 +20,7 @@ import torch
 from training import distributed
 from training.arrays import DamagedFile, read_arrays, reason_of
 from training.checkpoint import digest, replace_file
-from training.command import UserError
+from training.errors import UserError
 from training.folder import Folder, Kind
 
 PACKAGES = (

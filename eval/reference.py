@@ -32,7 +32,7 @@ from tokenizer.data.sources import DataConfig, open_split
 from training import distributed
 from training.arrays import DamagedFile, array_names, read_arrays, reason_of
 from training.checkpoint import replace_file, sha256
-from training.command import UserError
+from training.errors import UserError
 
 KEPT_ROWS = 10_000
 

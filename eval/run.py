@@ -7,7 +7,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
+from training.errors import UserError
 from training.precision import HELP as PRECISION_HELP
 from training.precision import PRECISIONS
 from training.text import printable

@@ -12,7 +12,7 @@ from typing import Any
 
 from generate.images import FILES
 from training.arrays import reason_of
-from training.command import UserError
+from training.errors import UserError
 
 REMEDY = "remove it, and sample again (python -m generate.sample)"
 

@@ -31,7 +31,8 @@ from generate.sample import check_counts
 from generate.sweep import LINES, PLAN, PLOT, TABLE, claim
 from priors.interface import SampleOptions
 from training.checkpoint import digest, replace_file
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

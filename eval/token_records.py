@@ -27,7 +27,7 @@ from tokenizer.data.sources import Images
 from tokenizer.data.transforms import to_float
 from training import distributed
 from training.checkpoint import weights_hash
-from training.command import UserError
+from training.errors import UserError
 
 TABLE_IMAGES = 10_000  # of the train split, for a table of a tokenizer without a token cache
 SINGLE_FILES = 16  # images that become files of their own

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from training.command import UserError
+from training.errors import UserError
 
 # A name in quotes, in which a doubled quote stands for one, or what has no comma and begins with no
 # quote.

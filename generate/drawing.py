@@ -24,8 +24,8 @@ from tokenizer.data.transforms import to_uint8
 from tokenizer.interface import Tokenizer
 from training import distributed
 from training.atomic import LOCK
-from training.command import UserError
 from training.config import to_dict
+from training.errors import UserError
 from training.folder import Folder, Kind
 from training.log import Progress
 from training.precision import autocast, decide

@@ -38,11 +38,11 @@ from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8
 from tokenizer.interface import CodeLayout, Tokenizer
 from training import distributed
 from training.atomic import replace_file
-from training.command import UserError
 from training.config import from_dict
-from training.distributed import mix
+from training.errors import UserError
 from training.log import Progress
 from training.precision import autocast, decide
+from training.randomness import mix
 
 PICTURES = ("grid.png", "original.png", "masked.png")
 FILES = Files.of("edits", *PICTURES)

@@ -15,7 +15,8 @@ from generate.sample import (
     find_prior,
     sampling_options,
 )
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
+from training.errors import UserError
 
 
 def numbers(count: int) -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generate.classes import HELP, parse_classes
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
+from training.errors import UserError
 from training.precision import HELP as PRECISION_HELP
 from training.precision import PRECISIONS
 

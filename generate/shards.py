@@ -19,7 +19,7 @@ import numpy as np
 
 from generate.npz import DAMAGES
 from training.atomic import replace_file
-from training.command import UserError
+from training.errors import UserError
 from training.folder import Folder
 
 UNFINISHED, PLAN = "unfinished", "plan.json"

@@ -28,7 +28,8 @@ from generate.sample import (
     chosen_classes,
     find_prior,
 )
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
+from training.errors import UserError
 from training.folder import Folder, Kind
 
 if TYPE_CHECKING:

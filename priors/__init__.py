@@ -36,7 +36,7 @@ def load(run_folder: str | Path) -> Prior:
     from priors.record import read_record
     from priors.train import PriorRun
     from training import checkpoint, config, distributed
-    from training.command import UserError
+    from training.errors import UserError
 
     folder = Path(run_folder)
     record = read_record(folder)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer.interface import CodeLayout
-from training.command import UserError
-from training.distributed import Dropout
+from training.errors import UserError
+from training.randomness import Dropout
 
 if TYPE_CHECKING:
     from priors.decoding.engine import Decoding

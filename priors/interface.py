@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 from training.loop import Loss
 
 MOST_GUIDANCE, MOST_STEPS = (

@@ -33,7 +33,7 @@ from priors.slots import (
     token_starts,
 )
 from tokenizer.interface import CodeLayout
-from training.distributed import Dropout
+from training.randomness import Dropout
 
 MULTIPLE = 256  # of which the feed-forward's width is one
 

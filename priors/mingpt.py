@@ -30,7 +30,7 @@ from priors.slots import (
     token_starts,
 )
 from tokenizer.interface import CodeLayout
-from training.distributed import Dropout
+from training.randomness import Dropout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ from priors.slots import (
     token_starts,
 )
 from tokenizer.interface import CodeLayout
-from training.distributed import Dropout
+from training.randomness import Dropout
 
 EPS = 1e-6  # of every norm
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from priors.interface import SampleOptions
 from tokenizer.interface import CodeLayout
 from training.checkpoint import replace_file, weights_hash
-from training.command import UserError
+from training.errors import UserError
 from training.text import printable
 
 NO_TOKENIZER = (

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 
 class BlockCache:

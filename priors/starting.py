@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from priors.record import read_record
 from training import distributed
 from training.checkpoint import load_weights
-from training.command import UserError
+from training.errors import UserError
 
 
 def begin_with(prior: nn.Module, run_folder: Path) -> None:

@@ -22,11 +22,11 @@ from priors.families.diffusion import antithetic
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
 from priors.starting import begin_with
-from training import distributed
+from training import distributed, randomness
 from training.checkpoint import Run, weights_hash
 from training.command import config_command, run_command
 from training.config import one_of
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.optim import OptimizerConfig
 
 LOSS_STREAM = 0x5052494F52  # sets the loss's draws apart from all others of a step
@@ -60,7 +60,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     cache.check_tokenizer()
     if distributed.is_main():
         cache.verify()
-    torch.manual_seed(distributed.mix(config.seed))
+    torch.manual_seed(randomness.mix(config.seed))
     # Before the folder is taken: what cannot be built must not cost the run that --fresh is to
     # replace.
     prior = config.prior.build(cache.layout, cache.num_classes)
@@ -77,7 +77,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
 
     def loss(batch: Batch, step: int) -> Loss:
         shape = (cache.layout.length + 2,)
-        uniform = distributed.draw(
+        uniform = randomness.draw(
             (config.seed, step, LOSS_STREAM), batch.positions, shape, torch.float64
         )
         uniform = antithetic(uniform, batch.positions, config.loop.batch_size)
@@ -86,7 +86,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     return train(
         config.loop,
         run,
-        [Turn("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))],
+        [Phase("prior", prior, loss, config.optimizer, after_step=getattr(prior, "update", None))],
         batches,
         seed=config.seed,
         published=prior,
@@ -108,7 +108,7 @@ class TokenSequences:
     def gather(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         """(epoch, index) of each item -> codes (B, N) and labels (B,), both int64."""
         num_views = self.codes.shape[1]
-        views = [distributed.mix(self.seed, epoch, index) % num_views for epoch, index in keys]
+        views = [randomness.mix(self.seed, epoch, index) % num_views for epoch, index in keys]
         indices = [index for _, index in keys]
         codes = np.asarray(self.codes[indices, views]).astype(np.int64)
         return {"codes": torch.from_numpy(codes), "labels": self.labels[indices]}

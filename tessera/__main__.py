@@ -14,7 +14,8 @@ from typing import Any
 
 import tessera.names  # noqa: F401 - says so where another package has one of our names
 from tessera import __version__
-from training.command import Parser, UserError, run_command
+from training.command import Parser, run_command
+from training.errors import UserError
 
 # What is typed -> the module whose main it is, the words that come first, and what it does.
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {

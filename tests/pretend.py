@@ -238,13 +238,13 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func._schema.name.startswith("tessera::"):
         if len({isinstance(t, Pretended) for t in tensors}) > 1:
             raise DeviceMismatch(f"{func}: tensors on two devices: {place(6)}")
-        from tokenizer.quantizers import search
+        from tokenizer.quantizers import search_on_cpu
 
         with (
             Factories(),
             Functions(),
         ):  # as the fused kernel, which waits for nothing and answers the same
-            return search.in_float64(*args)
+            return search_on_cpu.in_float64(*args)
     if func is aten._fused_adamw_.default and any(map(_lie_otherwise, *args[:4])):
         raise DeviceMismatch(
             f"{func}: a parameter, its gradient and its moments lie in memory in different ways"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ PACKAGES = (
 MODULES = sorted(
     path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
 )
-LONG = {"tokenizer/quantizers/fused.py": 640}  # one kernel and the proof of its bound
 HEAVY = {
     "transformers",
     "datasets",
@@ -29,6 +29,50 @@ HEAVY = {
     "torchvision",
     "torch_fidelity",
     "tensorboard",
+}
+
+
+MOST_LINES = 320  # about 300, of a file that is not in LONG
+LONG = {  # longer files, and why each is one
+    "eval/extractors/networks.py": "to be told apart",
+    "eval/generation.py": "to be told apart",
+    "eval/metrics/codec.py": "to be told apart",
+    "eval/metrics/rate_distortion.py": "to be told apart",
+    "eval/record.py": "to be told apart",
+    "eval/reference.py": "to be told apart",
+    "eval/run.py": "to be told apart",
+    "generate/drawing.py": "to be told apart",
+    "priors/backbone.py": "to be told apart",
+    "priors/families/uniform.py": "one process: its rates, its loss and its sampler",
+    "tokenizer/autoencoder.py": "one module and the two configurations that make it",
+    "tokenizer/data/sources.py": "one data set: what it skips is what it is",
+    "tokenizer/data/tar_index.py": "one format, read header by header",
+    "tokenizer/dry_run.py": "the costs of every loss, which are one sum",
+    "tokenizer/encode.py": "one command: a cache is whole or not there",
+    "tokenizer/encoders/foundation.py": "one adapter of six families of models",
+    "tokenizer/objective.py": "one loss with its configuration and weights",
+    "tokenizer/published/files.py": "one question: where a file and its configuration are",
+    "tokenizer/published/load.py": "one question: which tensor is whose",
+    "tokenizer/published/pickles.py": "one reader, which runs nothing of what it reads",
+    "tokenizer/quantizers/codebook.py": "one codebook: its search, statistics and restarts",
+    "tokenizer/quantizers/fused.py": "one kernel and the proof of its bound",
+    "tokenizer/quantizers/search_on_cpu.py": "one algorithm: products, a bound, what decides",
+    "training/checkpoint.py": "one format: a run's folder, its checkpoints and weights",
+    "training/config.py": "one language: layers, types and references of a YAML",
+    "training/estimate.py": "one sum, and its table",
+    "training/folder.py": "one list of files, and all that goes by it",
+    "training/loop.py": "one loop, in the order of its steps",
+    "training/tracing.py": "one trace: operations, bytes and casts of the same pass",
+}
+# Imports that still close a circle, to be taken away one by one.
+CLOSING = {
+    ("eval.extractors.networks", "eval.extractors.fid_protocols"),
+    ("eval.report.page", "eval.report.report"),
+    ("eval.report.sections", "eval.report.report"),
+    ("priors", "priors.train"),
+    ("priors.backbone", "priors.decoding.engine"),
+    ("priors.dry_run", "priors.train"),
+    ("priors.published.check", "priors.published.load"),
 }
 
 
@@ -91,7 +135,8 @@ def test_a_module_keeps_the_house_rules(path):
     assert ast.get_docstring(tree) and source.startswith('"""'), (
         "the first line says what the module is"
     )
-    assert source.count("\n") <= LONG.get(str(path), 600), "one file, one idea"
+    length = source.count("\n")
+    assert length <= MOST_LINES or str(path) in LONG, f"{length} lines: one file, one idea"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -140,15 +185,23 @@ def test_a_command_reports_errors_in_one_line(path):
 
 
 def test_the_tree_of_imports_has_no_cycle():
+    """Of imports at any depth: within a function one only hides a circle."""
     modules = {
         ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES
     }
-    edges = {}
-    for name, path in modules.items():
-        top = [node for node in tree_of(path).body if _is_import(node)]
-        edges[name] = {
-            found for node in top for found in _imported(node) if found in modules and found != name
+    edges = {
+        name: {
+            other
+            for node in ast.walk(tree_of(path))
+            if _is_import(node)
+            for other in _imported(node, modules)
+            if other != name
         }
+        for name, path in modules.items()
+    }
+    for name, other in CLOSING:
+        assert other in edges.get(name, ()), f"{name} -> {other} is gone: strike it from CLOSING"
+        edges[name].remove(other)
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -162,13 +215,15 @@ def test_the_tree_of_imports_has_no_cycle():
         visit(name, ())
 
 
-def _is_import(node: ast.stmt) -> bool:
+def _is_import(node: ast.AST) -> bool:
     return isinstance(node, ast.Import | ast.ImportFrom)
 
 
-def _imported(node: ast.stmt) -> set[str]:
-    """Modules that a statement may load: `from a import b` is a.b where that is one, else a."""
+def _imported(node: ast.AST, modules: Collection[str]) -> set[str]:
+    """Our modules that a statement names: `from a import b` is a.b where that is one, else a."""
     if isinstance(node, ast.ImportFrom):
-        return {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+        inner = {f"{node.module}.{alias.name}" for alias in node.names}
+        outer = any(name not in modules for name in inner)
+        return (inner | ({node.module or ""} if outer else set())) & set(modules)
     assert isinstance(node, ast.Import)
-    return {alias.name for alias in node.names}
+    return {alias.name for alias in node.names} & set(modules)

@@ -20,7 +20,7 @@ from tokenizer.data import tar_index
 from tokenizer.data.sources import DataConfig, open_split
 from training.arrays import DamagedFile, read_arrays
 from training.checkpoint import weights_path
-from training.command import UserError
+from training.errors import UserError
 from training.loop import LoopConfig
 
 FLIPS = 120

@@ -25,7 +25,7 @@ from generate.shards import PLAN, UNFINISHED
 from generate.sweep import SWEEP, claim
 from priors.interface import SampleOptions
 from training.atomic import replace_file
-from training.command import UserError
+from training.errors import UserError
 
 
 @pytest.mark.parametrize("suffix", [".json", ".npz"])

@@ -20,8 +20,8 @@ from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.run import TokenizerRun
 from training.checkpoint import Run
-from training.command import UserError
 from training.config import load, to_dict
+from training.errors import UserError
 from training.loop import LoopConfig
 
 ROOT = Path(__file__).parents[1]

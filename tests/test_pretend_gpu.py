@@ -28,7 +28,7 @@ from priors.backbone import BackboneConfig
 from priors.families.absorbing import SAMPLERS as ABSORBING
 from priors.families.masked import SAMPLERS as MASKED
 from priors.interface import SampleOptions
-from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.cache import TokenCache
 from tokenizer.data.sources import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
@@ -41,10 +41,9 @@ from tokenizer.encoders.resnet import ResNetEncoderConfig
 from tokenizer.hierarchical import VQVAE2Config
 from tokenizer.interface import CodeLayout
 from tokenizer.quantizers import QUANTIZERS
-from tokenizer.vqrae import VQRAEConfig
-from training import distributed, philox
+from training import distributed, philox, randomness
 from training.checkpoint import Run
-from training.loop import Batch, Turn
+from training.loop import Batch, Phase
 
 SIZES = {"channels": 8, "residual_blocks": 1, "residual_channels": 4}
 RESNET = {"channels": 8, "multipliers": (1, 2), "blocks": 1}
@@ -81,8 +80,8 @@ def test_random_numbers_are_those_of_the_cpu():
     expected = [
         make(3, ids, 2, 67, first) for make in (philox.words, philox.uniform, philox.short_uniform)
     ]
-    drawn = distributed.draw((1, 2), torch.arange(5), (3,))
-    noise = distributed.normal((1, 2), torch.arange(5), (3,))
+    drawn = randomness.draw((1, 2), torch.arange(5), (3,))
+    noise = randomness.normal((1, 2), torch.arange(5), (3,))
     with pretended_gpu() as waits:
         there = (
             ids.to(distributed.device(), non_blocking=True),
@@ -92,8 +91,8 @@ def test_random_numbers_are_those_of_the_cpu():
         made = [make(3, there[0], 2, 67, there[1]) for make in makes]
         positions = torch.arange(5, device=distributed.device())
         made += [
-            distributed.draw((1, 2), positions, (3,)),
-            distributed.normal((1, 2), positions, (3,)),
+            randomness.draw((1, 2), positions, (3,)),
+            randomness.normal((1, 2), positions, (3,)),
         ]
         assert not waits, waits
         assert all(part.device.type == "gpu" for part in made)
@@ -272,10 +271,12 @@ def prior_turns(config):
 
     def loss(batch, step):
         shape = (LAYOUT.length + 2,)
-        uniform = distributed.draw((7, step), batch.positions, shape, torch.float64)
+        uniform = randomness.draw((7, step), batch.positions, shape, torch.float64)
         return prior.loss(batch["codes"], batch["labels"], uniform)
 
-    return prior, [Turn("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))]
+    return prior, [
+        Phase("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))
+    ]
 
 
 def learned(folder, kind):

@@ -19,7 +19,7 @@ from priors.published_masked import (
     split_digits,
 )
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 LAYOUT, NUM_CLASSES = CodeLayout(((2, 4),), (16,)), 3
 CONFIGS = {

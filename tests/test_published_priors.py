@@ -25,7 +25,8 @@ from tokenizer.published.check import told
 from tokenizer.published.load import published_state
 from tokenizer.published.table import PEERS as TOKENIZERS
 from tokenizer.published.table import published_files
-from training.command import UserError, run_command
+from training.command import run_command
+from training.errors import UserError
 
 # golden case -> (kind, what no shape tells)
 CASES = {

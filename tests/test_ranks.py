@@ -34,7 +34,7 @@ from priors.families.masked import MaskedConfig
 from priors.families.pixelcnn import PixelCNNConfig
 from priors.families.uniform import UniformConfig
 from priors.train import PriorRun
-from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.data.sources import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
@@ -51,10 +51,9 @@ from tokenizer.quantizers.residual import ResidualConfig
 from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 from tokenizer.run import TokenizerRun
-from tokenizer.vqrae import VQRAEConfig
 from training import distributed, loop
 from training.checkpoint import Run
-from training.loop import LoopConfig, Turn
+from training.loop import LoopConfig, Phase
 from training.optim import OptimizerConfig
 
 pytestmark = [
@@ -220,7 +219,7 @@ def train_all(folder: Path, world: str) -> None:
     spreads = {}
     for dtype in TOLERANCES:
         for name, config in configurations(folder, world, dtype).items():
-            turns: list[Turn] = []
+            turns: list[Phase] = []
             with in_precision(dtype), pytest.MonkeyPatch.context() as patch:
                 for module in (tokenizer.train, priors.train):
                     patch.setattr(module, "train", watched(turns))
@@ -235,12 +234,12 @@ def train_all(folder: Path, world: str) -> None:
         (folder / world / "spread.json").write_text(json.dumps(spreads))
 
 
-def watched(seen: list[Turn]) -> Any:
+def watched(seen: list[Phase]) -> Any:
     """The training loop, which leaves its turns in `seen`, without pictures and held-out
     figures."""
 
     def train(
-        config: LoopConfig, run: Run, turns: list[Turn], *rest: Any, **more: Any
+        config: LoopConfig, run: Run, turns: list[Phase], *rest: Any, **more: Any
     ) -> torch.nn.Module:
         seen.extend(turns)
         return loop.train(config, run, turns, *rest, **more | {"preview": None, "measure": None})
@@ -248,7 +247,7 @@ def watched(seen: list[Turn]) -> Any:
     return train
 
 
-def spread(turn: Turn) -> float:
+def spread(turn: Phase) -> float:
     """How far this turn's state on any rank is from that on rank 0."""
     apart = [
         (tensor - distributed.broadcast_(tensor.clone())).abs().max().double()

@@ -29,8 +29,8 @@ import priors.train
 import tokenizer.encoders.pretrain
 from tokenizer.encode import TokensRun, encode_data
 from tokenizer.encoders.pretrain import PretrainRun
-from training.command import UserError
 from training.config import load, to_dict
+from training.errors import UserError
 
 COMMANDS = {
     "TokenizerRun": ["tokenizer.train", "--dry-run"],

@@ -23,7 +23,7 @@ from priors.families.hierarchical import HierarchicalConfig
 from priors.families.masked import MaskedConfig
 from priors.families.pixelcnn import PixelCNNConfig
 from priors.families.uniform import UniformConfig
-from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.resnet import ResNetDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
@@ -36,13 +36,12 @@ from tokenizer.hierarchical import VQVAE2Config
 from tokenizer.interface import CodeLayout
 from tokenizer.objective import Objective, ObjectiveConfig
 from tokenizer.quantizers import QUANTIZERS
-from tokenizer.train import turns_of
-from tokenizer.vqrae import VQRAEConfig
-from training import distributed
+from tokenizer.train import phases_of
+from training import randomness
 from training.checkpoint import Run
-from training.loop import Batch, LoopConfig, Turn, train
+from training.loop import Batch, LoopConfig, Phase, train
 from training.optim import OptimizerConfig
-from training.turn import units_of
+from training.phase import units_of
 
 SIZES = {"channels": 8, "residual_blocks": 2, "residual_channels": 4, "activation": "silu"}
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=1, schedule="constant")
@@ -82,7 +81,7 @@ def tokenizer_turns(model, **objective):
     teacher = copy.deepcopy(autoencoder.encoder) if objective.get("distillation") else None
     losses = Objective(ObjectiveConfig(**objective), autoencoder, teacher, seed=3)
     config = collections.namedtuple("Config", "optimizer discriminator_optimizer objective")
-    return autoencoder, turns_of(config(OPTIMIZER, OPTIMIZER, losses.config), losses)
+    return autoencoder, phases_of(config(OPTIMIZER, OPTIMIZER, losses.config), losses)
 
 
 def images(step, accumulate):
@@ -206,11 +205,11 @@ def test_every_prior(kind, tmp_path, monkeypatch):
 
         def loss(batch, step):
             shape = (LAYOUT.length + 2,)
-            uniform = distributed.draw((7, step), batch.positions, shape, torch.float64)
+            uniform = randomness.draw((7, step), batch.positions, shape, torch.float64)
             return prior.loss(batch["codes"], batch["labels"], uniform)
 
         return prior, [
-            Turn("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))
+            Phase("prior", prior, loss, OPTIMIZER, after_step=getattr(prior, "update", None))
         ]
 
     def codes(step, accumulate):

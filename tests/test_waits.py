@@ -29,11 +29,11 @@ from toy import leaves, log_lines
 from priors.families.autoregressive import AutoregressiveConfig
 from tokenizer.discriminators.dino import DinoConfig
 from tokenizer.quantizers import QUANTIZERS
-from training import distributed, outcome, philox, turn
+from training import distributed, outcome, phase, philox
 from training.checkpoint import Run
-from training.command import UserError
+from training.errors import UserError
 from training.log import Meter
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.outcome import Outcomes
 
 STEADY = 2  # a step with all turns in it, that neither logs nor saves
@@ -130,7 +130,7 @@ def a_twin():
     with contextlib.ExitStack() as stack:
         for name, fact in facts.items():
             stack.enter_context(mock.patch.object(dist, name, fact))
-        stack.enter_context(mock.patch.object(turn, "DistributedDataParallel", Engine))
+        stack.enter_context(mock.patch.object(phase, "DistributedDataParallel", Engine))
         yield
 
 
@@ -193,7 +193,7 @@ def test_all_processes_stop_at_the_same_step(monkeypatch, late):
 
 
 def spoil(turns, name, steps):
-    """The turn's loss is NaN, with its gradients, in these steps."""
+    """The phase's loss is NaN, with its gradients, in these steps."""
 
     whole = {each.name: each.loss for each in turns}[name]
 
@@ -247,7 +247,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(name, tmp_path):
     """To the bit: codebooks that follow averages and are restarted, schedules, LeCAM's anchors,
     both averages."""
 
-    def made(*spoilt: Turn):
+    def made(*spoilt: Phase):
         adversary = ADVERSARY if "averaged" in name else {}
         module, turns = tokenizer_turns(conv(**MODELS[name]), **adversary)
         for each in spoilt:
@@ -327,7 +327,7 @@ def test_bad_steps_in_a_row_end_a_run_on_a_gpu(tmp_path):
         pretended_gpu(),
         pytest.raises(UserError, match=r"3 steps in a row .* step 9: .*step-00000008 is kept"),
     ):
-        turns = spoil([Turn("linear", module, loss, OPTIMIZER)], "linear", {1, 2, *range(6, 40)})
+        turns = spoil([Phase("linear", module, loss, OPTIMIZER)], "linear", {1, 2, *range(6, 40)})
         train(loop, Run.open(tmp_path, loop), turns, stream, seed=0, published=module)
     assert sorted(path.name for path in tmp_path.glob("checkpoints/step-*")) == [
         "step-00000006",
@@ -351,7 +351,7 @@ def test_a_run_goes_on_on_another_device(first, tmp_path):
             batches = lambda step, accumulate: [Batch({"rows": rows + step}, torch.arange(4))]  # noqa: E731
             return tensors(
                 state_after(
-                    folder, steps, module, [Turn("linear", module, loss, OPTIMIZER)], batches
+                    folder, steps, module, [Phase("linear", module, loss, OPTIMIZER)], batches
                 )
             )
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from tokenizer.data.sampler import feed
 from tokenizer.quantizers.codebook import pick_rows
-from training import distributed
+from training import distributed, randomness
 from training.checkpoint import Run
-from training.command import Interrupted
 from training.log import CLOCKS
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.optim import OptimizerConfig
+from training.signals import Interrupted
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=3, weight_decay=0.1)
 LOOP = LoopConfig(steps=9, batch_size=8, log_every=3, save_every=4, preview_every=5, ema_decay=0.9)
@@ -90,14 +90,14 @@ class Toy:
         self.generator = Generator(config.dropout).double()
         self.discriminator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
         self.turns = [
-            Turn(
+            Phase(
                 "generator",
                 self.generator,
                 self.generator_loss,
                 config.optimizer,
                 after_step=self.generator.update,
             ),
-            Turn(
+            Phase(
                 "discriminator",
                 self.discriminator,
                 self.discriminator_loss,
@@ -107,7 +107,7 @@ class Toy:
         ]
 
     def generator_loss(self, batch: Batch, step: int) -> Loss:
-        noise = distributed.draw((0, step), batch.positions, (4,)).to(batch["rows"])
+        noise = randomness.draw((0, step), batch.positions, (4,)).to(batch["rows"])
         made = self.generator(batch["rows"] + 0.1 * noise)
         batch.extras["made"] = made.detach()
         error = (made - batch["rows"]).square().mean()

@@ -2,8 +2,8 @@
 decoder.
 
 With convolutions it is VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937), with an adversary and
-LPIPS VQGAN (Esser et al. 2021, arXiv:2012.09841); vqrae.py puts a pretrained encoder and a ViT
-decoder in their places.
+LPIPS VQGAN (Esser et al. 2021, arXiv:2012.09841); VQRAE has a pretrained encoder and a ViT decoder
+in their places.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.pretrained import load_decoder
 from tokenizer.encoders import ENCODERS
 from tokenizer.interface import CodeLayout, QuantizerOutput
+from tokenizer.latents import LatentNormaliser, Moments, Projection, rows_to_keep
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.codebook import LowRank, to_rows
-from tokenizer.quantizers.kmeans import ROWS_PER_CODE, Reservoir, rows_wanted
+from tokenizer.quantizers.kmeans import Reservoir
 from training.config import one_of
 
 
@@ -46,8 +46,47 @@ class VQVAEConfig:
 
         Raises ValueError when the image does not divide into whole patches.
         """
-        parts = build_parts(self, image_size, saved, weights)
-        return Autoencoder(*parts, normalise=self.normalise, projections=self.projections)
+        return _build(self, image_size, saved, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class VQRAEConfig:
+    """VQRAE (arXiv:2511.23386): a pretrained vision encoder made discrete, in two stages.
+
+    Stage 1: the encoder is frozen; codebook and ViT decoder learn. Stage 2 (`start_from` a stage-1
+    run, `encoder.frozen: false`): all learn, while the features stay near those of the frozen
+    pretrained encoder.
+    """
+
+    kind: str = "vqrae"
+    encoder: Any = one_of(ENCODERS, "foundation")
+    quantizer: Any = one_of(QUANTIZERS, "simvq")
+    decoder: Any = one_of(DECODERS, "vit")
+    normalise: bool = True  # features, by measured statistics
+    denormalise: bool = False  # undo it before the decoder, as RAE does
+    noise_tau: float = (
+        0.0  # training adds noise of a standard deviation drawn from [0, noise_tau) (RAE: 0.8)
+    )
+
+    def __post_init__(self) -> None:
+        if self.denormalise and not self.normalise:
+            raise ValueError(
+                "model.denormalise=true undoes what model.normalise=false does not do: set one of "
+                "them"
+            )
+        check_decoder_weights(self)
+        if self.noise_tau < 0:
+            raise ValueError(f"model.noise_tau={self.noise_tau} must be at least 0")
+
+    def build(
+        self, image_size: int, saved: Path | None = None, weights: bool = True
+    ) -> Autoencoder:
+        """The autoencoder for square images; without pretrained weights where `saved` holds its
+        own, or on request.
+
+        Raises ValueError when the image does not divide into whole patches.
+        """
+        return _build(self, image_size, saved, weights)
 
 
 def check_decoder_weights(model: Any) -> None:
@@ -57,7 +96,8 @@ def check_decoder_weights(model: Any) -> None:
         return
     if model.kind == "vqvae2" or model.encoder.kind != "foundation":
         raise ValueError(
-            f"decoder.weights are of decoders for a pretrained encoder, and model.kind={model.kind} with "
+            "decoder.weights are of decoders for a pretrained encoder, and "
+            f"model.kind={model.kind} with "
             f"encoder.kind={model.encoder.kind} has none that they fit: leave them out"
         )
     if model.normalise and not getattr(model, "denormalise", False):
@@ -69,17 +109,24 @@ def check_decoder_weights(model: Any) -> None:
         )
 
 
-def build_parts(
-    config: Any, image_size: int, saved: Path | None, weights: bool
-) -> tuple[nn.Module, nn.Module, nn.Module, tuple[int, int]]:
-    """(encoder, quantizer, decoder, grid) that a config describes."""
+def _build(config: Any, image_size: int, saved: Path | None, weights: bool) -> Autoencoder:
+    """The autoencoder that a config of either kind describes."""
     encoder = config.encoder.build(image_size, saved, weights)
     grid = grid_for(encoder, image_size)
     in_channels = _decoder_channels(config, encoder.channels)
     decoder = config.decoder.build(in_channels, encoder.stride, grid, encoder)
     if weights and saved is None and getattr(config.decoder, "weights", None):
         load_decoder(decoder, config.decoder.weights, encoder.mean.flatten(), encoder.std.flatten())
-    return encoder, config.quantizer.build(), decoder, grid
+    own = {name: getattr(config, name) for name in OPTIONS if hasattr(config, name)}
+    return Autoencoder(encoder, config.quantizer.build(), decoder, grid, **own)
+
+
+OPTIONS = (
+    "normalise",
+    "denormalise",
+    "noise_tau",
+    "projections",
+)  # of `Autoencoder`; a kind has some
 
 
 def _decoder_channels(config: Any, channels: int) -> int:
@@ -106,7 +153,8 @@ def grid_of(image_size: int, stride: int) -> tuple[int, int]:
     if image_size % stride:
         near = max(1, round(image_size / stride)) * stride
         raise ValueError(
-            f"data.image_size={image_size} does not divide by the encoder's {stride} pixels per code: {near} would"
+            f"data.image_size={image_size} does not divide by the encoder's {stride} pixels per "
+            f"code: {near} would"
         )
     return image_size // stride, image_size // stride
 
@@ -233,7 +281,7 @@ class Autoencoder(nn.Module):
         sample = Reservoir(
             rows_to_keep(self.quantizer, num_positions * sum(map(len, batches))), seed
         )
-        moments = _Moments()
+        moments = Moments()
         for images in batches:
             features = self.encoder(images.to(device))
             moments.add(features)
@@ -275,97 +323,3 @@ class Autoencoder(nn.Module):
 
     def _layout_of(self, grid: tuple[int, int]) -> CodeLayout:
         return CodeLayout((grid,) * len(self.quantizer.num_codes), self.quantizer.num_codes)
-
-
-class Projection(nn.Linear):
-    """A linear map of channels, (B, in, h, w) -> (B, out, h, w), that keeps lengths at the start
-    where it can."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        nn.init.orthogonal_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features.movedim(1, -1)).movedim(-1, 1)
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """(N, in) -> (N, out)."""
-        return super().forward(rows)
-
-
-class LatentNormaliser(nn.Module):
-    """(z - mean) / sqrt(var + eps), with the mean measured per channel and position and the
-    variance per channel.
-
-    Features of a pretrained ViT share large components that say only where a patch is; a codebook
-    that has to spend its codes on them collapses.
-    """
-
-    def __init__(self, channels: int, grid: tuple[int, int], eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("mean", torch.zeros(channels, *grid))
-        self.register_buffer("var", torch.ones(channels, *grid))
-
-    def load(self, mean: Tensor, var: Tensor) -> None:
-        """Statistics, each (C, h, w) or broadcasting to it. Raises ValueError for other shapes."""
-        for name, buffer, given in (("mean", self.mean, mean), ("var", self.var, var)):
-            try:
-                buffer.copy_(given.expand(buffer.shape))
-            except RuntimeError:
-                shapes = f"{tuple(given.shape)}, features are {tuple(buffer.shape)}"
-                raise ValueError(f"latent statistics: {name} is {shapes}") from None
-
-    def forward(self, features: Tensor) -> Tensor:
-        mean, scale = self._at(features)
-        return (features - mean) / scale
-
-    def of_rows(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """(N, C) features, changed in place, at places (N,) of the flattened grid."""
-        mean, scale = (each.flatten(1).T for each in self._at(self.mean[None]))
-        for part, places in zip(rows.split(8192), positions.split(8192)):
-            part.sub_(mean[places]).div_(scale[places])
-        return rows
-
-    def inverse(self, normal: Tensor) -> Tensor:
-        mean, scale = self._at(normal)
-        return normal * scale + mean
-
-    def _at(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation on the grid of these features."""
-        mean, var, grid = self.mean, self.var, features.shape[2:]
-        if grid != mean.shape[1:]:
-            mean = F.interpolate(mean[None], grid, mode="bicubic", align_corners=False)[0]
-            var = F.interpolate(var[None], grid, mode="bilinear", align_corners=False)[0]
-        return mean, (var + self.eps).sqrt()
-
-
-class _Moments:
-    """Features of training images, batch by batch: their mean per channel and position, their
-    variance per channel."""
-
-    def __init__(self) -> None:
-        self.count, self.sums, self.squares = 0, 0.0, 0.0
-
-    def add(self, features: Tensor) -> None:
-        """(B, C, h, w)."""
-        features = features.double()
-        self.count += len(features)
-        self.sums, self.squares = (
-            self.sums + features.sum(0),
-            self.squares + features.square().sum(0),
-        )
-
-    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        """(C, h, w), (C, 1, 1)."""
-        mean = self.sums / self.count
-        return mean, (self.squares / self.count - mean.square()).clamp(min=0).mean((1, 2))[
-            :, None, None
-        ]
-
-
-def rows_to_keep(quantizer: nn.Module, available: int) -> int:
-    """How many rows of features a quantizer is started from, of so many."""
-    per_code = max(getattr(part, "rows_per_code", ROWS_PER_CODE) for part in quantizer.modules())
-    return min(available, rows_wanted(max(quantizer.num_codes), per_code))

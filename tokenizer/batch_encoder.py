@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenizer.data.sources import Images
 from tokenizer.interface import Tokenizer
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 from training.precision import autocast
 
 BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
@@ -48,7 +48,8 @@ def compare_with_fp32(encode: BatchEncoder, images: Images, title: str) -> dict[
         found, wanted = encode(pixels), full(pixels)
         if ((found < 0) & (wanted >= 0)).any():
             raise UserError(
-                f"{title}: precision={precision}: the encoder's numbers overflow it: set precision=fp32"
+                f"{title}: precision={precision}: the encoder's numbers overflow it: set "
+                "precision=fp32"
             )
         differing, total = differing + int((found != wanted).sum()), total + wanted.size
     share, which = differing / total, f"{len(places)} {images.split} images"

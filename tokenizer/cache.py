@@ -27,7 +27,7 @@ from tokenizer.data.identity import Inventory, of_classes
 from tokenizer.interface import CodeLayout
 from tokenizer.npy_file import NpyFile
 from training.checkpoint import digest, sha256, weights_hash
-from training.command import UserError
+from training.errors import UserError
 from training.precision import LOW
 from training.text import printable
 
@@ -134,7 +134,8 @@ class TokenCache:
                     path = folder / name
                     if not path.is_file() or path.stat().st_size != entry["bytes"]:
                         raise UserError(
-                            f"{path}: is not the {entry['bytes']} bytes that the manifest names: {REMAKE}"
+                            f"{path}: is not the {entry['bytes']} bytes that the manifest names: "
+                            f"{REMAKE}"
                         )
         return cls(folder, manifest)
 
@@ -162,7 +163,8 @@ class TokenCache:
         )
         if now != then:
             raise UserError(
-                f"{self.folder}: the cache was made by {self.tokenizer_folder} with weights {then[:8]}…, and they are "
+                f"{self.folder}: the cache was made by {self.tokenizer_folder} with weights "
+                f"{then[:8]}…, and they are "
                 f"now {now[:8]}…: run `make tokens` again"
             )
 
@@ -182,7 +184,8 @@ class TokenCache:
                 and not 0 <= whole.labels.min() <= whole.labels.max() < self.num_classes
             ):
                 raise UserError(
-                    f"{self.folder}: {split} holds labels outside its {self.num_classes} classes: {REMAKE}"
+                    f"{self.folder}: {split} holds labels outside its {self.num_classes} classes: "
+                    f"{REMAKE}"
                 )
             for codes in map(np.asarray, whole.codes.parts):
                 for span, size in self.layout.spans():

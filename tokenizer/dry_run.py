@@ -31,11 +31,11 @@ from tokenizer.encoders.pretrain import PretrainRun
 from tokenizer.interface import CodeLayout
 from tokenizer.objective import Adversary, LeCam, Objective, ObjectiveConfig
 from tokenizer.perceptual import TRUNKS, Perceptual
-from tokenizer.quantizers.search import BUDGET
+from tokenizer.quantizers.search_on_cpu import BUDGET
 from tokenizer.run import TokenizerRun
 from training import distributed
 from training.checkpoint import weights_path
-from training.command import UserError
+from training.errors import UserError
 from training.estimate import (
     MIB,
     Estimate,
@@ -285,7 +285,7 @@ class _Networks:
 
     @contextlib.contextmanager
     def _adversary_at_rest(self) -> Iterator[None]:
-        """As between its turns."""
+        """As between its phases."""
         adversary = self.objective.discriminator
         learning = (
             [p for p in adversary.parameters() if p.requires_grad] if adversary is not None else []
@@ -430,7 +430,10 @@ def _describe(config: TokenizerRun, plan: Plan) -> Iterator[str]:
     ]
     yield f"{'all':<22}{total[0]:>15,}{total[1]:>15,}{total[2]:>15,}"
     yield ""
-    yield f"codes: {layout.length} per image ({layout.text}), {layout.bits:.0f} bits, {plan.config.data.image_size} px"
+    yield (
+        f"codes: {layout.length} per image ({layout.text}), {layout.bits:.0f} bits, "
+        f"{plan.config.data.image_size} px"
+    )
     yield from estimate.describe(plan.num_images)
     kept = estimate.moves[0].cost.of_each.kept
     shares = ", ".join(

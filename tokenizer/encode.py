@@ -47,8 +47,9 @@ from tokenizer.interface import CodeLayout
 from tokenizer.run import load, load_config
 from training import distributed
 from training.checkpoint import digest, replace_file, sha256, weights_hash
-from training.command import Parser, UserError, config_command, run_command
+from training.command import Parser, config_command, run_command
 from training.config import COMMAND_LINE, from_dict, read_overrides, to_dict
+from training.errors import UserError
 from training.folder import Folder, Kind
 from training.log import Progress
 from training.precision import PRECISIONS, decide
@@ -99,7 +100,8 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         data = dataclasses.replace(data, source=config.source)
     if views > 1 and data.augment == "none":
         raise UserError(
-            f"views={views}: {run_folder} has data.augment=none, so all views are equal: set views=1"
+            f"views={views}: {run_folder} has data.augment=none, so all views are equal: set "
+            "views=1"
         )
     maker = {
         "folder": os.path.relpath(run_folder.resolve(), out.resolve()),
@@ -160,7 +162,8 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
             lambda: files.remove([PLAN])
         )  # or those shards would be taken for the plan's
         raise UserError(
-            f"{data.source} changed while it was encoded: run the same command again, which begins anew"
+            f"{data.source} changed while it was encoded: run the same command again, which begins "
+            "anew"
         )
     distributed.barrier()
     if distributed.is_main():
@@ -266,7 +269,8 @@ def _check_room(out: Path, counts: Mapping[str, int], views: int, layout: CodeLa
     free = shutil.disk_usage(existing).free + ours
     if needed > free:
         raise UserError(
-            f"{out}: views={views} makes {needed:,} bytes of codes, and {free:,} are free: lower views, or make room"
+            f"{out}: views={views} makes {needed:,} bytes of codes, and {free:,} are free: lower "
+            "views, or make room"
         )
     held = (
         2 * each * min(IMAGES_PER_SHARD, max(counts.values()))
@@ -358,8 +362,10 @@ def _encode_split(
                     found = encode(batch["images"])
                     if found.min() < 0:  # an unsigned type would hold it as a large code
                         raise UserError(
-                            f"{out}: image number {batch['ids'][(found < 0).any(1).argmax()]} of {split} has features "
-                            "that are not finite: look at it and at the tokenizer's log, mend what is wrong and "
+                            f"{out}: image number {batch['ids'][(found < 0).any(1).argmax()]} of "
+                            f"{split} has features "
+                            "that are not finite: look at it and at the tokenizer's log, mend "
+                            "what is wrong and "
                             "encode again"
                         )
                     codes[rows, view] = found
@@ -400,7 +406,8 @@ def encode_published(
     config = from_dict(TokensRun, raw, COMMAND_LINE)
     if config.source is not None:
         raise UserError(
-            f"{COMMAND_LINE}: source={config.source}: say data.source={config.source}, it has no other"
+            f"{COMMAND_LINE}: source={config.source}: say data.source={config.source}, it has no "
+            "other"
         )
     if not isinstance(data, dict) or "source" not in data:
         raise UserError(

@@ -3,7 +3,7 @@ train from.
 
     <root>/features/<hash of what they depend on>/
         manifest.json    what that is
-        00000.npy        (n, views, h, w, C) float16 or float32, little endian: the next n training images
+        00000.npy        (n, views, h, w, C) float16 or float32, little endian: the next n images
         00001.npy        …
 
 Epoch e trains on view e mod `views`: the augmentations of the first `views` epochs, over and over.
@@ -33,7 +33,7 @@ from tokenizer.npy_file import NpyFile
 from tokenizer.objective import ObjectiveConfig
 from training import distributed
 from training.checkpoint import digest, replace_file
-from training.command import UserError
+from training.errors import UserError
 from training.folder import Folder, Kind
 from training.log import Progress
 
@@ -69,17 +69,20 @@ class FeaturesConfig:
             )
         if not model.encoder.frozen:
             raise ValueError(
-                f"features.views={self.views}: model.encoder.frozen=false changes its features at every step: "
+                f"features.views={self.views}: model.encoder.frozen=false changes its features at "
+                "every step: "
                 "set features=null"
             )
         if objective.distillation > 0 and objective.distillation_target == "teacher":
             raise ValueError(
-                f"features.views={self.views}: objective.distillation={objective.distillation} runs a teacher on the "
+                f"features.views={self.views}: objective.distillation={objective.distillation} "
+                "runs a teacher on the "
                 "images, and a frozen encoder needs none: set objective.distillation=0"
             )
         if self.views > 1 and data.augment == "none":
             raise ValueError(
-                f"features.views={self.views}: with data.augment=none all views are equal: set it to 1"
+                f"features.views={self.views}: with data.augment=none all views are equal: set it "
+                "to 1"
             )
 
     def bytes_per_image(self, channels: int, grid: tuple[int, int]) -> int:
@@ -169,7 +172,8 @@ class StoredFeatures:
             distributed.barrier()
         if distributed.is_main():
             progress.finish(
-                f"{len(self)} images, {self.views} views, {len(self) * self.bytes_per_image:,} bytes"
+                f"{len(self)} images, {self.views} views, {len(self) * self.bytes_per_image:,} "
+                "bytes"
             )
 
     def _make(
@@ -190,7 +194,8 @@ class StoredFeatures:
                     features = encoder(images.to(distributed.device())).movedim(1, -1).cpu().numpy()
                 if np.abs(features).max() > np.finfo(self.dtype).max:
                     raise UserError(
-                        f"{self.folder}: features reach {np.abs(features).max():.3g}, beyond {self.dtype.name}: "
+                        f"{self.folder}: features reach {np.abs(features).max():.3g}, beyond "
+                        f"{self.dtype.name}: "
                         "set features.dtype=float32"
                     )
                 rows[start : start + len(part), view] = features
@@ -217,7 +222,8 @@ class StoredFeatures:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
-                f"{self.folder}: the features need {needed:,} bytes and {free:,} are free: lower features.views="
+                f"{self.folder}: the features need {needed:,} bytes and {free:,} are free: lower "
+                "features.views="
                 f"{self.views}, make room, or set features=null"
             )
         replace_file(manifest, text)

@@ -12,7 +12,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 
 REVIVE = (
-    "start it from data (quantizer.init=kmeans), restart dead codes (quantizer.restart=data) or raise its entropy "
+    "start it from data (quantizer.init=kmeans), restart dead codes (quantizer.restart=data) or "
+    "raise its entropy "
     "term (quantizer.entropy), as the kind allows"
 )
 
@@ -109,7 +110,8 @@ class Health:
             return None
         others = f" and {len(wrong) - 1} more are" if len(wrong) > 1 else " is"
         return (
-            f"{wrong[0]}={figures[wrong[0]]}{others} not finite: lower optimizer.lr or loop.clip, lengthen "
+            f"{wrong[0]}={figures[wrong[0]]}{others} not finite: lower optimizer.lr or loop.clip, "
+            "lengthen "
             "optimizer.warmup_steps, or set loop.precision=fp32"
         )
 
@@ -118,8 +120,10 @@ class Health:
             return None
         optimizer = "discriminator_optimizer" if name.startswith("discriminator.") else "optimizer"
         return (
-            f"{name}={self.recent[name][-1]:.2g}, above 0: that share of the steps since the last reading had a "
-            f"gradient that is not finite and moved nothing: lower {optimizer}.lr, lengthen {optimizer}.warmup_steps, "
+            f"{name}={self.recent[name][-1]:.2g}, above 0: that share of the steps since the last "
+            "reading had a "
+            f"gradient that is not finite and moved nothing: lower {optimizer}.lr, lengthen "
+            f"{optimizer}.warmup_steps, "
             "or set loop.precision=fp32"
         )
 
@@ -128,8 +132,10 @@ class Health:
         if not self._all(name, lambda value: value < limit) or self._rises(name):
             return None
         return (
-            f"{name}={self.recent[name][-1]:.3g} stays below {limit:.3g} ({self.thresholds.perplexity:.0%} of "
-            f"{self.num_codes:.0f} codes): the codebook collapses: set model.normalise=true, {REVIVE}, or take another "
+            f"{name}={self.recent[name][-1]:.3g} stays below {limit:.3g} "
+            f"({self.thresholds.perplexity:.0%} of "
+            f"{self.num_codes:.0f} codes): the codebook collapses: set model.normalise=true, "
+            f"{REVIVE}, or take another "
             "quantizer.kind"
         )
 
@@ -138,8 +144,10 @@ class Health:
         if not self._all(name, lambda value: value < limit):
             return None
         return (
-            f"{name}={self.recent[name][-1]:.3g} fell below {limit:.3g} ({self.thresholds.perplexity_drop:.0%} of its "
-            "best): the encoder leaves the codebook behind: lower optimizer.lr (of the encoder alone: "
+            f"{name}={self.recent[name][-1]:.3g} fell below {limit:.3g} "
+            f"({self.thresholds.perplexity_drop:.0%} of its "
+            "best): the encoder leaves the codebook behind: lower optimizer.lr (of the encoder "
+            "alone: "
             f"optimizer.rates), or {REVIVE}"
         )
 
@@ -148,7 +156,8 @@ class Health:
         if not self._all(name, lambda value: value < limit) or self._rises(name):
             return None
         return (
-            f"{name}={self.recent[name][-1]:.1%} of the codes stays below {limit:.0%}: the rest are dead: {REVIVE}, or "
+            f"{name}={self.recent[name][-1]:.1%} of the codes stays below {limit:.0%}: the rest "
+            f"are dead: {REVIVE}, or "
             "take fewer (quantizer.num_codes)"
         )
 
@@ -158,7 +167,8 @@ class Health:
         if not self._all(name, lambda value: value > limit) or not grows:
             return None
         return (
-            f"{name}={self.recent[name][-1]:.1%} stays above {limit:.0%} while autoencoder.adversarial grows from "
+            f"{name}={self.recent[name][-1]:.1%} stays above {limit:.0%} while "
+            "autoencoder.adversarial grows from "
             f"{fooling[0]:.3g} to {fooling[-1]:.3g}: the discriminator is too strong: lower "
             "discriminator_optimizer.lr, or set objective.augment=1 or objective.lecam=0.001"
         )
@@ -168,8 +178,10 @@ class Health:
         if not self._all(name, lambda value: value < limit) or not self._full(fooling):
             return None
         return (
-            f"{name}={self.recent[name][-1]:.1%} stays below {limit:.0%}: it cannot tell reconstructions from images, "
-            "and its gradient is noise: raise discriminator_optimizer.lr, lower objective.augment or objective.lecam, "
+            f"{name}={self.recent[name][-1]:.1%} stays below {limit:.0%}: it cannot tell "
+            "reconstructions from images, "
+            "and its gradient is noise: raise discriminator_optimizer.lr, lower objective.augment "
+            "or objective.lecam, "
             "or let it start earlier (objective.discriminator_start_step)"
         )
 
@@ -177,8 +189,10 @@ class Health:
         if not self._all(name, lambda value: value >= self.thresholds.pinned * cap):
             return None
         return (
-            f"{name}={self.recent[name][-1]:.3g} stays at its cap of {cap:.3g}: it balances nothing: lower "
-            "objective.adversarial if reconstructions suffer, raise objective.adaptive_cap if they stay blurred, or "
+            f"{name}={self.recent[name][-1]:.3g} stays at its cap of {cap:.3g}: it balances "
+            "nothing: lower "
+            "objective.adversarial if reconstructions suffer, raise objective.adaptive_cap if "
+            "they stay blurred, or "
             "set objective.adaptive=false"
         )
 
@@ -189,10 +203,15 @@ class Health:
         advice = "lower optimizer.lr, or train for fewer loop.steps"
         if "autoencoder.adversarial" in self.recent:
             advice = (
-                "the adversarial term takes over: lower objective.adversarial or objective.adaptive_cap, lengthen "
-                "objective.adversarial_ramp_steps, or warm the discriminator up (objective.discriminator_start_step)"
+                "the adversarial term takes over: lower objective.adversarial or "
+                "objective.adaptive_cap, lengthen "
+                "objective.adversarial_ramp_steps, or warm the discriminator up "
+                "(objective.discriminator_start_step)"
             )
-        return f"{name}={value:.2f} dB is more than {drop:.3g} dB below its best, {best:.2f} dB: {advice}"
+        return (
+            f"{name}={value:.2f} dB is more than {drop:.3g} dB below its best, {best:.2f} dB: "
+            f"{advice}"
+        )
 
     def _all(self, name: str, bad: Callable[[float], bool]) -> bool:
         """Whether the last readings were all bad; fewer than enough say nothing."""

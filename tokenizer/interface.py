@@ -31,7 +31,8 @@ class CodeLayout:
         object.__setattr__(self, "num_codes", tuple(int(count) for count in self.num_codes))
         if len(self.grids) != len(self.num_codes):
             raise ValueError(
-                f"layout: {len(self.grids)} grids and {len(self.num_codes)} codebook sizes: one per level"
+                f"layout: {len(self.grids)} grids and {len(self.num_codes)} codebook sizes: one "
+                "per level"
             )
         if min((1, *self.num_codes, *(side for grid in self.grids for side in grid))) < 1:
             raise ValueError(

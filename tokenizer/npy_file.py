@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from training.command import UserError
+from training.errors import UserError
 
 
 class NpyFile:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenizer.discriminators import DISCRIMINATORS
 from tokenizer.discriminators.augment import NUM_DRAWS, diff_augment
 from tokenizer.perceptual import Perceptual
-from training import distributed
+from training import batch_means, distributed, randomness
 from training.algorithms import lay_out
 from training.config import one_of
 from training.loop import Batch, Loss
@@ -74,19 +74,21 @@ class ObjectiveConfig:
             )
         if self.adversarial > 0 and self.discriminator_start_step > self.adversarial_start_step:
             raise ValueError(
-                f"objective.discriminator_start_step={self.discriminator_start_step} would set an untrained "
+                f"objective.discriminator_start_step={self.discriminator_start_step} would set an "
+                "untrained "
                 f"discriminator against the decoder from objective.adversarial_start_step="
                 f"{self.adversarial_start_step}: let the discriminator start no later"
             )
         if self.perceptual > 0 and not self.lpips_weights:
             raise ValueError(
-                f"objective.perceptual={self.perceptual} needs objective.lpips_weights, the file of the "
+                f"objective.perceptual={self.perceptual} needs objective.lpips_weights, the file "
+                "of the "
                 f"{self.lpips_net} trunk; set objective.perceptual=0 to train without LPIPS"
             )
 
 
 class Objective:
-    """The losses of both turns. Holds the frozen helpers (LPIPS, teacher), which no checkpoint
+    """The losses of both phases. Holds the frozen helpers (LPIPS, teacher), which no checkpoint
     contains."""
 
     def __init__(
@@ -159,7 +161,7 @@ class Objective:
         return Loss(total, parts)
 
     def discriminator_loss(self, batch: Batch, step: int) -> Loss:
-        """Tell the images from the reconstructions of this step's autoencoder turn; LeCAM when
+        """Tell the images from the reconstructions of this step's autoencoder phase; LeCAM when
         asked."""
         assert self.discriminator is not None
         real = self._judge(batch["images"], batch, step, 1)
@@ -185,7 +187,7 @@ class Objective:
         if self.config.augment > 0:
             seed = (self.seed, step, AUGMENT_STREAM, stream)
             images = diff_augment(
-                images, distributed.draw(seed, batch.positions, (NUM_DRAWS,)), self.config.augment
+                images, randomness.draw(seed, batch.positions, (NUM_DRAWS,)), self.config.augment
             )
         return self.discriminator(images)
 
@@ -224,13 +226,13 @@ class Objective:
             for loss in (reconstruction, fooling)
         ]
         wanted, other = (
-            distributed.batch_mean(torch.stack(gradients).float()).flatten(1).norm(dim=1)
+            batch_means.batch_mean(torch.stack(gradients).float()).flatten(1).norm(dim=1)
         )
         return (wanted / (other + 1e-4)).clamp(max=self.config.adaptive_cap)
 
 
 class Adversary(nn.Module):
-    """What the discriminator's turn moves: its network, and LeCAM's anchors beside it."""
+    """What the discriminator's phase moves: its network, and LeCAM's anchors beside it."""
 
     def __init__(self, network: nn.Module, lecam: LeCam | None) -> None:
         super().__init__()
@@ -241,7 +243,7 @@ class Adversary(nn.Module):
         return self.network(images).float()
 
     def update(self, step: int, taken: bool) -> None:
-        """After each optimizer step of the discriminator's turn."""
+        """After each optimizer step of the discriminator's phase."""
         if self.lecam is not None:
             self.lecam.update(taken)
         if taken and hasattr(self.network, "update"):
@@ -301,8 +303,8 @@ def feature_noise(
 
     A sample's noise depends on its place in the global batch alone, not on how the batch is split.
     """
-    deviations = tau * distributed.draw(seed, positions, (1,) * len(shape))
-    return distributed.normal(seed, positions, shape).mul_(deviations)
+    deviations = tau * randomness.draw(seed, positions, (1,) * len(shape))
+    return randomness.normal(seed, positions, shape).mul_(deviations)
 
 
 @dataclasses.dataclass(frozen=True)

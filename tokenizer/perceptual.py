@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.checkpoint import sha256
-from training.command import UserError
+from training.errors import UserError
 
 TRUNKS = {
     "alex": "alexnet-owt-7be5be79.pth",
@@ -36,7 +36,8 @@ class Perceptual(nn.Module):
             raise UserError(f"LPIPS net {net!r} is not one of {', '.join(TRUNKS)}")
         if not Path(weights).is_file():
             raise UserError(
-                f"{weights}: no such file: LPIPS-{net} needs torchvision's {TRUNKS[net]} (or its features.*)"
+                f"{weights}: no such file: LPIPS-{net} needs torchvision's {TRUNKS[net]} (or its "
+                "features.*)"
             )
         import lpips
 
@@ -47,11 +48,13 @@ class Perceptual(nn.Module):
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:
             raise UserError(
-                f"{weights}: not a state dict of tensors ({type(error).__name__}): give {TRUNKS[net]}"
+                f"{weights}: not a state dict of tensors ({type(error).__name__}): give "
+                f"{TRUNKS[net]}"
             ) from None
         if not isinstance(state, Mapping):
             raise UserError(
-                f"{weights}: holds a {type(state).__name__}, not a state dict of tensors: give {TRUNKS[net]}"
+                f"{weights}: holds a {type(state).__name__}, not a state dict of tensors: give "
+                f"{TRUNKS[net]}"
             )
         # lpips cuts the trunk into slices but keeps its layer numbers: features.3.weight is
         # slice2.3.weight.
@@ -65,7 +68,8 @@ class Perceptual(nn.Module):
             self.network.net.load_state_dict(trunk)
         except RuntimeError:
             raise UserError(
-                f"{weights}: holds another network than the trunk of LPIPS-{net}: give {TRUNKS[net]}"
+                f"{weights}: holds another network than the trunk of LPIPS-{net}: give "
+                f"{TRUNKS[net]}"
             ) from None
         self.name, self.sha256 = f"LPIPS-{net}", sha256(Path(weights))
         self.eval().requires_grad_(False)
@@ -79,7 +83,8 @@ class Perceptual(nn.Module):
             self(blank, blank)
         except RuntimeError:
             raise UserError(
-                f"objective.perceptual: {self.name} leaves nothing of images of {image_size} px: set it to 0"
+                f"objective.perceptual: {self.name} leaves nothing of images of {image_size} px: "
+                "set it to 0"
             ) from None
 
     def train(self, mode: bool = True) -> Perceptual:

@@ -72,7 +72,8 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
                 return original(session, request, **options)
             except timed_out as error:
                 _say(
-                    f"{what}: {host} does not answer (try {number} of {tries}: {type(error).__name__})"
+                    f"{what}: {host} does not answer (try {number} of {tries}: "
+                    f"{type(error).__name__})"
                 )
         silent.add(host)
         raise OfflineModeIsEnabled(f"{host} does not answer")
@@ -82,7 +83,8 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
         yield
         if silent:
             _say(
-                f"{what}: found without {', '.join(silent)}: in the cache of earlier downloads, or elsewhere"
+                f"{what}: found without {', '.join(silent)}: in the cache of earlier downloads, or "
+                "elsewhere"
             )
     except Exception as error:
         if silent and any(

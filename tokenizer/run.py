@@ -8,18 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from tokenizer.autoencoder import Autoencoder, VQVAEConfig
+from tokenizer.autoencoder import Autoencoder, VQRAEConfig, VQVAEConfig
 from tokenizer.data.sources import DataConfig
 from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.features import FeaturesConfig
 from tokenizer.hierarchical import Hierarchical, VQVAE2Config
 from tokenizer.objective import ObjectiveConfig
-from tokenizer.vqrae import VQRAEConfig
 from training import distributed
 from training.checkpoint import load_weights
-from training.command import UserError
 from training.config import load as read_config
 from training.config import one_of
+from training.errors import UserError
 from training.loop import LoopConfig
 from training.optim import OptimizerConfig
 
@@ -53,12 +52,14 @@ class TokenizerRun:
         if self.objective.distillation > 0 and self.objective.distillation_target == "teacher":
             if not isinstance(self.model.encoder, FoundationConfig):
                 raise ValueError(
-                    f"objective.distillation={self.objective.distillation} keeps features near a pretrained encoder's, "
+                    f"objective.distillation={self.objective.distillation} keeps features near a "
+                    "pretrained encoder's, "
                     f"and model.encoder.kind={self.model.encoder.kind} has none: set it to 0"
                 )
             if self.model.encoder.frozen:
                 raise ValueError(
-                    f"objective.distillation={self.objective.distillation} holds what model.encoder.frozen=true holds "
+                    f"objective.distillation={self.objective.distillation} holds what "
+                    "model.encoder.frozen=true holds "
                     "already: set one of them to 0 or false"
                 )
 
@@ -69,7 +70,8 @@ def load_config(run_folder: Path) -> TokenizerRun:
     path = Path(run_folder) / "config.yaml"
     if not path.is_file():
         raise UserError(
-            f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make tokenizer`"
+            f"{run_folder}: no tokenizer was trained here (there is no config.yaml): run `make "
+            "tokenizer`"
         )
     return read_config(TokenizerRun, path, alone=True)
 
@@ -96,12 +98,14 @@ def load_autoencoder_weights(autoencoder: nn.Module, run_folder: Path) -> None:
     for name in sorted(weights.keys() ^ own.keys()):
         lacking = "these settings have no" if name in weights else "has no"
         raise UserError(
-            f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, dims, …)"
+            f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, "
+            "dims, …)"
         )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise UserError(
-                f"{run_folder}: {name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} by these settings: "
+                f"{run_folder}: {name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} "
+                "by these settings: "
                 "`model` and `data.image_size` must be the same in both runs"
             )
     autoencoder.load_state_dict(weights)

@@ -24,10 +24,11 @@ from tokenizer.features import StoredFeatures
 from tokenizer.health import Health
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun, load_autoencoder_weights, load_config
-from training import distributed
+from training import distributed, randomness
 from training.checkpoint import weights_hash
-from training.command import UserError, config_command, run_command
-from training.loop import Turn, train
+from training.command import config_command, run_command
+from training.errors import UserError
+from training.loop import Phase, train
 
 PIXELS_AT_ONCE = 256 * 64**2  # of images that calibration encodes together
 
@@ -40,27 +41,7 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     reading = (config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     batches = feed(images, *reading)
     folder = Path(config.root) / config.name
-    inputs = {}
-    if config.start_from is not None:
-        inputs["start_from"] = weights_hash(Path(config.start_from))
-    torch.manual_seed(distributed.mix(config.seed))
-    try:  # before the folder is taken, so that a mended configuration may take it
-        # With weights to start from, those of the pretrained encoder need not be at hand.
-        saved = Path(config.start_from) / "weights" if config.start_from else None
-        autoencoder = config.model.build(config.data.image_size, saved)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from None
-    if config.start_from is not None:
-        load_autoencoder_weights(autoencoder, Path(config.start_from))
-    objective = Objective(
-        config.objective, autoencoder, teacher_of(config, autoencoder), config.seed
-    )
-    if config.start_from is None and isinstance(autoencoder.encoder, FoundationEncoder):
-        inputs["encoder"] = autoencoder.encoder.fingerprint()
-    if objective.discriminator is not None and hasattr(objective.discriminator.network, "trunk"):
-        inputs["discriminator"] = objective.discriminator.network.trunk.fingerprint()
+    autoencoder, objective, inputs = _build(config)
     stored = None
     if config.features is not None:
         stored = StoredFeatures(
@@ -82,51 +63,93 @@ def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
     if isinstance(autoencoder.encoder, FoundationEncoder) and distributed.is_main():
         run.files.note("weights/encoder/config.json", "weights/encoder/preprocessor_config.json")
         autoencoder.encoder.save_architecture(run.folder / "weights" / "encoder")
-    places = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).long()  # of every class
-    shown = held_out.gather([(0, int(place)) for place in places])["images"]
+    shown = _Shown(held_out)
+    return train(
+        config.loop,
+        run,
+        phases_of(config, objective),
+        batches,
+        seed=config.seed,
+        published=autoencoder,
+        begin=lambda: _start_from_data(config, autoencoder, images),
+        preview=shown.preview,
+        measure=shown.measure,
+        watch=Health(autoencoder.layout.num_codes, config.objective.adaptive_cap).read,
+    )
 
-    def begin() -> None:
-        if config.start_from is None and autoencoder.starts_from_data:
-            if distributed.is_main():
-                count = min(config.calibration_images, len(images))
-                print(f"{folder}: starting from the features of {count} images", flush=True)
-            autoencoder.calibrate(_calibration_batches(images.plain(), config), config.seed)
 
-    def preview(averaged: nn.Module, path: Path, step: int) -> None:
-        originals = shown[:: max(1, len(shown) // 16)][:16].to(distributed.device())
+def _build(config: TokenizerRun) -> tuple[nn.Module, Objective, dict[str, str]]:
+    """The autoencoder, what it is trained with, and hashes of the weights that they come from.
+
+    Before the run's folder is taken, so that a configuration that was mended may take it.
+    """
+    inputs = {}
+    if config.start_from is not None:
+        inputs["start_from"] = weights_hash(Path(config.start_from))
+    torch.manual_seed(randomness.mix(config.seed))
+    # With weights to start from, those of the pretrained encoder need not be at hand.
+    saved = Path(config.start_from) / "weights" if config.start_from else None
+    try:
+        autoencoder = config.model.build(config.data.image_size, saved)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{Path(config.root) / config.name}: {error}") from None
+    if config.start_from is not None:
+        load_autoencoder_weights(autoencoder, Path(config.start_from))
+    objective = Objective(
+        config.objective, autoencoder, teacher_of(config, autoencoder), config.seed
+    )
+    if config.start_from is None and isinstance(autoencoder.encoder, FoundationEncoder):
+        inputs["encoder"] = autoencoder.encoder.fingerprint()
+    if objective.discriminator is not None and hasattr(objective.discriminator.network, "trunk"):
+        inputs["discriminator"] = objective.discriminator.network.trunk.fingerprint()
+    return autoencoder, objective, inputs
+
+
+def _start_from_data(config: TokenizerRun, autoencoder: nn.Module, images: Images) -> None:
+    """Latent statistics and codebooks from the features of training images, where no earlier run
+    has them."""
+    if config.start_from is not None or not autoencoder.starts_from_data:
+        return
+    if distributed.is_main():
+        count, folder = min(config.calibration_images, len(images)), Path(config.root) / config.name
+        print(f"{folder}: starting from the features of {count} images", flush=True)
+    autoencoder.calibrate(_calibration_batches(images.plain(), config), config.seed)
+
+
+class _Shown:
+    """Held-out images, up to 256 from all over their split, that a run shows and measures itself
+    by."""
+
+    def __init__(self, held_out: Images) -> None:
+        places = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).long()
+        self.images = held_out.gather([(0, int(place)) for place in places])["images"]
+
+    def preview(self, averaged: nn.Module, path: Path, step: int) -> None:
+        """A picture of originals beside their reconstructions."""
+        every = max(1, len(self.images) // 16)
+        originals = self.images[::every][:16].to(distributed.device())
         pairs = torch.stack([originals, averaged(originals).images], dim=1).flatten(0, 1)
         image_grid(to_pixels(pairs), columns=8).save(path)
 
-    def measure(averaged: nn.Module) -> dict[str, float]:
+    def measure(self, averaged: nn.Module) -> dict[str, float]:
+        """The mean PSNR of images."""
         errors = [
             (averaged(part.to(distributed.device())).images.clamp(-1, 1).cpu() - part)
             .div(2)
             .square()
             .mean((1, 2, 3))
-            for part in shown.split(64)
+            for part in self.images.split(64)
         ]
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
 
-    health = Health(autoencoder.layout.num_codes, config.objective.adaptive_cap)
-    return train(
-        config.loop,
-        run,
-        turns_of(config, objective),
-        batches,
-        seed=config.seed,
-        published=autoencoder,
-        begin=begin,
-        preview=preview,
-        measure=measure,
-        watch=health.read,
-    )
 
-
-def turns_of(config: TokenizerRun, objective: Objective) -> list[Turn]:
+def phases_of(config: TokenizerRun, objective: Objective) -> list[Phase]:
     """What a step moves: the autoencoder, then the discriminator where there is one."""
     autoencoder, adversary = objective.autoencoder, objective.discriminator
-    turns = [
-        Turn(
+    phases = [
+        Phase(
             "autoencoder",
             autoencoder,
             objective.autoencoder_loss,
@@ -135,8 +158,8 @@ def turns_of(config: TokenizerRun, objective: Objective) -> list[Turn]:
         )
     ]
     if adversary is not None:
-        turns.append(
-            Turn(
+        phases.append(
+            Phase(
                 "discriminator",
                 adversary,
                 objective.discriminator_loss,
@@ -145,7 +168,7 @@ def turns_of(config: TokenizerRun, objective: Objective) -> list[Turn]:
                 adversary.update,
             )
         )
-    return turns
+    return phases
 
 
 def teacher_of(config: TokenizerRun, autoencoder: nn.Module) -> nn.Module | None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from training.command import UserError
+from training.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -2,7 +2,8 @@
 never half of it.
 
 .tessera-staged/     what is to take the place of a folder's contents, while it is made
-.tessera-committed/  the same once it is whole, while it takes that place: whoever comes next finishes it
+.tessera-committed/  the same once it is whole, while it takes that place: whoever comes next
+                     finishes it
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from training.command import DEEDS, UserError
+from training.errors import DEEDS, UserError
 
 LOCK, STAGED, COMMITTED = ".lock", ".tessera-staged", ".tessera-committed"
 JOURNAL = ".names"  # within COMMITTED: what is to be put in place, and what is to go

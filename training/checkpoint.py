@@ -8,7 +8,8 @@ checkpoints/step-00000600/   state.pt and manifest.json (SHA-256): everything to
 weights/model.safetensors    averaged weights, what others load
 previews/                    pictures
 requeue                      only after SIGTERM: that the run asks to be started again
-.lock                        all of this by name: what is not listed there is never removed (training/folder.py)
+.lock                        all of this by name: what is not listed there is never removed
+                             (training/folder.py)
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch import Tensor
 
 from training import distributed
 from training.atomic import replace_file, settle
-from training.command import UserError
 from training.config import to_dict, to_yaml
+from training.errors import UserError
 from training.folder import Folder, Kind
 from training.signals import Interrupted
 from training.words import escaped, undump
@@ -143,64 +144,81 @@ class Run:
         return run
 
     def _take(self, fresh: bool, inputs: Mapping[str, str], where: Mapping[str, str]) -> None:
-        has_lock = (self.folder / ".lock").is_file()
-        if self.folder.is_dir() and not has_lock and self.files.strangers():
-            if not (self.folder / "config.yaml").is_file():
-                raise UserError(
-                    f"{self.folder}: holds files but no config.yaml, so it is no run: name another folder"
-                )
-            if fresh:
-                raise UserError(
-                    f"{self.folder}: no run here made this folder: remove it yourself to start over"
-                )
+        self._refuse_what_is_no_run(fresh)
         self.files.take()
         for name in self._steps():
             settle(self.checkpoints / name)
         if fresh:
             self._start_over()
         self.files.note(*ALWAYS)
-        kept = self.folder / "config.yaml"
         if self._steps():  # before the first, nothing would be lost
-            if not kept.is_file():
-                raise UserError(
-                    f"{kept} is not there, and with what settings {self.newest()} was made, nothing else says: put it "
-                    "back, or start the run over with --fresh (make: FRESH=1)"
-                )
-            try:
-                old = undump(kept)
-            except ValueError as error:
-                raise UserError(
-                    f"{kept}: damaged ({error}): start the run over with --fresh"
-                ) from None
-            before = self._inputs()
-            known = before or {}
-            movable = {key for name, key in where.items() if name in known}
-            movable -= {key for name, key in where.items() if name not in known}
-            said = []
-            for key, was, now in _differences(_rooted(old), _rooted(escaped(to_dict(self.config)))):
-                if key not in movable:
-                    raise UserError(
-                        f"{self.folder} was made with {key}={was}, and now it is {now}: give the run another name, "
-                        "or start it over with --fresh (make: FRESH=1)"
-                    )
-                said.append(
-                    f"{self.folder}: {key} was {was} and is {now}, which is the same: it goes on"
-                )
-            for name, now in inputs.items():
-                if known.get(name, now) != now:
-                    raise OtherInput(
-                        f"{self.folder} was made from {name} {known[name][:8]}…, which is now {now[:8]}…: start it "
-                        "over with --fresh (make: FRESH=1)",
-                        name,
-                    )
+            settings, made_from = self._settings(), self._inputs()
+            known = made_from or {}
+            said = list(self._same_settings(settings, known, where))
+            self._check_inputs(inputs, known)
             missing = " and ".join(name for name in inputs if name not in known)
-            if missing and before is not None:
+            if missing and made_from is not None:
                 said.append(
-                    f"warning: {self.folder}: an earlier version began it, and did not note its {missing}: "
-                    "it goes on with what is there now"
+                    f"warning: {self.folder}: an earlier version began it, and did not note its "
+                    f"{missing}: it goes on with what is there now"
                 )
             for line in said:
                 print(line, flush=True)
+
+    def _refuse_what_is_no_run(self, fresh: bool) -> None:
+        """Raise UserError for a folder with files that no list of ours names, but for a run without
+        hidden files, which may go on."""
+        has_lock = (self.folder / ".lock").is_file()
+        if not self.folder.is_dir() or has_lock or not self.files.strangers():
+            return
+        if not (self.folder / "config.yaml").is_file():
+            raise UserError(
+                f"{self.folder}: holds files but no config.yaml, so it is no run: "
+                "name another folder"
+            )
+        if fresh:
+            raise UserError(
+                f"{self.folder}: no run here made this folder: remove it yourself to start over"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the checkpoints were made with. Raises UserError where that is lost."""
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            raise UserError(
+                f"{file} is not there, and with what settings {self.newest()} was made, nothing "
+                "else says: put it back, or start the run over with --fresh (make: FRESH=1)"
+            )
+        try:
+            return undump(file)
+        except ValueError as error:
+            raise UserError(f"{file}: damaged ({error}): start the run over with --fresh") from None
+
+    def _same_settings(
+        self, settings: dict[str, Any], known: Mapping[str, str], where: Mapping[str, str]
+    ) -> Iterator[str]:
+        """Raise UserError for a setting that is another now; a line about each that only says where
+        the same inputs lie."""
+        movable = {key for name, key in where.items() if name in known}
+        movable -= {key for name, key in where.items() if name not in known}
+        now = _rooted(escaped(to_dict(self.config)))
+        for key, before, after in _differences(_rooted(settings), now):
+            if key not in movable:
+                raise UserError(
+                    f"{self.folder} was made with {key}={before}, and now it is {after}: give the "
+                    "run another name, or start it over with --fresh (make: FRESH=1)"
+                )
+            yield f"{self.folder}: {key} was {before} and is {after}, which is the same: it goes on"
+
+    def _check_inputs(self, inputs: Mapping[str, str], known: Mapping[str, str]) -> None:
+        """Raise OtherInput for the first that is not what the run was made from."""
+        for name, now in inputs.items():
+            if known.get(name, now) != now:
+                raise OtherInput(
+                    f"{self.folder} was made from {name} {known[name][:8]}…, which is now "
+                    f"{now[:8]}…: start it over with --fresh (make: FRESH=1)",
+                    name,
+                )
 
     def _start_over(self) -> None:
         """Remove what runs wrote. Raises UserError, and removes nothing, where others' files would
@@ -209,7 +227,8 @@ class Run:
             others = set(_entries(self.checkpoints / name)) - set(CHECKPOINT)
             if others:
                 raise UserError(
-                    f"{self.checkpoints / name / min(others)}: no command here wrote it, and it is in the way: "
+                    f"{self.checkpoints / name / min(others)}: no command here wrote it, and it is "
+                    "in the way: "
                     "move it away"
                 )
         self.files.clear()
@@ -431,7 +450,8 @@ def _size(state: Any) -> int:
 def _unwritable(path: Path, size: int, error: Exception) -> UserError:
     free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
     return UserError(
-        f"{path}: about {size} bytes cannot be written ({free} bytes are free): {error}; what was saved before "
+        f"{path}: about {size} bytes cannot be written ({free} bytes are free): {error}; what was "
+        "saved before "
         "is intact: make room and run the same command again"
     )
 

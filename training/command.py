@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import errno
 import os
 import signal
 import sys
@@ -15,20 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from training.errors import DEEDS, UserError
 from training.output import GONE, STDOUT, open_closed_streams, silence, surviving
 from training.signals import Interrupted, listening
-
-
-class UserError(ValueError):
-    """Something the user can mend. The message names the file, the value and the remedy, in one
-    line."""
-
-    told = False  # whether another process says so
-
-
-def expand_home(text: str) -> str:
-    """A path with the home folder for `~` and `~name` at its beginning, as shells have it."""
-    return os.path.expanduser(text)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -81,10 +69,6 @@ def _run(main: Callable[[], None]) -> None:
         )
 
 
-DEEDS = {
-    "write": (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG),
-    "open": (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
-}
 NULLS = ("embedded null byte", "embedded null character in path")  # Python's
 SHORTAGES = (
     "can't allocate memory",
@@ -131,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         namespace, others = super().parse_known_args(*arguments, **options)
         for name, value in vars(namespace).items():
             if isinstance(value, Path):
-                setattr(namespace, name, Path(expand_home(str(value))))
+                setattr(namespace, name, Path(os.path.expanduser(value)))
         return namespace, others
 
     def error(self, message: str) -> NoReturn:

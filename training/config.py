@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.command import UserError, expand_home
+from training.errors import UserError
 from training.text import printable
 from training.words import REFERENCE, Word, dump, escaped, parse, read, shown
 
@@ -151,7 +152,7 @@ def _layers(
     if include and alone:
         raise UserError(f"{path}: include: a saved configuration stands alone")
     layers = (
-        _layers(path.parent / expand_home(include), origins, (*seen, path.resolve()))
+        _layers(path.parent / os.path.expanduser(include), origins, (*seen, path.resolve()))
         if include
         else []
     )
@@ -437,7 +438,7 @@ def _text(text: str, known: DictConfig, holder: Any, place: Any) -> str:
     for name in REFERENCE.findall(text):
         if name and OmegaConf.is_config(OmegaConf.select(known, name)):
             raise Misfit(f"${{{name}}} refers to more than one value")
-    resolved = expand_home(str(found))
+    resolved = os.path.expanduser(str(found))
     # Bytes of a path that are no UTF-8 have no place in YAML.
     if resolved != resolved.encode(errors="replace").decode():
         raise Misfit(

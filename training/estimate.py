@@ -1,8 +1,8 @@
 """What a run takes of 1, 8 and 64 GPUs: memory, time and disk, from what its losses cost
 (training/tracing.py).
 
-Of each GPU, in bytes: parameters and buffers; 4 per parameter for gradients of the turn that has
-more of them; 8 for AdamW's moments; the moving average of the first turn's parameters and buffers;
+Of each GPU, in bytes: parameters and buffers; 4 per parameter for gradients of the phase that has
+more of them; 8 for AdamW's moments; the moving average of the first phase's parameters and buffers;
 activations of one micro-batch at their peak; what nearest-neighbour search holds; the copy of the
 gradients in DistributedDataParallel's buckets. With loop.sharding=full transformer blocks, their
 gradients, moments and average are divided by the number of GPUs, and two blocks with the gradients
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from training import distributed
-from training.command import UserError
 from training.config import load, to_yaml
+from training.errors import UserError
 from training.loop import LoopConfig
 from training.precision import decide
 from training.sharding import blocks_of, share_of
@@ -97,7 +97,7 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Parameters and bytes of what one turn moves: all of it, and the blocks that
+    """Parameters and bytes of what one phase moves: all of it, and the blocks that
     loop.sharding=full shares out."""
 
     trainable: int
@@ -130,7 +130,7 @@ class Estimate:
     loop: LoopConfig
     precision: str  # "fp32" or "bf16"
     tokens: int  # per sample
-    networks: dict[str, Network]  # by turn; the first one's moving average is kept
+    networks: dict[str, Network]  # by phase; the first one's moving average is kept
     helpers: dict[str, int]  # weights of what does not learn
     moves: list[Move]
     again: (
@@ -222,7 +222,10 @@ class Estimate:
         return sum(spans) / UTILISATION
 
     def disk(self) -> str:
-        sizes = f"{self.loop.keep} checkpoints of {self.checkpoint / MIB:,.1f}, weights of {self.published / MIB:,.1f}"
+        sizes = (
+            f"{self.loop.keep} checkpoints of {self.checkpoint / MIB:,.1f}, weights of "
+            f"{self.published / MIB:,.1f}"
+        )
         return f"disk, MiB: {sizes}"
 
     def describe(self, num_images: int | None) -> Iterator[str]:
@@ -230,7 +233,10 @@ class Estimate:
         GPUs."""
         images = self.loop.steps * self.loop.batch_size
         epochs = f", {images / num_images:.1f} epochs of {num_images:,}" if num_images else ""
-        yield f"images: {self.loop.batch_size} per step, {self.loop.steps} steps, {images:,} in all{epochs}"
+        yield (
+            f"images: {self.loop.batch_size} per step, {self.loop.steps} steps, {images:,} in "
+            f"all{epochs}"
+        )
         yield f"precision: {self.precision}{_reason(self.loop.precision, self.precision)}"
         yield ""
         worlds = sorted({*WORLDS, distributed.world()})
@@ -279,7 +285,8 @@ class Estimate:
                 each = world * self.loop.accumulate
                 fitting = -(-self.loop.batch_size // each) * each
                 yield (
-                    f"  loop.batch_size={self.loop.batch_size} cannot be shared by {world} GPUs x loop.accumulate="
+                    f"  loop.batch_size={self.loop.batch_size} cannot be shared by {world} GPUs x "
+                    "loop.accumulate="
                     f"{self.loop.accumulate}: {fitting} could"
                 )
         yield ""
@@ -313,9 +320,13 @@ class Estimate:
         shares = ", ".join(
             f"{flops[rate] / sum(flops.values()):.0%} {name}" for rate, name in RATES.items()
         )
-        yield "  without communication and waiting for data; the share of the peak is assumed: docs/scaling.md"
         yield (
-            f"a step: {tokens:,} tokens, {total:.3g} FLOPs ({shares}), {total / loop.batch_size:.3g} per image; "
+            "  without communication and waiting for data; the share of the peak is assumed: "
+            "docs/scaling.md"
+        )
+        yield (
+            f"a step: {tokens:,} tokens, {total:.3g} FLOPs ({shares}), "
+            f"{total / loop.batch_size:.3g} per image; "
             f"the run: {loop.steps * tokens:,} tokens"
         )
 
@@ -332,7 +343,10 @@ def _reason(asked: str, precision: str) -> str:
     if asked != "auto":
         return ""
     if precision == "bf16":
-        return ", as loop.precision=auto takes on GPUs that have it (from the A100 on); others, and CPUs, train in fp32"
+        return (
+            ", as loop.precision=auto takes on GPUs that have it (from the A100 on); others, and "
+            "CPUs, train in fp32"
+        )
     return ", for this machine's GPU only emulates bf16 (loop.precision=bf16 asks for it)"
 
 

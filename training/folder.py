@@ -1,6 +1,6 @@
 """Folders that commands write to, beside whatever else lies in them.
 
-.lock       what was written, a name per line and noted before it is; locked by the process that writes
+.lock   what was written, a name per line, noted before it is; locked by the process that writes
 
 Only what a folder's `.lock` lists is ever removed or replaced. Whatever else is there stays where
 it is, and a link stays a link. A file that a command needs to write, and that no command wrote,
@@ -37,7 +37,7 @@ from training.atomic import (
     remove_file,
     settle,
 )
-from training.command import UserError
+from training.errors import UserError
 
 HEADER = "tessera-files-1"
 TEMPORARY = re.compile(
@@ -168,7 +168,8 @@ class Folder:
             assert self.kind.fits(name), f"{name} is no file of a {self.kind.name}"
             if os.path.lexists(self.path / name):
                 raise UserError(
-                    f"{self.path / name}: no command here wrote it, and it is in the way: move it away"
+                    f"{self.path / name}: no command here wrote it, and it is in the way: move it "
+                    "away"
                 )
         self._append("+", new)
         self.listed |= set(new)
@@ -190,7 +191,8 @@ class Folder:
         for name in self.kind.find(self.path):
             if name not in self.listed or not stat.S_ISREG(os.lstat(self.path / name).st_mode):
                 raise UserError(
-                    f"{self.path / name}: no command here wrote it, and it is in the way: move it away"
+                    f"{self.path / name}: no command here wrote it, and it is in the way: move it "
+                    "away"
                 )
 
     def clear(self) -> None:

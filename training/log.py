@@ -46,7 +46,7 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Means over what was added and over ranks; starts anew. Call it on every rank."""
-        names = list(self.sums)  # the same on every rank: turns insert them in order
+        names = list(self.sums)  # the same on every rank: phases insert them in order
         totals = (
             distributed.mean_(torch.stack([self.sums[name] for name in names])).tolist()
             if names

@@ -1,4 +1,4 @@
-"""The one training loop: turns in order, each forward, backward, clip, step; then average, log,
+"""The one training loop: phases in order, each forward, backward, clip, step; then average, log,
 save.
 
 Everything random in a step derives from (seed, step, place in the global batch), and data from
@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from training import distributed
+from training import distributed, randomness
 from training.algorithms import lay_out, training_on
 from training.checkpoint import Run, load_weights, weights_path
-from training.command import UserError
 from training.ema import Ema
+from training.errors import UserError
 from training.log import CLOCKS, Log, Meter, Progress
 from training.outcome import Outcomes, Taken, event, is_known_at_once
 from training.output import outliving_the_terminal
+from training.phase import Batch, Loss, Phase, PhaseRunner
 from training.precision import autocast, decide
 from training.saver import Saver, advice
 from training.signals import Interrupted, Requests, listening
-from training.turn import Batch, Loss, Mover, Turn
 
-__all__ = ["Batch", "LoopConfig", "Loss", "Turn", "train"]
+__all__ = ["Batch", "LoopConfig", "Loss", "Phase", "train"]
 
 PRECISIONS = ("auto", "fp32", "bf16")  # of training.precision
 SHARDINGS = ("none", "full")
@@ -86,7 +86,7 @@ class LoopConfig:
 def train(
     config: LoopConfig,
     run: Run,
-    turns: list[Turn],
+    phases: list[Phase],
     batches: Callable[[int], Iterator[list[Batch]]],
     *,
     seed: int,
@@ -120,7 +120,7 @@ def train(
             Saver(run) as saver,
         ):
             with requests.at_once():
-                loop = _Loop(config, run, turns, published, seed, begin)
+                loop = _Loop(config, run, phases, published, seed, begin)
             loop.preview, loop.measure, loop.watch = preview, measure, watch
             return loop.train(batches, requests, saver)
 
@@ -136,7 +136,7 @@ class _Loop:
         self,
         config: LoopConfig,
         run: Run,
-        turns: list[Turn],
+        phases: list[Phase],
         published: nn.Module,
         seed: int,
         begin: Callable[[], None] | None,
@@ -148,16 +148,17 @@ class _Loop:
         self.step: int = 0 if state is None else state["step"]
         if distributed.largest(self.step) != -distributed.largest(-self.step):
             raise UserError(
-                f"{run.folder}: processes find other checkpoints here: it must be one folder to all of them"
+                f"{run.folder}: processes find other checkpoints here: it must be one folder to "
+                "all of them"
             )
         if state is None and begin:
             begin()
-        for turn in turns:
-            distributed.equalise(turn.module.to(self.device))
+        for phase in phases:
+            distributed.equalise(phase.module.to(self.device))
         sharded = config.sharding == "full" and distributed.world() > 1
         if not sharded:  # what is shared out has to be contiguous
-            for turn in turns:
-                lay_out(turn.module, self.device)
+            for phase in phases:
+                lay_out(phase.module, self.device)
         if sharded:
             published.cpu()  # nothing but parts will come back
         self.precision = decide(config.precision, self.device, "loop.precision", self.title)
@@ -168,17 +169,17 @@ class _Loop:
                 flush=True,
             )
         self.ema = Ema(published, config.ema_decay)
-        self.movers = [
-            Mover(
-                turn,
+        self.runners = [
+            PhaseRunner(
+                phase,
                 self.device,
                 steps=config.steps,
                 clip=config.clip,
                 low=self.precision == "bf16",
                 compiled=config.compile,
-                sharded=sharded and turn.module is published,
+                sharded=sharded and phase.module is published,
             )
-            for turn in turns
+            for phase in phases
         ]
         if sharded:
             self.ema.share(self.device)
@@ -187,8 +188,10 @@ class _Loop:
             False  # whether the preview and the held-out figures of this step are still to be made
         )
         if state is not None:
-            for mover in self.movers:
-                mover.load(state["modules"][mover.turn.name], state["optimizers"][mover.turn.name])
+            for runner in self.runners:
+                runner.load(
+                    state["modules"][runner.phase.name], state["optimizers"][runner.phase.name]
+                )
             self.ema.load_state_dict(state["ema"])
             self.meter.load_state_dict(state["meter"])
             self.pending = state.get("pending", False)
@@ -200,78 +203,94 @@ class _Loop:
         config = self.config
         if self.step >= config.steps and not self.pending:
             return self._finished()
-        for mover in self.movers:
-            mover.rest()
-        self.log = Log(self.run.folder, self.step, self.run.files.note) if self.main else None
-        self.progress = Progress(self.title, config.steps)
-        for kept in (
-            self.log.kept if self.log and self.watch else []
-        ):  # what was warned of is not warned of again
-            if "warning" not in kept:
-                self.watch(
-                    kept["step"], {name: value for name, value in kept.items() if name != "step"}
-                )
-        number = 0  # of the signal that asked any rank to stop
-        if self.pending:
-            number = self._show(requests)
-            if self.step == config.steps and not self.pending:
-                self._save(saver, config.keep)
-        stream, latest, window = batches(self.step), {}, _Window(self.step, config.batch_size)
+        for runner in self.runners:
+            runner.rest()
+        self._open_log()
+        number = self._show_what_is_pending(requests, saver)
+        stream, window = batches(self.step), _Window(self.step, config.batch_size)
         outcomes = Outcomes(self.device, config.max_bad_steps)
-        warming = config.compile
+        compiling = config.compile
         while self.step < config.steps and not number:
             with window.waiting():
                 micro_batches = next(stream)
-            with (
-                requests.at_once() if warming else contextlib.nullcontext()
-            ):  # minutes; nothing is lost yet
+            # The first step compiles for minutes, in which a request to stop loses nothing.
+            with requests.at_once() if compiling else contextlib.nullcontext():
                 taken = self._move([batch.to(self.device) for batch in micro_batches])
+            compiling = False
             outcomes.add(taken, self.step)
-            warming = False
-            last = self.step == config.steps
-            logged, saved = (
-                self.step % every == 0 or last for every in (config.log_every, config.save_every)
-            )
-            shown = (self.step % config.preview_every == 0 or last) and bool(
-                self.preview or self.measure
-            )
-            settled = logged or saved or shown  # nowhere else is a GPU waited for
-            if settled:
-                outcomes.settle()
-            if outcomes.end:
-                distributed.on_main(lambda: self._give_up(saver, outcomes.end))
-            if logged:
-                latest = self.meter.read() | window.read(self.step)
-            if self.main:
-                if logged:
-                    self._report(latest)
-                self.progress.show(self.step, _note(latest))
-            number = outcomes.agree(FAILED if saver.failed else requests.number, now=settled)
-            if number == FAILED:
-                distributed.on_main(saver.wait)
-            self.pending = shown
-            if self.pending and not number:
-                number = self._show(requests)
-            if saved or number:
-                outcomes.settle()
-                with window.timing(
-                    "save_seconds"
-                ):  # also after bad steps, which moved nothing; but see _give_up
-                    self._save(saver, None if outcomes.in_a_row else config.keep)
+            number = self._after_step(outcomes, window, requests, saver)
         distributed.on_main(saver.wait)
         if number and (self.step < config.steps or self.pending):
-            what = f"{self.title}: stopped at step {self.step} and saved: run the same command again to go on"
-            raise Interrupted(what, number)
+            raise Interrupted(
+                f"{self.title}: stopped at step {self.step} and saved: "
+                "run the same command again to go on",
+                number,
+            )
         if self.log:
             self.log.close()
-            self.progress.finish(f"{config.steps} steps done, {_note(latest)}")
+            self.progress.finish(f"{config.steps} steps done, {_note(self.latest)}")
         return self._averaged()
 
+    def _open_log(self) -> None:
+        self.log = Log(self.run.folder, self.step, self.run.files.note) if self.main else None
+        self.progress = Progress(self.title, self.config.steps)
+        self.latest: dict[str, float] = {}  # figures of the last line
+        # Whoever watches is told what was logged before, so as not to warn of it again.
+        for line in self.log.kept if self.log and self.watch else []:
+            if "warning" not in line:
+                figures = {name: value for name, value in line.items() if name != "step"}
+                self.watch(line["step"], figures)
+
+    def _show_what_is_pending(self, requests: Requests, saver: Saver) -> int:
+        """Preview and figures that an earlier start was stopped before; the number of the signal
+        that asks any process to stop, 0 for none."""
+        if not self.pending:
+            return 0
+        number = self._show(requests)
+        if self.step == self.config.steps and not self.pending:
+            self._save(saver, self.config.keep)
+        return number
+
+    def _after_step(
+        self, outcomes: Outcomes, window: _Window, requests: Requests, saver: Saver
+    ) -> int:
+        """Log, show and save what is due; the number of the signal that asks any process to stop, 0
+        for none."""
+        config, last = self.config, self.step == self.config.steps
+        logs, saves, shows = (
+            last or self.step % every == 0
+            for every in (config.log_every, config.save_every, config.preview_every)
+        )
+        shows = shows and bool(self.preview or self.measure)
+        if settles := logs or saves or shows:  # nowhere else is a GPU waited for
+            outcomes.settle()
+        if outcomes.end:
+            distributed.on_main(lambda: self._give_up(saver, outcomes.end))
+        if logs:
+            self.latest = self.meter.read() | window.read(self.step)
+        if self.main:
+            if logs:
+                self._report(self.latest)
+            self.progress.show(self.step, _note(self.latest))
+        number = outcomes.agree(FAILED if saver.failed else requests.number, now=settles)
+        if number == FAILED:
+            distributed.on_main(saver.wait)
+        self.pending = shows
+        if self.pending and not number:
+            number = self._show(requests)
+        if saves or number:
+            outcomes.settle()
+            # Also after bad steps, which moved nothing; but then no older checkpoint goes, for
+            # `_give_up` points to one.
+            with window.timing("save_seconds"):
+                self._save(saver, None if outcomes.in_a_row else config.keep)
+        return number
+
     def _move(self, micro_batches: list[Batch]) -> Taken:
-        """One step of every turn; whether all of them were taken."""
-        torch.manual_seed(distributed.mix(self.seed, self.step, distributed.rank()))
-        moves = [mover for mover in self.movers if self.step >= mover.turn.start_step]
-        every = [mover.move(micro_batches, self.step, self.meter, self.seed) for mover in moves]
+        """One step of every phase; whether all of them were taken."""
+        torch.manual_seed(randomness.mix(self.seed, self.step, distributed.rank()))
+        moves = [runner for runner in self.runners if self.step >= runner.phase.start_step]
+        every = [runner.move(micro_batches, self.step, self.meter, self.seed) for runner in moves]
         taken = functools.reduce(operator.and_, every)
         self.ema.update(self.step, taken)
         self.step += 1
@@ -309,8 +328,8 @@ class _Loop:
     def _save(self, saver: Saver, keep: int | None) -> None:
         state = {
             "step": self.step,
-            "modules": {mover.turn.name: mover.module_state() for mover in self.movers},
-            "optimizers": {mover.turn.name: mover.optimizer_state() for mover in self.movers},
+            "modules": {runner.phase.name: runner.module_state() for runner in self.runners},
+            "optimizers": {runner.phase.name: runner.optimizer_state() for runner in self.runners},
             "ema": self.ema.state_dict(),
             "meter": self.meter.state_dict(),
             "pending": self.pending,
@@ -329,7 +348,8 @@ class _Loop:
         """Checkpoints from before the bad steps are still there: during them none was removed."""
         saver.wait()
         raise UserError(
-            f"{self.title}: {self.config.max_bad_steps} steps in a row with non-finite gradients, the last at step "
+            f"{self.title}: {self.config.max_bad_steps} steps in a row with non-finite gradients, "
+            "the last at step "
             f"{step}: {advice(self.run)}"
         )
 
@@ -347,7 +367,8 @@ class _Loop:
                     )
                 self.run.publish(state, self.step)
             print(
-                f"{self.title}: finished at step {self.step}; start over with --fresh (make: FRESH=1)",
+                f"{self.title}: finished at step {self.step}; start over with --fresh (make: "
+                "FRESH=1)",
                 flush=True,
             )
         return self._averaged()

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class OptimizerConfig:
                 rate, int | float
             ):  # what `optimizer.rates.a.b=1e-4` on the command line makes
                 raise ValueError(
-                    f"optimizer.rates.{prefix}={rate!r} is no number: write dotted prefixes in the file"
+                    f"optimizer.rates.{prefix}={rate!r} is no number: write dotted prefixes in the "
+                    "file"
                 )
 
     def build(self, module: nn.Module, *, fused: bool = False) -> torch.optim.AdamW:

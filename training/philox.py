@@ -66,11 +66,22 @@ def uniform(seed: int, ids: Tensor, stream: int, count: int, first: Tensor | Non
 
 
 def short_uniform(
-    seed: int, ids: Tensor, stream: int, count: int, first: Tensor | None = None
+    seed: int,
+    ids: Tensor,
+    stream: int,
+    count: int,
+    first: Tensor | None = None,
+    *,
+    above_zero: bool = False,
 ) -> Tensor:
     """(N, count) float32 in [0, 1), multiples of 2^-24: two numbers of each of `words`. `first`
-    counts words."""
+    counts words.
+
+    `above_zero`: in (0, 1), odd multiples of 2^-24, for what takes their logarithm.
+    """
     halves = words(seed, ids, stream, -(-count // 2), first).view(torch.int32)[:, :count]
+    if above_zero:
+        return ((halves & 0x7FFFFF).float() + 0.5) * 2**-23
     return ((halves >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 

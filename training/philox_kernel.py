@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.philox import ROUNDS
-
 try:
     import triton
     import triton.language as tl
@@ -20,6 +18,7 @@ except ImportError:  # no Triton for this platform: AVAILABLE says so, and no ke
     triton = tl = None
 
 AVAILABLE = triton is not None
+ROUNDS = 10  # as in training.philox
 LARGEST = 256  # blocks of four words in the hands of a program
 
 

@@ -36,7 +36,7 @@ def decide(asked: str, device: torch.device, setting: str = "", title: str = "")
     UserError for other words.
     """
     from training import distributed
-    from training.command import UserError
+    from training.errors import UserError
 
     if asked not in PRECISIONS:
         raise UserError(f"{setting or 'precision'}={asked}: choose one of {', '.join(PRECISIONS)}")

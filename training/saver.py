@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import Run
-from training.command import UserError
+from training.errors import UserError
 
 
 class Saver:
@@ -71,8 +71,8 @@ class Saver:
                 for name, tensor in tensors_in(state[part], part):
                     if not is_finite(tensor):
                         raise UserError(
-                            f"{self.run.folder}: at step {step} {name} is not finite, and was not saved: "
-                            + advice(self.run)
+                            f"{self.run.folder}: at step {step} {name} is not finite, and was not "
+                            "saved: " + advice(self.run)
                         )
             self.run.publish(
                 state["ema"], step
@@ -87,7 +87,8 @@ def advice(run: Run) -> str:
     newest = run.newest()
     kept = f"{run.checkpoints / newest} is kept" if newest else "there is no checkpoint yet"
     return (
-        f"{kept}; lower optimizer.lr or loop.clip, or set loop.precision=fp32, in the configuration and in "
+        f"{kept}; lower optimizer.lr or loop.clip, or set loop.precision=fp32, in the "
+        "configuration and in "
         f"{run.folder / 'config.yaml'} too, and run again"
     )
 

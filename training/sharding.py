@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -55,7 +55,8 @@ def shareable_blocks(module: nn.Module) -> list[nn.Module]:
     blocks = blocks_of(module)
     if share_of(blocks, module) < 0.5:
         raise UserError(
-            "loop.sharding=full: there are no transformer blocks that hold half of this model's parameters, and "
+            "loop.sharding=full: there are no transformer blocks that hold half of this model's "
+            "parameters, and "
             "nothing else is shared out: set loop.sharding=none"
         )
     return blocks

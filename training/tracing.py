@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from training import distributed
+from training import batch_means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def trace(
     it."""
     tracer, like_cuda = _Tracer(), _LikeCuda(precision == "bf16")
     like_cuda.note = tracer.note
-    whole = distributed.WholeBatch(2)
+    whole = batch_means.WholeBatch(2)
     module.train()
     with contextlib.ExitStack() as stack:
         for name, part in parts.items():

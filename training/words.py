@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from training.command import UserError
+from training.errors import UserError
 
 MOST_VALUES = 10_000  # of a file, so that aliases of aliases end
 REFERENCE = re.compile(r"\$\$\{|\$\{(\w+(?:\.\w+)*)\}")  # the escape, or a key
@@ -100,7 +100,8 @@ def _plain(node: yaml.Node, counter: Iterator[int], within: tuple[yaml.Node, ...
         if "${" in REFERENCE.sub("", node.value):
             raise _at(
                 node,
-                f"{node.value!r}: ${{key}} refers to another key, and $${{ stands for the characters",
+                f"{node.value!r}: ${{key}} refers to another key, and $${{ stands for the "
+                "characters",
             )
         return None if kind == "null" else str(node.value) if node.style else Word(node.value)
     made: dict[str, Any] = {}

@@ -21,10 +21,10 @@ from tokenizer.data.sampler import feed
 from tokenizer.data.sources import DataConfig, Images, open_split
 from tokenizer.data.transforms import to_float
 from training import config as configuration
-from training import distributed
+from training import distributed, randomness
 from training.checkpoint import Run, load_weights, weights_hash, weights_path
-from training.command import UserError
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.errors import UserError
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.optim import OptimizerConfig
 
 TASKS = ("classes", "rotation")
@@ -120,13 +120,13 @@ def train_extractor(config: ExtractorRun, folder: Path, fresh: bool = False) -> 
     run = open_run(folder, config, [images], fresh=fresh)
     held_out = open_split(config.data, "held_out")
     num_classes = 4 if config.task == "rotation" else images.num_classes
-    torch.manual_seed(distributed.mix(config.seed))
+    torch.manual_seed(randomness.mix(config.seed))
     classifier = Classifier(config.width, config.dim, num_classes)
 
     def loss(batch: Batch, step: int) -> Loss:
         pictures, labels = batch["images"], batch["labels"]
         if config.task == "rotation":
-            labels = (4 * distributed.draw((config.seed, step), batch.positions)).long()
+            labels = (4 * randomness.draw((config.seed, step), batch.positions)).long()
             pictures = rotate(pictures, labels)
         logits = classifier(pictures)
         cross_entropy = F.cross_entropy(logits, labels)
@@ -136,7 +136,7 @@ def train_extractor(config: ExtractorRun, folder: Path, fresh: bool = False) -> 
     train(
         config.loop,
         run,
-        [Turn("classifier", classifier, loss, config.optimizer)],
+        [Phase("classifier", classifier, loss, config.optimizer)],
         feed(
             images, config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers
         ),

@@ -24,7 +24,7 @@ from tokenizer.encoders.foundation import IMAGENET, quiet_transformers
 from tokenizer.perceptual import TRUNKS
 from training import distributed
 from training.checkpoint import sha256
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ from priors.families.hierarchical import HierarchicalPrior
 from priors.interface import Prior
 from tokenizer.interface import CodeLayout
 from training.checkpoint import digest
-from training.command import UserError
+from training.errors import UserError
 
 MAGIC, VERSION = b"TSTK", 1
 KINDS = ("table", "split", "prior")

@@ -14,7 +14,7 @@ from eval.record import Measurement, Origin, Record, mean_interval
 from priors.record import read_record
 from training import distributed
 from training.checkpoint import weights_hash
-from training.command import UserError
+from training.errors import UserError
 from training.log import Progress
 from training.precision import autocast
 

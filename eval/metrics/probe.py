@@ -27,7 +27,7 @@ from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.run import load as load_tokenizer
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 from training.log import Progress
 from training.precision import autocast
 

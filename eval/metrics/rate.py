@@ -18,7 +18,7 @@ from eval.record import Measurement, Origin, mean_interval
 from eval.report.tables import number
 from priors.interface import Prior
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

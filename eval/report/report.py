@@ -31,7 +31,7 @@ from eval.report.tables import (
 from eval.token_records import measure_codebook
 from priors.record import is_prior
 from training.checkpoint import digest, weights_hash
-from training.command import UserError
+from training.errors import UserError
 from training.log import CLOCKS
 from training.words import dump, undump
 

@@ -16,7 +16,7 @@ from priors.decoding.parallel import Reading, reading
 from priors.interface import Likelihood
 from priors.sampling.noise import uniform_noise
 from tokenizer.interface import CodeLayout
-from training.distributed import GOLDEN, scramble_
+from training.randomness import GOLDEN, scramble_
 
 STRATA = 8  # mask counts per sequence
 

@@ -14,7 +14,7 @@ from priors.interface import Likelihood, SampleOptions
 from priors.sampling.guidance import begin, shape_logits
 from priors.sampling.noise import categorical, gumbel, uniform_noise
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 from training.loop import Loss
 
 ORDERS = ("raster", "random", "annealed")

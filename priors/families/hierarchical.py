@@ -19,10 +19,10 @@ from priors.families.pixelcnn import PixelCNNConfig
 from priors.families.uniform import UniformConfig
 from priors.interface import Likelihood, SampleOptions
 from tokenizer.interface import CodeLayout
-from training.command import UserError
 from training.config import one_of
-from training.distributed import mix
+from training.errors import UserError
 from training.loop import Loss
+from training.randomness import mix
 
 BOTTOM_STREAM = 0x424F54544F4D  # sets the bottom's noise apart from the top's of the same sample
 FAMILIES = {

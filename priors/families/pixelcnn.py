@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from priors.families.autoregressive import AutoregressivePrior
 from tokenizer.interface import CodeLayout
-from training.distributed import Dropout
+from training.randomness import Dropout
 
 
 @dataclasses.dataclass(frozen=True)

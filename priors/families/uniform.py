@@ -39,7 +39,7 @@ from priors.interface import Likelihood, SampleOptions
 from priors.sampling.guidance import begin, shape_branches, shape_logits
 from priors.sampling.schedules import SCHEDULES
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 from training.loop import Loss
 
 # parameterisation -> its sampler: q with the network plugged in for x, or the mixture over p(x | z)

@@ -2,7 +2,7 @@
 (Yu et al. 2024, arXiv:2406.07550) and MaskBit (Weber et al. 2024, arXiv:2409.16211) have it.
 
 Attention probabilities are not dropped, which their authors do: masks belong to samples here
-(training.distributed.Dropout), and a fused kernel has none of them.
+(training.randomness.Dropout), and a fused kernel has none of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from priors.backbone import check_settings
 from tokenizer.interface import CodeLayout
-from training.command import UserError
-from training.distributed import Dropout
+from training.errors import UserError
+from training.randomness import Dropout
 
 BERT_EPS = 1e-12  # of BERT's norms
 INITIAL_STD = 0.02

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from priors.backbone import check_settings
 from priors.networks.bert import INITIAL_STD, refuse_given, run_block
 from tokenizer.interface import CodeLayout
-from training.distributed import Dropout
+from training.randomness import Dropout
 
 EPS = 1e-5
 MULTIPLE = 256  # of the width of feed-forward networks

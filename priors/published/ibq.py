@@ -10,7 +10,7 @@ from priors.published.taming import within
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Evidence, Shapes, count, has
-from training.command import UserError
+from training.errors import UserError
 
 DIM_HEAD = 64  # of the authors' sizes
 

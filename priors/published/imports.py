@@ -23,7 +23,7 @@ from tokenizer.published.table import published_files
 from tokenizer.run import load as load_tokenizer
 from training import distributed
 from training.checkpoint import Run, load_weights, sha256, weights_hash
-from training.command import UserError
+from training.errors import UserError
 
 
 def import_prior(

@@ -10,7 +10,7 @@ from priors.rar import RARConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Shapes, count, has
-from training.command import UserError
+from training.errors import UserError
 
 BLOCK = {
     "attention_norm": "norm1",

@@ -27,7 +27,7 @@ from priors.families.hierarchical import HierarchicalConfig
 from priors.families.masked import MaskedConfig
 from priors.families.pixelcnn import PixelCNNConfig
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 SMALL = BackboneConfig(dim=16, depth=2, heads=2, dropout=0.0)
 PRIORS = {

@@ -22,8 +22,8 @@ from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.run import TokenizerRun, load
 from tokenizer.train import train_tokenizer
 from training.checkpoint import load_weights, weights_path, write_weights
-from training.command import UserError
 from training.config import from_dict
+from training.errors import UserError
 from training.loop import LoopConfig
 
 DATA = {"source": "digits", "image_size": 16}

@@ -26,7 +26,7 @@ from eval.reference import write_reference
 from eval.token_records import read_rate_distortion
 from tokenizer.cache import TokenCache
 from tokenizer.data.sources import DataConfig, Images, open_split
-from training.command import UserError
+from training.errors import UserError
 
 
 @pytest.fixture(scope="module")

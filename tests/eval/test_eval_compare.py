@@ -12,7 +12,7 @@ from tiny import command
 
 from eval.compare import Figures, compare_records
 from eval.record import Measurement, Record
-from training.command import UserError
+from training.errors import UserError
 
 DATA = {"source": "digits", "n": 9, "ids_sha256": "ab" * 32}
 PSNR = Measurement(

@@ -15,7 +15,7 @@ from eval.metrics.image_similarity import C1, LPIPS, Paired, psnr, squared_error
 from eval.record import Origin
 from tokenizer.data.transforms import to_float, to_uint8
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 SQUEEZE = Path(__file__).parents[3] / "shared" / "weights" / "lpips-squeeze"
 

@@ -34,7 +34,7 @@ from eval.metrics.precision_recall import manifold
 from eval.record import Origin
 from tokenizer.data.transforms import to_float
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 
 def normal(n: int, dim: int, seed: int) -> torch.Tensor:

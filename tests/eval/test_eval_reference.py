@@ -15,7 +15,7 @@ from eval.metrics.frechet import Gaussian, frechet_distance
 from eval.metrics.moments import Moments
 from eval.reference import npz_batches, read_reference, write_reference
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass

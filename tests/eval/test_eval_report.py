@@ -21,7 +21,7 @@ from eval.extractors.networks import Extraction, banner, figure_name
 from eval.record import Measurement, Record, share_interval
 from eval.report.report import Stage, write_report
 from eval.report.tables import number, text_table
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from eval.metrics.memorisation import find_copying
 from eval.metrics.precision_recall import manifold
 from eval.reference import read_reference, write_reference
 from tokenizer.data.sources import DataConfig
-from training.command import UserError
+from training.errors import UserError
 
 SCORES = {
     "a Fréchet distance": lambda rows: frechet_distance(

@@ -26,7 +26,7 @@ from eval.metrics.rate import Rate, find_rates
 from eval.record import Origin
 from priors.interface import Likelihood
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 ORIGIN = Origin("held-out", {}, {})
 

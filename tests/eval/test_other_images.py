@@ -17,7 +17,7 @@ from eval.pipeline import Options, Pipeline
 from generate.edit import open_image
 from tokenizer.data.sources import DataConfig
 from tokenizer.encode import TokensRun, encode_data
-from training.command import UserError
+from training.errors import UserError
 
 
 def draw(path: Path, seed: int) -> None:

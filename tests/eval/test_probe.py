@@ -17,8 +17,8 @@ from eval.metrics.probe import STRENGTHS, Views, fit_probe, histograms, stratifi
 from tokenizer.interface import CodeLayout
 from tokenizer.run import TokenizerRun, load
 from tokenizer.train import train_tokenizer
-from training.command import UserError
 from training.config import from_dict
+from training.errors import UserError
 
 CONV = {
     "encoder": {"kind": "conv", "channels": 16, "stride": 4},

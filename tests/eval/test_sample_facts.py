@@ -13,7 +13,7 @@ from eval.generation import Samples
 from eval.sample_facts import read_cost, read_facts
 from generate.images import FILES, is_current
 from training.checkpoint import sha256
-from training.command import UserError
+from training.errors import UserError
 
 OPTIONS = {"seed": 0, "guidance": 1.0}
 FACTS = {

@@ -25,8 +25,8 @@ from tokenizer.encode import TokensRun, encode_data
 from tokenizer.interface import CodeLayout
 from tokenizer.run import TokenizerRun
 from training.checkpoint import write_weights
-from training.command import UserError
 from training.config import from_dict, to_yaml
+from training.errors import UserError
 
 ONE, TWO = CodeLayout(((4, 4),), (16,)), CodeLayout(((2, 2), (4, 4)), (16, 16))
 SIZE = (16, 16)

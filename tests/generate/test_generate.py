@@ -27,8 +27,9 @@ from tokenizer.cache import FORMAT, SPLITS, shard_file
 from tokenizer.data.grid import image_grid
 from tokenizer.interface import CodeLayout
 from training.checkpoint import sha256, weights_hash
-from training.command import UserError, run_command
+from training.command import run_command
 from training.config import from_dict
+from training.errors import UserError
 
 LAYOUT = CodeLayout(((2, 2),), (4,))
 NAMES = ["cat", "3", "T-shirt"]

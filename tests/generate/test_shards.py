@@ -23,7 +23,7 @@ from priors.sampling.noise import uniform_noise
 from tokenizer.interface import CodeLayout
 from training import distributed
 from training.atomic import COMMITTED, is_settled
-from training.command import UserError
+from training.errors import UserError
 
 LAYOUT = CodeLayout(((2, 2),), (256,))
 REQUEST = Request(num=23, classes=(0, 2, 1), options=SampleOptions(seed=4))

@@ -20,7 +20,7 @@ from generate.sweep import combinations
 from priors.interface import SampleOptions
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import to_uint8
-from training.command import UserError
+from training.errors import UserError
 from training.loop import LoopConfig
 
 WORDS = ["--temperature", "0.9,1", "--steps", "1,2", "--num", 60, "--batch-size", 30]

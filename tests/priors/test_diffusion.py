@@ -23,7 +23,7 @@ from priors.families.uniform import LATEST, UniformConfig, UniformPrior
 from priors.interface import SampleOptions
 from priors.sampling.schedules import SCHEDULES
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 NUM_CLASSES = 3
 LAYOUTS = pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from priors.families.hierarchical import (
 from priors.interface import Likelihood, SampleOptions
 from priors.sampling.noise import categorical
 from tokenizer.interface import CodeLayout
-from training.command import UserError
 from training.config import from_dict, one_of, to_dict
+from training.errors import UserError
 from training.loop import Loss
 
 TOP, BOTTOM = CodeLayout(((1, 1),), (3,)), CodeLayout(((1, 2),), (2,))

@@ -21,7 +21,7 @@ from priors.families.hierarchical import HierarchicalPrior
 from priors.families.masked import MaskedPrior
 from priors.interface import SampleOptions
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 COUNT = 100_000
 LAYOUTS = {

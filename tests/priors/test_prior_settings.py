@@ -21,7 +21,7 @@ from priors.sampling.halton import halton_turns
 from priors.sampling.noise import JUMP, chosen_gumbel, chosen_noise, uniform_noise
 from priors.sampling.schedules import SCHEDULES, mean_share
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 BACKBONE = {
     "dim": 128,

@@ -24,8 +24,8 @@ from priors.sampling.noise import categorical, gumbel, uniform_noise
 from priors.sampling.schedules import SCHEDULES, mean_share
 from priors.train import Measure, PriorRun, TokenSequences
 from tokenizer.interface import CodeLayout
-from training.command import UserError
 from training.config import load
+from training.errors import UserError
 
 ONE_LEVEL = CodeLayout(((2, 3),), (7,))
 TWO_LEVELS = CodeLayout(((1, 2), (2, 2)), (5, 9))

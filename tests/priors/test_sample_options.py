@@ -20,7 +20,7 @@ from priors.networks.bert import MaskBitNetworkConfig, TiTokNetworkConfig
 from priors.networks.halton_maskgit import HaltonNetworkConfig
 from priors.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig
 from tokenizer.interface import CodeLayout
-from training.command import UserError
+from training.errors import UserError
 
 LAYOUT, TWO = CodeLayout(((2, 3),), (7,)), CodeLayout(((1, 2), (2, 2)), (5, 7))
 BITS = CodeLayout(((2, 3),), (16,))

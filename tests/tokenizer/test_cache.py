@@ -32,8 +32,8 @@ from tokenizer.npy_file import NpyFile
 from tokenizer.quantizers.vector import VectorConfig
 from tokenizer.run import TokenizerRun
 from training.checkpoint import sha256, write_weights
-from training.command import UserError
 from training.config import to_yaml
+from training.errors import UserError
 
 SIDE, SHARD = 8, 7
 

@@ -17,7 +17,7 @@ from tokenizer.data import sources, transforms
 from tokenizer.data.listings import open_listing
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8
-from training.command import UserError
+from training.errors import UserError
 
 SIZE = 8
 RAMP = (

@@ -11,7 +11,7 @@ from torch import nn
 
 from tokenizer.decoders.pretrained import load_decoder, load_statistics
 from tokenizer.decoders.vit import ViTDecoderConfig
-from training.command import UserError
+from training.errors import UserError
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 SIZE = {"dim": 16, "depth": 2, "heads": 2, "mlp": 24}

@@ -20,7 +20,7 @@ from tokenizer.encoders import ENCODERS
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.encoders.foundation import FAMILIES, KNOWN, FoundationConfig
 from tokenizer.encoders.pretrain import MAEConfig, initialise
-from training.command import UserError
+from training.errors import UserError
 
 SIZES = {"native": (16, 16), "larger": (24, 24), "wide": (16, 32), "tall, as many patches": (32, 8)}
 # Tokens before the patches, as the tiny models are made.

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import save_encoder
 
 from tokenizer import features as features_module
-from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.decoders.vit import ViTDecoderConfig
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
@@ -26,13 +26,13 @@ from tokenizer.objective import Objective, ObjectiveConfig
 from tokenizer.quantizers.vector import VectorConfig
 from tokenizer.run import TokenizerRun
 from tokenizer.train import train_tokenizer
-from tokenizer.vqrae import VQRAEConfig
 from training import distributed
 from training.checkpoint import Run, load_weights
-from training.command import Interrupted, UserError
 from training.config import from_dict, to_dict
+from training.errors import UserError
 from training.loop import LoopConfig
 from training.optim import OptimizerConfig
+from training.signals import Interrupted
 
 SIZE, COUNT, VIEWS = 16, 150, 2
 SHARD = VIEWS * 16 * 16 * 4 * 64  # bytes of 64 images in float32: three shards in all

@@ -24,7 +24,7 @@ from tokenizer.data.identity import open_run
 from tokenizer.data.listings import open_listing
 from tokenizer.data.sources import DataConfig, open_split, take_inventories
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 SIZE = 4
 

@@ -19,7 +19,7 @@ from PIL import Image, features
 
 from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import ORIENTATION_TAG
-from training.command import UserError
+from training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 LIMIT_MIB = 200  # that a refused image may cost

@@ -15,7 +15,7 @@ from test_data import PLAIN, SIZE, config_of, encode, write_parquet
 
 from tokenizer.data.listings import open_listing
 from tokenizer.data.sources import DataConfig, open_split
-from training.command import UserError
+from training.errors import UserError
 
 
 def write(root: Path, *names: str, kind: str = "PNG") -> Path:

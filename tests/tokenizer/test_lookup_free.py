@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer.quantizers import ibq, search
+from tokenizer.quantizers import ibq, search_on_cpu
 from tokenizer.quantizers.codebook import to_rows
 from tokenizer.quantizers.fsq import FSQConfig
 from tokenizer.quantizers.gumbel import GumbelConfig
@@ -23,7 +23,7 @@ from tokenizer.quantizers.lookup_free import (
     mean_joint_probabilities,
 )
 from training import config as configuration
-from training import distributed
+from training import distributed, randomness
 
 DIM = 4
 CASES = {
@@ -129,8 +129,8 @@ def test_gradients_reach_the_features_and_all_that_learns(config):
 
 def test_the_size_of_chunks_changes_nothing(config, monkeypatch):
     results = []
-    for budget in (search.BUDGET, 1, 100):
-        monkeypatch.setattr(search, "BUDGET", budget)
+    for budget in (search_on_cpu.BUDGET, 1, 100):
+        monkeypatch.setattr(search_on_cpu, "BUDGET", budget)
         quantizer, given = build(config).train(), features().requires_grad_()
         torch.manual_seed(3)
         output = quantizer(given)
@@ -143,10 +143,10 @@ def test_the_size_of_chunks_changes_nothing(config, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["ibq", "gumbel"])
-@pytest.mark.parametrize(("budget", "most"), [(1, 1), (60, 5), (search.BUDGET, 36)])
+@pytest.mark.parametrize(("budget", "most"), [(1, 1), (60, 5), (search_on_cpu.BUDGET, 36)])
 def test_chunks_are_as_long_as_the_budget_allows(kind, budget, most, monkeypatch):
     """Of 36 rows with 12 products each: at least a row at once, and each row once."""
-    monkeypatch.setattr(search, "BUDGET", budget)
+    monkeypatch.setattr(search_on_cpu, "BUDGET", budget)
     quantizer, given = build(CASES[kind]).train(), features()
     if kind == "ibq":
         parts = ibq._parts(to_rows(given), quantizer.codebook)
@@ -474,7 +474,7 @@ def ibq_by_hand(given, book, config):
     "changes", [{}, {"entropy": 0.0}, {"temperature": 3.0, "attraction": 0.6, "entropy": 0.5}]
 )
 def test_ibq_is_the_papers_equations(monkeypatch, changes):
-    monkeypatch.setattr(search, "BUDGET", 12 * 5)  # five rows at once
+    monkeypatch.setattr(search_on_cpu, "BUDGET", 12 * 5)  # five rows at once
     config = dataclasses.replace(CASES["ibq"], **changes)
     quantizer, given = build(config), features().requires_grad_()
     book = quantizer.codebook.detach().double().requires_grad_()
@@ -559,7 +559,7 @@ def test_gumbel_is_torchs_gumbel_softmax(kind, monkeypatch):
     torch.manual_seed(7)
     output = quantizer(given)
     torch.manual_seed(7)
-    noise = -distributed.uniform(
+    noise = -randomness.uniform(
         quantizer.stream.keys(len(given), given[0, 0].numel()), quantizer.num_codes[0]
     ).log()
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda tensor: tensor.copy_(noise))

@@ -32,11 +32,11 @@ from tokenizer.objective import (
     feature_noise,
 )
 from tokenizer.quantizers.vector import VectorConfig
-from training import distributed
+from training import distributed, randomness
 from training.checkpoint import Run
-from training.command import UserError
+from training.errors import UserError
 from training.log import CLOCKS
-from training.loop import Batch, LoopConfig, Turn, train
+from training.loop import Batch, LoopConfig, Phase, train
 from training.optim import OptimizerConfig
 
 SMALL = PatchConfig(channels=8, layers=1)
@@ -439,7 +439,7 @@ HALF = torch.full((6, NUM_DRAWS), 0.5)
 
 
 def uniform_of(batch=6, seed=3):
-    return distributed.draw((seed,), torch.arange(batch), (NUM_DRAWS,))
+    return randomness.draw((seed,), torch.arange(batch), (NUM_DRAWS,))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (17, 9), (1, 1)])
@@ -764,14 +764,14 @@ def run_steps(folder, steps, discriminator, accumulate=2):
     objective = Objective(config, autoencoder, None, seed=3)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, schedule="constant")
     turns = [
-        Turn(
+        Phase(
             "autoencoder",
             autoencoder,
             objective.autoencoder_loss,
             optimizer,
             after_step=autoencoder.update,
         ),
-        Turn(
+        Phase(
             "discriminator",
             objective.discriminator,
             objective.discriminator_loss,

@@ -17,7 +17,7 @@ from torch import nn
 
 from tokenizer.published.files import Hyperparameters, find_weights, open_weights
 from tokenizer.published.pickles import Damaged, Opaque, read_torch
-from training.command import UserError
+from training.errors import UserError
 
 
 def tensors():

@@ -22,7 +22,7 @@ from tokenizer.encode import encode_published
 from tokenizer.published.imports import export_tokenizer, folder_of, import_tokenizer
 from tokenizer.published.load import from_pretrained, published_state
 from tokenizer.published.table import PEERS, published_files
-from training.command import UserError
+from training.errors import UserError
 
 TINY = "bsq-vit"  # the smallest network
 

@@ -14,7 +14,8 @@ from tokenizer.published.__main__ import main
 from tokenizer.published.check import check, told
 from tokenizer.published.load import from_pretrained, published_state
 from tokenizer.published.table import PEERS
-from training.command import UserError, run_command
+from training.command import run_command
+from training.errors import UserError
 
 CASES = {
     "taming-vqgan-f16": "taming",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tokenizer.quantizers import QUANTIZERS, codebook, product, search
+from tokenizer.quantizers import QUANTIZERS, codebook, product, search, search_on_cpu
 from tokenizer.quantizers.codebook import (
     Statistics,
     Usage,
@@ -343,9 +343,9 @@ def test_the_rotation_trick_is_a_rotation_and_a_scale_held_constant():
         torch.testing.assert_close(got, scale * rotation.T @ gradient)
 
 
-@pytest.mark.parametrize("budget", [1, 60, search.BUDGET])
+@pytest.mark.parametrize("budget", [1, 60, search_on_cpu.BUDGET])
 def test_entropy_is_that_of_the_whole_matrix(monkeypatch, budget):
-    monkeypatch.setattr(search, "BUDGET", budget)
+    monkeypatch.setattr(search_on_cpu, "BUDGET", budget)
     rows, book = (
         torch.randn(30, DIM, requires_grad=True),
         torch.randn(CODES, DIM, requires_grad=True),
@@ -361,7 +361,7 @@ def test_entropy_is_that_of_the_whole_matrix(monkeypatch, budget):
 
 
 def test_entropy_keeps_no_matrix(monkeypatch):
-    monkeypatch.setattr(search, "BUDGET", 10 * 64)
+    monkeypatch.setattr(search_on_cpu, "BUDGET", 10 * 64)
     rows, book = torch.randn(200, DIM, requires_grad=True), torch.randn(64, DIM)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(

@@ -19,15 +19,16 @@ from tokenizer import remote
 remote.PATIENCE = remote.Patience(connect=0.3, read=0.3)
 from tokenizer.data.listings import open_listing
 from tokenizer.encoders.foundation import _download
-from tokenizer.sharing import _upload, from_pretrained
-from training.command import UserError
+from tokenizer.shared_folder import upload
+from tokenizer.sharing import from_pretrained
+from training.errors import UserError
 from pathlib import Path
 
 callers = {
     "hub:someone/pictures": lambda: open_listing("hub:someone/pictures", 0),
     "someone/encoder": lambda: _download("someone/encoder", None),
     "someone/tokenizer": lambda: from_pretrained("someone/tokenizer"),
-    "someone/upload": lambda: _upload(Path("."), "someone/upload", True),
+    "someone/upload": lambda: upload(Path("."), "someone/upload", True),
     "someone/kept": lambda: kept("someone/kept"),
 }
 

@@ -16,7 +16,7 @@ from tokenizer.data import sampler
 from tokenizer.data.sampler import encipher, feed, keys_of_step
 from tokenizer.data.sources import DataConfig, open_split
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 
 class Keys:

@@ -5,18 +5,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer.quantizers import search
+from tokenizer.quantizers import search, search_on_cpu
 
-PRODUCTS = [search.InFloat32, search.InBFloat16, search.InInt8]
+PRODUCTS = [search_on_cpu.InFloat32, search_on_cpu.InBFloat16, search_on_cpu.InInt8]
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(params=PRODUCTS, ids=lambda product: product.__name__)
 def product(request, monkeypatch):
-    if request.param is search.InInt8 and torch.backends.quantized.engine not in ("x86", "fbgemm"):
+    if request.param is search_on_cpu.InInt8 and torch.backends.quantized.engine not in (
+        "x86",
+        "fbgemm",
+    ):
         pytest.skip("no 8-bit product on this processor")
     monkeypatch.setattr(
-        search, "choose_products", lambda num_rows, book: [request.param, search.InFloat32]
+        search_on_cpu,
+        "choose_products",
+        lambda num_rows, book: [request.param, search_on_cpu.InFloat32],
     )
     return request.param
 
@@ -37,10 +42,10 @@ def oracle(rows, book, offsets=None):
     return scores.argmin(1), gap
 
 
-@pytest.mark.parametrize("budget", [1, 5000, search.BUDGET])
+@pytest.mark.parametrize("budget", [1, 5000, search_on_cpu.BUDGET])
 @pytest.mark.parametrize(("num_codes", "dim"), [(1, 3), (37, 8), (130, 33), (700, 300)])
 def test_it_is_the_search_in_float64(monkeypatch, product, budget, num_codes, dim):
-    monkeypatch.setattr(search, "BUDGET", budget)
+    monkeypatch.setattr(search_on_cpu, "BUDGET", budget)
     rows, book = torch.randn(301, dim), torch.randn(num_codes, dim)
     codes = search.nearest(rows, book)
     assert codes.dtype == torch.int64 and torch.equal(codes, oracle(rows, book)[0])
@@ -217,7 +222,7 @@ def test_what_a_coarse_product_reports_bounds_its_error():
     lengths."""
     rows = torch.randn(200, 300) * torch.logspace(0, 2, 300)
     codebook = torch.randn(250, 300) * torch.logspace(-2, 2, 250)[:, None]
-    book = search.Book.of(codebook, None)
+    book = search_on_cpu.Book.of(codebook, None)
     z = book.centre(rows)
     lengths = z.norm(dim=1)
     true = (rows.double()[:, None] - codebook.double()).square().sum(2) / 2
@@ -234,13 +239,17 @@ def test_low_precision_leaves_few_rows_to_a_second_search(monkeypatch):
     """Random features of the width of a ViT, the hardest there are: the short lists hold nearly all
     winners."""
     searched = []
-    whole = search._search
+    whole = search_on_cpu._search
     monkeypatch.setattr(
-        search, "_search", lambda rows, *rest: searched.append(len(rows)) or whole(rows, *rest)
+        search_on_cpu,
+        "_search",
+        lambda rows, *rest: searched.append(len(rows)) or whole(rows, *rest),
     )
-    for kind in (search.InBFloat16, search.InInt8):
+    for kind in (search_on_cpu.InBFloat16, search_on_cpu.InInt8):
         monkeypatch.setattr(
-            search, "choose_products", lambda num_rows, book, kind=kind: [kind, search.InFloat32]
+            search_on_cpu,
+            "choose_products",
+            lambda num_rows, book, kind=kind: [kind, search_on_cpu.InFloat32],
         )
         searched.clear()
         rows, book = torch.randn(128, 768), torch.randn(8192, 768)
@@ -254,18 +263,23 @@ def test_low_precision_leaves_few_rows_to_a_second_search(monkeypatch):
 def test_rows_that_a_product_leaves_open_are_decided_by_the_next_or_in_float64(
     monkeypatch, product, few
 ):
-    monkeypatch.setattr(search, "MANY", 1)
-    monkeypatch.setattr(search, "FEW", few)
+    monkeypatch.setattr(search_on_cpu, "MANY", 1)
+    monkeypatch.setattr(search_on_cpu, "FEW", few)
     rows, book = 0.1 * torch.randn(301, 8), torch.randn(400, 8)
     assert torch.equal(search.nearest(rows, book), oracle(rows, book)[0])
 
 
 def test_a_processor_without_fast_low_precision_searches_in_fp32(monkeypatch):
-    book = search.Book.of(torch.randn(16384, 768), None)
-    chosen = search.choose_products(8192, book)
-    assert chosen[-1] is search.InFloat32 and search.choose_products(1, book) == [search.InFloat32]
+    book = search_on_cpu.Book.of(torch.randn(16384, 768), None)
+    chosen = search_on_cpu.choose_products(8192, book)
+    assert chosen[-1] is search_on_cpu.InFloat32 and search_on_cpu.choose_products(1, book) == [
+        search_on_cpu.InFloat32
+    ]
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert search.choose_products(8192, book) == [search.InBFloat16, search.InFloat32]
+    assert search_on_cpu.choose_products(8192, book) == [
+        search_on_cpu.InBFloat16,
+        search_on_cpu.InFloat32,
+    ]
 
 
 def test_torch_compile_keeps_it_in_one_graph():
@@ -284,7 +298,7 @@ def test_equal_codes_go_to_the_lowest_index_in_float64(num_codes, dim):
         book = torch.randn(num_codes, dim)
         book[-60:] = book[torch.randperm(num_codes - 60)[:60]]
         rows = book[-60:].repeat(2, 1)[:num_rows] + 0.01 * torch.randn(num_rows, dim)
-        assert (search.in_float64(rows, book, None) < num_codes - 60).all()
+        assert (search_on_cpu.in_float64(rows, book, None) < num_codes - 60).all()
 
 
 @pytest.mark.parametrize(
@@ -294,10 +308,10 @@ def test_a_collapsed_codebook_takes_no_more_memory(monkeypatch, book):
     """Pairs that are scored again, of 512 rows and 4096 codes."""
     book = book.clone()
     book[0] = 1.0
-    counts, scored = [], search.Book.exact_score
+    counts, scored = [], search_on_cpu.Book.exact_score
     monkeypatch.setattr(
-        search.Book, "exact_score", lambda *a: counts.append(len(a[2])) or scored(*a)
+        search_on_cpu.Book, "exact_score", lambda *a: counts.append(len(a[2])) or scored(*a)
     )
     rows = 1e-9 * torch.randn(512, 16)
     assert torch.equal(search.nearest(rows, book), oracle(rows, book)[0])
-    assert sum(counts) <= 512 * search.CANDIDATES
+    assert sum(counts) <= 512 * search_on_cpu.CANDIDATES

@@ -16,7 +16,7 @@ from tiny import save_encoder
 
 import tokenizer
 from tokenizer import sharing
-from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.data.sources import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
@@ -25,10 +25,11 @@ from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.objective import ObjectiveConfig
 from tokenizer.quantizers.vector import VectorConfig
 from tokenizer.run import TokenizerRun
-from tokenizer.vqrae import VQRAE, VQRAEConfig
+from tokenizer.shared_folder import portable
+from tokenizer.vqrae import VQRAE, load_vqrae, push_vqrae, save_vqrae
 from training.checkpoint import weights_hash, weights_path, write_weights
-from training.command import UserError
 from training.config import to_yaml
+from training.errors import UserError
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -151,15 +152,9 @@ def test_nothing_tells_of_the_makers_machine(kind, tmp_path, request):
 
 
 def test_names_of_the_hub_are_kept():
-    assert (
-        sharing._portable("google/siglip2-so400m-patch16-256")
-        == "google/siglip2-so400m-patch16-256"
-    )
-    assert (
-        sharing._portable({"a": ["hub:a/b"], "b": "/x/y.pth", "c": "../y", "d": "~/z"})["b"]
-        == "y.pth"
-    )
-    assert sharing._portable("hub:a/b") == "hub:a/b" and sharing._portable("~/z") == "z"
+    assert portable("google/siglip2-so400m-patch16-256") == "google/siglip2-so400m-patch16-256"
+    assert portable({"a": ["hub:a/b"], "b": "/x/y.pth", "c": "../y", "d": "~/z"})["b"] == "y.pth"
+    assert portable("hub:a/b") == "hub:a/b" and portable("~/z") == "z"
 
 
 def card_of(out):
@@ -399,39 +394,39 @@ def test_a_vqrae_comes_back_to_the_bit(model, tmp_path):
     images = (IMAGES + 1) / 2
     codes = model.encode_to_indices(images)
     latents, decoded = model.encode(images), model.decode_from_indices(codes)
-    out = sharing.save_vqrae(model, tmp_path / "shared")
+    out = save_vqrae(model, tmp_path / "shared")
     shutil.rmtree(tmp_path / "made")
     for path in out.rglob("*"):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
-    again = sharing.load_vqrae(out)
+    again = load_vqrae(out)
     assert torch.equal(again.encode_to_indices(images), codes) and len(codes.unique()) > 1
     assert torch.equal(again.encode(images), latents) and torch.equal(
         again.decode_from_indices(codes), decoded
     )
     assert again.autoencoder.encoder.frozen is False and not again.training
-    sharing.save_vqrae(again, tmp_path / "again")
+    save_vqrae(again, tmp_path / "again")
     assert weights_hash(tmp_path / "again") == weights_hash(out)
 
 
 def test_a_damaged_vqrae_is_one_line(model, conv, tmp_path):
-    out = sharing.save_vqrae(model, tmp_path / "shared")
-    fails(conv, "no VQRAE", sharing.load_vqrae)
+    out = save_vqrae(model, tmp_path / "shared")
+    fails(conv, "no VQRAE", load_vqrae)
     described = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({"arguments": {"encoder_clas": 1}}))
-    fails(out, "not what manifest", sharing.load_vqrae)
+    fails(out, "not what manifest", load_vqrae)
     (out / "manifest.json").unlink()
-    fails(out, "encoder_clas", sharing.load_vqrae)
+    fails(out, "encoder_clas", load_vqrae)
     described["arguments"]["codebook_dim"] = 9
     (out / "config.json").write_text(json.dumps(described))
-    fails(out, "must be the same", sharing.load_vqrae)
+    fails(out, "must be the same", load_vqrae)
     (out / "weights" / "encoder" / "config.json").unlink()
-    fails(out, "missing", sharing.load_vqrae)
+    fails(out, "missing", load_vqrae)
 
 
 def test_a_vqrae_is_pushed(model, monkeypatch):
     monkeypatch.setattr(Api, "calls", [], raising=False)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    sharing.push_vqrae(model, "owner/name")
+    push_vqrae(model, "owner/name")
     assert Api.calls[1][2] == ["README.md", "config.json", "manifest.json", "weights"]
     assert "# name\n" in Api.calls[1][3] and "VQRAE.from_pretrained" in Api.calls[1][3]
 
@@ -443,9 +438,9 @@ def test_a_path_that_is_no_folder_any_more_is_not_published_as_a_name_of_the_hub
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert sharing._portable("encoders/mae") == "mae" and sharing._portable("a--b/c..d") == "c..d"
+    assert portable("encoders/mae") == "mae" and portable("a--b/c..d") == "c..d"
     downloaded = tmp_path / "models--someone--encoder"
     for name, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/config.json", "{}")):
         (downloaded / name).parent.mkdir(parents=True)
         (downloaded / name).write_text(text)
-    assert sharing._portable("someone/encoder") == "someone/encoder"
+    assert portable("someone/encoder") == "someone/encoder"

@@ -11,7 +11,7 @@ from pretend import Pretended, pretended_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenizer.quantizers import search, shortlist
+from tokenizer.quantizers import search, search_on_cpu, shortlist
 from training import distributed
 
 NAN, INF = float("nan"), float("inf")
@@ -79,10 +79,15 @@ def oracle(features, codebook, offsets=None):
 
 @pytest.mark.parametrize(
     ("num_rows", "num_codes", "dim", "budget"),
-    [(60, 1, 3, search.BUDGET), (60, 7, 1, search.BUDGET), (7, 37, 8, 1), (101, 700, 33, 30_000)],
+    [
+        (60, 1, 3, search_on_cpu.BUDGET),
+        (60, 7, 1, search_on_cpu.BUDGET),
+        (7, 37, 8, 1),
+        (101, 700, 33, 30_000),
+    ],
 )
 def test_it_is_the_search_in_float64(monkeypatch, nearest, num_rows, num_codes, dim, budget):
-    monkeypatch.setattr(search, "BUDGET", budget)
+    monkeypatch.setattr(search_on_cpu, "BUDGET", budget)
     features, codebook = torch.randn(num_rows, dim), torch.randn(num_codes, dim)
     codes = nearest(features, codebook)
     assert codes.dtype == torch.int64 and torch.equal(codes, oracle(features, codebook))
@@ -172,7 +177,7 @@ def test_little_is_left_to_float64():
     as scores."""
     features, codebook = torch.randn(256, 64), torch.randn(4096, 64)
     with Float64() as whole:
-        search.in_float64(features, codebook, None)
+        search_on_cpu.in_float64(features, codebook, None)
     with Float64() as listed:
         codes = shortlist.nearest_listed(features, codebook, None)
     assert torch.equal(codes, oracle(features, codebook))

@@ -21,7 +21,7 @@ from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.tar_shards import MAX_SHARDS, expand_braces
 from tokenizer.data.transforms import BadImage, to_uint8
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 SIZE = 8
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

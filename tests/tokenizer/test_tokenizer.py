@@ -10,12 +10,12 @@ import torch
 from tiny import QUANTIZER_SIZES, save_encoder
 from torch import nn
 
-from tokenizer.autoencoder import LatentNormaliser
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.vit import ViTDecoderConfig, sin_cos_positions
 from tokenizer.encoders.conv import ConvEncoderConfig
 from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.interface import CodeLayout
+from tokenizer.latents import LatentNormaliser
 from tokenizer.objective import Objective, ObjectiveConfig
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.quantizers.codebook import to_rows

@@ -13,7 +13,7 @@ from PIL import Image
 
 import tokenizer
 from tokenizer import train as train_module
-from tokenizer.autoencoder import VQVAEConfig
+from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.data.sources import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
@@ -26,12 +26,12 @@ from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.quantizers.vector import VectorConfig
 from tokenizer.run import TokenizerRun, load
 from tokenizer.train import teacher_of, train_tokenizer
-from tokenizer.vqrae import VQRAEConfig
 from training.checkpoint import Run, load_weights, sha256
-from training.command import Interrupted, UserError
+from training.errors import UserError
 from training.log import CLOCKS
 from training.loop import LoopConfig
 from training.optim import OptimizerConfig
+from training.signals import Interrupted
 
 SIZE = 16
 DATA = DataConfig(source="digits", image_size=SIZE, augment="shift")

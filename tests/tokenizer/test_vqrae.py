@@ -11,9 +11,10 @@ import torch
 from tiny import save_encoder
 
 from tokenizer import VQRAE
-from tokenizer.autoencoder import LatentNormaliser
-from tokenizer.vqrae import CodebookUsage, _decoder_config
-from training.command import UserError
+from tokenizer.latents import LatentNormaliser
+from tokenizer.rae import decoder_config
+from tokenizer.vqrae import CodebookUsage
+from training.errors import UserError
 
 TINY_DECODER = {
     "decoder_hidden_size": 16,
@@ -273,8 +274,8 @@ def test_what_does_not_fit_is_refused(folder):
 
 def test_decoder_names_are_presets():
     assert (
-        _decoder_config("vit_mae-base").preset == "B"
-        and _decoder_config("configs/decoder/ViTXL").preset == "XL"
+        decoder_config("vit_mae-base").preset == "B"
+        and decoder_config("configs/decoder/ViTXL").preset == "XL"
     )
 
 

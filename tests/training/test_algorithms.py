@@ -20,8 +20,8 @@ from tokenizer.discriminators.patch import PatchConfig
 from training import distributed
 from training.algorithms import lay_out
 from training.checkpoint import Run
-from training.command import UserError
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.errors import UserError
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 
 CUDNN = torch.backends.cudnn
 SETTINGS = re.compile(
@@ -61,7 +61,7 @@ def found_while_training(folder, loss=None, **loop):
         return ([Batch({"rows": torch.ones(4, 2)}, torch.arange(4))] for _ in range(step, 100))
 
     preview = lambda averaged, path, step: seen.append(settings())  # noqa: E731
-    turns = [Turn("linear", module, looked, OPTIMIZER)]
+    turns = [Phase("linear", module, looked, OPTIMIZER)]
     train(
         config, Run.open(folder, config), turns, stream, seed=0, published=module, preview=preview
     )

@@ -28,7 +28,7 @@ from training.checkpoint import (
     weights_hash,
     write_weights,
 )
-from training.command import UserError
+from training.errors import UserError
 from training.loop import LoopConfig
 from training.optim import OptimizerConfig
 

@@ -23,8 +23,10 @@ from priors.train import PriorRun
 from tokenizer.encode import TokensRun
 from tokenizer.encoders.pretrain import PretrainRun
 from tokenizer.run import TokenizerRun
-from training.command import Interrupted, Parser, UserError, config_command, run_command
+from training.command import Parser, config_command, run_command
 from training.config import from_dict, load, one_of, read_overrides, signed, to_dict, to_yaml
+from training.errors import UserError
+from training.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,10 +19,10 @@ from toy import Rows, Toy, ToyRun, leaves, log_lines, loop
 
 from tokenizer.data.sampler import feed
 from tokenizer.quantizers.codebook import pick_rows
-from training import distributed
+from training import batch_means, distributed, randomness
 from training.checkpoint import Run
-from training.command import UserError
-from training.loop import Batch, Loss, Turn, train
+from training.errors import UserError
+from training.loop import Batch, Loss, Phase, train
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_too_few_gpus_and_a_torch_without_their_group_are_one_line(machine):
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 5)])
 def test_draws_belong_to_positions(shape):
-    whole = distributed.draw((1, 2, 3), torch.arange(32), shape)
+    whole = randomness.draw((1, 2, 3), torch.arange(32), shape)
     assert whole.shape == (32, *shape) and whole.dtype == torch.float32
     assert 0 <= whole.min() and whole.max() < 1
     for parts in (
@@ -188,34 +188,34 @@ def test_draws_belong_to_positions(shape):
         torch.randperm(32).split(5),
     ):
         for positions in parts:
-            assert torch.equal(distributed.draw((1, 2, 3), positions, shape), whole[positions])
-    assert not torch.equal(distributed.draw((1, 2, 4), torch.arange(32), shape), whole)
-    assert distributed.draw((1,), torch.arange(0), shape).shape == (0, *shape)
-    exact = distributed.draw((1, 2, 3), torch.arange(32), shape, torch.float64)
+            assert torch.equal(randomness.draw((1, 2, 3), positions, shape), whole[positions])
+    assert not torch.equal(randomness.draw((1, 2, 4), torch.arange(32), shape), whole)
+    assert randomness.draw((1,), torch.arange(0), shape).shape == (0, *shape)
+    exact = randomness.draw((1, 2, 3), torch.arange(32), shape, torch.float64)
     assert exact.dtype == torch.float64 and 0 < exact.min() and exact.max() < 1
     assert torch.equal(
-        distributed.draw((1, 2, 3), torch.tensor([9, 4]), shape, torch.float64), exact[[9, 4]]
+        randomness.draw((1, 2, 3), torch.tensor([9, 4]), shape, torch.float64), exact[[9, 4]]
     )
 
 
 def test_mix_known_values():
     """One number is SplitMix64's first output for that seed, without the sign bit."""
-    assert distributed.mix(0) == 0xE220A8397B1DCDAF & (2**63 - 1)
-    assert distributed.mix(1234567) == 6457827717110365317
-    assert distributed.mix(-1) == distributed.mix(2**64 - 1)
+    assert randomness.mix(0) == 0xE220A8397B1DCDAF & (2**63 - 1)
+    assert randomness.mix(1234567) == 6457827717110365317
+    assert randomness.mix(-1) == randomness.mix(2**64 - 1)
 
 
 def test_mix_spreads():
     numbers = {
-        distributed.mix(seed, step, rank)
+        randomness.mix(seed, step, rank)
         for seed in range(10)
         for step in range(100)
         for rank in range(4)
     }
     assert len(numbers) == 4000 and all(0 <= number < 2**63 for number in numbers)
-    assert distributed.mix(1, 2) != distributed.mix(2, 1) != distributed.mix(2, 1, 0)
+    assert randomness.mix(1, 2) != randomness.mix(2, 1) != randomness.mix(2, 1, 0)
     flips = [
-        (distributed.mix(0, step) ^ distributed.mix(0, step + 1)).bit_count() for step in range(200)
+        (randomness.mix(0, step) ^ randomness.mix(0, step + 1)).bit_count() for step in range(200)
     ]
     assert 28 < sum(flips) / len(flips) < 35  # half of 63 bits
 
@@ -232,14 +232,14 @@ def test_picked_rows_are_rows_without_repetition():
 def test_words_are_those_of_numpys_philox():
     """A key says whose sequence it is and which part of it."""
     known = np.random.Philox(key=[0, 1234567]).random_raw(12).tolist()
-    drawn = distributed.words(torch.tensor([[0, 0], [1234567, 3], [1234567, 0]]), 3)
+    drawn = randomness.words(torch.tensor([[0, 0], [1234567, 3], [1234567, 0]]), 3)
     assert [word % 2**64 for word in drawn[1].tolist()] == known[9:]
     assert [word % 2**64 for word in drawn[2].tolist()] == known[:3]
 
 
 def test_uniform_numbers_are_uniform_and_of_their_rows():
     keys = torch.tensor([[owner, part] for owner in range(16) for part in range(16)])
-    drawn = distributed.uniform(keys, 1001).double()
+    drawn = randomness.uniform(keys, 1001).double()
     assert drawn.shape == (256, 1001) and 0 < drawn.min() and drawn.max() < 1
     counts = drawn.flatten().mul(64).long().bincount(minlength=64)
     expected = drawn.numel() / 64
@@ -249,14 +249,14 @@ def test_uniform_numbers_are_uniform_and_of_their_rows():
     for across in (drawn, drawn.T[:256]):
         correlation = torch.corrcoef(across).fill_diagonal_(0) * across.shape[1] ** 0.5
         assert correlation.abs().max() < 6 and 0.95 < correlation.std() < 1.05
-    assert torch.equal(distributed.uniform(torch.tensor([[0, 0]]), 5)[0].double(), drawn[0, :5])
-    assert torch.equal(distributed.uniform(torch.tensor([[1, 3]]), 1001)[0].double(), drawn[19])
+    assert torch.equal(randomness.uniform(torch.tensor([[0, 0]]), 5)[0].double(), drawn[0, :5])
+    assert torch.equal(randomness.uniform(torch.tensor([[1, 3]]), 1001)[0].double(), drawn[19])
 
 
 @pytest.fixture
 def dropouts() -> torch.nn.Sequential:
-    network = torch.nn.Sequential(distributed.Dropout(0.25), distributed.Dropout(0.25))
-    distributed.number_streams(network)
+    network = torch.nn.Sequential(randomness.Dropout(0.25), randomness.Dropout(0.25))
+    randomness.number_streams(network)
     return network
 
 
@@ -266,7 +266,7 @@ def test_dropout_belongs_to_samples(dropouts):
     positions, ones = torch.arange(16), torch.ones(16, 30, 7)
 
     def masks(seed, part, layer=0):
-        with distributed.samples(seed, part):
+        with randomness.samples(seed, part):
             return dropouts[layer](ones[part])
 
     whole = masks((1, 2), positions)
@@ -287,7 +287,7 @@ def test_dropout_belongs_to_samples(dropouts):
 
 def test_dropout_outside_of_training(dropouts):
     ones = torch.ones(4, 50)
-    assert dropouts.eval()(ones) is ones and distributed.Dropout(0.0)(ones) is ones
+    assert dropouts.eval()(ones) is ones and randomness.Dropout(0.0)(ones) is ones
     dropouts.train()
     drawn = []
     for seed in (1, 1, 2):
@@ -303,7 +303,7 @@ def test_activations_computed_again_meet_the_same_masks(dropouts, inside):
 
     def gradient(again):
         torch.manual_seed(3)
-        context = distributed.samples((5,), torch.arange(4)) if inside else contextlib.nullcontext()
+        context = randomness.samples((5,), torch.arange(4)) if inside else contextlib.nullcontext()
         with context:
             run = torch.nn.Sequential(dropouts[0], layer, torch.nn.Tanh(), dropouts[1])
             made = checkpoint(run, rows, use_reentrant=False) if again else run(rows)
@@ -319,14 +319,14 @@ def test_one_compiled_dropout_serves_all_layers_and_steps():
     import torch._dynamo
 
     layers = [
-        torch.nn.Sequential(torch.nn.Linear(8, 8), distributed.Dropout(0.25)) for _ in range(3)
+        torch.nn.Sequential(torch.nn.Linear(8, 8), randomness.Dropout(0.25)) for _ in range(3)
     ]
     network, rows = torch.nn.Sequential(*layers), torch.randn(4, 6, 8, requires_grad=True)
-    distributed.number_streams(network)
+    randomness.number_streams(network)
     compiled = [torch.compile(layer, backend="aot_eager", fullgraph=True) for layer in layers]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):
-            with distributed.samples((1, step), torch.arange(4)):
+            with randomness.samples((1, step), torch.arange(4)):
                 made = rows
                 for layer in compiled:
                     made = layer(made)
@@ -340,14 +340,14 @@ class Clusters(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3))
-        self.dropout = distributed.Dropout(0.3)
+        self.dropout = randomness.Dropout(0.3)
         self.gathered, self.steps = [], []
 
     def loss(self, batch: Batch, step: int) -> Loss:
         shares = (self.dropout(batch["rows"]) @ self.weight).softmax(1)
         self.gathered.append(batch.positions)
-        mean = distributed.batch_mean(shares.mean(0))
-        skew = distributed.batch_mean((shares[:, 0] ** 2).mean())  # asks twice
+        mean = batch_means.batch_mean(shares.mean(0))
+        skew = batch_means.batch_mean((shares[:, 0] ** 2).mean())  # asks twice
         entropy_gradient = (shares.mean(0) * (mean.log() + 1 + skew)).sum()
         return Loss(entropy_gradient + shares.amax(1).mean(), {"mean": mean.max()})
 
@@ -363,7 +363,7 @@ def test_means_over_the_batch_do_not_depend_on_micro_batches(tmp_path, accumulat
     found = []
     for parts in (1, accumulate):
         module, settings = Clusters(), loop(accumulate=parts)
-        turn = Turn("clusters", module, module.loss, ToyRun().optimizer, after_step=module.update)
+        turn = Phase("clusters", module, module.loss, ToyRun().optimizer, after_step=module.update)
         config = ToyRun(loop=settings)
         run = Run.open(tmp_path / str(parts), config)
         train(

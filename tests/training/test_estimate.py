@@ -28,12 +28,12 @@ from tokenizer.interface import CodeLayout
 from tokenizer.objective import Objective, ObjectiveConfig
 from tokenizer.quantizers.simvq import SimVQConfig
 from tokenizer.run import TokenizerRun
-from tokenizer.train import train_tokenizer, turns_of
+from tokenizer.train import phases_of, train_tokenizer
 from training import distributed
 from training.checkpoint import weights_path
-from training.command import UserError
 from training.config import load, to_dict
 from training.ema import Ema
+from training.errors import UserError
 from training.estimate import (
     CONFIGS,
     GIB,
@@ -45,9 +45,9 @@ from training.estimate import (
     planned_precision,
     with_activations_again,
 )
-from training.loop import Batch, LoopConfig, Turn
+from training.loop import Batch, LoopConfig, Phase
+from training.phase import PhaseRunner
 from training.tracing import Cost, Count, cost, trace
-from training.turn import Mover
 
 
 def meta(build):
@@ -189,7 +189,7 @@ def test_the_operations_are_those_of_a_real_step(tmp_path):
 
     total = 0
     for turn, other in zip(
-        turns_of(config, objective), (objective.discriminator, objective.autoencoder)
+        phases_of(config, objective), (objective.discriminator, objective.autoencoder)
     ):
         turn.module.train().requires_grad_(True)
         other.requires_grad_(False)
@@ -243,7 +243,7 @@ def test_states_take_what_the_estimate_says(tmp_path):
     memory = tokenizer_dry_run.plan(config).estimate.memory(1)
     objective = Objective(config.objective, config.model.build(16), None)
     gradients, moments = [], 0
-    for turn in turns_of(config, objective):
+    for turn in phases_of(config, objective):
         optimizer = turn.optimizer.build(turn.module)
         for parameter in turn.module.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -418,9 +418,11 @@ def convolutional(tmp_path, **loop):
 
 def test_a_dry_run_refuses_the_sharding_that_training_refuses(tmp_path):
     config = convolutional(tmp_path, sharding="full")
-    turn = Turn("autoencoder", config.model.build(16), lambda batch, step: None, config.optimizer)
+    turn = Phase("autoencoder", config.model.build(16), lambda batch, step: None, config.optimizer)
     with pytest.raises(UserError, match="no transformer blocks") as refused:
-        Mover(turn, torch.device("cpu"), steps=1, clip=1.0, low=False, compiled=False, sharded=True)
+        PhaseRunner(
+            turn, torch.device("cpu"), steps=1, clip=1.0, low=False, compiled=False, sharded=True
+        )
     with pytest.raises(UserError) as planned:
         tokenizer_dry_run.dry_run(config)
     assert str(planned.value) == str(refused.value)

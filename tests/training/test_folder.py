@@ -16,7 +16,7 @@ import pytest
 
 from training.atomic import atomic_folder, is_settled, replace_file, settle
 from training.checkpoint import RUN
-from training.command import UserError
+from training.errors import UserError
 from training.folder import Folder, Kind
 
 PICTURES = Kind("set of pictures", ("about.json", r"[0-9]+\.png", r"more/[0-9]+\.png"))

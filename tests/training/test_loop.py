@@ -21,12 +21,13 @@ from toy import LOOP, Generator, Rows, Toy, ToyRun, fingerprint, leaves, log_lin
 from tokenizer.data.sampler import feed
 from training import distributed
 from training.checkpoint import Run, load_weights
-from training.command import Interrupted, UserError
 from training.ema import Ema
+from training.errors import UserError
 from training.log import Log, Meter
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.optim import OptimizerConfig
 from training.precision import has_bf16
+from training.signals import Interrupted
 
 CONSTANT = OptimizerConfig(lr=0.1, warmup_steps=0, schedule="constant")
 
@@ -242,7 +243,7 @@ class Quadratic(nn.Module):
 
 def train_quadratic(folder: Path, config: LoopConfig, loss=None, optimizer=CONSTANT) -> Quadratic:
     module = Quadratic()
-    turn = Turn("quadratic", module, loss(module) if loss else module.loss, optimizer)
+    turn = Phase("quadratic", module, loss(module) if loss else module.loss, optimizer)
     batches = feed(Rows(), config.batch_size, 0, config.accumulate)
     train(config, Run.open(folder, config), [turn], batches, seed=0, published=module)
     return module

@@ -17,7 +17,7 @@ from test_checkpoint import Config, state_at, steps_in
 from toy import Toy, ToyRun, loop
 
 from training.checkpoint import Run
-from training.command import UserError
+from training.errors import UserError
 from training.log import Log
 
 

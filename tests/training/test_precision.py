@@ -27,7 +27,7 @@ from tokenizer.interface import CodeLayout
 from tokenizer.run import load
 from training import distributed, precision
 from training.checkpoint import Run
-from training.command import UserError
+from training.errors import UserError
 from training.loop import train
 from training.precision import autocast, decide
 

@@ -22,13 +22,14 @@ from toy import OPTIMIZER, fingerprint, leaves, log_lines, loop
 from priors.backbone import BackboneConfig, cross_entropy
 from tokenizer.data.sampler import feed
 from tokenizer.interface import CodeLayout
-from training import distributed
+from training import distributed, randomness
 from training.checkpoint import FREE_KEYS, Run, load_weights
-from training.command import Interrupted, UserError
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training.errors import UserError
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.optim import OptimizerConfig
+from training.phase import PhaseRunner
 from training.sharding import blocks_of, is_shared, local
-from training.turn import Mover
+from training.signals import Interrupted
 
 WIDTH = 6  # rows do not divide by two processes in the blocks' first layers
 SHARDED = loop(sharding="full", accumulate=2)
@@ -45,7 +46,7 @@ class NetworkRun:
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.dropout = nn.LayerNorm(WIDTH), distributed.Dropout(0.2)
+        self.norm, self.dropout = nn.LayerNorm(WIDTH), randomness.Dropout(0.2)
         self.layers = nn.Sequential(nn.Linear(WIDTH, 9), nn.GELU(), nn.Linear(9, WIDTH))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -124,14 +125,14 @@ class Training:
             return self.network_loss(batch, step)
 
         turns = [
-            Turn(
+            Phase(
                 "network",
                 self.network,
                 network_loss,
                 self.config.optimizer,
                 after_step=self.network.update,
             ),
-            Turn("critic", self.critic, self.critic_loss, self.config.optimizer),
+            Phase("critic", self.critic, self.critic_loss, self.config.optimizer),
         ]
         batches = feed(
             Rows(), self.config.loop.batch_size, seed=5, accumulate=self.config.loop.accumulate
@@ -273,9 +274,9 @@ def test_a_prior_that_recomputes_its_blocks_learns_the_same():
         config = BackboneConfig(dim=16, depth=2, heads=2, dropout=0.5, gradient_checkpointing=again)
         backbone = config.build(layout, 3, causal=True).train()
         nn.init.normal_(backbone.heads[0].weight)
-        distributed.number_streams(backbone)
+        randomness.number_streams(backbone)
         codes, labels = torch.arange(64).view(4, 16) % 8, torch.arange(4) % 3
-        with distributed.samples((1, 2), torch.arange(4)):
+        with randomness.samples((1, 2), torch.arange(4)):
             losses.append(cross_entropy(layout, backbone(codes, labels), codes).mean())
             losses[-1].backward()
         gradients.append([parameter.grad for parameter in backbone.parameters()])
@@ -337,9 +338,9 @@ def test_the_default_compiler_gives_the_same_to_rounding(plain, tmp_path):
 
 
 def test_what_cannot_be_sharded_is_refused(monkeypatch):
-    turn = Turn("critic", nn.Linear(2, 2), lambda batch, step: None, OPTIMIZER)
+    turn = Phase("critic", nn.Linear(2, 2), lambda batch, step: None, OPTIMIZER)
     make = functools.partial(
-        Mover, turn, torch.device("cpu"), steps=1, clip=1.0, low=False, compiled=False
+        PhaseRunner, turn, torch.device("cpu"), steps=1, clip=1.0, low=False, compiled=False
     )
     with pytest.raises(UserError, match=r"loop\.sharding=full: .* no transformer blocks"):
         make(sharded=True)

@@ -28,11 +28,12 @@ from tokenizer.data.sampler import feed
 from tokenizer.quantizers.vector import VectorConfig
 from training import distributed
 from training.checkpoint import Run, load_weights
-from training.command import Interrupted, UserError, run_command
+from training.command import run_command
+from training.errors import UserError
 from training.log import CLOCKS
-from training.loop import Batch, Loss, Turn, train
+from training.loop import Batch, Loss, Phase, train
 from training.saver import Saver, is_finite
-from training.signals import listening
+from training.signals import Interrupted, listening
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -313,7 +314,7 @@ def train_broken(folder: Path, kind: str, turn: str, rank: int) -> dict[str, Any
     toy, coder = Toy(config), Coder()
     turns = [
         *toy.turns,
-        Turn("coder", coder, coder.loss, OPTIMIZER, after_step=coder.quantizer.update),
+        Phase("coder", coder, coder.loss, OPTIMIZER, after_step=coder.quantizer.update),
     ]
     index = ["generator", "discriminator", "coder"].index(turn)
     states: list[list[Tensor]] = []
@@ -507,7 +508,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, of):
         return Loss(module(batch["rows"].float()).square().mean(), {})
 
     config = ToyRun(loop=loop(steps=20, keep=1))
-    turn = Turn("module", module, loss, OPTIMIZER, after_step=spoil)
+    turn = Phase("module", module, loss, OPTIMIZER, after_step=spoil)
     run = Run.open(tmp_path / "run", config)
     with pytest.raises(
         UserError, match=r"not finite.*step-00000004 is kept; lower optimizer\.lr"

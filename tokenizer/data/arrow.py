@@ -14,7 +14,7 @@ from tokenizer.data.columns import NO_CHOICE, Choice, Table, binary
 from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
-from training.command import UserError
+from training.errors import UserError
 from training.text import printable
 
 PARTS, STATE = "dataset_dict.json", "state.json"  # of a folder of splits, of one split
@@ -127,7 +127,8 @@ def _plain(file: Path, name: Any) -> str:
     """The name of something in the same folder: what is written there leads nowhere else."""
     if not isinstance(name, str) or not name or name != Path(name).name or name == "..":
         raise UserError(
-            f"{file} is damaged ({printable(repr(name))} is no name of a file): save the data set again"
+            f"{file} is damaged ({printable(repr(name))} is no name of a file): save the data set "
+            "again"
         )
     return name
 

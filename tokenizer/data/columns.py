@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from tokenizer.data.naming import some
-from training.command import UserError
+from training.errors import UserError
 
 LABEL_WORDS = {
     "label",
@@ -65,7 +65,8 @@ def choose_label(
     found = [name for name in columns if name in classes or _words(name) & LABEL_WORDS]
     if len(found) > 1:
         raise UserError(
-            f"{source} has {len(found)} columns that may be its labels, {', '.join(found)}: choose one with "
+            f"{source} has {len(found)} columns that may be its labels, {', '.join(found)}: choose "
+            "one with "
             f"data.label_column={found[0]}, or data.label_column={NO_LABELS} for none"
         )
     return found[0] if found else None
@@ -85,7 +86,8 @@ def choose_image(source: str, columns: Sequence[str], images: Sequence[str], cho
     if len(images) != 1:
         shown = ", ".join(images or columns)
         raise UserError(
-            f"{source} has no column image: {{bytes, path}}, only {shown}: name one with data.image_column"
+            f"{source} has no column image: {{bytes, path}}, only {shown}: name one with "
+            "data.image_column"
         )
     return images[0]
 
@@ -138,7 +140,8 @@ def split_columns(columns: Sequence[str]) -> list[str]:
 def split_note(columns: Sequence[str]) -> str:
     """That nobody reads them, which would otherwise train on what was to be held out."""
     return (
-        f"column {some(columns)} is not read: it may say which images are held out, and files or folders named train "
+        f"column {some(columns)} is not read: it may say which images are held out, and files or "
+        "folders named train "
         "and validation do"
     )
 
@@ -165,7 +168,8 @@ def _encoded(source: str, schema: Any, column: str) -> str:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return column
     raise UserError(
-        f"data.image_column={column}: in {source} it holds {kind}, neither bytes nor {{bytes, path}}"
+        f"data.image_column={column}: in {source} it holds {kind}, neither bytes nor {{bytes, "
+        f"path}}"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from tokenizer.data import kept
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 from training.log import Progress
 
 FORMAT = b"tessera-digests-1\n"
@@ -246,6 +246,7 @@ def _keep(place: Path, before: np.ndarray, found: np.ndarray) -> None:
 def _warn_of(reason: str | None) -> None:
     if reason is not None:
         print(
-            f"warning: what files hold is not kept ({reason}): they will be read again to know them",
+            f"warning: what files hold is not kept ({reason}): they will be read again to know "
+            "them",
             flush=True,
         )

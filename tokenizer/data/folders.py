@@ -26,7 +26,7 @@ from tokenizer.data.naming import (
 )
 from tokenizer.data.transforms import BadImage
 from tokenizer.data.walk import Walk, walk
-from training.command import UserError
+from training.errors import UserError
 from training.text import printable
 
 MAX_BYTES = 2**28  # of an encoded image
@@ -224,7 +224,8 @@ def other_files(found: Walk, others: Sequence[str]) -> list[str]:
     notes = []
     if unread := [path for path in others if path.lower().endswith(UNREAD)]:
         notes.append(
-            f"passed over {len(unread):,} pictures of kinds that are not read here ({_by_extension(unread)}; "
+            f"passed over {len(unread):,} pictures of kinds that are not read here "
+            f"({_by_extension(unread)}; "
             f"{some(unread)}): convert them"
         )
     if rest := [path for path in others if not path.lower().endswith(UNREAD)]:
@@ -246,7 +247,8 @@ def _repeats(root: Path, found: Walk, layout: Layout) -> list[str]:
         ]
         if not _leads_back(path, first) and None not in parts and owners[0] != owners[1]:
             raise UserError(
-                f"data.source={root}: {printable(path)} and {printable(first)} are the same folder, whose images would "
+                f"data.source={root}: {printable(path)} and {printable(first)} are the same "
+                "folder, whose images would "
                 "be of two classes or splits: remove one of the links"
             )
         shown.append(f"{path} is {first or 'the whole'}")

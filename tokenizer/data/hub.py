@@ -20,7 +20,7 @@ from tokenizer.data.digests import FileDigests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from tokenizer.remote import patient
-from training.command import UserError
+from training.errors import UserError
 
 NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # of a data set: owner/name, or one without an owner
 
@@ -38,7 +38,8 @@ class HubListing:
             raise UserError(f"data.source={source}: a data set of the Hub is named hub:owner/name")
         if Path(name).exists():  # which `datasets` would take
             raise UserError(
-                f"data.source={source}: {name} is here, too: for what is here write data.source={name}, for what the "
+                f"data.source={source}: {name} is here, too: for what is here write "
+                f"data.source={name}, for what the "
                 "Hub has start in another folder"
             )
         wanted = [choice.hub_config] if choice.hub_config is not None else []

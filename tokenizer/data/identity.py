@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,11 +18,10 @@ from tokenizer.data.digests import FileDigests, short_hash
 from training import distributed
 from training.arrays import read_arrays
 from training.checkpoint import OtherInput, Run, replace_file
-from training.command import UserError
+from training.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizer.data.listings import Listing
-    from tokenizer.data.sources import Images
 
 FORMAT = "tessera-data-1"
 FILE = "inventory.npz"  # in a run's folder: what its images were, to say what became of them
@@ -61,10 +60,17 @@ class Inventory:
         return whole.hexdigest()
 
 
+class Split(Protocol):
+    """One split of a data set, as `sources.Images` is."""
+
+    split: str  # its name
+    inventory: Inventory
+
+
 def open_run(
     folder: Path,
     config: Any,
-    data: Sequence[Images],
+    data: Sequence[Split],
     *,
     fresh: bool = False,
     inputs: Mapping[str, str] = {},
@@ -84,7 +90,8 @@ def open_run(
         if error.name not in made_from:
             raise
         raise UserError(
-            f"{folder} was made from other images: {changes(folder, [each.inventory for each in data])}; give it "
+            f"{folder} was made from other images: "
+            f"{changes(folder, [each.inventory for each in data])}; give it "
             f"those again, or start it over with --fresh (make: FRESH=1){remedy}"
         ) from None
     distributed.on_main(lambda: _note(run, [each.inventory for each in data]))

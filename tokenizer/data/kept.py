@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from training.checkpoint import replace_file
-from training.command import UserError
+from training.errors import UserError
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tokenizer.data.columns import NO_LABELS, Choice, choose_label, split_columns, split_note
 from tokenizer.data.naming import some
-from training.command import UserError
+from training.errors import UserError
 from training.text import printable
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -75,14 +75,16 @@ def read_label_files(
         for image in labels.keys() & found.labels.keys():
             if labels[image] != found.labels[image]:
                 raise UserError(
-                    f"{root / file} and another file give {image} different classes: keep one of them"
+                    f"{root / file} and another file give {image} different classes: keep one of "
+                    "them"
                 )
         found.labels.update({image: label for image, label in labels.items() if image in known})
         found.folders.add(folder)
         found.used.add(file)
     if choice.label_column is not None and not found.used:
         raise UserError(
-            f"data.label_column={choice.label_column}: data.source={root} has no {' or '.join(METADATA)} with it"
+            f"data.label_column={choice.label_column}: data.source={root} has no "
+            f"{' or '.join(METADATA)} with it"
         )
     return found
 

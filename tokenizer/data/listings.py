@@ -20,7 +20,7 @@ from tokenizer.data.naming import EXTENSIONS, some
 from tokenizer.data.parquet import ParquetListing, holds_images
 from tokenizer.data.tar_shards import TarListing, expand_braces, is_pattern
 from tokenizer.data.walk import walk
-from training.command import UserError
+from training.errors import UserError
 
 
 class Listing(Protocol):
@@ -65,7 +65,10 @@ def open_listing(source: str, cache_bytes: int, choice: Choice = NO_CHOICE) -> L
         return HubListing(source.removeprefix("hub:"), choice)
     if is_pattern(source):
         return TarListing(path, [Path(name) for name in expand_braces(str(path))], choice)
-    remedy = "give a folder of images or .tar shards, a .parquet file, shards-{000..099}.tar, hub:owner/name or one of "
+    remedy = (
+        "give a folder of images or .tar shards, a .parquet file, shards-{000..099}.tar, "
+        "hub:owner/name or one of "
+    )
     remedy += ", ".join(EMBEDDED)
     if close := difflib.get_close_matches(source, EMBEDDED, 1):
         remedy = f"did you mean {close[0]}?"
@@ -117,7 +120,8 @@ def unseen_classes(listing: Listing) -> list[str]:
         return []
     names = [f"{listing.class_names[label]} ({counts[1][label]:,} images)" for label in alone]
     return [
-        f"{len(alone):,} classes are in the held-out split alone, so that nothing trains on them: {some(names)}"
+        f"{len(alone):,} classes are in the held-out split alone, so that nothing trains on them: "
+        f"{some(names)}"
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.command import UserError
+from training.errors import UserError
 from training.text import distinct, printable
 
 TRAIN_WORDS = ("train", "training")
@@ -68,7 +68,8 @@ def folder_split(source: str, names: Sequence[str]) -> OwnSplit | None:
     for several in (split.train, split.held_out) if split else ():
         if len(several) > 1:
             raise UserError(
-                f"data.source={source} holds {some(several)}, which are the same split: keep one of them, or give a "
+                f"data.source={source} holds {some(several)}, which are the same split: keep one "
+                "of them, or give a "
                 "folder of links to a pair that belongs together"
             )
     return split
@@ -118,7 +119,8 @@ def number_classes(
     if len(kinds) > 1 or kinds - {int, str}:
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(
-            f"data.source={source}: labels are {found}, not class numbers or names alone: choose another column with "
+            f"data.source={source}: labels are {found}, not class numbers or names alone: choose "
+            "another column with "
             "data.label_column, or none"
         )
     known: dict[Any, int]

@@ -14,7 +14,7 @@ from tokenizer.data.columns import NO_CHOICE, Choice, Table, binary, image_colum
 from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.naming import number_classes, own_split
 from tokenizer.data.transforms import BadImage
-from training.command import UserError
+from training.errors import UserError
 from training.text import printable
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tokenizer.data.skipped import Findings, Skipped
-from training import distributed
-from training.command import UserError
+from training import distributed, randomness
+from training.errors import UserError
 from training.loop import Batch
 from training.signals import WORKER_GRACE
 
@@ -47,14 +47,14 @@ def order(num_items: int, seed: int, epoch: int, start: int, stop: int) -> list[
     if num_items <= LARGEST_TABLE:
         return permutation(num_items, seed, epoch)[start:stop].tolist()
     return encipher(
-        np.arange(start, min(stop, num_items)), num_items, distributed.mix(seed, epoch)
+        np.arange(start, min(stop, num_items)), num_items, randomness.mix(seed, epoch)
     ).tolist()
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
 def permutation(num_items: int, seed: int, epoch: int) -> Tensor:
     """The order of one epoch, (num_items,) int64."""
-    generator = torch.Generator().manual_seed(distributed.mix(seed, epoch))
+    generator = torch.Generator().manual_seed(randomness.mix(seed, epoch))
     return torch.randperm(num_items, generator=generator)
 
 
@@ -63,9 +63,7 @@ def encipher(places: np.ndarray, num_items: int, seed: int) -> np.ndarray:
     (n,) int64."""
     half = np.uint64(max(1, -(-(num_items - 1).bit_length() // 2)))  # bits
     mask = (np.uint64(1) << half) - np.uint64(1)
-    rounds = np.array(
-        [distributed.mix(seed, number) for number in range(FEISTEL_ROUNDS)], np.uint64
-    )
+    rounds = np.array([randomness.mix(seed, number) for number in range(FEISTEL_ROUNDS)], np.uint64)
     found = places.astype(np.uint64)
     outside = np.ones(len(found), dtype=bool)
     while (
@@ -81,7 +79,7 @@ def encipher(places: np.ndarray, num_items: int, seed: int) -> np.ndarray:
 
 def _scramble(values: np.ndarray) -> np.ndarray:
     """uint64, of which nothing else holds the memory."""
-    return distributed.scramble_(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64)
+    return randomness.scramble_(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64)
 
 
 def keys_of_step(num_items: int, batch_size: int, seed: int, step: int) -> list[Key]:
@@ -218,7 +216,8 @@ def _next(parts: Iterator[Any], workers: int, setting: str) -> Any:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return UserError(
-            f"a process that reads images ahead is gone ({reason}): it may have lacked memory, also in /dev/shm; "
+            f"a process that reads images ahead is gone ({reason}): it may have lacked memory, "
+            "also in /dev/shm; "
             f"lower {setting}, and run the same command again to go on"
         )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

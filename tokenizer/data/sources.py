@@ -24,8 +24,8 @@ from tokenizer.data.listings import Listing, open_listing, unseen_classes
 from tokenizer.data.skipped import Skipped, first_of
 from tokenizer.data.transforms import BadImage
 from training import distributed
-from training.command import UserError
-from training.distributed import mix
+from training.errors import UserError
+from training.randomness import mix
 from training.text import printable
 
 SPLITS = ("train", "held_out")
@@ -124,7 +124,8 @@ class Images:
         items = split_items(listing, split, config.held_out)
         if not len(items):
             raise UserError(
-                f"{config.source} has no images for the {split} split: add images, or give it folders "
+                f"{config.source} has no images for the {split} split: add images, or give it "
+                "folders "
                 "or files named train and validation"
             )
         self.inventory = Inventory.take(listing, items)  # of what is listed, readable or not

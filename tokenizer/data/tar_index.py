@@ -22,7 +22,7 @@ from tokenizer.data import kept
 from tokenizer.data.naming import EXTENSIONS
 from training.arrays import read_arrays
 from training.checkpoint import replace_file
-from training.command import UserError
+from training.errors import UserError
 
 FORMAT = "tessera-tar-index-3"
 BLOCK = 512

@@ -20,7 +20,7 @@ from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.naming import number_classes, own_split, some
 from tokenizer.data.transforms import BadImage
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 from training.text import printable
 
 MAX_SHARDS = 10**6  # that a pattern may name
@@ -47,7 +47,8 @@ class TarListing:
             shards = [root / name for name in sorted(split.train + split.held_out)]
         if missing := [path for path in shards if not path.exists()]:
             raise UserError(
-                f"data.source={source}: {len(missing)} of {len(shards)} shards are missing: {missing[0]}"
+                f"data.source={source}: {len(missing)} of {len(shards)} shards are missing: "
+                f"{missing[0]}"
             )
         self._root, self._shards = root, shards
         self._stamps = [tar_index.stamp(path) for path in shards]
@@ -136,17 +137,20 @@ def _notes(indexes: list[tar_index.TarIndex]) -> list[str]:
     notes = []
     if counts[0]:
         notes.append(
-            f"passed over {counts[0]:,} images beside the one of their sample ({', '.join(names[0])}, …)"
+            f"passed over {counts[0]:,} images beside the one of their sample "
+            f"({', '.join(names[0])}, …)"
         )
     if counts[1]:
         shown = ", ".join(names[1])
         notes.append(
-            f"{counts[1]:,} samples hold several images ({shown}, …): each image is an item of its own"
+            f"{counts[1]:,} samples hold several images ({shown}, …): each image is an item of its "
+            "own"
         )
     if counts[2]:
         shown = ", ".join(names[2])
         notes.append(
-            f"{counts[2]:,} items have the name of an earlier one in their shard ({shown}): both count"
+            f"{counts[2]:,} items have the name of an earlier one in their shard ({shown}): both "
+            "count"
         )
     if kinds:
         shown = [

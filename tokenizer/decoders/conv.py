@@ -32,7 +32,8 @@ class ConvDecoderConfig:
     ) -> ConvDecoder:
         if stride < 2 or stride & (stride - 1):
             raise ValueError(
-                f"decoder.kind=conv doubles its grid: {stride} pixels per code is no power of two; take vit"
+                f"decoder.kind=conv doubles its grid: {stride} pixels per code is no power of two; "
+                "take vit"
             )
         return ConvDecoder(
             in_channels,

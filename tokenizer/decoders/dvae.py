@@ -34,7 +34,8 @@ class DVAEDecoderConfig:
         own = 2 ** (self.groups - 1)
         if own != stride:
             raise ValueError(
-                f"decoder.groups={self.groups} make {own} pixels per code, where the encoder has {stride}: give both "
+                f"decoder.groups={self.groups} make {own} pixels per code, where the encoder has "
+                f"{stride}: give both "
                 "as many"
             )
         return DVAEDecoder(in_channels, self)

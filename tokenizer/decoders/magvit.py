@@ -52,7 +52,8 @@ class MagvitDecoderConfig:
         own = resnet_stride(self.multipliers, 1)
         if own != stride:
             raise ValueError(
-                f"decoder.multipliers={list(self.multipliers)} make {own} pixels per code, where the encoder has "
+                f"decoder.multipliers={list(self.multipliers)} make {own} pixels per code, where "
+                "the encoder has "
                 f"{stride}: give both as many"
             )
         return MagvitDecoder(in_channels, self)

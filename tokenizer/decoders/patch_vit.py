@@ -33,7 +33,8 @@ class PatchViTDecoderConfig:
     ) -> PatchViTDecoder:
         if grid[0] != grid[1]:
             raise ValueError(
-                f"decoder.kind=patch_vit has positions for a square grid, not for {grid[0]} x {grid[1]}"
+                f"decoder.kind=patch_vit has positions for a square grid, not for {grid[0]} x "
+                f"{grid[1]}"
             )
         return PatchViTDecoder(in_channels, stride, grid[0], self)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.decoders.vit import ViTDecoder
-from training.command import UserError
+from training.errors import UserError
 
 # diffusers calls the parts of attention by its own names; RAE by those of transformers' ViT, which
 # are ours.
@@ -61,17 +61,21 @@ def load_decoder(
     for name, tensor in own.items():
         if name not in weights:
             raise UserError(
-                f"{file}: {name} is missing: decoder.preset (or depth) must be what it was trained with"
+                f"{file}: {name} is missing: decoder.preset (or depth) must be what it was trained "
+                "with"
             )
         if weights[name].shape != tensor.shape:
             raise UserError(
-                f"{file}: {name} is {tuple(weights[name].shape)}, and {tuple(tensor.shape)} here: decoder.preset "
-                "(or dim, mlp), the encoder's channels and the pixels per code must be what it was trained with"
+                f"{file}: {name} is {tuple(weights[name].shape)}, and {tuple(tensor.shape)} here: "
+                "decoder.preset "
+                "(or dim, mlp), the encoder's channels and the pixels per code must be what it "
+                "was trained with"
             )
     for name in weights:
         if name not in own:
             raise UserError(
-                f"{file}: {name} has no place here: decoder.preset (or depth) must be what it was trained with"
+                f"{file}: {name} has no place here: decoder.preset (or depth) must be what it was "
+                "trained with"
             )
     rows = len(own["decoder_pred.bias"]) // 3  # (p q c): the channel changes fastest
     scale, shift = (2 * std).repeat(rows), (2 * mean - 1).repeat(rows)  # x -> 2 (x std + mean) - 1
@@ -87,14 +91,16 @@ def load_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     for name in ("mean", "var"):
         if not isinstance(saved.get(name), Tensor):
             raise UserError(
-                f"{path}: it holds no tensor {name!r}: give a file of latent statistics, with mean and var"
+                f"{path}: it holds no tensor {name!r}: give a file of latent statistics, with mean "
+                "and var"
             )
     mean, var = saved["mean"].float(), saved["var"].float()
     if mean.shape != var.shape or not (
         mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()
     ):
         raise UserError(
-            f"{path}: mean {tuple(mean.shape)} and var {tuple(var.shape)} must be of one shape, finite, and var not "
+            f"{path}: mean {tuple(mean.shape)} and var {tuple(var.shape)} must be of one shape, "
+            "finite, and var not "
             "negative: compute the statistics again"
         )
     return mean, var
@@ -131,7 +137,8 @@ def _check_heads(decoder: ViTDecoder, file: Path) -> None:
         ) from None
     if stated not in (None, decoder.heads):
         raise UserError(
-            f"{config}: the decoder has {stated} heads, and {decoder.heads} here: set decoder.heads={stated}"
+            f"{config}: the decoder has {stated} heads, and {decoder.heads} here: set "
+            f"decoder.heads={stated}"
         )
 
 

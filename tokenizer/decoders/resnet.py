@@ -51,7 +51,8 @@ class ResNetDecoderConfig:
         own = resnet_stride(tuple(self.multipliers), self.patch)
         if own != stride:
             raise ValueError(
-                f"decoder.multipliers={list(self.multipliers)} with decoder.patch={self.patch} make {own} pixels per "
+                f"decoder.multipliers={list(self.multipliers)} with decoder.patch={self.patch} "
+                f"make {own} pixels per "
                 f"code, where the encoder has {stride}: give both the same"
             )
         return ResNetDecoder(in_channels, self)

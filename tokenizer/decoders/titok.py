@@ -42,7 +42,8 @@ class TiTokDecoderConfig:
         inner = 2 ** (len(self.pixels.multipliers) - 1) if self.pixels else self.patch
         if inner != self.patch:
             raise ValueError(
-                f"decoder.patch={self.patch}, and decoder.pixels makes {inner} pixels per code: give one"
+                f"decoder.patch={self.patch}, and decoder.pixels makes {inner} pixels per code: "
+                "give one"
             )
 
     def build(

@@ -25,7 +25,8 @@ class Size:
     def __post_init__(self) -> None:
         if min(self.dim, self.depth, self.heads, self.mlp) < 1:
             raise ValueError(
-                f"decoder: dim, depth, heads and mlp must be at least 1: {dataclasses.astuple(self)}"
+                "decoder: dim, depth, heads and mlp must be at least 1: "
+                f"{dataclasses.astuple(self)}"
             )
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(
@@ -67,7 +68,8 @@ class ViTDecoderConfig:
             )
         if self.preset and given:
             raise ValueError(
-                f"decoder.preset={self.preset} and decoder.{given[0]}={getattr(self, given[0])} both give the size: "
+                f"decoder.preset={self.preset} and decoder.{given[0]}={getattr(self, given[0])} "
+                "both give the size: "
                 "keep one of them"
             )
         if not self.preset:
@@ -109,7 +111,8 @@ def mirrored(encoder: nn.Module) -> Size:
         return Size(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, mlp)
     except AttributeError:
         raise ValueError(
-            "decoder.preset=mirror needs a vision transformer to mirror (encoder.kind=foundation): take B, L or XL"
+            "decoder.preset=mirror needs a vision transformer to mirror "
+            "(encoder.kind=foundation): take B, L or XL"
         ) from None
 
 

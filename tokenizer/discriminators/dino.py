@@ -19,8 +19,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
-from training.command import UserError
 from training.config import signed
+from training.errors import UserError
 from training.sharding import blocks_of
 
 
@@ -61,25 +61,29 @@ class DinoConfig:
         size = self._native_size(trunk) if self.resize else image_size
         if size % trunk.stride:
             raise UserError(
-                f"objective.discriminator.name={self.name}: images of {size} px are no whole number of its patches of "
+                f"objective.discriminator.name={self.name}: images of {size} px are no whole "
+                "number of its patches of "
                 f"{trunk.stride} px: set objective.discriminator.resize=true"
             )
         tokens = (size // trunk.stride) ** 2
         if tokens == 1:  # whose normalisation leaves nothing
             raise UserError(
-                f"objective.discriminator.name={self.name}: images of {size} px are one patch of it: "
+                f"objective.discriminator.name={self.name}: images of {size} px are one patch of "
+                "it: "
                 "set objective.discriminator.resize=true, or take another trunk"
             )
         if self.kernel // 2 > tokens:
             raise UserError(
-                f"objective.discriminator.kernel={self.kernel} is too wide for {tokens} patches: take 1"
+                f"objective.discriminator.kernel={self.kernel} is too wide for {tokens} patches: "
+                "take 1"
             )
         depth = trunk.model.config.num_hidden_layers
         blocks = [layer % depth for layer in self.layers if -depth <= layer < depth]
         if len(set(blocks)) < len(self.layers):
             quarters = sorted({max(1, depth * part // 4) - 1 for part in (1, 2, 3, 4)})
             raise UserError(
-                f"objective.discriminator.layers={list(self.layers)} are not all different blocks of a trunk that has "
+                f"objective.discriminator.layers={list(self.layers)} are not all different blocks "
+                "of a trunk that has "
                 f"{depth}: take {quarters}"
             )
         return DinoDiscriminator(trunk, tuple(blocks), self.kernel, size)

@@ -11,7 +11,7 @@ import itertools
 
 from torch import Tensor, nn
 
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class PatchConfig:
         if self.layers > most:
             remedy = f"take {most}" if most else "it needs images of at least 4 px"
             raise UserError(
-                f"objective.discriminator.layers={self.layers} leaves nothing of images of {image_size} px: {remedy}"
+                f"objective.discriminator.layers={self.layers} leaves nothing of images of "
+                f"{image_size} px: {remedy}"
             )
         return PatchDiscriminator(self.channels, self.layers)
 

@@ -40,7 +40,8 @@ def check_dvae(section: str, config: Any) -> None:
     """Raise ValueError for sizes that no network has."""
     if min(config.groups, config.blocks) < 1 or config.channels < 4 or config.channels % 4:
         raise ValueError(
-            f"{section}: groups and blocks must be at least 1, and channels={config.channels} divide by 4"
+            f"{section}: groups and blocks must be at least 1, and channels={config.channels} "
+            "divide by 4"
         )
     if not 0 <= config.margin < 0.5:
         raise ValueError(f"{section}.margin={config.margin} must be in [0, 0.5)")

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.remote import patient
-from training.command import UserError
+from training.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,10 @@ class FoundationConfig:
         side = self.input_size // patch
         if side < 1 or self.input_size % patch or image_size % side:
             raise ValueError(
-                f"data.image_size={image_size} with encoder.input_size={self.input_size}: the input must be a multiple "
-                f"of the model's patch of {patch} pixels, and the image one of the patches per side ({side})"
+                f"data.image_size={image_size} with encoder.input_size={self.input_size}: the "
+                "input must be a multiple "
+                f"of the model's patch of {patch} pixels, and the image one of the patches per "
+                f"side ({side})"
             )
         return image_size // side
 
@@ -275,7 +277,8 @@ class FoundationEncoder(nn.Module):
         if grid is None and images.shape[2:] != (height * self.stride, width * self.stride):
             size = f"{images.shape[2]} x {images.shape[3]}"
             raise ValueError(
-                f"images of {size} pixels do not divide into patches of {self.stride}: crop or resize"
+                f"images of {size} pixels do not divide into patches of {self.stride}: crop or "
+                "resize"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             seen = (height * self.patch, width * self.patch)
@@ -312,7 +315,8 @@ def load_pretrained(
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(
-            f"model.encoder.name={name}: there is no such folder, and it is no Hub name (owner/model): "
+            f"model.encoder.name={name}: there is no such folder, and it is no Hub name "
+            "(owner/model): "
             "train one on your own data with `make encoder`, or give the path of one"
         )
     if not local and not weights:
@@ -346,7 +350,8 @@ def load_pretrained(
     misfits = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if misfits:
         raise UserError(
-            f"model.encoder.name={name}: its weights lack {misfits[0]} as its config.json describes it"
+            f"model.encoder.name={name}: its weights lack {misfits[0]} as its config.json "
+            "describes it"
         )
     return model, preprocessing
 
@@ -401,7 +406,8 @@ def _load_known(name: str) -> tuple[nn.Module, dict[str, Any]]:
     if name not in KNOWN:
         known = ", ".join(KNOWN)
         raise UserError(
-            f"model.encoder.name={name}: only these are known without weights: {known}; or give a folder"
+            f"model.encoder.name={name}: only these are known without weights: {known}; or give a "
+            "folder"
         )
     model_type, differences, mean, std = KNOWN[name]
     config = transformers.AutoConfig.for_model(model_type, **differences)

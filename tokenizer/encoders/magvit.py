@@ -46,7 +46,8 @@ class MagvitEncoderConfig:
         check_magvit("encoder", self)
         if self.downsampling not in DOWNSAMPLING:
             raise ValueError(
-                f"encoder.downsampling={self.downsampling!r} is not one of {', '.join(DOWNSAMPLING)}"
+                f"encoder.downsampling={self.downsampling!r} is not one of "
+                f"{', '.join(DOWNSAMPLING)}"
             )
         if self.out_channels < 1:
             raise ValueError(f"encoder.out_channels={self.out_channels} must be at least 1")

@@ -31,7 +31,8 @@ class PatchViTEncoderConfig:
         check_transformer("encoder", self)
         if min(self.patch, self.out_channels) < 1:
             raise ValueError(
-                f"encoder.patch={self.patch} and out_channels={self.out_channels} must be at least 1"
+                f"encoder.patch={self.patch} and out_channels={self.out_channels} must be at least "
+                "1"
             )
 
     def build(

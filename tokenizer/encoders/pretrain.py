@@ -23,9 +23,10 @@ from tokenizer.data.sources import DataConfig, open_split
 from tokenizer.data.transforms import to_pixels
 from tokenizer.decoders.vit import sin_cos_positions
 from tokenizer.encoders.foundation import quiet_transformers
-from training import distributed
-from training.command import UserError, config_command, run_command
-from training.loop import Batch, LoopConfig, Loss, Turn, train
+from training import distributed, randomness
+from training.command import config_command, run_command
+from training.errors import UserError
+from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.optim import OptimizerConfig
 
 MASK_STREAM = 0x4D4145  # sets the mask's draws apart from all others of a step
@@ -61,7 +62,8 @@ class MAEConfig:
         if image_size % self.patch_size:
             near = max(1, round(image_size / self.patch_size)) * self.patch_size
             raise ValueError(
-                f"data.image_size={image_size} does not divide by mae.patch_size={self.patch_size}: take {near}"
+                f"data.image_size={image_size} does not divide by "
+                f"mae.patch_size={self.patch_size}: take {near}"
             )
         model = ViTMAEForPreTraining(
             ViTMAEConfig(
@@ -119,7 +121,7 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
     images = open_split(config.data, "train", augment=True, seed=config.seed)
     held_out = open_split(config.data, "held_out")
     folder = Path(config.root) / config.name
-    torch.manual_seed(distributed.mix(config.seed))
+    torch.manual_seed(randomness.mix(config.seed))
     try:  # before the folder is taken, so that a mended configuration may take it
         model = config.mae.build(config.data.image_size)
     except ValueError as error:
@@ -132,7 +134,7 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
     num_patches = model.vit.embeddings.patch_embeddings.num_patches
 
     def loss(batch: Batch, step: int) -> Loss:
-        noise = distributed.draw((config.seed, step, MASK_STREAM), batch.positions, (num_patches,))
+        noise = randomness.draw((config.seed, step, MASK_STREAM), batch.positions, (num_patches,))
         total = model(batch["images"], noise=noise).loss
         return Loss(total, {"mse": total})
 
@@ -148,9 +150,9 @@ def pretrain(config: PretrainRun, *, fresh: bool = False) -> None:
         rows = [images, images * (1 - hidden), images * (1 - hidden) + filled * hidden]
         image_grid(to_pixels(torch.stack(rows, 1).flatten(0, 1)), columns=12).save(path)
 
-    turns = [Turn("mae", model, loss, config.optimizer)]
+    phases = [Phase("mae", model, loss, config.optimizer)]
     averaged = train(
-        config.loop, run, turns, batches, seed=config.seed, published=model, preview=preview
+        config.loop, run, phases, batches, seed=config.seed, published=model, preview=preview
     )
     if distributed.is_main() and not (run.folder / "model" / "config.json").is_file():
         with run.files.subfolder("model") as folder, quiet_transformers():

@@ -59,12 +59,14 @@ def check_resnet(section: str, config: Any) -> None:
     multipliers = config.multipliers
     if not multipliers or min(multipliers) < 1:
         raise ValueError(
-            f"{section}.multipliers={list(multipliers)} must name a multiplier per resolution, at least 1"
+            f"{section}.multipliers={list(multipliers)} must name a multiplier per resolution, at "
+            "least 1"
         )
     levels = config.attention_levels
     if levels and not 0 <= min(levels) <= max(levels) < len(multipliers):
         raise ValueError(
-            f"{section}.attention_levels={list(levels)} must be of the {len(multipliers)} resolutions"
+            f"{section}.attention_levels={list(levels)} must be of the {len(multipliers)} "
+            "resolutions"
         )
     widths = [config.channels * multiplier for multiplier in multipliers]
     widths += [config.stem] if getattr(config, "stem", 0) else []

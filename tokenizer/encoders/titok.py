@@ -42,7 +42,8 @@ class TiTokEncoderConfig:
         if image_size < self.patch or image_size % self.patch:
             near = max(1, round(image_size / self.patch)) * self.patch
             raise ValueError(
-                f"data.image_size={image_size} does not divide into patches of {self.patch} pixels: {near} would"
+                f"data.image_size={image_size} does not divide into patches of {self.patch} "
+                f"pixels: {near} would"
             )
         return TiTokEncoder(self, image_size)
 
@@ -79,7 +80,8 @@ class TiTokEncoder(nn.Module):
         if (height, width) != (self.image_size, self.image_size):
             own = f"{self.image_size} x {self.image_size}"
             raise ValueError(
-                f"images of {height} x {width} pixels: this tokenizer takes {own} alone: resize them"
+                f"images of {height} x {width} pixels: this tokenizer takes {own} alone: resize "
+                "them"
             )
         return 1, self.num_tokens
 

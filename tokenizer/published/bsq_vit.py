@@ -13,7 +13,7 @@ from tokenizer.published.peer import Architecture, Peer, PublishedFile, Shapes, 
 from tokenizer.published.transformer_names import transformer_names
 from tokenizer.quantizers.lookup_free import BSQConfig, LookupFreeConfig
 from tokenizer.quantizers.vector import VectorConfig
-from training.command import UserError
+from training.errors import UserError
 
 
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
@@ -87,9 +87,11 @@ BSQ_VIT = Peer(
     quirks=(
         "patches are rows of (colour, row, column) through a linear map without bias",
         "channel 0 is the highest bit of a code; vectors are ±1/sqrt(bits)",
-        "checkpoints hold `ema_state_dict` beside `state_dict`, and averages are what the better figures are of",
+        "checkpoints hold `ema_state_dict` beside `state_dict`, and averages are what the better "
+        "figures are of",
         "the authors clamp to [-1, 1]",
-        "positions are learned: other sizes of images get interpolated ones, which the authors do not have",
+        "positions are learned: other sizes of images get interpolated ones, which the authors do "
+        "not have",
     ),
     files=(
         PublishedFile(
@@ -97,7 +99,8 @@ BSQ_VIT = Peer(
             WHERE,
             "checkpoint.pt",
             "256 px, f8, 18 bits, 768 wide, 12 layers, 12 heads",
-            "PSNR 24.79, SSIM .7319, LPIPS .0836, rFID 1.34; averages 24.80, .7314, .0820, 1.23 (ImageNet val)",
+            "PSNR 24.79, SSIM .7319, LPIPS .0836, rFID 1.34; averages 24.80, .7314, .0820, 1.23 "
+            "(ImageNet val)",
             hyperparameters=SIZES,
         ),
         PublishedFile(
@@ -105,7 +108,8 @@ BSQ_VIT = Peer(
             WHERE,
             "checkpoint.pt",
             "the same, trained with entropies of groups of bits",
-            "PSNR 25.36, SSIM .7578, LPIPS .0761, rFID 1.14; averages 25.80, .7680, .0729, 1.30 (ImageNet val)",
+            "PSNR 25.36, SSIM .7578, LPIPS .0761, rFID 1.14; averages 25.80, .7680, .0729, 1.30 "
+            "(ImageNet val)",
             hyperparameters=SIZES,
         ),
         PublishedFile(
@@ -113,7 +117,8 @@ BSQ_VIT = Peer(
             WHERE,
             "checkpoint.pt",
             "36 bits: more than the codes that are counted here, refused",
-            "PSNR 27.88, SSIM .8410, LPIPS .0432, rFID 0.41; averages 28.14, .8448, .0400, 0.45 (ImageNet val)",
+            "PSNR 27.88, SSIM .8410, LPIPS .0432, rFID 0.41; averages 28.14, .8448, .0400, 0.45 "
+            "(ImageNet val)",
             hyperparameters=SIZES,
         ),
     ),

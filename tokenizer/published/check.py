@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tokenizer.hierarchical import Hierarchical
 from tokenizer.published.load import from_pretrained
 from tokenizer.published.peer import Peer
-from training.command import UserError
+from training.errors import UserError
 
 TOLERANCE = 1e-4  # greatest absolute difference of anything but codes, which are equal
 LEVELS = ("top", "bottom")  # of two grids of codes

@@ -85,8 +85,10 @@ DALLE = Peer(
     quirks=(
         "parameters are called `w` and `b`",
         "images are in [0, 1] and mapped to [0.1, 0.9]; what comes back is clamped",
-        "the decoder's first convolution takes a one-hot: a column of it, and its bias, are a code's vector",
-        "encoder.pkl and decoder.pkl are whole pickled modules, of which only tensors are read here: give the folder "
+        "the decoder's first convolution takes a one-hot: a column of it, and its bias, are a "
+        "code's vector",
+        "encoder.pkl and decoder.pkl are whole pickled modules, of which only tensors are read "
+        "here: give the folder "
         "that holds both",
     ),
     files=(

@@ -11,7 +11,7 @@ from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Architecture, Peer, PublishedFile, Shapes, count, has
 from tokenizer.published.resnet_names import resnet_names
 from tokenizer.quantizers.vector import VectorConfig
-from training.command import UserError
+from training.errors import UserError
 
 BLOCK = {
     "norm1": "norm1",
@@ -38,11 +38,13 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
         or "decoder.conv_norm_out.norm_layer.weight" in shapes
     ):
         raise UserError(
-            f"{hyper.path}: norm_type={hyper.find('norm_type')} (MoVQ) is not known here, only group norms"
+            f"{hyper.path}: norm_type={hyper.find('norm_type')} (MoVQ) is not known here, only "
+            "group norms"
         )
     if hyper.flag("lookup_from_codebook"):
         raise UserError(
-            f"{hyper.path}: lookup_from_codebook=true is a variant of VQModel that is not known here"
+            f"{hyper.path}: lookup_from_codebook=true is a variant of VQModel that is not known "
+            "here"
         )
     groups = hyper.needed(
         "norm_num_groups", why="and shapes do not tell how many channels a group norm joins"

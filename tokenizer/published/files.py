@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.published.pickles import Damaged, Opaque, StoredTensor, module_tensors, read_torch
-from training.command import UserError
+from training.errors import UserError
 from training.words import parse
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -129,7 +129,8 @@ def find_weights(folder: Path, file: str | None = None) -> Path:
     if len(files) != 1:
         names = ", ".join(each.name for each in files) or f"none ({', '.join(SUFFIXES)})"
         raise UserError(
-            f"{folder}: one file of weights is expected there, and it has {names}: name it with file="
+            f"{folder}: one file of weights is expected there, and it has {names}: name it with "
+            "file="
         )
     return files[0]
 
@@ -266,7 +267,8 @@ def _state_dict(path: Path, saved: Any, averaged: bool) -> dict[str, Stored]:
             break
         saved = saved[inner[0]]
     raise UserError(
-        f"{path}: it holds {_described(saved)} and no tensors by name: give a state dict, alone or as one of "
+        f"{path}: it holds {_described(saved)} and no tensors by name: give a state dict, alone or "
+        "as one of "
         f"{', '.join((*ENVELOPES, *AVERAGED))}"
     )
 
@@ -324,7 +326,8 @@ def _plain(path: Path, found: dict[str, Stored], averaged: bool, stage: str) -> 
     lost = sorted(shadows.keys() - taken.values() - set(SHADOW_OWN))
     if lost:
         raise UserError(
-            f"{path}: {origins[lost[0]]} is an average of nothing that is there: download the file again"
+            f"{path}: {origins[lost[0]]} is an average of nothing that is there: download the file "
+            "again"
         )
     main = {name: shadows[taken[name]] if name in taken else tensor for name, tensor in raw.items()}
     where = {name: origins[taken.get(name, name)] for name in raw}

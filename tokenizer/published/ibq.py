@@ -25,7 +25,8 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
 
 
 AVERAGES = (
-    "the authors evaluate with averaged weights, which stand in the same file as `model_ema.*` under names without "
+    "the authors evaluate with averaged weights, which stand in the same file as `model_ema.*` "
+    "under names without "
     "dots; a third to a half of the codes of the weights as trained are others"
 )
 IBQ = Peer(
@@ -36,7 +37,8 @@ IBQ = Peer(
     architecture=architecture,
     ignored=LEFTOVERS,
     quirks=(
-        "the code is the row with the largest inner product, not the nearest one: its files have the names of "
+        "the code is the row with the largest inner product, not the nearest one: its files have "
+        "the names of "
         "taming's, and are told from them by their averages or their configuration",
         AVERAGES,
     ),

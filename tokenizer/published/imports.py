@@ -16,8 +16,8 @@ from tokenizer.published.table import published_files
 from tokenizer.run import TokenizerRun, load_autoencoder_weights
 from tokenizer.sharing import save_autoencoder
 from training import distributed
-from training.command import UserError
 from training.config import from_dict, to_dict
+from training.errors import UserError
 
 
 def import_tokenizer(
@@ -50,7 +50,8 @@ def run_of(model: nn.Module, data: dict[str, Any]) -> TokenizerRun:
     """The configuration of a loaded tokenizer, for these images."""
     if model.config is None:
         raise UserError(
-            f"{model.published.path}: {model.published.peer.kind} has no codes, so it is no tokenizer"
+            f"{model.published.path}: {model.published.peer.kind} has no codes, so it is no "
+            "tokenizer"
         )
     size = model.config.data.image_size
     images = from_dict(DataConfig, {**to_dict(DataConfig(image_size=size)), **data}, "data")
@@ -92,7 +93,8 @@ def import_all(root: str | Path, data: dict[str, Any]) -> list[Path]:
     found = at_hand()
     if not found:
         raise UserError(
-            f"no published tokenizer is at hand: put files at {home()}/NAME/, with the names of docs/published.md, or "
+            f"no published tokenizer is at hand: put files at {home()}/NAME/, with the names of "
+            "docs/published.md, or "
             "load one from the Hub"
         )
     return [
@@ -104,7 +106,8 @@ def folder_of(reference: str, data: str | None, root: str | Path = "runs") -> Pa
     """A published tokenizer's folder under `root`, imported for these images."""
     if data is None:
         raise UserError(
-            f"{reference}: of which images? name them with --data (a folder, parquet, hub:owner/name, ...)"
+            f"{reference}: of which images? name them with --data (a folder, parquet, "
+            "hub:owner/name, ...)"
         )
     name = reference.removeprefix(PREFIX).rstrip("/")
     known = "/" not in name and not Path(name).exists()
@@ -116,7 +119,8 @@ def folder_of(reference: str, data: str | None, root: str | Path = "runs") -> Pa
 def about(peer: Peer, path: Path) -> list[str]:
     """What a card says of an imported tokenizer."""
     lines = [
-        f"{peer.title}, from {path.name}: its weights and architecture, as its authors published them.",
+        f"{peer.title}, from {path.name}: its weights and architecture, as its authors published "
+        "them.",
         "",
     ]
     lines += [f"- {quirk}" for quirk in peer.quirks]

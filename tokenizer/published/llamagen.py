@@ -79,7 +79,8 @@ LLAMAGEN = Peer(
     architecture=architecture,
     ignored=(r"quantize\.codebook_used", r"loss\..*"),
     quirks=(
-        "features and codes are of unit length for the search, and the decoder gets the unit row; the stored codebook "
+        "features and codes are of unit length for the search, and the decoder gets the unit row; "
+        "the stored codebook "
         "is not of unit length",
         "the decoder numbers its levels from the coarsest, taming's from the finest",
         "where a checkpoint holds `ema` and `model`, the authors evaluate `ema`",
@@ -91,7 +92,8 @@ LLAMAGEN = Peer(
             "FoundationVision/LlamaGen",
             "vq_ds16_c2i.pt",
             "f16, 16384 codes of 8",
-            "rFID 2.19 at 256 px, 0.94 at 384 px scaled down, 0.70 at 512 px (ImageNet val, 50k); PSNR 20.79, SSIM "
+            "rFID 2.19 at 256 px, 0.94 at 384 px scaled down, 0.70 at 512 px (ImageNet val, 50k); "
+            "PSNR 20.79, SSIM "
             "0.675, usage 97 % (paper)",
         ),
         PublishedFile(

@@ -28,7 +28,7 @@ from tokenizer.published.peer import Peer, Place, Shapes
 from tokenizer.published.table import PEERS, peer_of, published_files
 from tokenizer.run import TokenizerRun
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 PREFIX = "published:"
 # What configurations call the number of codes.
@@ -58,12 +58,14 @@ def from_pretrained(
     """A published tokenizer in evaluation mode, as `tokenizer.load` gives one of ours; `.published`
     is its Source.
 
-    name_or_path  published:NAME or NAME of docs/published.md, a file, a folder, or a repository of the Hub
+    name_or_path  published:NAME or NAME of docs/published.md, a file, a folder, or a repository of
+                  the Hub
     file          of a folder or a repository, where it has several
     as_           the kind, where it is not to be recognised
-    config        the authors' configuration (JSON, YAML, or what such a file holds), where it is not beside the file
-    image_size    pixels per side that `layout` is to be of, where not those that it was trained on; of convolutional
-                  networks any that divides into whole codes
+    config        the authors' configuration (JSON, YAML, or what such a file holds), where it is
+                  not beside the file
+    image_size    pixels per side that `layout` is to be of, where not those that it was trained
+                  on; of convolutional networks any that divides into whole codes
     averaged      False: where a file has weights twice, not their averages
 
     Raises UserError for what is not there, damaged, of no known kind, or not whole.
@@ -163,14 +165,16 @@ def read_state(
     missing = wanted - weights.tensors.keys()
     if missing:
         raise UserError(
-            f"{weights.path}: as {peer.kind} it lacks {_listed(missing)}: is it whole, and of this kind?"
+            f"{weights.path}: as {peer.kind} it lacks {_listed(missing)}: is it whole, and of this "
+            "kind?"
         )
     tied = {name: of for name, of in _tied(peer).items() if {name, of} <= weights.tensors.keys()}
     left = weights.tensors.keys() - wanted - tied.keys()
     unexpected = [name for name in left if not peer.ignores(name)]
     if unexpected:
         raise UserError(
-            f"{weights.path}: as {peer.kind} it has no place for {_listed(unexpected)}: is it of this kind, and is the "
+            f"{weights.path}: as {peer.kind} it has no place for {_listed(unexpected)}: is it of "
+            "this kind, and is the "
             "configuration its own?"
         )
     state = {}
@@ -178,7 +182,8 @@ def read_state(
         stored = weights.tensors[place.name]
         if not stored.dtype.is_floating_point:
             raise UserError(
-                f"{weights.path}: {place.name} is {stored.dtype}, where numbers with a point are expected"
+                f"{weights.path}: {place.name} is {stored.dtype}, where numbers with a point are "
+                "expected"
             )
         try:
             state[ours] = place.to_ours(weights.read(place.name), shapes[ours]).float().contiguous()
@@ -187,7 +192,8 @@ def read_state(
         except (ValueError, RuntimeError):
             expected = tuple(reversed(shapes[ours])) if place.transposed else shapes[ours]
             raise UserError(
-                f"{weights.path}: {place.name} is {tuple(stored.shape)}, and {expected} is expected of this {peer.kind}"
+                f"{weights.path}: {place.name} is {tuple(stored.shape)}, and {expected} is "
+                f"expected of this {peer.kind}"
             ) from None
     for name, of in tied.items():
         if not torch.equal(weights.read(name), weights.read(of)):
@@ -275,7 +281,8 @@ def locate(
             f"{name}: there is no such folder here; of a repository of the Hub name the file{hint}"
         )
     raise UserError(
-        f"{name}: there is no such file or folder, and no published file of that name in docs/published.md"
+        f"{name}: there is no such file or folder, and no published file of that name in "
+        "docs/published.md"
     )
 
 

@@ -11,7 +11,7 @@ from tokenizer.published.magvit_names import magvit_names, sizes
 from tokenizer.published.peer import Architecture, Peer, PublishedFile, Shapes, count, has
 from tokenizer.quantizers.lookup_free import LookupFreeConfig
 from tokenizer.quantizers.vector import VectorConfig
-from training.command import UserError
+from training.errors import UserError
 
 RESOLUTION = 256  # pixels, where no configuration says another size: any is taken
 UNIT = {"shortcut": "output", "unit_range": True}
@@ -79,7 +79,8 @@ def maskbit(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
         told = shapes.get("quantize.bits_to_indices", (dim,))[0]
         if told != dim:
             raise UserError(
-                f"{hyper.path}: codes of {told} bits and features of {dim} channels do not go together"
+                f"{hyper.path}: codes of {told} bits and features of {dim} channels do not go "
+                "together"
             )
         quantizer = LookupFreeConfig(bits=dim, lowest_first=True)
     model = VQVAEConfig(encoder=encoder, quantizer=quantizer, decoder=decoder)
@@ -91,7 +92,8 @@ def maskbit(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
 
 
 SHORTCUT = (
-    "where a block changes width, its 1x1 shortcut is of the block's own output, and the block's input is dropped: so "
+    "where a block changes width, its 1x1 shortcut is of the block's own output, and the block's "
+    "input is dropped: so "
     "the networks were trained"
 )
 RANGE = "images are in [0, 1] on both sides"
@@ -117,7 +119,8 @@ MASKGIT = Peer(
             "fun-research/TiTok",
             "maskgit-vqgan-imagenet-f16-256.bin",
             "f16, 1024 codes of 256",
-            "rFID 2.28 (MaskGIT's paper); MaskBit's README: rFID 1.96, IS 178.3, PSNR 18.6, SSIM 0.47, usage 0.45 "
+            "rFID 2.28 (MaskGIT's paper); MaskBit's README: rFID 1.96, IS 178.3, PSNR 18.6, SSIM "
+            "0.47, usage 0.45 "
             "(ImageNet val at 256 px)",
         ),
     ),
@@ -143,7 +146,8 @@ MASKBIT = Peer(
         RANGE,
         SHORTCUT,
         "channel 0 is the lowest bit of a code",
-        "two orders of the decoder's levels have been published; which one it is shows in where the 3x3 after "
+        "two orders of the decoder's levels have been published; which one it is shows in where "
+        "the 3x3 after "
         "upsampling stands",
     ),
     files=tuple(

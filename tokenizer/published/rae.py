@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
-from tokenizer.autoencoder import LatentNormaliser
 from tokenizer.decoders.pretrained import load_statistics
 from tokenizer.decoders.vit import Size, ViTDecoder
 from tokenizer.encoders.foundation import FoundationConfig
+from tokenizer.latents import LatentNormaliser
 from tokenizer.published.files import Hyperparameters, read_config
 from tokenizer.published.peer import Architecture, Peer, PublishedFile, Shapes, count, has
-from training.command import UserError
+from training.errors import UserError
 
 
 class RAE(nn.Module):
@@ -48,7 +48,8 @@ class RAE(nn.Module):
 
     def encode(self, images: Tensor) -> NoReturn:
         raise UserError(
-            "an RAE is continuous and has no codes: train a tokenizer with its decoder, decoder.weights=FILE"
+            "an RAE is continuous and has no codes: train a tokenizer with its decoder, "
+            "decoder.weights=FILE"
         )
 
     def decode(self, codes: Tensor, layout: object = None) -> NoReturn:
@@ -82,8 +83,10 @@ def build(shapes: Shapes, hyper: Hyperparameters) -> tuple[RAE, dict[str, str]]:
     settings = path("decoder_config_path")
     if settings is None or hyper.find("encoder_config_path") is None:
         raise UserError(
-            f"{hyper.path}: no configuration says encoder_config_path and decoder_config_path, and a decoder alone is "
-            "no model: give one that does (config=FILE), or train a tokenizer with it, decoder.weights=FILE"
+            f"{hyper.path}: no configuration says encoder_config_path and decoder_config_path, and "
+            "a decoder alone is "
+            "no model: give one that does (config=FILE), or train a tokenizer with it, "
+            "decoder.weights=FILE"
         )
     file = settings / "config.json" if settings.is_dir() else settings
     heads = Hyperparameters(read_config(file), file).needed(
@@ -128,8 +131,10 @@ RAE_PEER = Peer(
     build=build,
     unit_range=True,
     quirks=(
-        "continuous: there are no codes. Its decoder begins a tokenizer's with `decoder.weights=FILE`",
-        "the encoder is transformers' own, of which class and register tokens and the last norm's scale and shift are "
+        "continuous: there are no codes. Its decoder begins a tokenizer's with "
+        "`decoder.weights=FILE`",
+        "the encoder is transformers' own, of which class and register tokens and the last norm's "
+        "scale and shift are "
         "dropped; images are resized for it",
         "latents are normalised by statistics for each channel and place",
     ),
@@ -138,7 +143,8 @@ RAE_PEER = Peer(
             "rae-dinov2-b",
             "nyu-visionx/RAE-collections",
             "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
-            "1152 wide, 28 layers, 16 heads; statistics in stats/dinov2/wReg_base/imagenet1k/stat.pt",
+            "1152 wide, 28 layers, 16 heads; statistics in "
+            "stats/dinov2/wReg_base/imagenet1k/stat.pt",
             "rFID 0.57 reported, 0.54 reproduced (ImageNet val at 256 px, tau 0.8)",
         ),
     ),

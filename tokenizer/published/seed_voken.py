@@ -19,9 +19,10 @@ RESOLUTION = 256  # pixels, where no configuration says another size: any is tak
 def naming(side: str, part: str, level: int, number: int) -> str:
     """Of a level both ways, the finest is 0."""
     trunk = "down" if side == "encoder" else "up"
+    sample = "downsample" if side == "encoder" else "upsample.conv1"
     return {
         "block": f"{side}.{trunk}.{level}.block.{number}",
-        "sample": f"{side}.{trunk}.{level}.{'downsample' if side == 'encoder' else 'upsample.conv1'}",
+        "sample": f"{side}.{trunk}.{level}.{sample}",
         "middle": f"{side}.mid_block.{number}",
         "norm": f"{side}.adaptive.{level}",
     }.get(part, f"{side}.{part}")
@@ -78,7 +79,8 @@ MAGVIT2 = Peer(
         AVERAGES,
         "convolutions that halve the resolution are padded on all sides",
         "upsampling is by channels that become pixels, the place in the 2x2 changing slowest",
-        "before each of the decoder's levels a group norm takes scale and shift from the codes' deviation and mean",
+        "before each of the decoder's levels a group norm takes scale and shift from the codes' "
+        "deviation and mean",
     ),
     files=(
         PublishedFile(

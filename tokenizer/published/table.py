@@ -19,7 +19,7 @@ from tokenizer.published.rosinality import ROSINALITY
 from tokenizer.published.seed_voken import MAGVIT2, SIMVQ
 from tokenizer.published.taming import GUMBEL, TAMING
 from tokenizer.published.titok import TITOK
-from training.command import UserError
+from training.errors import UserError
 
 PEERS: dict[str, Peer] = {
     peer.kind: peer

@@ -114,12 +114,14 @@ HEIBOX = "https://heibox.uni-heidelberg.de (CompVis/taming-transformers, README)
 QUIRKS = (
     "1x1 projections stand on both sides of the quantizer, also where widths agree",
     "every group norm has 32 groups",
-    "SEED-Voken's VQModel with `l2_normalize` searches unit vectors, and gives the decoder the row as it is stored",
+    "SEED-Voken's VQModel with `l2_normalize` searches unit vectors, and gives the decoder the "
+    "row as it is stored",
     "checkpoints are Lightning's and hold more than tensors; `loss.*` is left over from training",
 )
 TAMING = Peer(
     kind="taming",
-    title="VQGAN (CompVis/taming-transformers); VQ first stages of latent diffusion (CompVis/latent-diffusion)",
+    title="VQGAN (CompVis/taming-transformers); "
+    "VQ first stages of latent diffusion (CompVis/latent-diffusion)",
     licence="MIT (code); weights unstated",
     recognises=lambda evidence: PLAIN(evidence) and not is_ibq(evidence),
     architecture=vqgan,
@@ -131,7 +133,8 @@ TAMING = Peer(
             HEIBOX,
             "last.ckpt",
             "f16, 1024 codes of 256; vqgan_imagenet_f16_1024",
-            "rFID 10.54 (train) / 7.94 (val), torch-fidelity; MaskBit's README: rFID 7.96, PSNR 20.18, SSIM 0.52",
+            "rFID 10.54 (train) / 7.94 (val), torch-fidelity; MaskBit's README: rFID 7.96, PSNR "
+            "20.18, SSIM 0.52",
         ),
         PublishedFile(
             "taming-vqgan-f16-16384",
@@ -162,7 +165,8 @@ GUMBEL = Peer(
     ignored=LEFTOVERS,
     quirks=(
         *QUIRKS,
-        "the authors draw codes at random in evaluation, too (hard samples at temperature 1), and their figures are "
+        "the authors draw codes at random in evaluation, too (hard samples at temperature 1), and "
+        "their figures are "
         "of those; here the code is the largest logit",
     ),
     files=(

@@ -14,7 +14,7 @@ from tokenizer.published.maskgit import UNIT, naming
 from tokenizer.published.peer import Architecture, Peer, PublishedFile, Shapes, count, has
 from tokenizer.published.transformer_names import transformer_names
 from tokenizer.quantizers.vector import VectorConfig
-from training.command import UserError
+from training.errors import UserError
 
 HEADS = {512: 8, 768: 12, 1024: 16}  # of the authors' sizes, by width
 
@@ -24,7 +24,8 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
     mixes = "pixel_quantize.embedding.weight" in shapes
     if legacy and not mixes:
         raise UserError(
-            f"{hyper.path}: a TiTok of the first stage predicts MaskGIT-VQGAN's codes and has no pixels"
+            f"{hyper.path}: a TiTok of the first stage predicts MaskGIT-VQGAN's codes and has no "
+            "pixels"
         )
 
     def transformer(side: str) -> dict:
@@ -145,7 +146,8 @@ TITOK = Peer(
     unit_range=True,
     quirks=(
         "images are in [0, 1], square, and of the size trained on; codes have no grid",
-        "in the first generation (L-32, B-64, S-128) tokens and channels are mixed up before the last projection, and "
+        "in the first generation (L-32, B-64, S-128) tokens and channels are mixed up before the "
+        "last projection, and "
         "the decoder mixes MaskGIT-VQGAN's codes, which that one's decoder turns into pixels",
         "`*_vae_*` files are continuous and no tokenizers; TA-TiTok needs a text to decode",
     ),

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
+from tokenizer.quantizers import search_on_cpu
 from tokenizer.quantizers.kmeans import kmeans, segment_sums
 from tokenizer.quantizers.search import LowRank, half_norms, nearest
-from training import distributed
+from training import batch_means, distributed, randomness
 
 Project = Callable[[Tensor], Tensor]  # (n, d) -> (n, D)
 
@@ -229,7 +229,7 @@ def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     is measured first, over the global batch, and the sum over n is taken in chunks that are
     computed again in the backward pass.
     """
-    chunks = rows.split(max(1, search.BUDGET // len(codebook)))
+    chunks = rows.split(max(1, search_on_cpu.BUDGET // len(codebook)))
 
     def log_p(z: Tensor, codebook: Tensor) -> Tensor:
         return ((z @ codebook.T - half_norms(codebook)) * (2 / temperature)).log_softmax(1)
@@ -240,7 +240,7 @@ def entropy_loss(rows: Tensor, codebook: Tensor, temperature: float) -> Tensor:
 
     with torch.no_grad():
         q = torch.stack([log_p(z, codebook).exp().sum(0) for z in chunks]).sum(0) / len(rows)
-        log_q = distributed.batch_mean(q).clamp(min=1e-30).log()
+        log_q = batch_means.batch_mean(q).clamp(min=1e-30).log()
     terms = [
         checkpoint(negative_kl, z, codebook, use_reentrant=False, preserve_rng_state=False)
         for z in chunks
@@ -489,7 +489,7 @@ def pick_rows(candidates: Tensor, count: int, step: int, places: Tensor | None =
 
 
 def _generator(device: torch.device, *numbers: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(distributed.mix(*numbers))
+    return torch.Generator(device).manual_seed(randomness.mix(*numbers))
 
 
 def check_positive(**values: float) -> None:

@@ -27,12 +27,14 @@ class FSQConfig:
     def __post_init__(self) -> None:
         if not self.levels or not all(3 <= level <= 999 for level in self.levels):
             raise ValueError(
-                f"quantizer.levels={list(self.levels)} must name one or more channels of 3 to 999 levels each; "
+                f"quantizer.levels={list(self.levels)} must name one or more channels of 3 to 999 "
+                "levels each; "
                 "for two levels take quantizer.kind=lookup_free"
             )
         if math.prod(self.levels) > 2**24:
             raise ValueError(
-                f"quantizer.levels={list(self.levels)} are {math.prod(self.levels)} codes, more than 2**24: "
+                f"quantizer.levels={list(self.levels)} are {math.prod(self.levels)} codes, more "
+                "than 2**24: "
                 "take fewer channels"
             )
 

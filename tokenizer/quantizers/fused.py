@@ -97,7 +97,8 @@ def nearest_fused(
     ):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
         raise ValueError(
-            f"features, codebook, offsets are {shapes}: give (N, D), (K, D), (K,), with K at least 1"
+            f"features, codebook, offsets are {shapes}: give (N, D), (K, D), (K,), with K at least "
+            "1"
         )
     with torch.no_grad():
         return _nearest(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
+from tokenizer.quantizers import search_on_cpu
 from tokenizer.quantizers.codebook import Project, Usage, embed, finite, to_grid, to_rows
-from training.distributed import Stream, uniform
+from training.randomness import Stream, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Gumbel(nn.Module):
         noise."""
         with torch.autocast(features.device.type, enabled=False):
             rows = to_rows(features.float())
-            chunks = rows.split(max(1, search.BUDGET // len(self.codebook)))
+            chunks = rows.split(max(1, search_on_cpu.BUDGET // len(self.codebook)))
             keys = [None] * len(chunks)
             if self.training:
                 keys = self.stream.keys(len(features), math.prod(features.shape[2:])).split(

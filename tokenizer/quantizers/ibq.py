@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import tokenizer.quantizers.search as search
 from tokenizer.interface import QuantizerOutput
+from tokenizer.quantizers import search, search_on_cpu
 from tokenizer.quantizers.codebook import (
     Project,
     Usage,
@@ -200,7 +200,7 @@ class SoftAssignment(torch.autograd.Function):
 
 def _parts(rows: Tensor, codebook: Tensor) -> list[slice]:
     """Slices of rows (N, D) whose products with the codebook (K, D) fit the search's budget."""
-    step = max(1, search.BUDGET // len(codebook))
+    step = max(1, search_on_cpu.BUDGET // len(codebook))
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 

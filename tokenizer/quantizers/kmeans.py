@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenizer.quantizers.search as search
-from training.command import UserError
+from training.errors import UserError
 
 CHUNK = 8192  # rows handled at once
 SEEDING_ROUNDS = 64
@@ -165,7 +165,8 @@ def _enough(rows: Tensor, num_codes: int, generator: torch.Generator, cosine: bo
     bad = sum(int((~part.isfinite()).any(1).sum()) for part in rows.split(CHUNK))
     if bad:
         raise UserError(
-            f"codebook: {bad} of {len(rows)} features are not finite: look at the encoder and its images"
+            f"codebook: {bad} of {len(rows)} features are not finite: look at the encoder and its "
+            "images"
         )
     if len(rows) >= num_codes:
         return rows

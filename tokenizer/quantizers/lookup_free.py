@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenizer.interface import QuantizerOutput
 from tokenizer.quantizers.codebook import Project, Usage, finite, straight_through, to_grid, to_rows
-from training import distributed
+from training import batch_means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,8 @@ class BSQConfig:
         _check(self)
         if self.entropy_boost < 1:
             raise ValueError(
-                f"quantizer.entropy_boost={self.entropy_boost} must be at least 1, which leaves it out"
+                f"quantizer.entropy_boost={self.entropy_boost} must be at least 1, which leaves it "
+                "out"
             )
 
     def build(self) -> LookupFree:
@@ -224,5 +225,5 @@ def entropy_of_mean(mean: Tensor) -> Tensor:
     The gradient reaches these probabilities at full weight, as averaging gradients over its parts
     expects.
     """
-    mean = straight_through(mean, distributed.batch_mean(mean))
+    mean = straight_through(mean, batch_means.batch_mean(mean))
     return -(mean * mean.clamp(min=1e-30).log()).sum()

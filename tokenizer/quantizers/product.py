@@ -13,7 +13,7 @@ from tokenizer.interface import QuantizerOutput
 from tokenizer.quantizers.codebook import Project
 from tokenizer.quantizers.levels import LEVELS, mean_parts, update_levels
 from tokenizer.quantizers.search import nearest
-from training import distributed
+from training import randomness
 from training.config import one_of
 
 
@@ -55,7 +55,7 @@ class ProductQuantizer(nn.Module):
         d)."""
         rows = rows if project is None else project(rows)
         for head, (level, own) in enumerate(zip(self.levels, rows.chunk(len(self.levels), dim=1))):
-            level.initialise(own, distributed.mix(seed, head), images=images)
+            level.initialise(own, randomness.mix(seed, head), images=images)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """(B, C, H, W). One search for all heads, then what each makes of its codes."""

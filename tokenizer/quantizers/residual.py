@@ -16,7 +16,7 @@ from tokenizer.interface import QuantizerOutput
 from tokenizer.quantizers.codebook import Project, straight_through, to_grid, to_rows
 from tokenizer.quantizers.levels import LEVELS, mean_parts, update_levels
 from training.config import one_of
-from training.distributed import Stream, uniform
+from training.randomness import Stream, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class ResidualConfig:
             )
         if self.level.rotation:
             raise ValueError(
-                "quantizer.level.rotation=true: gradients pass by the sum of the levels, not by each; set it to false"
+                "quantizer.level.rotation=true: gradients pass by the sum of the levels, not by "
+                "each; set it to false"
             )
 
     def build(self) -> ResidualQuantizer:

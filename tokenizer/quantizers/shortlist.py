@@ -2,9 +2,9 @@
 in fp32.
 
 For GPUs before NVIDIA's Ampere, ROCm, XPU, MPS, and Windows. What fp32 may be wrong by has the
-CPU's bound, of `search.Book`: codes within it of a row's lowest score can be the nearest. Mostly
-that is one code. Several are compared in float64; where more than KEPT can be, or fp32 cannot hold
-the numbers, the row is searched in float64.
+CPU's bound, of `search_on_cpu.Book`: codes within it of a row's lowest score can be the nearest.
+Mostly that is one code. Several are compared in float64; where more than KEPT can be, or fp32
+cannot hold the numbers, the row is searched in float64.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenizer.quantizers import search
-from tokenizer.quantizers.search import TILE, Book
+from tokenizer.quantizers import search_on_cpu
+from tokenizer.quantizers.search_on_cpu import TILE, Book
 
 KEPT = 8  # codes of a row that are compared in float64
 SEVERAL, MANY, DECIDED = 0, 1, 2  # how many codes of a row can be the nearest; in the order of work
@@ -48,8 +48,8 @@ def nearest_listed(features: Tensor, codebook: Tensor, offsets: Tensor | None) -
     centred = codebook.new_zeros(len(book.offsets), codebook.shape[1])
     for places, part in book.parts():
         centred[places] = part
-    at_once = max(1, search.BUDGET // len(book.offsets))
-    with search.full_precision():
+    at_once = max(1, search_on_cpu.BUDGET // len(book.offsets))
+    with search_on_cpu.full_precision():
         parts = [_short_list(rows, book, centred) for rows in features.split(at_once)]
     del centred
     found = ShortList(*map(torch.cat, zip(*parts)))
@@ -58,7 +58,9 @@ def nearest_listed(features: Tensor, codebook: Tensor, offsets: Tensor | None) -
 
     codes, here = found.codes[:, 0].clone(), features.device
     there = here if has_float64(here) else torch.device("cpu")
-    for rows in order[:several].split(max(1, search.BUDGET // (4 * KEPT * features.shape[1]))):
+    for rows in order[:several].split(
+        max(1, search_on_cpu.BUDGET // (4 * KEPT * features.shape[1]))
+    ):
         pairs = found.codes[rows], found.listed[rows]
         those = pairs[0].clamp(max=len(codebook) - 1)
         given = None if offsets is None else offsets[those].to(there)
@@ -67,7 +69,7 @@ def nearest_listed(features: Tensor, codebook: Tensor, offsets: Tensor | None) -
     if many:
         rows = order[several : several + many]
         given = None if offsets is None else offsets.to(there)
-        whole = search.in_float64 if there == here else search.on_cpu
+        whole = search_on_cpu.in_float64 if there == here else search_on_cpu.on_cpu
         codes[rows] = whole(features[rows].to(there), codebook.to(there), given).to(here)
     return codes
 

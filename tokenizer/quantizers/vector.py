@@ -67,7 +67,8 @@ class VectorConfig:
         check_positive(entropy_temperature=self.entropy_temperature)
         if self.metric == "angle" and self.codebook != "gradient":
             raise ValueError(
-                "quantizer.metric=angle needs lengths that gradients give: set quantizer.codebook=gradient"
+                "quantizer.metric=angle needs lengths that gradients give: set "
+                "quantizer.codebook=gradient"
             )
         if not 0 <= self.decay < 1:
             raise ValueError(f"quantizer.decay={self.decay} must be in [0, 1)")

@@ -1,4 +1,4 @@
-"""A turn: one optimizer's move within a step, and what makes it, on one process or on several."""
+"""A phase: one optimizer's move within a step, and what makes it, on one process or on several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training import distributed, sharding
+from training import batch_means, distributed, randomness, sharding
 from training.log import Meter
 from training.optim import OptimizerConfig
 from training.outcome import Taken, is_known_at_once, undone_unless
@@ -22,7 +22,7 @@ KERNELS = ("fused", "foreach", "capturable")  # of AdamW's settings
 
 @dataclasses.dataclass
 class Loss:
-    """What a turn minimises, and the named terms of it for the log."""
+    """What a phase minimises, and the named terms of it for the log."""
 
     total: Tensor  # scalar
     parts: dict[str, Tensor]  # scalars
@@ -36,7 +36,7 @@ class Batch:
     positions: Tensor  # (B,) int64, each sample's place in the global batch
     extras: dict[str, Any] = dataclasses.field(
         default_factory=dict
-    )  # what one turn leaves for the next
+    )  # what one phase leaves for the next
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -52,11 +52,11 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclasses.dataclass
-class Turn:
+class Phase:
     """One optimizer's move within a step: a prior has one, a GAN tokenizer two."""
 
     name: str
-    module: nn.Module  # its trainable parameters are what the turn moves
+    module: nn.Module  # its trainable parameters are what the phase moves
     loss: Callable[[Batch, int], Loss]  # (micro-batch, step), averaged over its samples
     optimizer: OptimizerConfig
     start_step: int = 0
@@ -66,12 +66,12 @@ class Turn:
     after_step: Callable[[int, bool], None] | None = None
 
 
-class Mover:
-    """A turn with its optimizer, wrapped for several processes."""
+class PhaseRunner:
+    """A phase with its optimizer, wrapped for several processes."""
 
     def __init__(
         self,
-        turn: Turn,
+        phase: Phase,
         device: torch.device,
         *,
         steps: int,
@@ -81,30 +81,30 @@ class Mover:
         compiled: bool,
     ) -> None:
         """`low`: in bf16 autocast; `sharded`: the module's blocks over all processes."""
-        self.turn, self.device, self.steps, self.clip, self.low = turn, device, steps, clip, low
+        self.phase, self.device, self.steps, self.clip, self.low = phase, device, steps, clip, low
         self.sharded, self.at_once = sharded, is_known_at_once(device)
-        distributed.number_streams(turn.module)
-        self.engine: nn.Module = _Step(turn)
+        randomness.number_streams(phase.module)
+        self.engine: nn.Module = _Step(phase)
         if sharded:
             sharding.shard_(self.engine, device)
         else:
-            turn.module.to(device)
+            phase.module.to(device)
         if compiled:  # in place: names of parameters stay
             import torch._functorch.config
 
             # Losses that weigh their terms by gradients go backward several times, through buffers
             # that stay.
             torch._functorch.config.donated_buffer = False
-            for module in units_of(turn.module):
+            for module in units_of(phase.module):
                 module.compile()
-        self.optimizer = turn.optimizer.build(turn.module, fused=not self.at_once)
+        self.optimizer = phase.optimizer.build(phase.module, fused=not self.at_once)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # AdamW goes element by element, so it moves parts as it would move the whole.
         self.parts = [sharding.local(parameter) for parameter in self.parameters]
         parts = iter(self.parts)
         for group in self.optimizer.param_groups:
             group["params"] = [next(parts) for _ in group["params"]]
-        self.updated = _updated(turn.module)
+        self.updated = _updated(phase.module)
         if distributed.world() > 1 and not sharded:
             # Buffers are equal by construction: statistics are reduced where they are updated.
             ids = [device.index] if device.type == "cuda" else None
@@ -119,30 +119,30 @@ class Mover:
     def move(self, micro_batches: list[Batch], step: int, meter: Meter, seed: int) -> Taken:
         """One optimizer step; False on every process, and nothing moved, where a loss or gradient
         is not finite."""
-        self.turn.module.train()
+        self.phase.module.train()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        whole = distributed.WholeBatch(len(micro_batches))
+        whole = batch_means.WholeBatch(len(micro_batches))
         for index, batch in enumerate(micro_batches):
             final = index == len(micro_batches) - 1
             local = isinstance(self.engine, DistributedDataParallel) and not final
             sync = self.engine.no_sync() if local else contextlib.nullcontext()  # type: ignore[operator]
-            with sync, distributed.samples((seed, step), batch.positions):
+            with sync, randomness.samples((seed, step), batch.positions):
                 loss = self._loss(batch, step, whole)
                 if whole.lacking:
                     del loss  # and its graph
                     self._rehearse(micro_batches[1:], step, whole, seed)
                     loss = self._loss(batch, step, whole)
                 (_spoilt(loss.total) / len(micro_batches)).backward()
-            named = {f"{self.turn.name}.{name}": value for name, value in loss.parts.items()}
+            named = {f"{self.phase.name}.{name}": value for name, value in loss.parts.items()}
             meter.add(named, 1 / len(micro_batches))
         norm = self._clip()
         finite = torch.isfinite(norm)  # gradients are averaged, so every rank sees the same
-        meter.add({f"{self.turn.name}.skipped": (~finite).float()})
+        meter.add({f"{self.phase.name}.skipped": (~finite).float()})
         taken: Taken = bool(finite) if self.at_once else finite
         if taken is not False:
-            factor = self.turn.optimizer.factor(
-                step - self.turn.start_step, self.steps - self.turn.start_step
+            factor = self.phase.optimizer.factor(
+                step - self.phase.start_step, self.steps - self.phase.start_step
             )
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -150,35 +150,35 @@ class Mover:
                 self.optimizer.found_inf = (~finite).float()
             self.optimizer.step()
             taken_steps = 1.0 if self.at_once else finite.double()
-            meter.add({f"{self.turn.name}.gradient_norm": norm.where(finite, 0.0)}, taken_steps)
+            meter.add({f"{self.phase.name}.gradient_norm": norm.where(finite, 0.0)}, taken_steps)
         for parameter, part in zip(self.parameters, self.parts):
             parameter.grad = part.grad = None
         self.rest()
-        if self.turn.after_step and self.at_once:
-            self.turn.after_step(step, bool(taken))
-        elif self.turn.after_step:
+        if self.phase.after_step and self.at_once:
+            self.phase.after_step(step, bool(taken))
+        elif self.phase.after_step:
             with undone_unless(taken, self.updated):
-                self.turn.after_step(step, True)
+                self.phase.after_step(step, True)
         return taken
 
-    def _loss(self, batch: Batch, step: int, whole: distributed.WholeBatch) -> Loss:
+    def _loss(self, batch: Batch, step: int, whole: batch_means.WholeBatch) -> Loss:
         with whole.part(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
             return self.engine(batch, step)
 
     def _rehearse(
-        self, rest: list[Batch], step: int, whole: distributed.WholeBatch, seed: int
+        self, rest: list[Batch], step: int, whole: batch_means.WholeBatch, seed: int
     ) -> None:
         """Let the micro-batches after the first say, too, what the losses need to know of the whole
         batch."""
         for batch in rest:
-            with distributed.samples((seed, step), batch.positions):
+            with randomness.samples((seed, step), batch.positions):
                 self._loss(batch, step, whole)
         whole.rehearsed()
-        if self.turn.after_step:
-            self.turn.after_step(step, False)  # forget the statistics that were gathered
+        if self.phase.after_step:
+            self.phase.after_step(step, False)  # forget the statistics that were gathered
 
     def rest(self) -> None:
-        """Take no gradients from other turns."""
+        """Take no gradients from other phases."""
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 
@@ -186,7 +186,7 @@ class Mover:
         """The module's whole state dict: on rank 0 of a sharded one. Collective."""
         return {
             name: sharding.whole(sharding.local(t), t)
-            for name, t in self.turn.module.state_dict().items()
+            for name, t in self.phase.module.state_dict().items()
         }
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -195,8 +195,8 @@ class Mover:
 
     def load(self, module_state: dict[str, Tensor], optimizer_state: dict[str, Any]) -> None:
         """Go on from whole states, which every process has."""
-        own = self.turn.module.state_dict()
-        self.turn.module.load_state_dict(
+        own = self.phase.module.state_dict()
+        self.phase.module.load_state_dict(
             {
                 name: sharding.shared(t, own[name]) if name in own else t
                 for name, t in module_state.items()
@@ -240,11 +240,11 @@ class Mover:
 
 
 class _Step(nn.Module):
-    """A turn's loss as a module's forward, which is what DistributedDataParallel and FSDP2 wrap."""
+    """A phase's loss as a module's forward, as DistributedDataParallel and FSDP2 wrap it."""
 
-    def __init__(self, turn: Turn) -> None:
+    def __init__(self, phase: Phase) -> None:
         super().__init__()
-        self.module, self.loss = turn.module, turn.loss
+        self.module, self.loss = phase.module, phase.loss
 
     def forward(self, batch: Batch, step: int) -> Loss:
         return self.loss(batch, step)
@@ -278,6 +278,6 @@ def units_of(module: nn.Module) -> list[nn.Module]:
 
 
 def _spoilt(total: Tensor) -> Tensor:
-    """A loss times 1, or, where it is not finite, NaN: then so are its gradients, and after their
-    mean all ranks'."""
+    """A loss times 1, or, where it is not finite, NaN. Its gradients are NaN then, and so is their
+    mean over the processes: all of them see that the step is not to be taken."""
     return total * torch.where(total.detach().isfinite(), 1.0, torch.nan).to(total.dtype)
