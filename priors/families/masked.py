@@ -77,7 +77,7 @@ class MaskedPrior(nn.Module):
     without it (choice_temperature to infinity) would.
     """
 
-    # What the authors of published models do otherwise; priors/published_masked.py says which.
+    # What authors of published models do otherwise: see priors/families/published_masked.py.
     seen_weight = 0.0  # in the loss, of codes that are not masked
     guided_late = False  # a step's guidance is by the steps before it: the first has none
     redraws = False  # "halton" draws codes again in every later step, those that it began with not

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from priors.families.published_masked import HaltonConfig
 from priors.networks.halton_maskgit import HaltonNetworkConfig
 from priors.published.masked_cases import masked_outputs
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
-from priors.published_masked import HaltonConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Shapes, count, has

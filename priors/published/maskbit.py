@@ -8,10 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from priors.families.published_masked import MaskBitConfig
 from priors.networks.bert import MaskBitNetworkConfig
 from priors.published.masked_cases import masked_outputs
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
-from priors.published_masked import MaskBitConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Shapes, count, has

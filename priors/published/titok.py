@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from priors.families.published_masked import TiTokConfig
 from priors.networks.bert import TiTokNetworkConfig
 from priors.published.masked_cases import masked_outputs
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior
-from priors.published_masked import TiTokConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Evidence, Shapes, count, has

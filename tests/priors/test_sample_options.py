@@ -14,11 +14,11 @@ from priors.families.autoregressive import AutoregressiveConfig
 from priors.families.hierarchical import HierarchicalConfig
 from priors.families.masked import MaskedConfig
 from priors.families.pixelcnn import PixelCNNConfig
+from priors.families.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig
 from priors.families.uniform import UniformConfig
 from priors.interface import SampleOptions
 from priors.networks.bert import MaskBitNetworkConfig, TiTokNetworkConfig
 from priors.networks.halton_maskgit import HaltonNetworkConfig
-from priors.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig
 from tokenizer.interface import CodeLayout
 from training.errors import UserError
 

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from priors.families.masked import MaskedPrior
-from priors.interface import SampleOptions
-from priors.networks.bert import MaskBitNetworkConfig, TiTokNetworkConfig, grouped
-from priors.networks.halton_maskgit import HaltonNetworkConfig
-from priors.published_masked import (
+from priors.families.published_masked import (
     HaltonConfig,
     HaltonPrior,
     MaskBitConfig,
     TiTokConfig,
     split_digits,
 )
+from priors.interface import SampleOptions
+from priors.networks.bert import MaskBitNetworkConfig, TiTokNetworkConfig, grouped
+from priors.networks.halton_maskgit import HaltonNetworkConfig
 from tokenizer.interface import CodeLayout
 from training.errors import UserError
 
