@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokenizer
 from benchmarks.measure import keep, table
-from tokenizer.data.sources import open_split
+from tokenizer.data.dataset import open_split
 from tokenizer.quantizers import search
 from tokenizer.quantizers.kmeans import common, kmeans
 from tokenizer.run import load_config

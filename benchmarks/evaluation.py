@@ -26,7 +26,7 @@ from eval.metrics.frechet import Gaussian, frechet_distance
 from eval.metrics.moments import Moments
 from eval.pipeline import load
 from eval.reference import npz_batches
-from tokenizer.data.sources import open_split
+from tokenizer.data.dataset import open_split
 from tokenizer.data.transforms import to_float
 
 DIM = 2048

@@ -153,7 +153,7 @@ def precision_of_codes(sizes: Sizes) -> Iterator[Found]:
     import torch
 
     from tokenizer import load
-    from tokenizer.data.sources import open_split
+    from tokenizer.data.dataset import open_split
     from tokenizer.run import TokenizerRun
     from tokenizer.train import train_tokenizer
     from training import distributed

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from benchmarks.measure import keep, median, ratio, synchronise, table
-from tokenizer.data.sampler import Keyed, feed
-from tokenizer.data.sources import Images, open_split
+from tokenizer.data.dataset import Images, open_split
+from tokenizer.data.loader import Keyed, feed
 from tokenizer.features import FeaturesConfig, StoredFeatures
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun

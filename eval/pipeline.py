@@ -19,8 +19,8 @@ from eval.interface import Batch
 from eval.metrics.image_similarity import LPIPS
 from eval.record import Record
 from tokenizer.cache import TokenCache
-from tokenizer.data.sampler import read
-from tokenizer.data.sources import DataConfig, Images, open_split
+from tokenizer.data.dataset import DataConfig, Images, open_split
+from tokenizer.data.loader import read
 from tokenizer.data.transforms import to_uint8
 from tokenizer.interface import CodeLayout, Tokenizer
 from tokenizer.run import load as load_tokenizer

@@ -28,7 +28,7 @@ from eval.metrics.frechet import Gaussian
 from eval.metrics.moments import Moments
 from eval.pipeline import share, share_images
 from generate.npz import DAMAGES, IMAGES, Rows, first_damage
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 from training import distributed
 from training.arrays import DamagedFile, array_names, read_arrays, reason_of
 from training.checkpoint import replace_file, sha256

@@ -23,7 +23,7 @@ from eval.reconstruction import reconstruct
 from eval.record import Measurement, Origin, Record
 from priors.interface import Prior
 from priors.record import is_prior, read_record
-from tokenizer.data.sources import Images
+from tokenizer.data.dataset import Images
 from tokenizer.data.transforms import to_float
 from training import distributed
 from training.checkpoint import weights_hash

@@ -33,7 +33,7 @@ from priors.interface import Prior
 from priors.record import PriorRecord
 from priors.sampling.noise import uniform_noise
 from tokenizer.cache import TokenCache
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8
 from tokenizer.interface import CodeLayout, Tokenizer
 from training import distributed

@@ -20,7 +20,7 @@ from generate.npz import DAMAGES, IMAGES, Rows, first_damage
 from priors.interface import Prior
 from priors.record import PriorRecord
 from tokenizer.data.grid import image_grid
-from tokenizer.data.naming import some
+from tokenizer.data.splits_and_classes import some
 from tokenizer.interface import Tokenizer
 from training import distributed
 from training.atomic import is_settled, replace_file

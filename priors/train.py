@@ -54,7 +54,7 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
     """Train to the end, resuming; returns the averaged prior. Raises UserError when the tokens
     changed."""
     from tokenizer.cache import TokenCache
-    from tokenizer.data.sampler import feed
+    from tokenizer.data.loader import feed
 
     cache = TokenCache.open(config.tokens)
     cache.check_tokenizer()

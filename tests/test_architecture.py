@@ -45,7 +45,7 @@ LONG = {  # longer files, and why each is one
     "priors/backbone.py": "to be told apart",
     "priors/families/uniform.py": "one process: its rates, its loss and its sampler",
     "tokenizer/autoencoder.py": "one module and the two configurations that make it",
-    "tokenizer/data/sources.py": "one data set: what it skips is what it is",
+    "tokenizer/data/dataset.py": "one data set: what it skips is what it is",
     "tokenizer/data/tar_index.py": "one format, read header by header",
     "tokenizer/dry_run.py": "the costs of every loss, which are one sum",
     "tokenizer/encode.py": "one command: a cache is whole or not there",

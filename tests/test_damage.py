@@ -17,7 +17,7 @@ from eval.record import Measurement, Record
 from eval.reference import read_reference, write_reference
 from eval.report.report import Stage
 from tokenizer.data import tar_index
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 from training.arrays import DamagedFile, read_arrays
 from training.checkpoint import weights_path
 from training.errors import UserError

@@ -22,8 +22,8 @@ from eval.report.pictures import bars, curves_plot
 from eval.report.report import Stage, write_report
 from priors.record import read_record
 from tokenizer.cache import TokenCache
-from tokenizer.data.naming import number_classes
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
+from tokenizer.data.splits_and_classes import number_classes
 from training.text import printable
 
 LATIN = os.fsdecode(b"caf\xe9")  # as systems before UTF-8 wrote it

@@ -92,7 +92,7 @@ def test_codes_of_the_cache_are_the_tokenizers(root: Path):
     forward."""
     import tokenizer
     from tokenizer.cache import TokenCache
-    from tokenizer.data.sources import open_split
+    from tokenizer.data.dataset import open_split
 
     cache = TokenCache.open(root / "tokens")
     model = tokenizer.load(cache.tokenizer_folder)
@@ -136,7 +136,7 @@ def test_a_run_with_other_settings_is_refused(
 def test_report_is_one_offline_page(root: Path, capsys: pytest.CaptureFixture):
     import tokenizer
     from eval.extractors.in_domain import extractor_run, train_extractor
-    from tokenizer.data.sources import open_split
+    from tokenizer.data.dataset import open_split
 
     data = tokenizer.load(root / "tokenizer-stage2").config.data
     usual = extractor_run(data, open_split(data, "train"))

@@ -12,7 +12,7 @@ import pytest
 
 from tokenizer import train as train_module
 from tokenizer.autoencoder import VQVAEConfig
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import PRESETS, Size
 from tokenizer.dry_run import dry_run, plan

@@ -30,7 +30,7 @@ from priors.families.masked import SAMPLERS as MASKED
 from priors.interface import SampleOptions
 from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.cache import TokenCache
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.resnet import ResNetDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig

@@ -35,7 +35,7 @@ from priors.families.pixelcnn import PixelCNNConfig
 from priors.families.uniform import UniformConfig
 from priors.train import PriorRun
 from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
 from tokenizer.discriminators.patch import PatchConfig
@@ -260,7 +260,7 @@ def spread(turn: Phase) -> float:
 @contextlib.contextmanager
 def in_precision(dtype: torch.dtype) -> Iterator[None]:
     """In float64 whatever asks for float32 gets float64: what is left is the order of sums."""
-    from tokenizer.data.sources import Images
+    from tokenizer.data.dataset import Images
 
     def doubled(function: Any) -> Any:
         return functools.wraps(function)(lambda *given, **more: function(*given, **more).double())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from toy import Rows, Toy, ToyRun, fingerprint, leaves, loop
 
 from priors import PRIORS
-from tokenizer.data.sampler import feed
+from tokenizer.data.loader import feed
 from tokenizer.interface import CodeLayout
 from training.checkpoint import Run
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.data.sampler import feed
+from tokenizer.data.loader import feed
 from tokenizer.quantizers.codebook import pick_rows
 from training import distributed, randomness
 from training.checkpoint import Run

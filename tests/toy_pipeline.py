@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eval import run as command
 from eval.extractors.in_domain import ExtractorRun, train_extractor
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.interface import CodeLayout
 from training.checkpoint import write_weights
 from training.config import to_yaml
@@ -42,7 +42,7 @@ def make_pipeline(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with tokens of BlockTokenizer, blurred digits as samples, and an extractor of a few
     steps."""
     from tokenizer import encode
-    from tokenizer.data.sources import open_split
+    from tokenizer.data.dataset import open_split
     from tokenizer.run import TokenizerRun
 
     model = BlockTokenizer()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer.data.sources import Images
+from tokenizer.data.dataset import Images
 from tokenizer.interface import Tokenizer
 from training import distributed
 from training.errors import UserError

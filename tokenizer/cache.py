@@ -32,7 +32,7 @@ from training.precision import LOW
 from training.text import printable
 
 if TYPE_CHECKING:
-    from tokenizer.data.sources import Images
+    from tokenizer.data.dataset import Images
 
 FORMAT = "tessera-tokens-1"
 ARRAYS = ("codes", "labels", "ids")

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenizer.data.listings import EMBEDDED, open_listing
-from tokenizer.data.sources import DataConfig, split_items
+from tokenizer.data.dataset import DataConfig, split_items
+from tokenizer.data.source import EMBEDDED, open_listing
 from tokenizer.data.tar_shards import expand_braces, is_pattern
 from tokenizer.discriminators.dino import DinoDiscriminator
 from tokenizer.encoders.foundation import FoundationConfig, quiet_transformers

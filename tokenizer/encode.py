@@ -39,10 +39,10 @@ from tokenizer.cache import (
     read_manifest,
     shard_file,
 )
+from tokenizer.data.dataset import Images, open_split, take_inventories
 from tokenizer.data.identity import FORMAT as IDENTITY
 from tokenizer.data.identity import Inventory
-from tokenizer.data.sampler import Key, read
-from tokenizer.data.sources import Images, open_split, take_inventories
+from tokenizer.data.loader import Key, read
 from tokenizer.interface import CodeLayout
 from tokenizer.run import load, load_config
 from training import distributed

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer.data.sampler import Key, read
-from tokenizer.data.sources import DataConfig, Images
+from tokenizer.data.dataset import DataConfig, Images
+from tokenizer.data.loader import Key, read
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from tokenizer.hierarchical import VQVAE2Config
 from tokenizer.npy_file import NpyFile

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tokenizer.autoencoder import Autoencoder, VQRAEConfig, VQVAEConfig
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.features import FeaturesConfig
 from tokenizer.hierarchical import Hierarchical, VQVAE2Config

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tokenizer.data.dataset import Images, open_split
 from tokenizer.data.grid import image_grid
 from tokenizer.data.identity import open_run
-from tokenizer.data.sampler import feed, keys_of_step, read
-from tokenizer.data.sources import Images, open_split
+from tokenizer.data.loader import feed, keys_of_step, read
 from tokenizer.data.transforms import to_pixels
 from tokenizer.dry_run import dry_run
 from tokenizer.encoders.foundation import FoundationEncoder

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.extractors.networks import Extraction
+from tokenizer.data.dataset import DataConfig, Images, open_split
 from tokenizer.data.identity import changes, noted, open_run
-from tokenizer.data.sampler import feed
-from tokenizer.data.sources import DataConfig, Images, open_split
+from tokenizer.data.loader import feed
 from tokenizer.data.transforms import to_float
 from training import config as configuration
 from training import distributed, randomness

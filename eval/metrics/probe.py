@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from eval.pipeline import Pipeline
 from eval.record import Measurement, Origin, Record, share_interval
-from tokenizer.data.sources import Images
+from tokenizer.data.dataset import Images
 from tokenizer.data.transforms import to_float
 from tokenizer.encoders.foundation import FoundationConfig
 from tokenizer.interface import CodeLayout

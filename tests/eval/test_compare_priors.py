@@ -15,7 +15,7 @@ from tiny import command
 import priors
 from eval.extractors.in_domain import ExtractorRun, train_extractor
 from tokenizer.cache import TokenCache
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from training.loop import LoopConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "digits_vqvae"

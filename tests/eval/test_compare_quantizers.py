@@ -18,7 +18,7 @@ from eval.compare import table_of
 from eval.extractors.in_domain import ExtractorRun, train_extractor
 from eval.quantizers import find_runs, of_levels
 from eval.report.comparison_pictures import rate_plot
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.run import TokenizerRun, load
 from tokenizer.train import train_tokenizer
 from training.checkpoint import load_weights, weights_path, write_weights

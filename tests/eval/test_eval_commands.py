@@ -25,7 +25,7 @@ from eval.record import Record
 from eval.reference import write_reference
 from eval.token_records import read_rate_distortion
 from tokenizer.cache import TokenCache
-from tokenizer.data.sources import DataConfig, Images, open_split
+from tokenizer.data.dataset import DataConfig, Images, open_split
 from training.errors import UserError
 
 

@@ -21,7 +21,7 @@ from eval.metrics.kid import kernel_distance
 from eval.metrics.memorisation import find_copying
 from eval.metrics.precision_recall import manifold
 from eval.reference import read_reference, write_reference
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from training.errors import UserError
 
 SCORES = {

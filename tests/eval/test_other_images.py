@@ -15,7 +15,7 @@ from toy_pipeline import evaluate, make_pipeline
 from eval import pipeline as pipeline_module
 from eval.pipeline import Options, Pipeline
 from generate.edit import open_image
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.encode import TokensRun, encode_data
 from training.errors import UserError
 

@@ -20,7 +20,7 @@ from priors.families.autoregressive import AutoregressiveConfig
 from priors.interface import SampleOptions
 from priors.sampling.noise import uniform_noise
 from priors.train import PriorRun, train_prior
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.encode import TokensRun, encode_data
 from tokenizer.interface import CodeLayout
 from tokenizer.run import TokenizerRun

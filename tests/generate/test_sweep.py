@@ -18,7 +18,7 @@ from eval.record import Measurement
 from eval.sweep import Combination, _read_lines, pareto, table
 from generate.sweep import combinations
 from priors.interface import SampleOptions
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.data.transforms import to_uint8
 from training.errors import UserError
 from training.loop import LoopConfig

@@ -22,7 +22,7 @@ from priors.published.load import from_pretrained
 from priors.published.table import PEERS
 from priors.train import PriorRun, train_prior
 from tokenizer.autoencoder import VQVAEConfig
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.titok import TiTokDecoderConfig
 from tokenizer.encode import TokensRun, encode_data

@@ -22,8 +22,8 @@ from tokenizer import encode
 from tokenizer.autoencoder import VQVAEConfig
 from tokenizer.batch_encoder import BatchEncoder
 from tokenizer.cache import FORMAT, Shards, TokenCache, code_dtype, shard_file
-from tokenizer.data import sampler, sources
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data import dataset, loader
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.encode import TokensRun, encode_data
 from tokenizer.encoders.conv import ConvEncoderConfig
@@ -763,7 +763,7 @@ def test_processes_that_read_change_nothing(unreadable):
 
 def test_bad_images_that_others_meet_are_too_many_together(unreadable, monkeypatch):
     save_tokenizer(unreadable / "tokenizer", unreadable / "images", memory_mib=0, max_bad=0.1)
-    monkeypatch.setattr(sources, "FEWEST_READS", 1)
+    monkeypatch.setattr(dataset, "FEWEST_READS", 1)
     with (
         pytest.warns(UserWarning),
         pytest.raises(UserError, match=r"too many of its \d+ train images"),
@@ -773,7 +773,7 @@ def test_bad_images_that_others_meet_are_too_many_together(unreadable, monkeypat
 
 
 def test_what_is_in_memory_needs_no_process(root, monkeypatch):
-    monkeypatch.setattr(sampler, "_read_ahead", None)
+    monkeypatch.setattr(loader, "_read_ahead", None)
     encode_data(run(root, workers=2))
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image, features
 
-from tokenizer.data import sources, transforms
-from tokenizer.data.listings import open_listing
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data import dataset, transforms
+from tokenizer.data.dataset import DataConfig, open_split
+from tokenizer.data.source import open_listing
 from tokenizer.data.transforms import BadImage, decode, to_float, to_uint8
 from training.errors import UserError
 
@@ -582,7 +582,7 @@ def test_bad_items_of_a_large_set_give_the_next_of_their_class(damaged):
 def test_a_reader_judges_by_what_it_read(tmp_path, monkeypatch):
     """A process that sees a part of a large set need not see as many bad items as the whole may
     have."""
-    monkeypatch.setattr(sources, "FEWEST_READS", 20)
+    monkeypatch.setattr(dataset, "FEWEST_READS", 20)
     root = write_folder(tmp_path / "train", classes=["a"], count=200)
     write_folder(tmp_path / "test", classes=["a"], count=1)
     for number in range(4, 200, 10):

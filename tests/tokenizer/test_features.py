@@ -17,7 +17,7 @@ from tiny import save_encoder
 
 from tokenizer import features as features_module
 from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.decoders.vit import ViTDecoderConfig
 from tokenizer.encoders.foundation import FoundationConfig, FoundationEncoder
 from tokenizer.features import FeaturesConfig, StoredFeatures

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from tokenizer.data import digests, identity
+from tokenizer.data.dataset import DataConfig, open_split, take_inventories
 from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.identity import open_run
-from tokenizer.data.listings import open_listing
-from tokenizer.data.sources import DataConfig, open_split, take_inventories
+from tokenizer.data.source import open_listing
 from training import distributed
 from training.errors import UserError
 
@@ -483,7 +483,7 @@ def test_other_labels_of_the_same_files(tmp_path, trained, monkeypatch):
         listing.labels = 1 - listing.labels
         return listing
 
-    monkeypatch.setattr("tokenizer.data.sources.open_listing", swapped)
+    monkeypatch.setattr("tokenizer.data.dataset.open_listing", swapped)
     assert "other images: their labels, or the split that they are in;" in refused(folder, source)
 
 

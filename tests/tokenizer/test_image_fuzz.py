@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.data.transforms import ORIENTATION_TAG
 from training.errors import UserError
 
@@ -128,7 +128,7 @@ def write_mutations(folder, count, seed):
 READ = """
 import json, resource, sys, time, warnings
 warnings.simplefilter("error")
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
 started = time.monotonic()
 counts = []
 for memory_mib in (1024, 0):

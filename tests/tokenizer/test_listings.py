@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from test_data import PLAIN, SIZE, config_of, encode, write_parquet
 
-from tokenizer.data.listings import open_listing
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
+from tokenizer.data.source import open_listing
 from training.errors import UserError
 
 
@@ -702,7 +702,7 @@ def test_a_saved_file_that_changes_while_it_is_read_is_one_line(
     code = f"""if True:
         import os
         from pathlib import Path
-        from tokenizer.data.listings import open_listing
+        from tokenizer.data.source import open_listing
         from tokenizer.data.transforms import BadImage
         listing = open_listing({str(folder)!r}, 0)
         for file in Path({str(folder)!r}).glob("*.arrow"):

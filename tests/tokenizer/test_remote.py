@@ -17,7 +17,7 @@ SCRIPT = """
 import json, os, sys, time
 from tokenizer import remote
 remote.PATIENCE = remote.Patience(connect=0.3, read=0.3)
-from tokenizer.data.listings import open_listing
+from tokenizer.data.source import open_listing
 from tokenizer.encoders.foundation import _download
 from tokenizer.shared_folder import upload
 from tokenizer.sharing import from_pretrained

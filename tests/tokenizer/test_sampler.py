@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer.data import sampler
-from tokenizer.data.sampler import encipher, feed, keys_of_step
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data import loader
+from tokenizer.data.dataset import DataConfig, open_split
+from tokenizer.data.loader import encipher, feed, keys_of_step
 from training import distributed
 from training.errors import UserError
 
@@ -131,8 +131,8 @@ def test_enciphering_shuffles():
 
 
 def test_each_item_of_a_large_set_once_per_epoch(monkeypatch):
-    monkeypatch.setattr(sampler, "LARGEST_TABLE", 10)
-    monkeypatch.setattr(sampler, "permutation", lambda *_: pytest.fail("made a table"))
+    monkeypatch.setattr(loader, "LARGEST_TABLE", 10)
+    monkeypatch.setattr(loader, "permutation", lambda *_: pytest.fail("made a table"))
     test_each_item_once_per_epoch(23, 7)
     test_resuming_gives_what_a_straight_run_gives(monkeypatch, 2, 0)
 

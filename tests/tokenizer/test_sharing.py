@@ -17,7 +17,7 @@ from tiny import save_encoder
 import tokenizer
 from tokenizer import sharing
 from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
 from tokenizer.encoders.conv import ConvEncoderConfig

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from tokenizer.data import tar_index
-from tokenizer.data.listings import open_listing
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.dataset import DataConfig, open_split
+from tokenizer.data.source import open_listing
 from tokenizer.data.tar_shards import MAX_SHARDS, expand_braces
 from tokenizer.data.transforms import BadImage, to_uint8
 from training import distributed

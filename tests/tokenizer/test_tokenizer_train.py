@@ -14,7 +14,7 @@ from PIL import Image
 import tokenizer
 from tokenizer import train as train_module
 from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
 from tokenizer.discriminators.patch import PatchConfig

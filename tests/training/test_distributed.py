@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from toy import Rows, Toy, ToyRun, leaves, log_lines, loop
 
-from tokenizer.data.sampler import feed
+from tokenizer.data.loader import feed
 from tokenizer.quantizers.codebook import pick_rows
 from training import batch_means, distributed, randomness
 from training.checkpoint import Run

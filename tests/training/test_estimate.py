@@ -19,7 +19,7 @@ from priors import train as priors_train
 from priors.train import PriorRun
 from tokenizer import dry_run as tokenizer_dry_run
 from tokenizer.autoencoder import VQVAEConfig
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig
 from tokenizer.decoders.vit import ViTDecoderConfig
 from tokenizer.discriminators.patch import PatchConfig

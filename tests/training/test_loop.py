@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy import LOOP, Generator, Rows, Toy, ToyRun, fingerprint, leaves, log_lines, loop, stop_at
 
-from tokenizer.data.sampler import feed
+from tokenizer.data.loader import feed
 from training import distributed
 from training.checkpoint import Run, load_weights
 from training.ema import Ema

@@ -21,7 +21,7 @@ from toy import Rows, Toy, ToyRun, loop
 from eval.pipeline import LowPrecision
 from generate.drawing import Request, draw_samples
 from priors.interface import SampleOptions
-from tokenizer.data.sampler import feed
+from tokenizer.data.loader import feed
 from tokenizer.encode import TokensRun, encode_data
 from tokenizer.interface import CodeLayout
 from tokenizer.run import load

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import OPTIMIZER, fingerprint, leaves, log_lines, loop
 
 from priors.backbone import BackboneConfig, cross_entropy
-from tokenizer.data.sampler import feed
+from tokenizer.data.loader import feed
 from tokenizer.interface import CodeLayout
 from training import distributed, randomness
 from training.checkpoint import FREE_KEYS, Run, load_weights

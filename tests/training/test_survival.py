@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from toy import OPTIMIZER, Rows, Toy, ToyRun, fingerprint, leaves, log_lines, loop
 
-from tokenizer.data.sampler import feed
+from tokenizer.data.loader import feed
 from tokenizer.quantizers.vector import VectorConfig
 from training import distributed
 from training.checkpoint import Run, load_weights

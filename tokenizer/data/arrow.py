@@ -12,7 +12,7 @@ import numpy as np
 from tokenizer.data import tar_index
 from tokenizer.data.columns import NO_CHOICE, Choice, Table, binary
 from tokenizer.data.digests import FileDigests, file_digests
-from tokenizer.data.naming import number_classes, own_split
+from tokenizer.data.splits_and_classes import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from training.errors import UserError
 from training.text import printable

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from tokenizer.data.naming import some
+from tokenizer.data.splits_and_classes import some
 from training.errors import UserError
 
 LABEL_WORDS = {

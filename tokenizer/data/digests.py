@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tokenizer.data import kept
+from tokenizer.data import file_cache
 from training import distributed
 from training.errors import UserError
 from training.log import Progress
@@ -63,9 +63,11 @@ class FileDigests(NamedTuple):
             FORMAT + stamps.tobytes() + np.ascontiguousarray(items).tobytes()
         ).digest()
         place = (
-            kept.kept_at("digests", Path(f"{files[0]}#{len(items)}.{items[0]}")) if files else None
+            file_cache.place_of("digests", Path(f"{files[0]}#{len(items)}.{items[0]}"))
+            if files
+            else None
         )
-        before = (place and kept.read_kept(place)) or b""
+        before = (place and file_cache.read(place)) or b""
         if before.startswith(state):
             return FileDigests([""], np.frombuffer(before[len(state) :], np.uint8).reshape(1, 32))
         young = time.time_ns() - int(stamps.max(initial=0)) < YOUNG_NS
@@ -75,7 +77,7 @@ class FileDigests(NamedTuple):
             if distributed.is_main():
                 progress.show(count + 1, READING)
         if place and not young and stamps.min() >= 0 and distributed.is_main():
-            _warn_of(kept.keep(place, state + whole.digest()))
+            _warn_of(file_cache.write(place, state + whole.digest()))
         return FileDigests([""], np.frombuffer(whole.digest(), np.uint8).reshape(1, 32))
 
 
@@ -87,7 +89,7 @@ def file_digests(root: Path, names: list[str], largest: int | None = None) -> Fi
     Raises UserError where ranks name different files.
     """
     place, short = (
-        kept.kept_at("digests", root),
+        file_cache.place_of("digests", root),
         np.array([short_hash(name) for name in names], np.uint64),
     )
     _check_ranks_agree(root, short)
@@ -227,7 +229,7 @@ def _check_ranks_agree(root: Path, names: np.ndarray) -> None:
 
 
 def _read(place: Path) -> np.ndarray:
-    data = kept.read_kept(place) or b""
+    data = file_cache.read(place) or b""
     if not data.startswith(FORMAT) or (len(data) - len(FORMAT)) % RECORD.itemsize:
         return np.zeros(0, RECORD)
     return np.frombuffer(data, RECORD, offset=len(FORMAT))
@@ -240,7 +242,7 @@ def _keep(place: Path, before: np.ndarray, found: np.ndarray) -> None:
     records = records[np.unique(records["name"], return_index=True)[1]]  # sorted
     if records.tobytes() == before.tobytes():
         return
-    _warn_of(kept.keep(place, FORMAT + records.tobytes()))
+    _warn_of(file_cache.write(place, FORMAT + records.tobytes()))
 
 
 def _warn_of(reason: str | None) -> None:

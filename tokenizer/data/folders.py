@@ -16,7 +16,7 @@ import numpy as np
 from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
 from tokenizer.data.digests import FileDigests, file_digests
 from tokenizer.data.label_files import read_label_files
-from tokenizer.data.naming import (
+from tokenizer.data.splits_and_classes import (
     EXTENSIONS,
     OwnSplit,
     folder_split,

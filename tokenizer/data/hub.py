@@ -17,7 +17,7 @@ from tokenizer.data.columns import (
     split_columns,
 )
 from tokenizer.data.digests import FileDigests
-from tokenizer.data.naming import number_classes, own_split
+from tokenizer.data.splits_and_classes import number_classes, own_split
 from tokenizer.data.transforms import BadImage
 from tokenizer.remote import patient
 from training.errors import UserError

@@ -21,7 +21,7 @@ from training.checkpoint import OtherInput, Run, replace_file
 from training.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenizer.data.listings import Listing
+    from tokenizer.data.source import Listing
 
 FORMAT = "tessera-data-1"
 FILE = "inventory.npz"  # in a run's folder: what its images were, to say what became of them
@@ -61,7 +61,7 @@ class Inventory:
 
 
 class Split(Protocol):
-    """One split of a data set, as `sources.Images` is."""
+    """One split of a data set, as `dataset.Images` is."""
 
     split: str  # its name
     inventory: Inventory

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizer.data.columns import NO_LABELS, Choice, choose_label, split_columns, split_note
-from tokenizer.data.naming import some
+from tokenizer.data.splits_and_classes import some
 from training.errors import UserError
 from training.text import printable
 

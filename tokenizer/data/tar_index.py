@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.data import kept
-from tokenizer.data.naming import EXTENSIONS
+from tokenizer.data import file_cache
+from tokenizer.data.splits_and_classes import EXTENSIONS
 from training.arrays import read_arrays
 from training.checkpoint import replace_file
 from training.errors import UserError
@@ -116,7 +116,7 @@ def index_of(path: Path) -> TarIndex:
 
 def kept_at(path: Path) -> Path:
     """Where a shard's index is kept."""
-    return kept.kept_at("tars", path).with_suffix(".npz")
+    return file_cache.place_of("tars", path).with_suffix(".npz")
 
 
 class Stamp(NamedTuple):

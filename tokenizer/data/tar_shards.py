@@ -17,7 +17,7 @@ import numpy as np
 from tokenizer.data import tar_index
 from tokenizer.data.columns import NO_CHOICE, NO_LABELS, Choice
 from tokenizer.data.digests import FileDigests, file_digests
-from tokenizer.data.naming import number_classes, own_split, some
+from tokenizer.data.splits_and_classes import number_classes, own_split, some
 from tokenizer.data.transforms import BadImage
 from training import distributed
 from training.errors import UserError

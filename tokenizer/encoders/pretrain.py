@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.data.grid import image_grid
 from tokenizer.data.identity import open_run
-from tokenizer.data.sampler import feed
-from tokenizer.data.sources import DataConfig, open_split
+from tokenizer.data.loader import feed
 from tokenizer.data.transforms import to_pixels
 from tokenizer.decoders.vit import sin_cos_positions
 from tokenizer.encoders.foundation import quiet_transformers

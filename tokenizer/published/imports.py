@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenizer.data.sources import DataConfig
+from tokenizer.data.dataset import DataConfig
 from tokenizer.published.load import PREFIX, from_pretrained, home, save_published
 from tokenizer.published.peer import Peer
 from tokenizer.published.table import published_files

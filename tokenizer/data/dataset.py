@@ -20,8 +20,8 @@ from torch import Tensor
 from tokenizer.data import transforms
 from tokenizer.data.columns import Choice
 from tokenizer.data.identity import Inventory
-from tokenizer.data.listings import Listing, open_listing, unseen_classes
 from tokenizer.data.skipped import Skipped, first_of
+from tokenizer.data.source import Listing, open_listing, unseen_classes
 from tokenizer.data.transforms import BadImage
 from training import distributed
 from training.errors import UserError

@@ -16,8 +16,8 @@ from tokenizer.data.columns import NO_CHOICE, Choice
 from tokenizer.data.digests import FileDigests
 from tokenizer.data.folders import FolderListing, other_files
 from tokenizer.data.hub import HubListing
-from tokenizer.data.naming import EXTENSIONS, some
 from tokenizer.data.parquet import ParquetListing, holds_images
+from tokenizer.data.splits_and_classes import EXTENSIONS, some
 from tokenizer.data.tar_shards import TarListing, expand_braces, is_pattern
 from tokenizer.data.walk import walk
 from training.errors import UserError

@@ -16,13 +16,13 @@ from training.errors import UserError
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
-def kept_at(kind: str, source: Path) -> Path:
+def place_of(kind: str, source: Path) -> Path:
     """Where a `kind` of file about a source is kept, whatever name it goes by."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tessera")
     return folder / kind / hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:32]
 
 
-def keep(path: Path, data: bytes) -> str | None:
+def write(path: Path, data: bytes) -> str | None:
     """Write `data`; None, or why it cannot be kept. Where nothing can be written nothing is
     tried."""
     there = next(parent for parent in path.parents if parent.exists())
@@ -37,8 +37,8 @@ def keep(path: Path, data: bytes) -> str | None:
     return None
 
 
-def read_kept(path: Path) -> bytes | None:
-    """What `keep` wrote; None where there is nothing, or it is damaged."""
+def read(path: Path) -> bytes | None:
+    """What `write` wrote; None where there is nothing, or it is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
