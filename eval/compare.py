@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.record import Measurement, nameless
-from eval.report.markup import table_cell
-from eval.report.tables import ARROWS, interval_text, number, value_text
+from eval.report.tables import ARROWS, interval_text, markdown_table, number, value_text
 from training.command import Parser, run_command
 from training.config import to_dict
 from training.errors import UserError
@@ -121,7 +120,7 @@ def compare_records(first: Figures, second: Figures, allowed: Sequence[str] = ()
         ]
         for column, cell in zip(columns.values(), cells):
             column.append(cell)
-    lines = table_of(columns)
+    lines = markdown_table(columns)
     for one, other in ((first, second), (second, first)):
         if alone := [name for name in one.measured if name not in other.measured]:
             lines.append(f"only in {one.path}: {', '.join(alone)}")
@@ -189,18 +188,6 @@ def check_alike(conditions: Mapping[Path, Mapping[str, str]], allowed: Sequence[
                     f"{folder} and {other} differ in {field} ({was} and {own[field]}), so they do not compare: "
                     f"train them alike, or allow and show it with --allow-differences {field}"
                 )
-
-
-def table_of(columns: dict[str, list[str]]) -> list[str]:
-    """Lines of Markdown, aligned: the first column to the left, the others to the right."""
-    padded = []
-    for head, *cells in (
-        [table_cell(text) for text in (head, *cells)] for head, cells in columns.items()
-    ):
-        width = max(map(len, [head, *cells]))
-        place, rule = (str.rjust, "-" * (width - 1) + ":") if padded else (str.ljust, "-" * width)
-        padded.append([place(head, width), rule, *(place(cell, width) for cell in cells)])
-    return [f"| {' | '.join(line)} |" for line in zip(*padded)]
 
 
 def own_settings(configs: Sequence[Any]) -> list[str]:

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from eval.compare import check_alike, own_settings, table_of
+from eval.compare import check_alike, own_settings
 from eval.generation import measure_generation
 from eval.metrics.likelihood import measure_likelihood
 from eval.pipeline import Options, Pipeline
 from eval.record import Measurement, Record, dump_json, write_pages
-from eval.report.comparison_pictures import labelled_grid, points_plot
-from eval.report.pictures import Picture
-from eval.report.tables import number
+from eval.report.pictures import Picture, labelled_grid
+from eval.report.plots import named_points
+from eval.report.tables import markdown_table, number
 from eval.sample_facts import read_cost
 from priors.record import is_prior, read_record
 from priors.train import PriorRun
@@ -100,8 +100,8 @@ def compare_priors(options: Options) -> None:
         return
     pictures = draw(rows)
     notes = list(dict.fromkeys(note for row in rows for note in row.generation.notes))
-    table = table_of(columns_of(rows))
-    files = {f"images/{picture.name}": picture.file() for picture in pictures}
+    table = markdown_table(columns_of(rows))
+    files = {f"images/{picture.name}": picture.content for picture in pictures}
     files[f"{NAME}.json"] = dump_json({"notes": notes, "runs": [row.to_dict() for row in rows]})
     files[f"{NAME}.md"] = markdown(rows, table, notes, pictures).encode()
     write_pages(options.run, files)
@@ -194,7 +194,7 @@ def draw(rows: Sequence[Row]) -> list[Picture]:
     )
     if not all(map(math.isfinite, distances)):
         return [grid]
-    plot = points_plot(names, seconds, distances, "seconds per image", "FD to held-out images")
+    plot = named_points(names, seconds, distances, "seconds per image", "FD to held-out images")
     return [
         Picture(
             f"{NAME}-seconds.svg", "In-domain Fréchet distance against seconds per image.", plot

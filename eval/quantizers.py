@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.compare import check_alike, own_settings, table_of
+from eval.compare import check_alike, own_settings
 from eval.pipeline import Options, Pipeline
 from eval.reconstruction import measure_reconstruction
 from eval.record import Measurement, Record, dump_json, write_pages
-from eval.report.comparison_pictures import codebook_bars, curves_plot, labelled_grid, rate_plot
-from eval.report.pictures import Picture
-from eval.report.report import read_log
-from eval.report.tables import ARROWS, number
+from eval.report.pictures import Picture, labelled_grid
+from eval.report.plots import codebook_bars, named_curves, named_points
+from eval.report.stages import read_log
+from eval.report.tables import ARROWS, markdown_table, number
 from tokenizer.data.identity import noted
 from tokenizer.run import TokenizerRun, load_config
 from training import distributed, words
@@ -165,8 +165,8 @@ def compare_quantizers(options: Options) -> None:
         return
     pictures = draw(rows)
     notes = list(dict.fromkeys(note for row in rows for note in row.record.notes))
-    table = table_of(columns_of(rows, options.allow_differences))
-    files = {f"images/{picture.name}": picture.file() for picture in pictures}
+    table = markdown_table(columns_of(rows, options.allow_differences))
+    files = {f"images/{picture.name}": picture.content for picture in pictures}
     files[f"{NAME}.json"] = dump_json({"notes": notes, "runs": [row.to_dict() for row in rows]})
     files[f"{NAME}.md"] = markdown(rows, table, notes, pictures).encode()
     write_pages(options.run, files)
@@ -260,7 +260,8 @@ def markdown(
 
 def draw(rows: Sequence[Row]) -> list[Picture]:
     names = [row.name for row in rows]
-    rates = rate_plot(names, [row.bits for row in rows], [row.psnr for row in rows])
+    bits, psnr = [row.bits for row in rows], [row.psnr for row in rows]
+    rates = named_points(names, bits, psnr, "bits per image", "PSNR, dB")
     bars = codebook_bars(names, [row.usage for row in rows], [row.perplexity_share for row in rows])
     curves = {row.name: row.curve for row in rows if row.curve}
     pictures = [
@@ -273,7 +274,8 @@ def draw(rows: Sequence[Row]) -> list[Picture]:
     ]
     if curves:
         caption = "PSNR in training, of the few held-out images that a run watches."
-        pictures.append(Picture(f"{NAME}-curves.svg", caption, curves_plot(curves)))
+        plot = named_curves(curves, "step", "held-out PSNR, dB")
+        pictures.append(Picture(f"{NAME}-curves.svg", caption, plot))
     groups: dict[bytes, list[Row]] = {}  # one, unless runs on different images were allowed
     for row in rows:
         groups.setdefault(row.record.arrays["shown_originals"].tobytes(), []).append(row)

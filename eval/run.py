@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,9 +59,9 @@ def codebook(options: Options) -> None:
 def rate(options: Options) -> None:
     """what held-out codes cost: fixed, by unigrams, by a prior, and as files; beside picture
     formats if asked for"""
-    from eval.metrics.rate_distortion import markdown, plot
     from eval.pipeline import Pipeline
     from eval.record import claim_pages, write_pages
+    from eval.report.rate_distortion import markdown, plot
     from eval.token_records import measure_rate, measure_rate_distortion, read_rate_distortion
     from training import distributed
 
@@ -74,10 +73,9 @@ def rate(options: Options) -> None:
         record = measure_rate_distortion(pipeline)
         show(pipeline, [record])
         if distributed.is_main():
-            found, picture = read_rate_distortion(record), io.BytesIO()
-            plot(found, picture)
-            write_pages(pipeline.report_folder, {RATE_DISTORTION: picture.getvalue()})
-            print(f"\n{markdown(found)}\n{pipeline.report_folder / RATE_DISTORTION}", flush=True)
+            measured = read_rate_distortion(record)
+            write_pages(pipeline.report_folder, {RATE_DISTORTION: plot(measured)})
+            print(f"\n{markdown(measured)}\n{pipeline.report_folder / RATE_DISTORTION}", flush=True)
 
 
 def probe(options: Options) -> None:
@@ -132,7 +130,8 @@ def report(options: Options) -> None:
     """all that concerns a pipeline, and RUN/report/report.html, report.md and report.json from
     it"""
     from eval.pipeline import Pipeline
-    from eval.report.report import collect_records, find_stages, write_report
+    from eval.report.report import collect_records, write_report
+    from eval.report.stages import find_stages
     from eval.report.tables import headlines, text_table, unique_figures
     from training import distributed
 

@@ -22,10 +22,11 @@ from eval.extractors.networks import Extraction, FeatureRows, banner, figure_nam
 from eval.generation import Samples
 from eval.interface import Batch
 from eval.metrics.frechet import Gaussian
+from eval.metrics.front import pareto
 from eval.pipeline import Options, Pipeline, share
 from eval.reconstruction import measure_frechet
 from eval.record import Measurement, Origin, share_interval
-from eval.report.tables import interval_text, number, value_text
+from eval.report.tables import interval_text, markdown_table, number, value_text
 from eval.sample_facts import REMEDY, read_cost
 from generate.sample import check_counts
 from generate.sweep import LINES, PLAN, PLOT, TABLE, claim
@@ -127,22 +128,12 @@ def measure_sweep(folder: Path, judge: Judge, names: Sequence[str]) -> list[Comb
     return found
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Those of (seconds, distance) that no other beats in one without losing in the other, fastest
-    first."""
-    front: list[int] = []
-    for index in sorted(range(len(points)), key=lambda each: points[each]):
-        if not front or points[index][1] < points[front[-1]][1]:
-            front.append(index)
-    return front
-
-
 def table(found: Sequence[Combination], varied: Sequence[str]) -> str:
     """Markdown, best distance first; the Pareto front is marked."""
     front = pareto([(each.seconds, each.distance) for each in found])
     header = [*varied, *(m.name for m in found[0].measurements[:1]), "95 %"]
     header += [m.name for m in found[0].measurements[1:]] + ["N", "s per image", "front"]
-    rows = [header]
+    rows = []
     for index in sorted(range(len(found)), key=lambda each: found[each].distance):
         each = found[index]
         distance, *others = each.measurements
@@ -152,14 +143,8 @@ def table(found: Sequence[Combination], varied: Sequence[str]) -> str:
         ]
         cells += [value_text(other) for other in others] + [f"{distance.n:,}", number(each.seconds)]
         rows.append([*cells, "★" if index in front else ""])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |"
-        for row in rows
-    ]
-    return "\n".join(
-        [lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]]
-    )
+    columns = {head: [row[at] for row in rows] for at, head in enumerate(header)}
+    return "\n".join(markdown_table(columns))
 
 
 def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> None:

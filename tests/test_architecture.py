@@ -26,6 +26,7 @@ HEAVY = {
     "sklearn",
     "lpips",
     "matplotlib",
+    "jinja2",
     "torchvision",
     "torch_fidelity",
     "tensorboard",

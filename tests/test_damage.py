@@ -15,7 +15,7 @@ from test_tar_shards import shards
 from eval.extractors.in_domain import ExtractorRun, open_extractor, train_extractor
 from eval.record import Measurement, Record
 from eval.reference import read_reference, write_reference
-from eval.report.report import Stage
+from eval.report.stages import Stage
 from tokenizer.data import tar_index
 from tokenizer.data.dataset import DataConfig, open_split
 from training.arrays import DamagedFile, read_arrays

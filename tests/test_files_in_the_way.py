@@ -14,7 +14,7 @@ from test_damage import a_record
 from eval.pipeline import Options
 from eval.record import Record
 from eval.reference import write_reference
-from eval.report.report import read_log
+from eval.report.stages import read_log
 from eval.run import rate
 from generate.classes import parse_classes
 from generate.drawing import Request, drawn

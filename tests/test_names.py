@@ -18,8 +18,9 @@ from test_eval_report import synthetic_records
 from tiny import command
 
 from eval.report.markup import escape, markdown, table_cell
-from eval.report.pictures import bars, curves_plot
-from eval.report.report import Stage, write_report
+from eval.report.plots import bars, training_curves
+from eval.report.report import write_report
+from eval.report.stages import Stage
 from priors.record import read_record
 from tokenizer.cache import TokenCache
 from tokenizer.data.dataset import DataConfig, open_split
@@ -196,7 +197,7 @@ def test_a_report_takes_no_markup_from_names(tmp_path: Path) -> None:
 def test_pictures_are_well_formed_whatever_their_names(name: str) -> None:
     for picture in (
         bars([(name, 50.0)]),
-        curves_plot({name: [(1, 2.0)]}),
+        training_curves({name: [(1, 2.0)]}),
         f"<a>{escape(name)}</a>",
     ):
         ElementTree.fromstring(picture.encode().decode())

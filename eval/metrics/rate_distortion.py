@@ -13,16 +13,15 @@ import functools
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, features
 from torch import Tensor
 
+from eval.metrics import front
 from eval.metrics.image_similarity import LPIPS, WINDOW, psnr, squared_error, ssim
-from eval.report.tables import number
 from training import distributed
 from training.log import Progress
 
@@ -42,6 +41,10 @@ class Point:
     psnr: float  # dB
     ssim: float | None  # None where images are below its window
     lpips: float | None  # None without weights
+
+    def rate(self, bare: bool) -> float:
+        """Bits per pixel, without headers or with them."""
+        return self.bare_bits if bare else self.bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +67,8 @@ class RateDistortion:
         """The codec at the bits of a point, with headers or bare on both sides: linear in the
         logarithm of bits between settings. None outside its curve."""
         curve = pareto(self.curves[codec], bare)
-        rates = [math.log2(_bits(each, bare)) for each in curve]
-        rate = math.log2(_bits(point, bare))
+        rates = [math.log2(each.rate(bare)) for each in curve]
+        rate = math.log2(point.rate(bare))
         if not curve or not rates[0] <= rate <= rates[-1]:
             return None
 
@@ -200,15 +203,9 @@ def try_codec(
 def pareto(points: Sequence[Point], bare: bool = False) -> list[Point]:
     """Those that no other beats in bits or PSNR without losing in the other, from few bits to
     many."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda each: (_bits(each, bare), -each.psnr)):
-        if not front or point.psnr > front[-1].psnr:
-            front.append(point)
-    return front
-
-
-def _bits(point: Point, bare: bool) -> float:
-    return point.bare_bits if bare else point.bits
+    return [
+        points[place] for place in front.pareto([(each.rate(bare), -each.psnr) for each in points])
+    ]
 
 
 def _scales(images: Tensor) -> list[int]:
@@ -290,109 +287,3 @@ CODECS = {
         avif_bare,
     ),
 }
-CAPTION = (
-    "Bits per pixel and figures are means over {n} images of {width} x {height} at one setting. Codecs: Pillow "
-    "{pillow}, chroma halved as by its default, quality swept at full size, 1/2, 1/4 and 1/8 (Lanczos both ways); "
-    "the curve is the best PSNR for the bits. With headers: whole files, one per image. Bare: without what all files "
-    "of a setting repeat (JPEG without its frame and quantization tables, WebP without RIFF, AVIF the mdat box alone; "
-    "tokens without the file's header). A tokenizer's own weights, and a prior's, are counted nowhere. Images that "
-    "come from JPEG files favour JPEG near the quality of those files."
-)
-
-
-def caption(found: RateDistortion) -> str:
-    import PIL
-
-    height, width = found.size
-    return CAPTION.format(
-        n=f"{found.num_images:,}", width=width, height=height, pillow=PIL.__version__
-    )
-
-
-def markdown(found: RateDistortion) -> str:
-    """Each tokenizer beside the codecs at its bits, then the curves."""
-    shown = _measured(found)
-    titles = FIGURES | {"lpips": found.lpips or ""}
-    lines = []
-    for bare in (False, True):
-        lines += [f"### At the bits of each tokenizer, {'bare' if bare else 'with headers'}", ""]
-        header = ["", "bits per pixel", *(titles[figure] for figure in shown)]
-        rows = []
-        for point in found.points:
-            rows.append(
-                [
-                    f"**{point.name}** ({point.setting})",
-                    number(_bits(point, bare)),
-                    *_figures(point, shown),
-                ]
-            )
-            for codec, curve in found.curves.items():
-                other = found.matched(point, codec, bare)
-                front = pareto(curve, bare)
-                low, high = (number(_bits(front[end], bare)) for end in (0, -1))
-                figures = _figures(other, shown) if other else ["—"] * len(shown)
-                rows.append([codec, "the same" if other else f"has {low} … {high}", *figures])
-        lines += [_table(header, rows), ""]
-    lines += ["### Curves", ""]
-    header = ["", "setting", "bits per pixel", "bare", *(titles[figure] for figure in shown)]
-    rows = [
-        [codec, point.setting, number(point.bits), number(point.bare_bits), *_figures(point, shown)]
-        for codec, curve in found.curves.items()
-        for point in pareto(curve)
-    ]
-    return "\n".join([*lines, _table(header, rows), "", caption(found), *found.notes]) + "\n"
-
-
-def _measured(found: RateDistortion) -> list[str]:
-    """The figures that all points have."""
-    points = [*found.points, *(point for curve in found.curves.values() for point in curve)]
-    return [
-        figure for figure in FIGURES if all(getattr(point, figure) is not None for point in points)
-    ]
-
-
-def _figures(point: Point, shown: Sequence[str]) -> list[str]:
-    return [number(getattr(point, figure)) for figure in shown]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = [
-        "---" if column == 0 or name == "setting" else "--:" for column, name in enumerate(header)
-    ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows))
-
-
-def plot(found: RateDistortion, file: Path | BinaryIO) -> None:
-    """Bits per pixel against each figure, as PNG or, by a path's suffix, SVG. Dashed and hollow:
-    bare."""
-    from matplotlib.figure import Figure
-
-    shown = _measured(found)
-    picture = Figure(figsize=(5.6 * len(shown), 4.6), layout="constrained")
-    for figure, axes in zip(shown, picture.subplots(1, len(shown), squeeze=False)[0]):
-        for index, (codec, curve) in enumerate(found.curves.items()):
-            for bare, style in ((False, "-"), (True, "--")):
-                front = pareto(curve, bare)
-                line = dict(
-                    color=f"C{index}", linestyle=style, linewidth=1.3, label=None if bare else codec
-                )
-                axes.plot(
-                    [_bits(each, bare) for each in front],
-                    [getattr(each, figure) for each in front],
-                    **line,
-                )
-        for point in found.points:
-            value = getattr(point, figure)
-            axes.plot(
-                [point.bits, point.bare_bits], [value] * 2, color="0.6", linewidth=0.8, zorder=3
-            )
-            axes.plot(point.bits, value, "ko", markersize=5, zorder=4)
-            axes.plot(point.bare_bits, value, "ko", markersize=5, fillstyle="none", zorder=4)
-            place = dict(xytext=(6, 4), textcoords="offset points", fontsize=8)
-            axes.annotate(point.name, (point.bits, value), **place)
-        axes.set_xscale("log")
-        axes.set_xlabel("bits per pixel")
-        axes.set_ylabel(found.lpips if figure == "lpips" else FIGURES[figure])
-        axes.grid(True, color="0.92")
-    picture.axes[0].legend(frameon=False, title="dashed, hollow: bare")
-    picture.savefig(file, dpi=120)

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from eval.metrics.rate_distortion import caption as rate_distortion_caption
-from eval.metrics.rate_distortion import plot
 from eval.record import Record
-from eval.report.comparison_pictures import labelled_grid
-from eval.report.pictures import (
-    ERROR_TOP,
-    Picture,
-    bars,
-    codebook_plot,
-    curves_plot,
-    heat_map,
-    pair_strip,
-    png,
-)
+from eval.report import rate_distortion
+from eval.report.pictures import ERROR_TOP, Picture, labelled_grid, pair_strip, png
+from eval.report.plots import bars, codebook_use, position_map, training_curves
+from eval.report.stages import Stage
 from eval.report.tables import interval_text, number
 from eval.token_records import read_rate_distortion
-
-if TYPE_CHECKING:
-    from eval.report.report import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +24,11 @@ class Table:
 
     columns: dict[str, list[str]]
     numbers: tuple[str, ...] = ()
+
+    def rows(self) -> Iterator[list[tuple[str, str]]]:
+        """(column's name, text) of each row's cells."""
+        for cells in zip(*self.columns.values()):
+            yield list(zip(self.columns, cells))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +73,19 @@ def _codebook_sections(record: Record, class_names: Sequence[str]) -> list[Secti
         counts, entropies = arrays[f"histogram_{level}"], arrays[f"position_entropy_{level}"]
         suffix, of_level = (f"-{level + 1}", f", level {level + 1}") if levels > 1 else ("", "")
         caption = f"Use of the {len(counts):,} codes, most used first{of_level}."
-        plots.append(Picture(f"codebook{suffix}.svg", caption, codebook_plot(counts)))
+        plots.append(Picture(f"codebook{suffix}.svg", caption, codebook_use(counts)))
         caption = (
             f"Entropy over images of the code at each position{of_level}, in bits, of at most "
             f"{number(math.log2(len(counts)))} (Miller-Madow)."
         )
-        plots.append(Picture(f"position-entropy{suffix}.svg", caption, heat_map(entropies, "bits")))
+        plots.append(
+            Picture(f"position-entropy{suffix}.svg", caption, position_map(entropies, "bits"))
+        )
     return [
         Section(
-            "Codebook", "Counted over the whole held-out split; the line marks even use.", plots
+            "Codebook",
+            "Counted over the whole held-out split; the dashed line marks even use.",
+            plots,
         )
     ]
 
@@ -115,12 +110,9 @@ def _rate_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
 
 
 def _rate_distortion_sections(record: Record, class_names: Sequence[str]) -> list[Section]:
-    found = read_rate_distortion(record)
-    content = io.BytesIO()
-    plot(found, content)
-    picture = Picture(
-        "rate-distortion.png", rate_distortion_caption(found), content.getvalue(), smooth=True
-    )
+    measured = read_rate_distortion(record)
+    content, caption = rate_distortion.plot(measured), rate_distortion.caption(measured)
+    picture = Picture("rate-distortion.png", caption, content, smooth=True)
     rows = [figure for figure in record.measurements if "codec" in figure.settings]
     columns = {
         "at the bits of": [
@@ -201,7 +193,7 @@ def _memorisation(record: Record) -> Section:
         Picture(
             "percentiles.svg",
             "Share of the samples by percentile of the distance.",
-            bars(shares, label="share of samples by percentile"),
+            bars(shares),
         ),
     ]
     return Section("Nearest training images", text, pictures)
@@ -222,7 +214,6 @@ def curves_section(stages: Sequence[Stage]) -> Section:
     for place, stage in enumerate(stages, start=1):
         if stage.curves:
             name = re.sub(r"[^\w.-]+", "_", stage.name, flags=re.ASCII)[:100]
-            pictures.append(
-                Picture(f"training-{place}-{name}.svg", stage.name, curves_plot(stage.curves))
-            )
+            name, content = f"training-{place}-{name}.svg", training_curves(stage.curves)
+            pictures.append(Picture(name, "", content, heading=stage.name))
     return Section("Training", "Every run's log over steps, oldest run first.", pictures)

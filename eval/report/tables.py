@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from eval.record import Measurement, Record
+from eval.report.markup import table_cell
 from training.text import printable
 
 HEADLINES = (
@@ -25,6 +26,8 @@ HEADLINES = (
     r"classifier accuracy",
 )
 ARROWS = {True: "↑", False: "↓", None: ""}
+FIGURE_COLUMNS = ("figure", "value", "95 %", "N", "of", "extractor", "seed")
+FIGURE_NUMBERS = ("value", "95 %", "N")  # of these, those that are ordered by value
 
 
 def unique_figures(records: Iterable[Record]) -> list[Measurement]:
@@ -51,6 +54,32 @@ def text_table(figures: Sequence[Measurement]) -> str:
             cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)
         ).rstrip()
         for row in rows
+    )
+
+
+def markdown_table(columns: Mapping[str, Sequence[str]], left: Sequence[str] = ()) -> list[str]:
+    """Lines of Markdown, aligned: the first column and those of `left` to the left, the others to
+    the right. Cells are Markdown's own text (eval.report.markup makes it of any other)."""
+    padded = []
+    for head, cells in columns.items():
+        texts = [table_cell(text) for text in (head, *cells)]
+        width = max(map(len, texts))
+        to_left = not padded or head in left
+        place, rule = (str.ljust, "-" * width) if to_left else (str.rjust, "-" * (width - 1) + ":")
+        padded.append([place(texts[0], width), rule, *(place(text, width) for text in texts[1:])])
+    return [f"| {' | '.join(line)} |" for line in zip(*padded)]
+
+
+def figure_cells(figure: Measurement) -> tuple[str, ...]:
+    """A figure's row, by FIGURE_COLUMNS."""
+    return (
+        f"{figure.name} {ARROWS[figure.higher_is_better]}".strip(),
+        value_text(figure),
+        interval_text(figure),
+        f"{figure.n:,}",
+        figure.split,
+        extractor_text(figure),
+        seed_text(figure),
     )
 
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from eval import run as command
-from eval.compare import table_of
 from eval.extractors.in_domain import ExtractorRun, train_extractor
 from eval.quantizers import find_runs, of_levels
-from eval.report.comparison_pictures import rate_plot
+from eval.report.plots import named_points
+from eval.report.tables import markdown_table
 from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.run import TokenizerRun, load
 from tokenizer.train import train_tokenizer
@@ -248,7 +248,7 @@ def test_counts_of_levels_and_tables():
         "4 × 256",
         "64 + 256",
     ]
-    assert table_of({"name": ["a", "long"], "x": ["1", "22"]}) == [
+    assert markdown_table({"name": ["a", "long"], "x": ["1", "22"]}) == [
         "| name |  x |",
         "| ---- | -: |",
         "| a    |  1 |",
@@ -258,4 +258,5 @@ def test_counts_of_levels_and_tables():
 
 def test_plots_are_the_same_bytes_every_time():
     points = (["a", "b", "c"], [576.0, 576.0, 2048.0], [25.0, 25.01, 27.0])
-    assert rate_plot(*points) == rate_plot(*points)
+    points = (*points, "bits per image", "PSNR, dB")
+    assert named_points(*points) == named_points(*points)

@@ -19,7 +19,9 @@ from toy_pipeline import evaluate, make_pipeline, tiny_extractor
 from eval.extractors.in_domain import InDomain, rotate, train_extractor
 from eval.extractors.networks import Extraction, banner, figure_name
 from eval.record import Measurement, Record, share_interval
-from eval.report.report import Stage, write_report
+from eval.report.meaning import meaning, warnings
+from eval.report.report import write_report
+from eval.report.stages import Stage
 from eval.report.tables import number, text_table
 from training.errors import UserError
 
@@ -213,10 +215,10 @@ def test_report_is_self_contained_and_a_no_op_when_current(tmp_path: Path) -> No
     assert write_report(tmp_path, "toy", synthetic_records(), stages, names)
     page = (tmp_path / "report.html").read_text()
     assert not re.search(
-        r"""(?:src|href)\s*=\s*["'](?!data:|#)|https?://|url\(|@import|<script>alert|<b>zero""",
+        r"""(?:src|href)\s*=\s*["'](?!data:|#)|https?://|url\((?!#)|@import|<script>alert|<b>zero""",
         page,
     )
-    assert page.count("<svg") == 5 and page.count("data:image/png;base64,") == 5
+    assert page.count("<svg") == 5 and page.count('src="data:image/png;base64,') == 5
     assert "Not FID, not IS: in-domain." in page
     markdown = (tmp_path / "report.md").read_text()
     linked = re.findall(r"\]\((images/.*?)\)", markdown)
@@ -249,11 +251,69 @@ def test_a_page_runs_its_own_script_alone_and_reads_without_it(tmp_path: Path) -
     )
 
 
+def test_plots_in_one_page_share_no_identifier(tmp_path: Path) -> None:
+    curves = {"a.loss": [(1, 2.0), (2, 1.0)]}
+    stages = [Stage("first", "", curves), Stage("second", "", curves)]
+    write_report(tmp_path, "toy", synthetic_records(), stages, ["zero", "one"])
+    page = (tmp_path / "report.html").read_text()
+    names = re.findall(r' id="([^"]*)"', page)
+    assert len(names) == len(set(names)) > 8
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(names)
+
+
+def test_a_page_says_what_its_codes_are_and_which_commit_measured(tmp_path: Path) -> None:
+    records = synthetic_records()
+    records[0].environment = {"git_commit": "c0ffee" * 6 + "cafe+", "packages": {"torch": "2.99"}}
+    fixed = measurement(name="rate, fixed", value=30.0, unit="bits/image")
+    records[1] = dataclasses.replace(records[1], measurements=[fixed])
+    write_report(tmp_path, "toy", records, [], ["zero", "one"])
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / name).read_text().replace("\\", "")
+        assert "An image is 6 codes of 32 (2 × 3): 30.00 bits." in page
+        assert "commit c0ffeec0ff+ · torch 2.99" in page
+
+
+WRONG = [
+    ({"rate, prior (exact), bits/image": 250.0}, "more than even guessing"),
+    ({"rate, prior (exact), bits/image": 190.0}, "nothing that generalises"),
+    ({"codebook usage": 30.0}, "dead"),
+    ({"class agreement": 40.0}, "most samples do not show"),
+    ({"classifier accuracy on real images": 59.0}, "say little"),
+    ({"nearer to train than held-out images[x]": 90.0}, "copies"),
+]
+HEALTHY = {
+    "rate, fixed": 200.0,
+    "rate, unigram entropy": 180.0,
+    "rate, prior (exact), bits/image": 80.0,
+    "codebook usage": 100.0,
+    "class agreement": 97.0,
+    "classifier accuracy on real images": 99.0,
+    "nearer to train than held-out images[x]": 50.0,
+}
+
+
+def test_figures_that_say_that_something_is_wrong_are_called_out(tmp_path: Path) -> None:
+    def warned(values: dict[str, float]) -> list[str]:
+        return warnings([measurement(name=name, value=value) for name, value in values.items()])
+
+    assert warned(HEALTHY) == [] and warned({}) == []
+    for changed, text in WRONG:
+        (line,) = warned(HEALTHY | changed)
+        assert text in line
+    record = Record("codebook", {}, [measurement(name="codebook usage", value=3.0)], {}, [], {})
+    write_report(tmp_path, "toy", [record], [], [])
+    assert (
+        '<div class="warning" role="note">3.000 % of the codes'
+        in (tmp_path / "report.html").read_text()
+    )
+    assert "dead" in (tmp_path / "report.md").read_text()
+
+
 def test_every_figure_stands_once_with_its_settings(tmp_path: Path) -> None:
     write_report(tmp_path, "toy", synthetic_records(), [], ["zero", "one"])
     page = (tmp_path / "report.html").read_text()
     section = page[page.index('<section id="all-figures">') : page.index('<section id="settings">')]
-    rows = re.findall(r"<tr><td>(.*?)</tr>", section, re.S)
+    rows = re.findall(r"<tr><td(.*?)</tr>", section, re.S)
     content = json.loads((tmp_path / "report.json").read_text())
     assert len(rows) == len(content["figures"])
     for row, figure in zip(rows, content["figures"]):
@@ -288,6 +348,7 @@ def test_the_command_from_tokens_to_report(
     figures = {figure["name"]: figure for figure in content["figures"]}
     assert not {"FID", "rFID", "IS"} & set(figures)
     mark = next(name for name in figures if name.startswith("rFD"))[3:]
+    assert all(map(meaning, figures)), "each figure says what it means"
     expected = ["PSNR", "SSIM", "codebook usage", "perplexity", "rate, fixed", "class agreement"]
     expected += [
         f"FD{mark} to held-out",

@@ -14,8 +14,9 @@ from tiny import command
 
 from eval.extractors.in_domain import ExtractorRun, train_extractor
 from eval.metrics.frechet import Gaussian, frechet_distance
+from eval.metrics.front import pareto
 from eval.record import Measurement
-from eval.sweep import Combination, _read_lines, pareto, table
+from eval.sweep import Combination, _read_lines, table
 from generate.sweep import combinations
 from priors.interface import SampleOptions
 from tokenizer.data.dataset import DataConfig, open_split

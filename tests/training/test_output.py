@@ -291,7 +291,7 @@ def test_a_run_takes_at_least_one_bad_step():
 
 
 def test_what_is_shared_names_no_folder_of_this_machine(tmp_path):
-    from eval.report.report import Stage
+    from eval.report.stages import Stage
     from tokenizer.run import TokenizerRun
     from tokenizer.sharing import _neutral
     from training.config import to_yaml
