@@ -21,10 +21,11 @@ from eval.report.tables import (
     ARROWS,
     FIGURE_COLUMNS,
     FIGURE_NUMBERS,
+    extractor_text,
     figure_cells,
     headlines,
     interval_text,
-    value_text,
+    number,
 )
 from training.text import printable
 
@@ -91,11 +92,14 @@ def _shown(value: Any) -> Any:
 
 
 def _row(figure: Measurement) -> dict[str, Any]:
+    mark = extractor_text(figure)  # a card says it once more below, and in smaller letters
     settings = {"settings": figure.settings, "subject": figure.subject, "details": figure.details}
     return {
-        "name": figure.name,
+        "name": figure.name.replace(f"[{mark}]", ""),
+        "mark": mark,
         "arrow": ARROWS[figure.higher_is_better],
-        "value": value_text(figure),
+        "number": number(figure.value),
+        "unit": figure.unit,
         "interval": interval_text(figure),
         "images": f"{figure.n:,} × {figure.split}",
         "meaning": meaning(figure.name),

@@ -100,7 +100,8 @@ def write_report(
     ]
     sections += [curves_section(stages)] if stages else []
     notes = list(dict.fromkeys(note for record in records for note in record.notes))
-    figures, about = unique_figures(records), about_lines(records)
+    figures = unique_figures(records)
+    about = about_lines(records, figures)
     content = {
         "title": title,
         "hash": current,
@@ -122,14 +123,11 @@ def write_report(
     return True
 
 
-def about_lines(records: Sequence[Record]) -> list[str]:
+def about_lines(records: Sequence[Record], figures: Sequence[Measurement]) -> list[str]:
     """What stands below a report's title: the codes in a line, then the day, the commit and the
     machine."""
-    lines = []
-    for record in records:
-        if record.kind == "codebook":
-            figures = {figure.name: figure for figure in record.measurements}
-            lines += [_codes_line(record.arrays, figures)]
+    named = {figure.name: figure for figure in figures}
+    lines = [_codes_line(each.arrays, named) for each in records if each.kind == "codebook"]
     environment = records[0].environment if records else {}
     made = [f"{datetime.date.today()}", *_made_by(environment)]
     return [*lines, " · ".join(made)]
