@@ -178,7 +178,7 @@ def _markdown(
         lines += ["", f"## {section.title}", "", markdown(section.text)]
         lines += ["", *markdown_table(section.table.columns)] if section.table else []
         for picture in section.pictures:
-            lines += ["", f"### {markdown(picture.heading)}"] if picture.heading else []
+            lines += ["", markdown(picture.heading)] if picture.heading else []
             lines += ["", f"![{picture.name}](images/{picture.name})"]
             lines += ["", markdown(picture.caption)] if picture.caption else []
     return "\n".join(lines) + "\n"

@@ -264,12 +264,10 @@ def test_plots_in_one_page_share_no_identifier(tmp_path: Path) -> None:
 def test_a_page_says_what_its_codes_are_and_which_commit_measured(tmp_path: Path) -> None:
     records = synthetic_records()
     records[0].environment = {"git_commit": "c0ffee" * 6 + "cafe+", "packages": {"torch": "2.99"}}
-    fixed = measurement(name="rate, fixed", value=30.0, unit="bits/image")
-    records[1] = dataclasses.replace(records[1], measurements=[fixed])
     write_report(tmp_path, "toy", records, [], ["zero", "one"])
     for name in ("report.html", "report.md"):
         page = (tmp_path / name).read_text().replace("\\", "")
-        assert "An image is 6 codes of 32 (2 × 3): 30.00 bits." in page
+        assert "An image is 6 codes of 32 (2 × 3): 80.00 bits." in page
         assert "commit c0ffeec0ff+ · torch 2.99" in page
 
 
