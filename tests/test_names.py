@@ -196,8 +196,8 @@ def test_a_report_takes_no_markup_from_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*HOSTILE, "\x00", "\ufffe", "<&\"'>", "]]>", "x" * 300])
 def test_pictures_are_well_formed_whatever_their_names(name: str) -> None:
     for picture in (
-        bars([(name, 50.0)]),
-        training_curves({name: [(1, 2.0)]}),
+        bars([(name, 50.0)]).decode(),
+        training_curves({name: [(1, 2.0)]}).decode(),
         f"<a>{escape(name)}</a>",
     ):
         ElementTree.fromstring(picture.encode().decode())
