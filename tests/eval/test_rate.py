@@ -240,7 +240,7 @@ def test_the_page_and_the_plot(monkeypatch):
     ]
     found = compare(images, points, distance, JPEG_ONLY)
     text = markdown(found)
-    rows = [line.split(" | ") for line in text.splitlines()]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines()]
     coarse, fine = (
         next(i for i, row in enumerate(rows) if f"**{name}**" in row[0])
         for name in ("coarse", "fine")
