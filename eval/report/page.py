@@ -32,7 +32,8 @@ from training.text import printable
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from eval.report.report import Section, Stage
+    from eval.report.sections import Section
+    from eval.report.stages import Stage
 
 TEMPLATES = Path(__file__).parent / "templates"
 
