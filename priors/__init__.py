@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import tessera.names  # noqa: F401 - says so where another package has one of our names
 from priors.families.hierarchical import FAMILIES, HierarchicalConfig
 from priors.families.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig
-from priors.llama import LlamaConfig
-from priors.mingpt import MinGPTConfig
-from priors.rar import RARConfig
+from priors.networks.llama import LlamaConfig
+from priors.networks.mingpt import MinGPTConfig
+from priors.networks.rar import RARConfig
 
 if TYPE_CHECKING:
     from priors.interface import Prior

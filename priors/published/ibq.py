@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from priors.llama import LlamaConfig
+from priors.networks.llama import LlamaConfig
 from priors.published.check import autoregressive_outputs
 from priors.published.llamagen import block_names, settings
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square

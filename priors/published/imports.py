@@ -16,7 +16,7 @@ from priors.published.table import PEERS
 from priors.record import NO_TOKENIZER, PriorRecord
 from priors.train import PriorRun
 from tokenizer.interface import CodeLayout
-from tokenizer.published.files import SUFFIXES, open_weights
+from tokenizer.published.files import FIRST_STAGE, SUFFIXES, open_weights
 from tokenizer.published.imports import import_tokenizer
 from tokenizer.published.load import PREFIX, Source, save_published
 from tokenizer.published.table import published_files
@@ -96,8 +96,8 @@ def record_of(
 def tokenizer_of(reference: str, source: Source, model: Model) -> tuple[str, dict[str, Any]] | None:
     """What the published tokenizer of a prior loads from, and the options for it, where it is at
     hand."""
-    inside = open_weights(source.path, stage="first")
-    if inside.rest:  # one checkpoint holds both
+    others = open_weights(source.path, stage="second").rest
+    if any(name.startswith(FIRST_STAGE) for name in others):  # one checkpoint holds both
         config = model.hyper.find("first_stage_config")
         return str(source.path), {"config": config} if config else {}
     known = source.peer.file_of(reference.removeprefix(PREFIX)) or source.peer.file_of(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from priors.networks.rar import RARConfig
 from priors.published.check import autoregressive_outputs
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
-from priors.rar import RARConfig
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Shapes, count, has

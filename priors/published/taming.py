@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from priors.mingpt import MinGPTConfig
+from priors.networks.mingpt import MinGPTConfig
 from priors.published.check import autoregressive_outputs
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
 from tokenizer.interface import CodeLayout

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from priors.backbone import check_settings
 from priors.families.autoregressive import AutoregressivePrior
-from priors.slots import (
+from priors.networks.slots import (
     BlockCache,
     SlotDecoding,
     attend,
@@ -117,7 +117,7 @@ class MinGPT(nn.Module):
         order: Tensor | None,
         caches: list[BlockCache] | None,
     ) -> Tensor:
-        """As of priors.slots."""
+        """As of priors.networks.slots."""
         tokens = held_tokens(held, first, self.starts)
         if first == 0:
             tokens = torch.cat([labels[:, None], tokens], 1)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from priors.backbone import CONDITIONINGS, check_settings
 from priors.families.autoregressive import AutoregressivePrior
-from priors.slots import (
+from priors.networks.slots import (
     BlockCache,
     SlotDecoding,
     attend,
@@ -137,7 +137,7 @@ class Llama(nn.Module):
         order: Tensor | None,
         caches: list[BlockCache] | None,
     ) -> Tensor:
-        """As of priors.slots."""
+        """As of priors.networks.slots."""
         tokens, classes = self.tokens(held_tokens(held, first, self.starts)), self.classes(labels)
         if first == 0:
             tokens = torch.cat([classes[:, None], tokens], 1)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from priors.backbone import check_settings
 from priors.families.autoregressive import AutoregressivePrior, check_order
-from priors.slots import (
+from priors.networks.slots import (
     BlockCache,
     SlotDecoding,
     attend,
@@ -142,7 +142,7 @@ class RAR(nn.Module):
         order: Tensor | None,
         caches: list[BlockCache] | None,
     ) -> Tensor:
-        """As of priors.slots. The learned token comes with slot 0, and has no place in the
+        """As of priors.networks.slots. The learned token comes with slot 0, and has no place in the
         result."""
         classes = self.tokens(labels + self.first_class)[:, None]
         features = self.tokens(held_tokens(held, first, self.starts))
