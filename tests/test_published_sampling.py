@@ -206,4 +206,5 @@ def test_training_begins_with_it(place):
     assert read_record(run).sampling.top_k == 973
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     # One that begins anew gives every code the same chance.
-    assert abs(lines[0]["nats_per_token"] - math.log(CODES)) > 0.1, lines[0]
+    nats = lines[0]["prior.nats_per_token"]
+    assert abs(nats - math.log(CODES)) > 0.1, lines

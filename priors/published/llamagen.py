@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from priors.networks.llama import LlamaConfig
 from priors.published.check import autoregressive_outputs
 from priors.published.peer import (
@@ -77,8 +79,8 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> PriorArchitecture:
 
 
 def outputs(prior, case: Outputs) -> dict:
-    made = autoregressive_outputs(prior, case)
-    return made | {"unconditional_label": case["labels"].new_tensor([prior.num_classes])}
+    nobody = torch.tensor([prior.num_classes])
+    return autoregressive_outputs(prior, case) | {"unconditional_label": nobody}
 
 
 def _files() -> tuple[PublishedPrior, ...]:

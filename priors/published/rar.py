@@ -66,9 +66,10 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> PriorArchitecture:
 
 
 def outputs(prior, case: Outputs) -> dict:
-    ids = case["labels"] + prior.backbone.first_class
-    nobody = torch.full_like(ids[:1], prior.backbone.first_class + prior.num_classes)
-    made = {"condition_ids": ids, "unconditional_id": nobody}
+    first = prior.backbone.first_class
+    made = {"unconditional_id": torch.tensor([first + prior.num_classes])}
+    if "labels" in case:
+        made["condition_ids"] = case["labels"] + first
     return made | autoregressive_outputs(prior, case)
 
 

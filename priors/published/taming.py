@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from priors.networks.mingpt import MinGPTConfig
-from priors.published.check import autoregressive_outputs
+from priors.published.check import autoregressive_outputs, logits
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters
 from tokenizer.published.peer import Evidence, Shapes, count, has
 from tokenizer.published.taming import HEIBOX
+from training.command import UserError
 
 BLOCK = {
     "attention_norm": "ln1",
@@ -45,6 +46,11 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> PriorArchitecture:
     why = "how many classes there are, which no tensor tells"
     num_classes = 1 if unconditional else hyper.number("cond_stage_config", "params", "n_classes")
     num_classes = num_classes or hyper.needed("n_classes", why=why)
+    if hyper.number("n_unmasked"):
+        raise UserError(
+            f"{hyper.path}: n_unmasked={hyper.number('n_unmasked')}: it is conditioned on codes, and "
+            "priors here on classes"
+        )
     length = hyper.number("block_size") or positions
     prior = MinGPTConfig(
         dim=width,
@@ -71,7 +77,14 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> PriorArchitecture:
 
 
 def outputs(prior, case: Outputs) -> dict:
+    if "tokens" not in case:
+        return {}
+    if "labels" not in case:  # an unconditional model's: it begins with code 0
+        case = {**case, "labels": torch.zeros(len(case["tokens"]), dtype=torch.int64)}
     made = autoregressive_outputs(prior, case)
+    if prior.num_classes == 1:  # whose only class is what others call none
+        plain = logits(prior.backbone, case["tokens"].flatten(1), case["labels"])
+        made |= {"logits": plain, "logits.unconditional": plain}
     inputs = torch.cat([case["labels"][:, None], case["tokens"].flatten(1)[:, :-1]], 1)
     return made | {"inputs": inputs}
 
