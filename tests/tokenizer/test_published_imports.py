@@ -318,7 +318,7 @@ def test_every_peer_is_described():
 
 
 def test_the_page_is_current(tmp_path, monkeypatch, capsys):
-    assert (Path(__file__).parents[1] / "docs" / "published.md").read_text() == page(), (
+    assert (Path(__file__).parents[2] / "docs" / "published.md").read_text() == page(), (
         "make it again: python -m priors.published page docs/published.md"
     )
     assert run(monkeypatch, capsys, "list")[0] == 0
