@@ -18,18 +18,19 @@ from eval.extractors.networks import WEIGHTS, Extractor, Inception, Tower, find_
 from eval.interface import Batch
 from eval.metrics.image_similarity import LPIPS
 from eval.record import Record
+from tokenizer.batch_encoder import LowPrecision
 from tokenizer.cache import TokenCache
 from tokenizer.data.dataset import DataConfig, Images, open_split
 from tokenizer.data.loader import read
 from tokenizer.data.transforms import to_uint8
-from tokenizer.interface import CodeLayout, Tokenizer
+from tokenizer.interface import Tokenizer
 from tokenizer.run import load as load_tokenizer
 from tokenizer.run import load_config
 from training import distributed
 from training.checkpoint import weights_hash
 from training.config import from_dict
 from training.log import Progress
-from training.precision import autocast, decide
+from training.precision import decide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,30 +59,6 @@ class Options:
     workers: int | None = (
         None  # processes that read images; as many as the tokenizer was trained with
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class LowPrecision:
-    """A tokenizer whose products have a precision."""
-
-    tokenizer: Tokenizer
-    precision: str
-
-    @property
-    def layout(self) -> CodeLayout:
-        return self.tokenizer.layout
-
-    def encode(self, images: Tensor) -> Tensor:
-        with autocast(self.precision, images.device):
-            return self.tokenizer.encode(images)
-
-    def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor:
-        with autocast(self.precision, codes.device):
-            return (
-                self.tokenizer.decode(codes)
-                if layout is None
-                else self.tokenizer.decode(codes, layout)
-            )
 
 
 class Pipeline:

@@ -10,13 +10,33 @@ import torch
 from torch import Tensor
 
 from tokenizer.data.dataset import Images
-from tokenizer.interface import Tokenizer
+from tokenizer.interface import CodeLayout, Tokenizer
 from training import distributed
 from training.errors import UserError
 from training.precision import autocast
 
 BATCH = 64  # fixed, so that the same images meet the same kernels whatever the number of processes
 CHECKED = 256  # images of a split whose codes are held against those of fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class LowPrecision:
+    """A tokenizer whose products have a precision, whatever is on outside."""
+
+    tokenizer: Tokenizer
+    precision: str
+
+    @property
+    def layout(self) -> CodeLayout:
+        return self.tokenizer.layout
+
+    def encode(self, images: Tensor) -> Tensor:
+        with autocast(self.precision, images.device):
+            return self.tokenizer.encode(images)
+
+    def decode(self, codes: Tensor, layout: CodeLayout | None = None) -> Tensor:
+        with autocast(self.precision, codes.device):
+            return self.tokenizer.decode(codes, *([] if layout is None else [layout]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +50,8 @@ class BatchEncoder:
         """(B, 3, S, S) in [-1, 1] -> (B, N) int64, -1 where a feature is not finite."""
         device = distributed.device()
         padded = torch.cat([images, images[-1:].expand(BATCH - len(images), -1, -1, -1)])
-        with autocast(self.precision, device):
-            return self.tokenizer.encode(padded.to(device))[: len(images)].cpu().numpy()
+        codes = LowPrecision(self.tokenizer, self.precision).encode(padded.to(device))
+        return codes[: len(images)].cpu().numpy()
 
 
 def compare_with_fp32(encode: BatchEncoder, images: Images, title: str) -> dict[str, float]:
