@@ -117,8 +117,8 @@ def _build(config: Any, image_size: int, saved: Path | None, weights: bool) -> A
     decoder = config.decoder.build(in_channels, encoder.stride, grid, encoder)
     if weights and saved is None and getattr(config.decoder, "weights", None):
         load_decoder(decoder, config.decoder.weights, encoder.mean.flatten(), encoder.std.flatten())
-    own = {name: getattr(config, name) for name in OPTIONS if hasattr(config, name)}
-    return Autoencoder(encoder, config.quantizer.build(), decoder, grid, **own)
+    options = {name: getattr(config, name) for name in OPTIONS if hasattr(config, name)}
+    return Autoencoder(encoder, config.quantizer.build(), decoder, grid, **options)
 
 
 OPTIONS = (
@@ -302,13 +302,15 @@ class Autoencoder(nn.Module):
         In fp32 whatever the autocast, so that it chooses no other codes for the same features.
         """
         with torch.autocast(features.device.type, enabled=False):
-            given = self.normaliser(features.float())
-            latents = self.project_in(given)
+            normalised = self.normaliser(features.float())
+            latents = self.project_in(normalised)
             if (
                 getattr(self.quantizer, "takes_low_rank", False)
-                and 2 * given.shape[1] <= latents.shape[1]
+                and 2 * normalised.shape[1] <= latents.shape[1]
             ):
-                low_rank = LowRank(to_rows(given), self.project_in.weight, self.project_in.bias)
+                low_rank = LowRank(
+                    to_rows(normalised), self.project_in.weight, self.project_in.bias
+                )
                 return latents, self.quantizer(latents, low_rank)
             return latents, self.quantizer(latents)
 

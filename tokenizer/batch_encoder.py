@@ -65,13 +65,13 @@ def compare_with_fp32(encode: BatchEncoder, images: Images, title: str) -> dict[
     differing = total = 0
     for start in range(0, len(places), BATCH):
         pixels = images.gather([(0, place) for place in places[start : start + BATCH]])["images"]
-        found, wanted = encode(pixels), full(pixels)
-        if ((found < 0) & (wanted >= 0)).any():
+        codes, exact = encode(pixels), full(pixels)
+        if ((codes < 0) & (exact >= 0)).any():
             raise UserError(
                 f"{title}: precision={precision}: the encoder's numbers overflow it: set "
                 "precision=fp32"
             )
-        differing, total = differing + int((found != wanted).sum()), total + wanted.size
+        differing, total = differing + int((codes != exact).sum()), total + exact.size
     share, which = differing / total, f"{len(places)} {images.split} images"
     print(
         f"{title}: in {precision} {share:.2%} of the codes of {which} differ from those of fp32",

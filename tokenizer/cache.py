@@ -213,13 +213,13 @@ class TokenCache:
     def _open(self, name: str, count: int) -> NpyFile:
         """A file's array, of `count` rows. Raises UserError when it holds another, or objects."""
         codes = (self.manifest["views"], self.layout.length) if ".codes." in name else ()
-        found = NpyFile(self.folder / name, REMAKE)
-        if found.shape != (count, *codes) or found.dtype.kind not in "iu":
+        array = NpyFile(self.folder / name, REMAKE)
+        if array.shape != (count, *codes) or array.dtype.kind not in "iu":
             wanted = f"whole numbers {(count, *codes)}"
             raise UserError(
-                f"{self.folder / name}: is {found.dtype} {found.shape}, not {wanted}: {REMAKE}"
+                f"{self.folder / name}: is {array.dtype} {array.shape}, not {wanted}: {REMAKE}"
             )
-        return found
+        return array
 
 
 REMAKE = "run `make tokens` again"

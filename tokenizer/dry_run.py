@@ -239,16 +239,16 @@ class _Networks:
 
     def helpers(self) -> dict[str, nn.Module]:
         """What a run holds beside the modules that learn."""
-        objective, found = self.objective, {}
+        objective, helpers = self.objective, {}
         if objective.discriminator is not None and isinstance(
             objective.discriminator.network, DinoDiscriminator
         ):
-            found["discriminator's trunk"] = objective.discriminator.network.trunk
+            helpers["discriminator's trunk"] = objective.discriminator.network.trunk
         if objective.teacher is not None:
-            found["teacher"] = objective.teacher
+            helpers["teacher"] = objective.teacher
         if objective.perceptual is not None:
-            found["LPIPS trunk"] = objective.perceptual.network.net
-        return found
+            helpers["LPIPS trunk"] = objective.perceptual.network.net
+        return helpers
 
     @property
     def _late(self) -> int:
@@ -392,29 +392,29 @@ def _here(source: str) -> bool:
 def _needs(config: TokenizerRun) -> list[str]:
     """What training would have to fetch, or the user to bring."""
     objective, model = config.objective, config.model
-    found = []
+    needs = []
     if not _here(config.data.source):
-        found.append(f"images: data.source={config.data.source}")
+        needs.append(f"images: data.source={config.data.source}")
     if config.start_from:
         if not weights_path(Path(config.start_from)).is_file():
-            found.append(f"a finished run: start_from={config.start_from}")
+            needs.append(f"a finished run: start_from={config.start_from}")
     elif isinstance(model.encoder, FoundationConfig) and not Path(model.encoder.name).is_dir():
         origin = (
             "a model of the Hub"
             if made_by(PretrainRun, Path(model.encoder.name).parent) is None
             else "an encoder"
         )
-        found.append(f"{origin}: model.encoder.name={model.encoder.name}")
+        needs.append(f"{origin}: model.encoder.name={model.encoder.name}")
     decoder = getattr(model.decoder, "weights", None)
     if decoder and not config.start_from and not Path(decoder).exists():
-        found.append(f"a trained decoder: model.decoder.weights={decoder}")
+        needs.append(f"a trained decoder: model.decoder.weights={decoder}")
     if objective.perceptual > 0 and not Path(objective.lpips_weights).is_file():
         trunk = TRUNKS[objective.lpips_net]
-        found.append(f"torchvision's {trunk}: objective.lpips_weights={objective.lpips_weights}")
+        needs.append(f"torchvision's {trunk}: objective.lpips_weights={objective.lpips_weights}")
     trunk = getattr(objective.discriminator, "name", None)
     if objective.adversarial > 0 and trunk and not Path(trunk).is_dir():
-        found.append(f"a model of the Hub: objective.discriminator.name={trunk}")
-    return found
+        needs.append(f"a model of the Hub: objective.discriminator.name={trunk}")
+    return needs
 
 
 def _describe(config: TokenizerRun, plan: Plan) -> Iterator[str]:
@@ -435,11 +435,11 @@ def _describe(config: TokenizerRun, plan: Plan) -> Iterator[str]:
         f"{plan.config.data.image_size} px"
     )
     yield from estimate.describe(plan.num_images)
-    kept = estimate.moves[0].cost.of_each.kept
+    activations = estimate.moves[0].cost.of_each.kept
     shares = ", ".join(
         f"{name} {size / MIB:.3g}"
-        for name, size in kept.items()
-        if size >= 0.01 * sum(kept.values())
+        for name, size in activations.items()
+        if size >= 0.01 * sum(activations.values())
     )
     yield f"activations kept per image, MiB: {shares}"
     stored = (

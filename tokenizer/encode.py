@@ -239,10 +239,10 @@ def _current(
         except UserError as error:
             reason = f"warning: {error}"
     else:
-        found = (
+        differences = (
             other_images(manifest, split, inventory) for split, inventory in inventories.items()
         )
-        reason = next((f"{out}: {words}" for words in found if words), "")
+        reason = next((f"{out}: {words}" for words in differences if words), "")
     if reason and distributed.is_main():
         print(f"{reason}: making it again", flush=True)
     return None
@@ -338,9 +338,9 @@ def _encode_split(
         first, last = shard * IMAGES_PER_SHARD, min(count, (shard + 1) * IMAGES_PER_SHARD)
         return (range(start, min(start + BATCH, last)) for start in range(first, last, BATCH))
 
-    own = range(distributed.rank(), -(-count // IMAGES_PER_SHARD), distributed.world())
+    shards = range(distributed.rank(), -(-count // IMAGES_PER_SHARD), distributed.world())
     missing = [
-        shard for shard in own if not all(path.exists() for path in files_of(shard).values())
+        shard for shard in shards if not all(path.exists() for path in files_of(shard).values())
     ]
     keys = (
         [(view, index) for index in places]
@@ -359,16 +359,16 @@ def _encode_split(
                 )
                 for view in range(views):
                     batch = next(batches)
-                    found = encode(batch["images"])
-                    if found.min() < 0:  # an unsigned type would hold it as a large code
+                    made = encode(batch["images"])
+                    if made.min() < 0:  # an unsigned type would hold it as a large code
                         raise UserError(
-                            f"{out}: image number {batch['ids'][(found < 0).any(1).argmax()]} of "
+                            f"{out}: image number {batch['ids'][(made < 0).any(1).argmax()]} of "
                             f"{split} has features "
                             "that are not finite: look at it and at the tokenizer's log, mend "
                             "what is wrong and "
                             "encode again"
                         )
-                    codes[rows, view] = found
+                    codes[rows, view] = made
                     if view == 0:
                         labels[rows], ids[rows] = batch["labels"], batch["ids"]
                 if distributed.is_main():
@@ -432,9 +432,11 @@ def main() -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="remove what the cache holds and start over"
     )
-    given = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
     distributed.start()
-    encode_published(given.reference, given.overrides, given.kind, fresh=given.fresh)
+    encode_published(
+        arguments.reference, arguments.overrides, arguments.kind, fresh=arguments.fresh
+    )
     distributed.finish()
 
 

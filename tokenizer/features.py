@@ -156,8 +156,8 @@ class StoredFeatures:
             distributed.on_main(lambda: self._prepare(held))
             encoder.to(distributed.device())
             progress = Progress(str(self.folder), len(self))
-            own = range(distributed.rank(), self._num_shards, distributed.world())
-            missing = [shard for shard in own if not self._is_whole(shard)]
+            shards = range(distributed.rank(), self._num_shards, distributed.world())
+            missing = [shard for shard in shards if not self._is_whole(shard)]
             keys = (
                 [(view, index) for index in part]
                 for shard in missing
@@ -248,10 +248,10 @@ class StoredFeatures:
 
     def _is_whole(self, shard: int) -> bool:
         try:
-            found = self._open(shard)
+            array = self._open(shard)
         except UserError:
             return False
-        return found.shape == (len(self._places(shard)), *self.shape) and found.dtype == self.dtype
+        return array.shape == (len(self._places(shard)), *self.shape) and array.dtype == self.dtype
 
 
 def _identity(encoder: FoundationEncoder) -> dict[str, Any]:

@@ -43,11 +43,11 @@ class LatentNormaliser(nn.Module):
 
     def load(self, mean: Tensor, var: Tensor) -> None:
         """Statistics, each (C, h, w) or broadcasting to it. Raises ValueError for other shapes."""
-        for name, buffer, given in (("mean", self.mean, mean), ("var", self.var, var)):
+        for name, buffer, statistic in (("mean", self.mean, mean), ("var", self.var, var)):
             try:
-                buffer.copy_(given.expand(buffer.shape))
+                buffer.copy_(statistic.expand(buffer.shape))
             except RuntimeError:
-                shapes = f"{tuple(given.shape)}, features are {tuple(buffer.shape)}"
+                shapes = f"{tuple(statistic.shape)}, features are {tuple(buffer.shape)}"
                 raise ValueError(f"latent statistics: {name} is {shapes}") from None
 
     def forward(self, features: Tensor) -> Tensor:

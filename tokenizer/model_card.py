@@ -87,16 +87,16 @@ def titled(title: str, lines: list[str]) -> str:
     return "\n".join(["", f"# {title}", "", *lines]) + "\n"
 
 
-def find_report(folder: Path, given: str | Path | None) -> dict[str, Any] | None:
+def find_report(folder: Path, report: str | Path | None) -> dict[str, Any] | None:
     """The record of reconstruction of these very weights: the one given, the run's, or its
     pipeline's."""
-    if given is not None:
-        record = _read_report(Path(given))
+    if report is not None:
+        record = _read_report(Path(report))
         if record is None:
-            raise UserError(f"{given}: there is no such report: run `python -m eval.run` first")
+            raise UserError(f"{report}: there is no such report: run `python -m eval.run` first")
         if record["settings"]["tokenizer_sha256"] != weights_hash(folder):
             raise UserError(
-                f"{given}: measured on other weights than {folder}'s: run `python -m eval.run` "
+                f"{report}: measured on other weights than {folder}'s: run `python -m eval.run` "
                 "again"
             )
         return record

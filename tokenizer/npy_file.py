@@ -90,5 +90,5 @@ class NpyFile:
 
 
 def _stamp(descriptor: int) -> tuple[int, int, int]:
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns, status.st_ino

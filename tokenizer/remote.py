@@ -60,8 +60,8 @@ def patient(what: str, patience: Patience | None = None) -> Iterator[None]:
     silent: set[str] = set()
 
     def send(session: Any, request: Any, **options: Any) -> Any:
-        given, host = request.extensions.get("timeout", {}).get("read"), request.url.host
-        if given is not None and given < BRIEF:
+        seconds, host = request.extensions.get("timeout", {}).get("read"), request.url.host
+        if seconds is not None and seconds < BRIEF:
             return original(session, request, **options)
         request.extensions = {**request.extensions, "timeout": limits}
         tries = patience.tries if request.method in WITHOUT_EFFECT else 1

@@ -94,17 +94,18 @@ def load(run_folder: str | Path) -> Autoencoder | Hierarchical:
 def load_autoencoder_weights(autoencoder: nn.Module, run_folder: Path) -> None:
     """Fill an autoencoder with a run's published weights. Raises UserError naming the first that
     does not fit."""
-    weights, own = load_weights(run_folder), autoencoder.state_dict()
-    for name in sorted(weights.keys() ^ own.keys()):
+    weights, state = load_weights(run_folder), autoencoder.state_dict()
+    for name in sorted(weights.keys() ^ state.keys()):
         lacking = "these settings have no" if name in weights else "has no"
         raise UserError(
             f"{run_folder}: {lacking} {name}: `model` must be the same in both runs (quantizer, "
             "dims, …)"
         )
     for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
+        if tensor.shape != state[name].shape:
             raise UserError(
-                f"{run_folder}: {name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} "
+                f"{run_folder}: {name} is {tuple(tensor.shape)} there and "
+                f"{tuple(state[name].shape)} "
                 "by these settings: "
                 "`model` and `data.image_size` must be the same in both runs"
             )

@@ -50,8 +50,8 @@ def check_target(source: Path | None, out: Path) -> None:
     if is_shared(out):
         strangers = []
     if strangers or (source is not None and out.resolve() == source.resolve()):
-        found = strangers[0] if strangers else "the source itself"
-        raise UserError(f"{out}: holds {found} and would be replaced: name another folder")
+        stranger = strangers[0] if strangers else "the source itself"
+        raise UserError(f"{out}: holds {stranger} and would be replaced: name another folder")
 
 
 def replacing(out: Path) -> contextlib.AbstractContextManager[Path]:

@@ -160,11 +160,18 @@ def main() -> None:
     push.add_argument(
         "--public", action="store_true", help="for all to see, where the repository is new"
     )
-    given = parser.parse_args()
-    if given.command == "save":
-        print(save_pretrained(given.run, given.target, given.report))
+    arguments = parser.parse_args()
+    if arguments.command == "save":
+        print(save_pretrained(arguments.run, arguments.target, arguments.report))
     else:
-        print(push_to_hub(given.run, given.target, private=not given.public, report=given.report))
+        print(
+            push_to_hub(
+                arguments.run,
+                arguments.target,
+                private=not arguments.public,
+                report=arguments.report,
+            )
+        )
 
 
 if __name__ == "__main__":

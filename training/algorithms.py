@@ -44,7 +44,7 @@ def training_on(device: torch.device, *, deterministic: bool) -> Iterator[None]:
         yield
         return
     cudnn = torch.backends.cudnn
-    kept = (
+    before = (
         cudnn.allow_tf32,
         cudnn.benchmark,
         cudnn.deterministic,
@@ -63,15 +63,15 @@ def training_on(device: torch.device, *, deterministic: bool) -> Iterator[None]:
             )  # cuBLAS looks when it is first used
         yield
     except RuntimeError as error:
-        name, found, _ = str(error).partition(" does not have a deterministic implementation")
-        if not (deterministic and found):
+        name, matched, _ = str(error).partition(" does not have a deterministic implementation")
+        if not (deterministic and matched):
             raise
         raise UserError(
             f"loop.deterministic: {name} has no deterministic algorithm: set it to false"
         ) from error
     finally:
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = kept[:3]
-        torch.use_deterministic_algorithms(kept[3])
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before[:3]
+        torch.use_deterministic_algorithms(before[3])
 
 
 def lay_out(module: Module, device: torch.device) -> Module:

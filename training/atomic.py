@@ -217,8 +217,10 @@ def _refuse_link(path: Path) -> None:
 def _siblings(path: Path) -> list[Path]:
     """Temporary folders beside `path` that became it, or would have."""
     wanted = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+\.tmp")
-    found = [path.with_name(entry) for entry in os.listdir(path.parent) if wanted.fullmatch(entry)]
-    return [each for each in found if each.is_dir() and not each.is_symlink()]
+    folders = [
+        path.with_name(entry) for entry in os.listdir(path.parent) if wanted.fullmatch(entry)
+    ]
+    return [each for each in folders if each.is_dir() and not each.is_symlink()]
 
 
 def _hold(folder: Path) -> int | None:

@@ -46,25 +46,25 @@ class WholeBatch:
         """All micro-batches have asked."""
         self.means = [distributed.mean_(total / self.num_parts) for total in self.totals]
 
-    def mean(self, own: Tensor) -> Tensor:
+    def mean(self, value: Tensor) -> Tensor:
         self.asked += 1
         if self.means is not None:
             return self.means[self.asked - 1]
         if self.asked > len(self.totals):
-            self.totals.append(torch.zeros_like(own))
-        self.totals[self.asked - 1] += own
-        return own
+            self.totals.append(torch.zeros_like(value))
+        self.totals[self.asked - 1] += value
+        return value
 
 
 _whole: WholeBatch | None = None
 
 
-def batch_mean(own: Tensor) -> Tensor:
+def batch_mean(value: Tensor) -> Tensor:
     """The mean over ranks, and over the micro-batches of a step, of what each has; without a
     gradient."""
-    own = own.detach()
+    value = value.detach()
     return (
-        distributed.mean_(own.clone())
+        distributed.mean_(value.clone())
         if _whole is None or _whole.num_parts == 1
-        else _whole.mean(own)
+        else _whole.mean(value)
     )

@@ -316,11 +316,11 @@ class Run:
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
             raise _unwritable(folder, _size(state), error) from None
-        found = self._steps()
+        steps = self._steps()
         earlier = [
-            name for name in found if _number(name) <= step
+            name for name in steps if _number(name) <= step
         ]  # later ones are damaged: we passed them over
-        for old in [name for name in found if name not in earlier[-keep:]] if keep else ():
+        for old in [name for name in steps if name not in earlier[-keep:]] if keep else ():
             reason = self.files.drop(f"checkpoints/{old}")
             if reason and old not in self._warned:
                 print(f"warning: {self.checkpoints / old} stays: {reason}", flush=True)
@@ -381,9 +381,10 @@ def load_weights(run_folder: Path) -> dict[str, Tensor]:
                 {name: file.get_tensor(name) for name in file.keys()},
                 file.metadata() or {},
             )
-        if expected.get(CHECKSUM, found := _tensors_hash(tensors)) != found:
+        if expected.get(CHECKSUM, actual := _tensors_hash(tensors)) != actual:
             raise SafetensorError(
-                f"its tensors have the SHA-256 {found[:8]}, not {expected[CHECKSUM][:8]} as written"
+                f"its tensors have the SHA-256 {actual[:8]}, "
+                f"not {expected[CHECKSUM][:8]} as written"
             )
     except SafetensorError as error:
         raise UserError(

@@ -261,24 +261,24 @@ def _typed(
     for name, field in fields.items():
         key, default = f"{prefix}{name}", defaults.get(name, _default(field))
         hint, optional = _without_none(hints[name])
-        given = _section(raw[name], key) if name in raw and hint is not str else raw.get(name)
+        raw_value = _section(raw[name], key) if name in raw and hint is not str else raw.get(name)
         if "table" in field.metadata:
             chosen, inner = _chosen(
-                field, given if name in raw else {}, defaults.get(name), key, fail
+                field, raw_value if name in raw else {}, defaults.get(name), key, fail
             )
-            values[name] = _typed(chosen, given if name in raw else {}, f"{key}.", fail, inner)
+            values[name] = _typed(chosen, raw_value if name in raw else {}, f"{key}.", fail, inner)
         elif (
             optional
             and name in raw
-            and (given is None or (isinstance(given, Word) and given in NULLS))
+            and (raw_value is None or (isinstance(raw_value, Word) and raw_value in NULLS))
         ):
             values[name] = None
         elif dataclasses.is_dataclass(hint) and (name in raw or default is not None):
             values[name] = _typed(
-                hint, given if name in raw else {}, f"{key}.", fail, _fields(default)
+                hint, raw_value if name in raw else {}, f"{key}.", fail, _fields(default)
             )
         elif name in raw:
-            values[name] = _value(hint, given, key, fail, "signed" in field.metadata)
+            values[name] = _value(hint, raw_value, key, fail, "signed" in field.metadata)
         elif default is dataclasses.MISSING:
             raise fail(key, "this key has no default: give it a value")
         else:
@@ -287,7 +287,7 @@ def _typed(
 
 
 def _chosen(
-    field: Any, given: Any, default: Any, key: str, fail: Fail
+    field: Any, raw_value: Any, default: Any, key: str, fail: Fail
 ) -> tuple[type, Mapping[str, Any]]:
     """The class that a field made by `one_of` is to hold, and the defaults of its fields."""
     table, kind, defaults = (
@@ -297,9 +297,9 @@ def _chosen(
     )
     if default is not None:
         kind, defaults = default.kind, _fields(default)
-    if isinstance(given, str):
-        raise fail(key, f"a section is expected: {field.name}: {{kind: {given}}}")
-    chosen = given.get("kind", kind) if isinstance(given, Mapping) else kind
+    if isinstance(raw_value, str):
+        raise fail(key, f"a section is expected: {field.name}: {{kind: {raw_value}}}")
+    chosen = raw_value.get("kind", kind) if isinstance(raw_value, Mapping) else kind
     if not isinstance(chosen, str) or chosen not in table:
         near = difflib.get_close_matches(str(chosen), table, 1, 0.4)
         hint = f"did you mean {near[0]}? It" if near else "it"
@@ -328,16 +328,16 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return inner, True
 
 
-def _value(hint: Any, given: Any, key: str, fail: Fail, signed: bool) -> Any:
-    """`given` as a value of the type `hint`. Numbers are finite and, unless they are signed, not
+def _value(hint: Any, raw_value: Any, key: str, fail: Fail, signed: bool) -> Any:
+    """`raw_value` as one of the type `hint`. Numbers are finite and, unless they are signed, not
     below 0."""
-    if get_origin(hint) is dict and isinstance(given, Mapping):
+    if get_origin(hint) is dict and isinstance(raw_value, Mapping):
         return {
             str(name): _value(get_args(hint)[1], each, f"{key}.{name}", fail, signed)
-            for name, each in given.items()
+            for name, each in raw_value.items()
         }
     try:
-        value = _converted(hint, given)
+        value = _converted(hint, raw_value)
     except Misfit as error:
         raise fail(key, str(error)) from None
     largest = MOST_LAYERS if key.endswith(LAYERS) else LARGEST
@@ -348,39 +348,39 @@ def _value(hint: Any, given: Any, key: str, fail: Fail, signed: bool) -> Any:
     return value
 
 
-def _converted(hint: Any, given: Any) -> Any:
-    """`given` as a value of the type `hint`; text is read as one. Raises Misfit."""
+def _converted(hint: Any, raw_value: Any) -> Any:
+    """`raw_value` as a value of the type `hint`; text is read as one. Raises Misfit."""
     items = get_args(hint)
     if get_origin(hint) in (tuple, list):
         many = (len(items) == 2 and items[1] is Ellipsis) or get_origin(hint) is list
-        if not isinstance(given, list | tuple) or not (many or len(given) == len(items)):
-            raise Misfit(f"{shown(given)} is of a wrong type or length")
+        if not isinstance(raw_value, list | tuple) or not (many or len(raw_value) == len(items)):
+            raise Misfit(f"{shown(raw_value)} is of a wrong type or length")
         try:
             return get_origin(hint)(
-                [_converted(items[0 if many else i], each) for i, each in enumerate(given)]
+                [_converted(items[0 if many else i], each) for i, each in enumerate(raw_value)]
             )
         except Misfit:
-            raise Misfit(f"{shown(given)} is of a wrong type or length") from None
-    if isinstance(given, Mapping | list | tuple) or given is None or hint not in READERS:
+            raise Misfit(f"{shown(raw_value)} is of a wrong type or length") from None
+    if isinstance(raw_value, Mapping | list | tuple) or raw_value is None or hint not in READERS:
         what = (
             "nothing (null)"
-            if given is None
+            if raw_value is None
             else "a section"
-            if isinstance(given, Mapping)
-            else shown(given)
+            if isinstance(raw_value, Mapping)
+            else shown(raw_value)
         )
         raise Misfit(
             f"Cannot convert {what} to {NAMES.get(hint, hint)}{QUOTE if hint is str else ''}"
         )
-    if type(given) is hint or (hint is float and type(given) is int):
-        return hint(given)
+    if type(raw_value) is hint or (hint is float and type(raw_value) is int):
+        return hint(raw_value)
     value = (
-        READERS[hint](str(given).strip().lower() if hint is not str else given)
-        if isinstance(given, str)
+        READERS[hint](str(raw_value).strip().lower() if hint is not str else raw_value)
+        if isinstance(raw_value, str)
         else None
     )
     if value is None:
-        raise Misfit(f"Value {str(given)!r} is not {NAMES[hint]}{QUOTE if hint is str else ''}")
+        raise Misfit(f"Value {str(raw_value)!r} is not {NAMES[hint]}{QUOTE if hint is str else ''}")
     return value
 
 
@@ -434,11 +434,11 @@ def _resolved(value: Any, known: DictConfig, holder: Any, place: Any, key: str, 
 
 
 def _text(text: str, known: DictConfig, holder: Any, place: Any) -> str:
-    found = holder[place] if "${" in text else text
+    looked_up = holder[place] if "${" in text else text
     for name in REFERENCE.findall(text):
         if name and OmegaConf.is_config(OmegaConf.select(known, name)):
             raise Misfit(f"${{{name}}} refers to more than one value")
-    resolved = os.path.expanduser(str(found))
+    resolved = os.path.expanduser(str(looked_up))
     # Bytes of a path that are no UTF-8 have no place in YAML.
     if resolved != resolved.encode(errors="replace").decode():
         raise Misfit(

@@ -30,8 +30,8 @@ def start() -> None:
     describes none, as where a scheduler sets WORLD_SIZE and nothing else.
     """
     algorithms.compute_exactly()
-    if (found := unused_gpu()) and os.environ.get("RANK", "0") == "0":
-        print(found, file=sys.stderr, flush=True)
+    if (unused := unused_gpu()) and os.environ.get("RANK", "0") == "0":
+        print(unused, file=sys.stderr, flush=True)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized() or _told("WORLD_SIZE", 1) == 1:
         return
     _told("RANK", 0, _told("WORLD_SIZE", 1) - 1)
@@ -172,23 +172,23 @@ def on_main(function: Callable[[], T]) -> T:
     (UserError, a full disk) fails on every rank.
     """
     error: Exception | None = None
-    found: Any = None
+    result: Any = None
     if is_main():
         try:
-            found = function()
+            result = function()
         except (UserError, OSError) as caught:
             error = caught
     if dist.is_initialized():
-        told = [error and str(error), found]
+        told = [error and str(error), result]
         dist.broadcast_object_list(told, device=device())
-        found = told[1]
+        result = told[1]
         if told[0] and not is_main():
             error = UserError(told[0])
             error.told = True
     try:
         if error is not None:
             raise error
-        return found
+        return result
     finally:
         error = None  # or the error, its traceback and this frame would keep each other
 
@@ -209,13 +209,13 @@ def gather_parts(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([rows for rows in every if rows is not None])
 
 
-def gather_on_main(own: T) -> list[T]:
+def gather_on_main(value: T) -> list[T]:
     """What each rank gives, in rank order, on rank 0; an empty list on others. By way of the hosts,
     not the GPUs."""
     if not dist.is_initialized():
-        return [own]
+        return [value]
     every: list[Any] = [None] * world() if is_main() else []
-    dist.gather_object(own, every if is_main() else None, group=_hosts())
+    dist.gather_object(value, every if is_main() else None, group=_hosts())
     return every
 
 

@@ -149,16 +149,16 @@ class Folder:
 
     def _others(self, folders: set[str]) -> list[str]:
         """`strangers`, with the folders to look into."""
-        found = []
+        names = []
         for folder in ["", *sorted(folders)]:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found += [
+                names += [
                     f"{folder}/{entry}".lstrip("/")
                     for entry in sorted(os.listdir(self.path / folder))
                 ]
-        own = {*self.listed, *folders, LOCK, STAGED, COMMITTED}
-        found = [name for name in found if name not in own and not self._is_temporary(name)]
-        return [name for name in found if not OF_THE_SYSTEM.fullmatch(name.rpartition("/")[2])]
+        ours = {*self.listed, *folders, LOCK, STAGED, COMMITTED}
+        names = [name for name in names if name not in ours and not self._is_temporary(name)]
+        return [name for name in names if not OF_THE_SYSTEM.fullmatch(name.rpartition("/")[2])]
 
     def note(self, *names: str) -> None:
         """List files that are about to be written. Raises UserError for one that is there and that
@@ -319,9 +319,9 @@ class Folder:
             self.lock.truncate(0)
             self._write(self._header())
             adopted = self.kind.find(self.path) if self.kind.made(self.path) else ()
-            found = [name for name in adopted if stat.S_ISREG(os.lstat(self.path / name).st_mode)]
-            self._append("+", found)
-            self.listed = set(found)
+            names = [name for name in adopted if stat.S_ISREG(os.lstat(self.path / name).st_mode)]
+            self._append("+", names)
+            self.listed = set(names)
 
     def _bytes(self) -> bytes:
         self.lock.seek(0)

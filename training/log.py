@@ -63,8 +63,8 @@ class Meter:
     def state_dict(self) -> dict[str, dict]:
         """Each sum of every rank, (world,). Call it on every rank."""
         counts = {name: count for name, weight in self.counts.items() if (count := float(weight))}
-        own = [self.sums[name] for name in counts]
-        sums = distributed.gather_rows(torch.stack(own)[None]).cpu() if own else None
+        sums_here = [self.sums[name] for name in counts]
+        sums = distributed.gather_rows(torch.stack(sums_here)[None]).cpu() if sums_here else None
         return {
             "sums": {name: sums[:, i].clone() for i, name in enumerate(counts)},
             "counts": counts,
@@ -74,11 +74,11 @@ class Meter:
         """A rank goes on from its own sums, or from the mean of all where there were more or fewer
         of them."""
         rank, world = distributed.rank(), distributed.world()
-        own = {
+        saved = {
             name: sums.flatten().to(distributed.device()) for name, sums in state["sums"].items()
         }
         self.sums = {
-            name: sums[rank] if len(sums) == world else sums.mean() for name, sums in own.items()
+            name: sums[rank] if len(sums) == world else sums.mean() for name, sums in saved.items()
         }
         self.counts = dict(state["counts"])
 

@@ -64,33 +64,33 @@ def silence(stream: Any) -> None:
 @contextlib.contextmanager
 def surviving(*numbers: int) -> Iterator[None]:
     """Within, standard output and error pass over errors of these numbers, or over all."""
-    kept = sys.stdout, sys.stderr
-    for stream in kept:
+    before = sys.stdout, sys.stderr
+    for stream in before:
         if isinstance(
             stream, io.TextIOWrapper
         ):  # a name that its encoding does not have is no reason to fail
             stream.reconfigure(errors="backslashreplace")
-    ours = Output(kept[0], STDOUT, numbers), Output(kept[1], STDERR, numbers)
+    ours = Output(before[0], STDOUT, numbers), Output(before[1], STDERR, numbers)
     sys.stdout, sys.stderr = ours
     try:
         yield
     finally:
         if sys.stdout is ours[0]:
-            sys.stdout = kept[0]
+            sys.stdout = before[0]
         if sys.stderr is ours[1]:
-            sys.stderr = kept[1]
+            sys.stderr = before[1]
 
 
 @contextlib.contextmanager
 def outliving_the_terminal() -> Iterator[None]:
     """Within, whoever started this process may leave: SIGHUP and output that nobody takes are
     passed over."""
-    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with surviving():
             yield
     finally:
-        signal.signal(signal.SIGHUP, kept)
+        signal.signal(signal.SIGHUP, before)
 
 
 def open_closed_streams() -> None:

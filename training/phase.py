@@ -259,8 +259,8 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _updated(module: nn.Module) -> list[Tensor]:
     """What `after_step` may change of the state that a checkpoint holds."""
-    kept = module.state_dict()
-    buffers = [buffer for name, buffer in module.named_buffers() if name in kept]
+    state = module.state_dict()
+    buffers = [buffer for name, buffer in module.named_buffers() if name in state]
     codebooks = [
         p for part in module.modules() if hasattr(part, "follow") for p in part.parameters()
     ]

@@ -137,8 +137,8 @@ class Dropout(nn.Module):
             return features
         size = math.prod(features.shape[1:])
         drawn = words(self.stream.keys(len(features)), -(-size // 4)).view(torch.int16)[:, :size]
-        kept = (drawn >= self.dropped - 32768).view(features.shape)
-        return torch.where(kept, features, 0.0) * (65536 / (65536 - self.dropped))
+        mask = (drawn >= self.dropped - 32768).view(features.shape)
+        return torch.where(mask, features, 0.0) * (65536 / (65536 - self.dropped))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:

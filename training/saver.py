@@ -85,9 +85,9 @@ class Saver:
 def advice(run: Run) -> str:
     """What to do about steps that are not finite."""
     newest = run.newest()
-    kept = f"{run.checkpoints / newest} is kept" if newest else "there is no checkpoint yet"
+    checkpoint = f"{run.checkpoints / newest} is kept" if newest else "there is no checkpoint yet"
     return (
-        f"{kept}; lower optimizer.lr or loop.clip, or set loop.precision=fp32, in the "
+        f"{checkpoint}; lower optimizer.lr or loop.clip, or set loop.precision=fp32, in the "
         "configuration and in "
         f"{run.folder / 'config.yaml'} too, and run again"
     )

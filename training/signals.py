@@ -72,7 +72,7 @@ def listening(*numbers: int, at_once: bool = False, to_the_end: bool = False) ->
     often it is asked.
     """
     requests = Requests(at_once=at_once)
-    kept = {number: signal.signal(number, requests._receive) for number in numbers}
+    before = {number: signal.signal(number, requests._receive) for number in numbers}
     ended = False
     try:
         yield requests
@@ -80,7 +80,7 @@ def listening(*numbers: int, at_once: bool = False, to_the_end: bool = False) ->
         ended = bool(requests.number)
         raise
     finally:
-        for number, handler in kept.items():
+        for number, handler in before.items():
             around = getattr(handler, "__self__", None)
             if ended and isinstance(around, Requests):
                 around.number = around.number or requests.number

@@ -41,10 +41,10 @@ def dump(value: Any) -> str:
 def undump(path: Path) -> dict[str, Any]:
     """What `dump` wrote to a file, with numbers as numbers. Raises ValueError, in one line."""
     with _one_line():
-        found = yaml.safe_load(path.read_bytes())
-        if not isinstance(found, dict):
+        content = yaml.safe_load(path.read_bytes())
+        if not isinstance(content, dict):
             raise ValueError("no mapping of sections")
-        return found
+        return content
 
 
 def read(path: Path) -> dict[str, Any]:

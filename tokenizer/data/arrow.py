@@ -115,12 +115,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _read(file: Path, key: str) -> list[Any]:
     try:
-        found = json.loads(file.read_bytes())[key]
+        entries = json.loads(file.read_bytes())[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}): save the data set again") from None
-    if not isinstance(found, list):
+    if not isinstance(entries, list):
         raise UserError(f"{file} is damaged ({key}): save the data set again")
-    return found
+    return entries
 
 
 def _plain(file: Path, name: Any) -> str:

@@ -62,14 +62,14 @@ def choose_label(
                 f"data.label_column={choice.label_column}: {source} has only {', '.join(columns)}"
             )
         return choice.label_column
-    found = [name for name in columns if name in classes or _words(name) & LABEL_WORDS]
-    if len(found) > 1:
+    candidates = [name for name in columns if name in classes or _words(name) & LABEL_WORDS]
+    if len(candidates) > 1:
         raise UserError(
-            f"{source} has {len(found)} columns that may be its labels, {', '.join(found)}: choose "
-            "one with "
-            f"data.label_column={found[0]}, or data.label_column={NO_LABELS} for none"
+            f"{source} has {len(candidates)} columns that may be its labels, "
+            f"{', '.join(candidates)}: choose one with "
+            f"data.label_column={candidates[0]}, or data.label_column={NO_LABELS} for none"
         )
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def choose_image(source: str, columns: Sequence[str], images: Sequence[str], choice: Choice) -> str:

@@ -48,8 +48,10 @@ class FileDigests(NamedTuple):
     @staticmethod
     def of_bytes(contents: Mapping[str, bytes]) -> FileDigests:
         """Of what is no file, by name."""
-        found = [hashlib.sha256(content).digest() for content in contents.values()]
-        return FileDigests(list(contents), np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32))
+        digests = [hashlib.sha256(content).digest() for content in contents.values()]
+        return FileDigests(
+            list(contents), np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        )
 
     @staticmethod
     def of_rows(
@@ -99,22 +101,22 @@ def file_digests(root: Path, names: list[str], largest: int | None = None) -> Fi
         os.path.join(root, names[item]) if names[item] else str(root) for item in mine.tolist()
     ]
     stamps = _stamps(root, paths)
-    own = np.zeros(len(mine), RECORD)
-    own["name"], own["size"] = short[mine], -1
-    known = _known(before, own["name"], stamps)
-    own[known >= 0] = before[known[known >= 0]]
+    records = np.zeros(len(mine), RECORD)
+    records["name"], records["size"] = short[mine], -1
+    known = _known(before, records["name"], stamps)
+    records[known >= 0] = before[known[known >= 0]]
     try:
         _read_files(
-            root, paths, stamps, np.flatnonzero((known < 0) & (stamps[:, 0] >= 0)), largest, own
+            root, paths, stamps, np.flatnonzero((known < 0) & (stamps[:, 0] >= 0)), largest, records
         )
     except BaseException:
         if distributed.is_main():
-            _keep(place, before, own)  # or who starts again would read it all again
+            _keep(place, before, records)  # or who starts again would read it all again
         raise
-    found = _of_all_ranks(own, len(names))
+    all_records = _of_all_ranks(records, len(names))
     if distributed.is_main():
-        _keep(place, before, found)
-    return FileDigests(names, found["sha256"])
+        _keep(place, before, all_records)
+    return FileDigests(names, all_records["sha256"])
 
 
 def short_hash(name: str) -> int:
@@ -135,11 +137,11 @@ def _stamps(root: Path, paths: Sequence[str]) -> np.ndarray:
         if row % 256 == 0 and distributed.is_main():
             progress.show(row, "looking whether they are as they were")
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except (OSError, ValueError):
             continue
-        if stat.S_ISREG(found.st_mode):
-            stamps[row] = found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        if stat.S_ISREG(status.st_mode):
+            stamps[row] = status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return stamps
 
 
@@ -161,9 +163,9 @@ def _read_files(
     stamps: np.ndarray,
     rows: np.ndarray,
     largest: int | None,
-    own: np.ndarray,
+    records: np.ndarray,
 ) -> None:
-    """Read the files of these rows and write what they hold into `own`."""
+    """Read the files of these rows and write what they hold into `records`."""
     progress = Progress(f"{root}: bytes", int(stamps[rows, 0].clip(max=largest or 2**62).sum()))
     done = 0
 
@@ -176,10 +178,10 @@ def _read_files(
     for row in rows.tolist():
         started = time.time_ns()
         digest, after = _read_digest(paths[row], largest, tick)
-        own["sha256"][row] = np.frombuffer(digest, np.uint8)
+        records["sha256"][row] = np.frombuffer(digest, np.uint8)
         if after == stamps[row].tolist() and started - max(after[1:]) >= YOUNG_NS:
             for value, field in zip(after, ("size", "modified", "changed")):
-                own[field][row] = value
+                records[field][row] = value
 
 
 def _read_digest(
@@ -196,33 +198,33 @@ def _read_digest(
                 whole.update(block)
                 left = None if left is None else left - len(block)
                 tick(len(block))
-            found = os.fstat(descriptor)
+            status = os.fstat(descriptor)
         finally:
             os.close(descriptor)
     except OSError:
         return bytes(32), []
     if left == 0:
-        whole.update(str(found.st_size).encode())
-    return whole.digest(), [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        whole.update(str(status.st_size).encode())
+    return whole.digest(), [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _of_all_ranks(own: np.ndarray, count: int) -> np.ndarray:
+def _of_all_ranks(records: np.ndarray, count: int) -> np.ndarray:
     """Each rank's share of the records -> all of them, in order, on every rank."""
     world = distributed.world()
     if world == 1:
-        return own
+        return records
     rows = distributed.gather_rows(
-        torch.from_numpy(own.view(np.uint8).reshape(len(own), RECORD.itemsize))
+        torch.from_numpy(records.view(np.uint8).reshape(len(records), RECORD.itemsize))
     )
     places = np.concatenate([np.arange(rank, count, world) for rank in range(world)])
-    found = np.empty(count, RECORD)
-    found[places] = rows.numpy().reshape(-1).view(RECORD)
-    return found
+    all_records = np.empty(count, RECORD)
+    all_records[places] = rows.numpy().reshape(-1).view(RECORD)
+    return all_records
 
 
 def _check_ranks_agree(root: Path, names: np.ndarray) -> None:
-    own = int.from_bytes(hashlib.sha256(names.tobytes()).digest()[:7])
-    if distributed.any_true(distributed.largest(own) != own):
+    number = int.from_bytes(hashlib.sha256(names.tobytes()).digest()[:7])
+    if distributed.any_true(distributed.largest(number) != number):
         raise UserError(
             f"{root}: the processes find different files there: give every machine the same data"
         )
@@ -235,10 +237,10 @@ def _read(place: Path) -> np.ndarray:
     return np.frombuffer(data, RECORD, offset=len(FORMAT))
 
 
-def _keep(place: Path, before: np.ndarray, found: np.ndarray) -> None:
+def _keep(place: Path, before: np.ndarray, new: np.ndarray) -> None:
     """Keep what is known now, and of other files below the root what was known."""
-    others = before[~np.isin(before["name"], found["name"])]
-    records = np.concatenate([others, found[found["size"] >= 0]])
+    others = before[~np.isin(before["name"], new["name"])]
+    records = np.concatenate([others, new[new["size"] >= 0]])
     records = records[np.unique(records["name"], return_index=True)[1]]  # sorted
     if records.tobytes() == before.tobytes():
         return

@@ -59,14 +59,14 @@ class FolderListing:
 
     refused: Mapping[int, str] = {}
 
-    def __init__(self, root: Path, found: Walk | None = None, choice: Choice = NO_CHOICE) -> None:
-        """`found` is the walk through `root`, where there was one."""
+    def __init__(self, root: Path, tree: Walk | None = None, choice: Choice = NO_CHOICE) -> None:
+        """`tree` is the walk through `root`, where there was one."""
         choice.refuse(str(root), "image_column", "hub_config", "hub_revision")
-        found = found or walk(root)
-        images = found.having(*EXTENSIONS)
+        tree = tree or walk(root)
+        images = tree.having(*EXTENSIONS)
         self.name, self._root = root.resolve().name, root
         if not images:
-            others = "".join(f"; it holds {text}" for text in [_by_extension(found.files)] if text)
+            others = "".join(f"; it holds {text}" for text in [_by_extension(tree.files)] if text)
             lack = (
                 f"holds no images ({' '.join(EXTENSIONS)}){others}"
                 if any(root.iterdir())
@@ -75,12 +75,12 @@ class FolderListing:
             raise UserError(
                 f"data.source={root} {lack}: give images, or one subfolder of images per class"
             )
-        layout = _layout(root, images, found)
+        layout = _layout(root, images, tree)
         self._paths = [path for path in images if layout.part(path) is not None]
-        files = read_label_files(root, found.files, images, choice)
+        files = read_label_files(root, tree.files, images, choice)
         classes = [_first_folder(path, layout) for path in self._paths]
         values = [files.value(path, name) for path, name in zip(self._paths, classes)]
-        numbered = not files.used and _are_shards(self._paths, classes, found.files)
+        numbered = not files.used and _are_shards(self._paths, classes, tree.files)
         if choice.label_column == NO_LABELS or numbered:
             values = [None] * len(values)
         self.labels, self.class_names = number_classes(str(root), values)
@@ -93,16 +93,16 @@ class FolderListing:
         self.held_out = None if layout.split is None else np.array(in_held_out)
         others = [
             path
-            for path in found.files
+            for path in tree.files
             if not path.lower().endswith(EXTENSIONS) and path not in files.used
         ]
-        self.notes = [*_left_out(images, layout), *files.notes, *other_files(found, others)]
+        self.notes = [*_left_out(images, layout), *files.notes, *other_files(tree, others)]
         if numbered:
             shards = some(sorted({name for name in classes if name}))
             self.notes.append(
                 f"folders {shards} number img2dataset's downloads, and are no classes"
             )
-        self.notes += [*_repeats(root, found, layout), *_without_images(images, found, layout)]
+        self.notes += [*_repeats(root, tree, layout), *_without_images(images, tree, layout)]
 
     def key(self, item: int) -> str:
         return self._paths[item]
@@ -113,11 +113,11 @@ class FolderListing:
     def read(self, item: int) -> bytes:
         path = self._root / self._paths[item]
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):  # reading a pipe may never end
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe may never end
                 raise BadImage("is no regular file")
-            if found.st_size > MAX_BYTES:
-                raise BadImage(f"has {found.st_size} bytes, more than {MAX_BYTES}")
+            if status.st_size > MAX_BYTES:
+                raise BadImage(f"has {status.st_size} bytes, more than {MAX_BYTES}")
             return path.read_bytes()
         except OSError as error:
             raise BadImage(error.strerror) from error
@@ -126,7 +126,7 @@ class FolderListing:
         return file_digests(self._root, [self._paths[item] for item in items.tolist()], MAX_BYTES)
 
 
-def _layout(root: Path, images: Sequence[str], found: Walk) -> Layout:
+def _layout(root: Path, images: Sequence[str], tree: Walk) -> Layout:
     """Looks through wrappers: folders beside which there is no image, and which are a split or lead
     to the splits.
 
@@ -135,11 +135,11 @@ def _layout(root: Path, images: Sequence[str], found: Walk) -> Layout:
     top, begin = "", ""
     images = [
         *images,
-        *(f"{path}/" for path, first in found.repeats if not _leads_back(path, first)),
+        *(f"{path}/" for path, first in tree.repeats if not _leads_back(path, first)),
     ]
     while True:
         below = [path[len(top) :] for path in images]
-        below += [f"{path[len(top) :]}/" for path in found.folders if _is_split_of(path, top)]
+        below += [f"{path[len(top) :]}/" for path in tree.folders if _is_split_of(path, top)]
         names = list(dict.fromkeys(path.partition("/")[0] for path in below if "/" in path))
         split = folder_split(str(root / top), names)
         if split is not None:
@@ -196,15 +196,15 @@ def _left_out(images: Sequence[str], layout: Layout) -> list[str]:
     )
 
 
-def _without_images(images: Sequence[str], found: Walk, layout: Layout) -> list[str]:
+def _without_images(images: Sequence[str], tree: Walk, layout: Layout) -> list[str]:
     """Folders that stand where classes do, among others that are classes."""
     classes = {
         f"{layout.part(path)}{_first_folder(path, layout)}"
         for path in images
         if _first_folder(path, layout)
     }
-    passed_over = {path for path, _ in found.repeats} | found.unreadable.keys()
-    parts = {path: layout.part(f"{path}/") for path in found.folders if path not in passed_over}
+    passed_over = {path for path, _ in tree.repeats} | tree.unreadable.keys()
+    parts = {path: layout.part(f"{path}/") for path in tree.folders if path not in passed_over}
     places = [
         path
         for path, part in parts.items()
@@ -218,7 +218,7 @@ def _without_images(images: Sequence[str], found: Walk, layout: Layout) -> list[
     )
 
 
-def other_files(found: Walk, others: Sequence[str]) -> list[str]:
+def other_files(tree: Walk, others: Sequence[str]) -> list[str]:
     """Notes on files of other kinds than the one that a folder is a source of, and on folders that
     are closed."""
     notes = []
@@ -230,17 +230,17 @@ def other_files(found: Walk, others: Sequence[str]) -> list[str]:
         )
     if rest := [path for path in others if not path.lower().endswith(UNREAD)]:
         notes.append(f"passed over {len(rest):,} files of other kinds ({_by_extension(rest)})")
-    if found.unreadable:
-        shown = [f"{folder}: {reason}" for folder, reason in found.unreadable.items()]
+    if tree.unreadable:
+        shown = [f"{folder}: {reason}" for folder, reason in tree.unreadable.items()]
         notes.append(f"could not enter {len(shown):,} folders ({some(shown)})")
     return notes
 
 
-def _repeats(root: Path, found: Walk, layout: Layout) -> list[str]:
+def _repeats(root: Path, tree: Walk, layout: Layout) -> list[str]:
     """Folders that were met again, by links. Raises UserError where their images would be of two
     classes or splits."""
     shown = []
-    for path, first in found.repeats:
+    for path, first in tree.repeats:
         parts = layout.part(f"{path}/"), layout.part(f"{first}/")
         owners = [
             (part, _first_folder(f"{name}/", layout)) for part, name in zip(parts, (path, first))

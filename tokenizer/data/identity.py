@@ -111,8 +111,8 @@ def changes(folder: Path, now: Sequence[Inventory]) -> str:
     before = _read_note(folder)
     if before is None:
         return "their names, classes, split or contents"
-    found = [_of_files(before, now), of_classes(before["class_names"], now[0].class_names)]
-    return "; ".join(filter(None, found)) or "their labels, or the split that they are in"
+    differences = [_of_files(before, now), of_classes(before["class_names"], now[0].class_names)]
+    return "; ".join(filter(None, differences)) or "their labels, or the split that they are in"
 
 
 def of_classes(before: Sequence[str], now: Sequence[str]) -> str:
@@ -180,9 +180,13 @@ def _note(run: Run, now: Sequence[Inventory]) -> None:
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = read_arrays(folder / FILE)
-        class_names = [str(name) for name in json.loads(str(found["class_names"]))]
-        return {"names": found["names"], "contents": found["contents"], "class_names": class_names}
+        arrays: dict[str, Any] = read_arrays(folder / FILE)
+        class_names = [str(name) for name in json.loads(str(arrays["class_names"]))]
+        return {
+            "names": arrays["names"],
+            "contents": arrays["contents"],
+            "class_names": class_names,
+        }
     except (OSError, ValueError, KeyError, TypeError):  # only the words of a refusal depend on it
         return None
 
@@ -191,5 +195,5 @@ def _input(split: str) -> str:
     return f"{split} images"
 
 
-def _first(found: Sequence[str]) -> str:
-    return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else "".join(found)
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names)

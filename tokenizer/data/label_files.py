@@ -51,14 +51,14 @@ def read_label_files(
 ) -> LabelFiles:
     """`files` are all those below `root`, of which `images` are images. Raises UserError for a
     damaged file, one whose labels are in doubt, and where two say different things of one image."""
-    found = LabelFiles({}, set(), set(), [])
+    result = LabelFiles({}, set(), set(), [])
     if choice.label_column == NO_LABELS:
-        return found
+        return result
     known = set(images)
     for file in files:
         folder, _, name = file.rpartition("/")
         if name in METADATA:
-            labels = _of_metadata(root, file, choice, found.notes)
+            labels = _of_metadata(root, file, choice, result.notes)
         elif folder and name == f"{posixpath.basename(folder)}{ANNOTATIONS}":
             labels = _of_annotations(root, file, known)
         else:
@@ -69,34 +69,34 @@ def read_label_files(
             root / file, [(posixpath.join(folder, image), label) for image, label in labels]
         )
         if missing := [image for image in labels if image not in known]:
-            found.notes.append(
+            result.notes.append(
                 f"{file} names {len(missing)} images that are not there ({some(missing)})"
             )
-        for image in labels.keys() & found.labels.keys():
-            if labels[image] != found.labels[image]:
+        for image in labels.keys() & result.labels.keys():
+            if labels[image] != result.labels[image]:
                 raise UserError(
                     f"{root / file} and another file give {image} different classes: keep one of "
                     "them"
                 )
-        found.labels.update({image: label for image, label in labels.items() if image in known})
-        found.folders.add(folder)
-        found.used.add(file)
-    if choice.label_column is not None and not found.used:
+        result.labels.update({image: label for image, label in labels.items() if image in known})
+        result.folders.add(folder)
+        result.used.add(file)
+    if choice.label_column is not None and not result.used:
         raise UserError(
             f"data.label_column={choice.label_column}: data.source={root} has no "
             f"{' or '.join(METADATA)} with it"
         )
-    return found
+    return result
 
 
 def _joined(file: Path, labels: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Label by image, below the root. Raises UserError where an image has two."""
-    found: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for image, label in labels:
         image = posixpath.normpath(image)
-        if found.setdefault(image, label) != label:
+        if joined.setdefault(image, label) != label:
             raise UserError(f"{file} gives {printable(image)} different classes: keep one of them")
-    return found
+    return joined
 
 
 def _read(path: Path) -> str:

@@ -64,17 +64,17 @@ def encipher(places: np.ndarray, num_items: int, seed: int) -> np.ndarray:
     half = np.uint64(max(1, -(-(num_items - 1).bit_length() // 2)))  # bits
     mask = (np.uint64(1) << half) - np.uint64(1)
     rounds = np.array([randomness.mix(seed, number) for number in range(FEISTEL_ROUNDS)], np.uint64)
-    found = places.astype(np.uint64)
-    outside = np.ones(len(found), dtype=bool)
+    values = places.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
     while (
         outside.any()
     ):  # on average under four times: the domain is less than four times the items
-        left, right = found[outside] >> half, found[outside] & mask
+        left, right = values[outside] >> half, values[outside] & mask
         for key in rounds:
             left, right = right, left ^ (_scramble(right ^ key) & mask)
-        found[outside] = left << half | right
-        outside = found >= num_items
-    return found.astype(np.int64)
+        values[outside] = left << half | right
+        outside = values >= num_items
+    return values.astype(np.int64)
 
 
 def _scramble(values: np.ndarray) -> np.ndarray:
@@ -144,10 +144,10 @@ def read(
     try:
         while True:
             try:
-                found = _next(parts, workers, setting)
+                batch = _next(parts, workers, setting)
             except StopIteration:
                 return
-            yield _checked(dataset, found) if workers else found
+            yield _checked(dataset, batch) if workers else batch
     finally:
         if workers:  # now: an error's traceback would keep them
             parts._shutdown_workers()
@@ -222,10 +222,10 @@ def _next(parts: Iterator[Any], workers: int, setting: str) -> Any:
         )
 
 
-def _checked(dataset: Keyed, found: Any) -> dict[str, Tensor]:
-    if isinstance(found, UserError):
-        raise found
-    gathered, findings = found
+def _checked(dataset: Keyed, batch: Any) -> dict[str, Tensor]:
+    if isinstance(batch, UserError):
+        raise batch
+    gathered, findings = batch
     if findings is not None:
         dataset.skipped.merge(findings)
     if isinstance(gathered, UserError):

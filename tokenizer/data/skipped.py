@@ -71,14 +71,14 @@ class Skipped:
     def drain(self) -> Findings:
         """What was found since the last call, for `merge` in the process that this one reads
         for."""
-        found = Findings(self.reads, self._untold or [])
+        findings = Findings(self.reads, self._untold or [])
         self.reads, self._untold = 0, []
-        return found
+        return findings
 
-    def merge(self, found: Findings) -> None:
+    def merge(self, findings: Findings) -> None:
         """Count what another process found, as `add` does."""
-        self.reads += found.reads
-        for place, line in found.unreadable:
+        self.reads += findings.reads
+        for place, line in findings.unreadable:
             self.add(place, line)
 
 

@@ -86,9 +86,9 @@ def _open_folder(root: Path, cache_bytes: int, choice: Choice) -> Listing:
     """
     if is_saved(root):
         return ArrowListing(root, choice)
-    found = walk(root)
+    tree = walk(root)
     tables, shards, images = (
-        found.having(*kinds) for kinds in ((".parquet",), (".tar",), EXTENSIONS)
+        tree.having(*kinds) for kinds in ((".parquet",), (".tar",), EXTENSIONS)
     )
     with_images = [name for name in tables if holds_images(root / name, choice)]
     listing: Listing
@@ -99,9 +99,9 @@ def _open_folder(root: Path, cache_bytes: int, choice: Choice) -> Listing:
         used = set(shards)
         listing = TarListing(root, [root / name for name in shards], choice)
     else:
-        return FolderListing(root, found, choice)
-    others = [name for name in found.files if name not in used]
-    listing.notes += other_files(found, others)
+        return FolderListing(root, tree, choice)
+    others = [name for name in tree.files if name not in used]
+    listing.notes += other_files(tree, others)
     return listing
 
 

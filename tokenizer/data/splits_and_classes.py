@@ -117,9 +117,9 @@ def number_classes(
         return np.zeros(len(values), np.int64), ["all"]
     kinds = {type(value) for value in values if value is not None}
     if len(kinds) > 1 or kinds - {int, str}:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(
-            f"data.source={source}: labels are {found}, not class numbers or names alone: choose "
+            f"data.source={source}: labels are {names}, not class numbers or names alone: choose "
             "another column with "
             "data.label_column, or none"
         )

@@ -136,12 +136,12 @@ def stamp(file: Path | int) -> Stamp:
     """Of a path or a descriptor. Raises UserError unless it is a regular file, without opening
     it."""
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{file} is no regular file: give tar files")
-    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def scan(path: Path) -> TarIndex:
@@ -282,10 +282,10 @@ class _Sample:
         the name]."""
         folder, slash, _ = self.key.partition(b"/")
         named = [folder.decode("utf-8", "surrogateescape")] if slash else None
-        own = [
+        labels = [
             self._labels.get((name, kind)) for kind in ("cls", "json") for name in (stem, self.key)
         ]
-        return next((label for label in (*own, named) if label is not None), None)
+        return next((label for label in (*labels, named) if label is not None), None)
 
 
 def _class_number(data: bytes) -> int:
@@ -296,8 +296,8 @@ def _class_number(data: bytes) -> int:
 
 def _class_of_json(data: bytes) -> int | str | None:
     """The value of `label` where there is one, a whole number or a name."""
-    found = json.loads(data)
-    label = found.get("label") if isinstance(found, dict) else None
+    fields = json.loads(data)
+    label = fields.get("label") if isinstance(fields, dict) else None
     if label is not None and type(label) not in (int, str):
         raise ValueError
     return label
@@ -374,7 +374,7 @@ def _name(header: bytes) -> bytes:
 def _pax(body: bytes, start: int) -> dict[str, bytes]:
     """Records "length key=value\\n" of a pax header. Only `path`, `size` and GNU's marks of sparse
     files matter."""
-    found, position = {}, 0
+    fields, position = {}, 0
     while position < len(body):
         digits, space, _ = body[position : position + 8].partition(b" ")
         length = int(digits) if space and digits.isdigit() else 0
@@ -383,9 +383,9 @@ def _pax(body: bytes, start: int) -> dict[str, bytes]:
         )
         if not equals or position + length > len(body) or (key == b"size" and not _is_size(value)):
             raise _Damage(f"has a damaged pax header at byte {start}")
-        found[key.decode("utf-8", "replace")] = value
+        fields[key.decode("utf-8", "replace")] = value
         position += length
-    return found
+    return fields
 
 
 def _is_size(digits: bytes) -> bool:

@@ -129,9 +129,9 @@ def _notes(indexes: list[tar_index.TarIndex]) -> list[str]:
     kinds: collections.Counter[str] = collections.Counter()
     counts, names = [0, 0, 0], [[], [], []]
     for index in indexes:
-        found = tar_index.Seen(*json.loads(str(index.seen)))
-        kinds.update(found.kinds)
-        for place, (count, *first) in enumerate((found.beside, found.several, found.repeated)):
+        seen = tar_index.Seen(*json.loads(str(index.seen)))
+        kinds.update(seen.kinds)
+        for place, (count, *first) in enumerate((seen.beside, seen.several, seen.repeated)):
             counts[place] += count
             names[place] += first[: 3 - len(names[place])]
     notes = []

@@ -34,7 +34,7 @@ class Walk(NamedTuple):
 def walk(root: Path) -> Walk:
     """Links are followed after all real folders, in the order of their names, and never to what
     holds the root."""
-    found = Walk([], [], {}, [])
+    tree = Walk([], [], {}, [])
     real = {"": os.path.realpath(root)}  # of the folders that wait to be entered
     entered: dict[str, str] = {}  # real path: path below the root
     links: list[str] = []
@@ -44,22 +44,22 @@ def walk(root: Path) -> Walk:
         while waiting:
             here = waiting.pop()
             target = real.pop(here)
-            found.folders.append(here)
+            tree.folders.append(here)
             if (first := entered.setdefault(target, here)) != here:
-                found.repeats.append(Repeat(here, first))
+                tree.repeats.append(Repeat(here, first))
                 continue
             try:
                 with os.scandir(os.path.join(root, here)) as entries:
                     listed = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
-                found.unreadable[here] = error.strerror or str(error)
+                tree.unreadable[here] = error.strerror or str(error)
                 continue
             for entry in listed:
                 path = f"{here}/{entry.name}" if here else entry.name
                 if entry.name[0] == ".":
                     continue
                 if not _is_folder(entry):
-                    found.files.append(path)
+                    tree.files.append(path)
                 elif entry.is_symlink():
                     heapq.heappush(links, path)
                 else:
@@ -74,9 +74,9 @@ def walk(root: Path) -> Walk:
         if os.path.commonpath([real[link], top]) == real[link]:  # the root, or what holds it
             real[link] = top
         enter(link)
-    found.files.sort()
-    found.folders.sort()
-    return found
+    tree.files.sort()
+    tree.folders.sort()
+    return tree
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

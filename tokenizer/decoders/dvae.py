@@ -31,10 +31,10 @@ class DVAEDecoderConfig:
         self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
     ) -> DVAEDecoder:
         """Raises ValueError when the encoder's pixels per code are not this decoder's."""
-        own = 2 ** (self.groups - 1)
-        if own != stride:
+        made = 2 ** (self.groups - 1)
+        if made != stride:
             raise ValueError(
-                f"decoder.groups={self.groups} make {own} pixels per code, where the encoder has "
+                f"decoder.groups={self.groups} make {made} pixels per code, where the encoder has "
                 f"{stride}: give both "
                 "as many"
             )

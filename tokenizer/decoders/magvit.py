@@ -49,10 +49,10 @@ class MagvitDecoderConfig:
         self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
     ) -> MagvitDecoder:
         """Raises ValueError when the encoder's pixels per code are not this decoder's."""
-        own = resnet_stride(self.multipliers, 1)
-        if own != stride:
+        made = resnet_stride(self.multipliers, 1)
+        if made != stride:
             raise ValueError(
-                f"decoder.multipliers={list(self.multipliers)} make {own} pixels per code, where "
+                f"decoder.multipliers={list(self.multipliers)} make {made} pixels per code, where "
                 "the encoder has "
                 f"{stride}: give both as many"
             )

@@ -52,13 +52,15 @@ def load_decoder(
     )
     _check_heads(decoder, file)
     weights = _decoder_part(saved, file)
-    own = decoder.state_dict()
+    state = decoder.state_dict()
     positions = weights.get("decoder_pos_embed")
     if positions is None or (
-        positions.shape != own["decoder_pos_embed"].shape and positions.shape[-1] == decoder.dim
+        positions.shape != state["decoder_pos_embed"].shape and positions.shape[-1] == decoder.dim
     ):
-        weights["decoder_pos_embed"] = own["decoder_pos_embed"]  # fixed, and each grid has its own
-    for name, tensor in own.items():
+        weights["decoder_pos_embed"] = state[
+            "decoder_pos_embed"
+        ]  # fixed, and each grid has its own
+    for name, tensor in state.items():
         if name not in weights:
             raise UserError(
                 f"{file}: {name} is missing: decoder.preset (or depth) must be what it was trained "
@@ -72,12 +74,12 @@ def load_decoder(
                 "was trained with"
             )
     for name in weights:
-        if name not in own:
+        if name not in state:
             raise UserError(
                 f"{file}: {name} has no place here: decoder.preset (or depth) must be what it was "
                 "trained with"
             )
-    rows = len(own["decoder_pred.bias"]) // 3  # (p q c): the channel changes fastest
+    rows = len(state["decoder_pred.bias"]) // 3  # (p q c): the channel changes fastest
     scale, shift = (2 * std).repeat(rows), (2 * mean - 1).repeat(rows)  # x -> 2 (x std + mean) - 1
     weights["decoder_pred.weight"] = weights["decoder_pred.weight"].double() * scale[:, None]
     weights["decoder_pred.bias"] = weights["decoder_pred.bias"].double() * scale + shift
@@ -147,9 +149,9 @@ def _weights_file(path: Path) -> Path:
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pt"))
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
+        names = ", ".join(file.name for file in files) or "none"
         raise UserError(
-            f"{path}: one .safetensors or .pt file is expected there, and it has {found}: name one"
+            f"{path}: one .safetensors or .pt file is expected there, and it has {names}: name one"
         )
     return files[0]
 

@@ -48,11 +48,11 @@ class ResNetDecoderConfig:
         self, in_channels: int, stride: int, grid: tuple[int, int], encoder: nn.Module
     ) -> ResNetDecoder:
         """Raises ValueError when the encoder's pixels per code are not this decoder's."""
-        own = resnet_stride(tuple(self.multipliers), self.patch)
-        if own != stride:
+        made = resnet_stride(tuple(self.multipliers), self.patch)
+        if made != stride:
             raise ValueError(
                 f"decoder.multipliers={list(self.multipliers)} with decoder.patch={self.patch} "
-                f"make {own} pixels per "
+                f"make {made} pixels per "
                 f"code, where the encoder has {stride}: give both the same"
             )
         return ResNetDecoder(in_channels, self)

@@ -106,13 +106,13 @@ class TiTokDecoder(nn.Module):
         tokens = self.transformer(torch.cat([masks.expand(count, -1, -1), latents], 1))[
             :, 1 : 1 + side**2
         ]
-        found = self.head(tokens)
+        outputs = self.head(tokens)
         if self.mixes:
-            mixtures = found.softmax(-1) @ self.codebook
+            mixtures = outputs.softmax(-1) @ self.codebook
             return self.pixels(rearrange(mixtures, "b (h w) c -> b c h w", h=side))
         images = self.pixels(
             rearrange(
-                found, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=self.patch, q=self.patch
+                outputs, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=self.patch, q=self.patch
             )
         )
         return images * 2 - 1 if self.unit_range else images

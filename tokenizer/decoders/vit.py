@@ -59,16 +59,16 @@ class ViTDecoderConfig:
     )
 
     def __post_init__(self) -> None:
-        given = [
+        sizes = [
             name for name in ("dim", "depth", "heads", "mlp") if getattr(self, name) is not None
         ]
         if self.preset and self.preset != "mirror" and self.preset not in PRESETS:
             raise ValueError(
                 f"decoder.preset={self.preset} is none of {', '.join(PRESETS)}, mirror"
             )
-        if self.preset and given:
+        if self.preset and sizes:
             raise ValueError(
-                f"decoder.preset={self.preset} and decoder.{given[0]}={getattr(self, given[0])} "
+                f"decoder.preset={self.preset} and decoder.{sizes[0]}={getattr(self, sizes[0])} "
                 "both give the size: "
                 "keep one of them"
             )

@@ -449,9 +449,9 @@ def _settle(config: Any) -> Any:
 def _preprocessing(folder: str, name: str) -> dict[str, Any]:
     from transformers import BaseImageProcessor
 
-    kept, _ = BaseImageProcessor.get_image_processor_dict(folder)
+    settings, _ = BaseImageProcessor.get_image_processor_dict(folder)
     try:
-        return {key: list(kept[key]) for key in ("image_mean", "image_std")}
+        return {key: list(settings[key]) for key in ("image_mean", "image_std")}
     except KeyError as error:
         raise UserError(
             f"model.encoder.name={name}: its preprocessor_config.json lacks {error}: add it"

@@ -64,9 +64,9 @@ def check_magvit(section: str, config: Any) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must be at least 1")
     if not config.multipliers or min(config.multipliers) < 1:
-        given = list(config.multipliers)
+        multipliers = list(config.multipliers)
         raise ValueError(
-            f"{section}.multipliers={given} must name a multiplier per resolution, at least 1"
+            f"{section}.multipliers={multipliers} must name a multiplier per resolution, at least 1"
         )
     if config.shortcut not in SHORTCUTS:
         raise ValueError(
@@ -131,9 +131,9 @@ class UnbiasedBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.norm2 = group_norm(channels, groups)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        given = channels if self.of_output else in_channels
+        width = channels if self.of_output else in_channels
         self.shortcut = (
-            None if in_channels == channels else nn.Conv2d(given, channels, 1, bias=False)
+            None if in_channels == channels else nn.Conv2d(width, channels, 1, bias=False)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -78,9 +78,9 @@ class TiTokEncoder(nn.Module):
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The grid of codes of images of this size. Raises ValueError for any but its own."""
         if (height, width) != (self.image_size, self.image_size):
-            own = f"{self.image_size} x {self.image_size}"
+            size = f"{self.image_size} x {self.image_size}"
             raise ValueError(
-                f"images of {height} x {width} pixels: this tokenizer takes {own} alone: resize "
+                f"images of {height} x {width} pixels: this tokenizer takes {size} alone: resize "
                 "them"
             )
         return 1, self.num_tokens

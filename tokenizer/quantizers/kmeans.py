@@ -46,8 +46,8 @@ def kmeans(
         if iteration:
             codes, distances = _nearest(rows, centres, cosine)
         counts, centres = torch.zeros_like(centres[:, 0]), torch.zeros_like(centres)
-        for part, own in zip(rows.split(CHUNK), codes.split(CHUNK)):
-            more, sums = segment_sums(_seen(part, cosine), own, num_codes)
+        for part, part_codes in zip(rows.split(CHUNK), codes.split(CHUNK)):
+            more, sums = segment_sums(_seen(part, cosine), part_codes, num_codes)
             counts += more
             centres += sums
         centres /= counts.clamp(min=1)[:, None]
@@ -191,8 +191,8 @@ def _seed_centres(
     codes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     distances = torch.full((len(rows),), float("inf"), device=rows.device)
     for share in [*filter(len, torch.arange(1, num_codes).chunk(SEEDING_ROUNDS)), ()]:
-        own, fresh = _nearest(rows, _seen(rows[drawn], cosine), cosine)
-        codes = torch.where(fresh < distances, own + len(chosen), codes)
+        nearest, fresh = _nearest(rows, _seen(rows[drawn], cosine), cosine)
+        codes = torch.where(fresh < distances, nearest + len(chosen), codes)
         distances = torch.minimum(distances, fresh)
         chosen = torch.cat([chosen, drawn])
         race = torch.empty(len(rows)).exponential_(generator=generator).to(rows.device)
@@ -202,12 +202,12 @@ def _seed_centres(
 
 def _nearest(rows: Tensor, centres: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
     """Codes (N,) and squared distances |z_n - e_k(n)|^2, (N,)."""
-    found = []
+    parts = []
     for part in rows.split(CHUNK):
         part = _seen(part, cosine)
         codes = search.nearest(part, centres)
-        found.append((codes, (part - centres[codes]).square().sum(1)))
-    codes, distances = zip(*found)
+        parts.append((codes, (part - centres[codes]).square().sum(1)))
+    codes, distances = zip(*parts)
     return torch.cat(codes), torch.cat(distances)
 
 

@@ -54,8 +54,8 @@ class ProductQuantizer(nn.Module):
         """Start each head from its channels of rows (N, C), or of what `project` makes of (N,
         d)."""
         rows = rows if project is None else project(rows)
-        for head, (level, own) in enumerate(zip(self.levels, rows.chunk(len(self.levels), dim=1))):
-            level.initialise(own, randomness.mix(seed, head), images=images)
+        for head, (level, part) in enumerate(zip(self.levels, rows.chunk(len(self.levels), dim=1))):
+            level.initialise(part, randomness.mix(seed, head), images=images)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """(B, C, H, W). One search for all heads, then what each makes of its codes."""

@@ -111,8 +111,8 @@ class ResidualQuantizer(nn.Module):
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, L, H, W) int64 -> (B, C, H, W) float32."""
         total = 0.0
-        for level, own in zip(self._stack(), codes.split(1, dim=1)):
-            total = total + level.lookup(own)
+        for level, level_codes in zip(self._stack(), codes.split(1, dim=1)):
+            total = total + level.lookup(level_codes)
         return total
 
     def update(self, step: int, taken: bool) -> None:

@@ -37,9 +37,9 @@ def nearest(
             offsets = codebook.new_zeros(codebook.shape[:-1])
         if features.dim() == 2:
             return _nearest(features, codebook, offsets)
-        own = [None] * len(features) if offsets is None else offsets
+        all_offsets = [None] * len(features) if offsets is None else offsets
         return torch.stack(
-            [nearest(z, book, offsets=o) for z, book, o in zip(features, codebook, own)]
+            [nearest(z, book, offsets=o) for z, book, o in zip(features, codebook, all_offsets)]
         )
 
 

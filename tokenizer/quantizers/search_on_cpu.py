@@ -54,9 +54,9 @@ def on_cpu(features: Tensor, codebook: Tensor, offsets: Tensor | None) -> Tensor
         if len(todo) > (FEW if place else 0):
             with full_precision():
                 product = kind(book)
-                found = [_search(part, book, product) for part in rows.split(book.rows_at_once())]
+                parts = [_search(part, book, product) for part in rows.split(book.rows_at_once())]
                 del product
-            codes[todo] = torch.cat(found)
+            codes[todo] = torch.cat(parts)
             todo = (codes == OPEN).nonzero()[:, 0]
             rows = features[todo]
     if len(todo):
@@ -85,10 +85,10 @@ class Book:
         lengths = torch.cat(
             [torch.linalg.vector_norm(part - shift, dim=1) for part in codebook.split(TILE * 16)]
         )
-        own = lengths.square() / 2 if offsets is None else offsets
-        largest = own.abs().max() if offsets is not None else own.new_zeros(())
-        own = F.pad(own, (0, -len(codebook) % TILE), value=torch.inf)
-        return cls(codebook, offsets, shift, own, lengths.max(), largest)
+        padded = lengths.square() / 2 if offsets is None else offsets
+        largest = padded.abs().max() if offsets is not None else padded.new_zeros(())
+        padded = F.pad(padded, (0, -len(codebook) % TILE), value=torch.inf)
+        return cls(codebook, offsets, shift, padded, lengths.max(), largest)
 
     def fits(self) -> bool:
         """Whether all bounds hold: what is given is finite, and squares neither overflow nor
@@ -229,9 +229,9 @@ class InInt8:
             scale = part.abs().amax(1, keepdim=True).clamp_(min=TINY).div_(127)
             whole = (part / scale).round_()
             codes[places], self.scales[places] = whole, scale[:, 0]
-            kept = whole.mul_(scale)
-            self.reach = max(self.reach, _longest(kept))
-            self.lost = max(self.lost, _longest(part.sub_(kept)))
+            rounded = whole.mul_(scale)
+            self.reach = max(self.reach, _longest(rounded))
+            self.lost = max(self.lost, _longest(part.sub_(rounded)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an API that newer versions may lack
             codes = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)

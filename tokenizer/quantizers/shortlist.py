@@ -52,25 +52,25 @@ def nearest_listed(features: Tensor, codebook: Tensor, offsets: Tensor | None) -
     with search_on_cpu.full_precision():
         parts = [_short_list(rows, book, centred) for rows in features.split(at_once)]
     del centred
-    found = ShortList(*map(torch.cat, zip(*parts)))
-    order = found.state.argsort()
-    several, many = torch.stack([(found.state == kind).sum() for kind in (SEVERAL, MANY)]).tolist()
+    short = ShortList(*map(torch.cat, zip(*parts)))
+    order = short.state.argsort()
+    several, many = torch.stack([(short.state == kind).sum() for kind in (SEVERAL, MANY)]).tolist()
 
-    codes, here = found.codes[:, 0].clone(), features.device
+    codes, here = short.codes[:, 0].clone(), features.device
     there = here if has_float64(here) else torch.device("cpu")
     for rows in order[:several].split(
         max(1, search_on_cpu.BUDGET // (4 * KEPT * features.shape[1]))
     ):
-        pairs = found.codes[rows], found.listed[rows]
+        pairs = short.codes[rows], short.listed[rows]
         those = pairs[0].clamp(max=len(codebook) - 1)
-        given = None if offsets is None else offsets[those].to(there)
-        own = (part.to(there) for part in (features[rows], codebook[those], *pairs))
-        codes[rows] = _decide(*own, given).to(here)
+        offset = None if offsets is None else offsets[those].to(there)
+        inputs = (part.to(there) for part in (features[rows], codebook[those], *pairs))
+        codes[rows] = _decide(*inputs, offset).to(here)
     if many:
         rows = order[several : several + many]
-        given = None if offsets is None else offsets.to(there)
+        offset = None if offsets is None else offsets.to(there)
         whole = search_on_cpu.in_float64 if there == here else search_on_cpu.on_cpu
-        codes[rows] = whole(features[rows].to(there), codebook.to(there), given).to(here)
+        codes[rows] = whole(features[rows].to(there), codebook.to(there), offset).to(here)
     return codes
 
 
