@@ -1017,6 +1017,16 @@ def test_a_uniform_start_is_the_authors():
     assert book.min() < -0.99 / 50 and book.max() > 0.99 / 50
 
 
+@pytest.mark.parametrize("name", ["product", "residual", "residual-shared"])
+def test_levels_start_from_what_a_projection_makes_of_the_data(name):
+    rows, weight = torch.randn(200, DIM - 1), torch.randn(DIM, DIM - 1)
+    projected, plain = build(CASES[name]), build(CASES[name])
+    projected.initialise(rows, 3, lambda part: part @ weight.T)
+    plain.initialise(rows @ weight.T, 3)
+    for found, expected in zip(projected.levels, plain.levels):
+        torch.testing.assert_close(found.codebook, expected.codebook, atol=1e-5, rtol=0)
+
+
 def test_one_head_is_its_level():
     alone, product = build(CASES["vector"]).eval(), build(CASES["product"], heads=1).eval()
     assert product.dim == DIM // 2 and product.num_codes == (CODES,)
@@ -1180,12 +1190,13 @@ def test_restarts_of_levels_do_not_depend_on_micro_batches(shared):
     def trained(parts):
         torch.manual_seed(0)
         level = VectorConfig(
-            num_codes=64, code_dim=DIM, restart="data", restart_below=0.9, init="normal"
+            num_codes=64, code_dim=DIM, restart="data", restart_below=0.999, init="normal"
         )
         quantizer = ResidualConfig(depth=2, shared=shared, level=level).build().train()
         for part in features(batch=4).chunk(parts):
             quantizer(part)
         quantizer.update(0, True)
+        assert 10 < int(quantizer.levels[0].changed.sum()) < 64
         return quantizer.levels[0].codebook
 
     torch.testing.assert_close(trained(1), trained(2))
