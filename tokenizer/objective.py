@@ -284,7 +284,7 @@ class LeCam(nn.Module):
         """Move the anchors to the step's means over micro-batches and ranks; the first ones set
         them."""
         if taken:
-            sums = distributed.sum_(self.sums.clone())
+            sums = distributed.sum_(self.sums)  # in place: they begin anew below
             self.num_updates += 1
             self.anchors.lerp_(sums[:2] / sums[2], (1 / self.num_updates).clamp(min=1 - self.decay))
         self.sums.zero_()

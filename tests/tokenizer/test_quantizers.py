@@ -1145,6 +1145,9 @@ def test_heads_are_searched_at_once_and_are_what_each_would_be_alone(monkeypatch
         assert torch.equal(output.codes, torch.cat([each.codes for each in parts], dim=1))
         loss = torch.stack([each.loss for each in parts]).mean()
         assert torch.equal(output.loss, loss)
+        for name in ("commitment", "perplexity"):
+            terms = torch.stack([each.parts[name] for each in parts])
+            torch.testing.assert_close(output.parts[name], terms.mean())
         (output.vectors.sin().sum() + output.loss).backward()
         (torch.cat([each.vectors for each in parts], dim=1).sin().sum() + loss).backward()
         assert torch.equal(given.grad, same.grad)

@@ -3,7 +3,7 @@ ranks, averages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,8 @@ from tokenizer.quantizers.vector import VectorConfig
 LEVELS = {"vector": VectorConfig, "simvq": SimVQConfig}
 
 
-def update_levels(levels: Iterable[nn.Module], step: int, taken: bool) -> None:
+def update_levels(levels: nn.ModuleList, step: int, taken: bool) -> None:
     """Update each level; what they gathered is summed over ranks at once."""
-    levels = list(levels)
     if taken:
         share([level.statistics for level in levels])
     for level in levels:
