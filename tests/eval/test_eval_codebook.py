@@ -125,6 +125,28 @@ def test_figures_of_levels_are_those_of_the_metric():
     )
 
 
+def test_usage_and_rates_of_known_codes():
+    """Of 5 codes two in turn, of 9 always the last: 1 bit a code on 6 places, and none on 12."""
+    layout = CodeLayout(((2, 3), (4, 3)), (5, 9))
+    codes = torch.cat([torch.arange(60).view(10, 6) % 2, torch.full((10, 12), 8)], 1)
+    metric = CodebookUsage(layout, ORIGIN)
+    for part in codes.split(4):
+        metric.update(Batch(torch.empty(0), torch.arange(len(part)), codes=part))
+    found = metric.compute()
+    assert {name: each.value for name, each in found.items() if "corrected" not in name} == {
+        "codebook usage, level 1": pytest.approx(40),
+        "perplexity, level 1": pytest.approx(2),
+        "code entropy, level 1": pytest.approx(1),
+        "codebook usage, level 2": pytest.approx(100 / 9),
+        "perplexity, level 2": pytest.approx(1),
+        "code entropy, level 2": pytest.approx(0),
+        "rate, fixed": pytest.approx(6 * math.log2(5) + 12 * math.log2(9)),
+        "rate, unigram entropy": pytest.approx(6),
+    }
+    assert found["codebook usage, level 2"].details["dead"] == list(range(8))
+    assert {each.n for each in found.values()} == {10}
+
+
 def test_no_codes_are_refused():
     with pytest.raises(ValueError, match="empty"):
         code_statistics(np.zeros((0, 6), np.uint16), CodeLayout(((2, 3),), (4,)))

@@ -145,6 +145,16 @@ def test_jackknife_of_a_mean_is_the_standard_error() -> None:
     assert found.corrected == pytest.approx(float(values.mean()), abs=1e-9)
 
 
+def test_a_jackknife_of_known_parts() -> None:
+    """Of 0, 1 ... 19, whose variance about 9.5 is 33.25, 19 and 20 times around a whole of 10."""
+    answers = iter([10.0, *range(20)])
+    found = jackknife(40, lambda kept: next(answers))
+    assert found.deviation == pytest.approx(math.sqrt(19 * 33.25))
+    assert found.corrected == pytest.approx(20 * 10 - 19 * 9.5)
+    reach = 2.0930240544 * found.deviation  # Student's t of 19 degrees of freedom, 0.975
+    assert (found.low, found.high) == pytest.approx((10 - reach, 10 + reach))
+
+
 def test_jackknife_removes_most_of_the_bias_and_covers() -> None:
     truth = Gaussian(torch.zeros(8).double(), torch.eye(8).double())
     features = normal(1000, 8, 9)

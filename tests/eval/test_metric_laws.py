@@ -365,9 +365,16 @@ class Bound(torch.nn.Module):
 
 
 def test_a_likelihood_is_measured_once_for_the_tokens_that_its_prior_knows(tmp_path, monkeypatch):
-    """Of four images that cost 1, 5, 2 and 4 bits, the three at these places: 1, 2 and 4."""
+    """Of four images that cost 1, 5, 2 and 4 bits, the three at these places: 1, 2 and 4; of their
+    two views the plain one."""
     loaded = []
-    tokens = SimpleNamespace(codes=np.zeros((4, 1, 2), np.uint16), labels=np.array([1, 5, 2, 4]))
+    views = np.stack([np.zeros((4, 2), np.uint16), np.full((4, 2), 3, np.uint16)], axis=1)
+    tokens = SimpleNamespace(codes=views, labels=np.array([1, 5, 2, 4]))
+
+    class Plain(Bound):
+        def nll(self, codes, labels):
+            assert not codes.any()
+            return super().nll(codes, labels)
 
     def keep(record):
         record.save(tmp_path / "report")
@@ -392,7 +399,7 @@ def test_a_likelihood_is_measured_once_for_the_tokens_that_its_prior_knows(tmp_p
     monkeypatch.setattr(likelihood, "read_record", lambda folder: about)
     monkeypatch.setattr(likelihood, "weights_hash", lambda folder: "p" * 64)
     monkeypatch.setattr(
-        likelihood.priors, "load", lambda folder: loaded.append(folder) or Bound("exact")
+        likelihood.priors, "load", lambda folder: loaded.append(folder) or Plain("exact")
     )
 
     def values():
