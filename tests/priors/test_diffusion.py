@@ -219,12 +219,14 @@ def test_antithetic_times_fill_the_batch_and_belong_to_places():
     whole = antithetic(uniform, positions, 64)
     assert torch.equal((whole[:, 1] * 64).long().sort().values, torch.arange(64))
     assert whole[:, 1].max() < 1
+    torch.testing.assert_close(whole[:, 1], (positions + uniform[:, 1]) / 64)
     assert torch.equal(whole[:, [0, 2, 3, 4]], uniform[:, [0, 2, 3, 4]])
     assert torch.equal(
         torch.cat([antithetic(uniform[i : i + 16], positions[i : i + 16], 64) for i in (0, 16)]),
         whole[:32],
     )
-    assert torch.equal((draws(None, torch.zeros(8, 3))[:, 1] * 8).long(), torch.arange(8))
+    alone = draws(None, torch.zeros(8, 3))
+    assert alone.shape == (8, 5) and torch.equal((alone[:, 1] * 8).long(), torch.arange(8))
 
 
 def test_inverse_cdf_draws_the_law_and_never_the_impossible():
