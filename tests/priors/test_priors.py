@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from priors import train
 from priors.backbone import BackboneConfig
 from priors.families.autoregressive import AutoregressiveConfig
 from priors.families.masked import MaskedConfig, MaskedPrior, _num_remasked, _num_waiting
@@ -22,7 +23,7 @@ from priors.sampling.guidance import filter_logits, guide
 from priors.sampling.halton import halton_turns, rolled
 from priors.sampling.noise import categorical, gumbel, uniform_noise
 from priors.sampling.schedules import SCHEDULES, mean_share
-from priors.train import Measure, PriorRun, TokenSequences
+from priors.train import PREVIEW_COLUMNS, Measure, Preview, PriorRun, TokenSequences
 from tokenizer.interface import CodeLayout
 from training.config import load
 from training.errors import UserError
@@ -536,6 +537,64 @@ def test_the_logs_likelihood_is_of_plain_images():
     measured = Measure(SimpleNamespace(codes=codes, labels=np.arange(300)))(Summing())
     rows = np.linspace(0, 299, 256).astype(int)
     assert measured == {"nats_per_token": pytest.approx((4 * rows + 1).mean() / 2)}
+
+
+def test_a_preview_is_a_class_a_row_of_one_tokenizer(tmp_path, monkeypatch):
+    asked, loaded = [], []
+
+    class Labelled(torch.nn.Module):
+        def sample(self, labels, options, ids):
+            asked.append((labels.tolist(), options, ids.tolist()))
+            return torch.zeros(len(ids), 6, dtype=torch.int64)
+
+    decoder = SimpleNamespace(decode=lambda codes: torch.zeros(len(codes), 3, 4, 4))
+    monkeypatch.setattr("tokenizer.load", lambda folder: loaded.append(folder) or decoder)
+    monkeypatch.setattr(PriorRecord, "tokenizer_folder", lambda record, folder: folder / "own")
+    options = SampleOptions(guidance=2.0)
+    record = PriorRecord(ONE_LEVEL, ["a", "b"], "tokens", "12", "tokenizer", "34", options)
+    preview = Preview(record, tmp_path)
+    for step in (1, 2):
+        preview(Labelled(), tmp_path / f"{step}.png", step)
+    assert loaded == [tmp_path / "own"]
+    rows = [0] * PREVIEW_COLUMNS + [1] * PREVIEW_COLUMNS
+    assert asked == [(rows, options, list(range(2 * PREVIEW_COLUMNS)))] * 2
+    assert (tmp_path / "1.png").is_file() and (tmp_path / "2.png").is_file()
+
+
+def test_damaged_tokens_are_found_before_anything_is_built(monkeypatch):
+    class Damaged:
+        def check_tokenizer(self):
+            pass
+
+        def verify(self):
+            raise UserError("damaged")
+
+    monkeypatch.setattr("tokenizer.cache.TokenCache.open", lambda folder: Damaged())
+    with pytest.raises(UserError, match="damaged"):
+        train.train_prior(PriorRun())
+
+
+def test_the_command_trains_what_its_configuration_says(monkeypatch):
+    given = []
+    monkeypatch.setattr(train, "config_command", lambda *found: given.append(found))
+    train.main()
+    ((name, _, schema, run, estimate),) = given
+    assert (name, schema, run, estimate) == (
+        "priors.train",
+        PriorRun,
+        train.train_prior,
+        train.dry_run,
+    )
+
+
+@pytest.mark.parametrize("names", [[], "ab", ["a", 3]])
+def test_names_of_classes_are_a_list_of_words(tmp_path, names):
+    record = PriorRecord(ONE_LEVEL, ["a", "b"], "tokens", "12", "tokenizer", "34", SampleOptions())
+    record.write(tmp_path)
+    path = tmp_path / "weights" / "prior.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": names}))
+    with pytest.raises(UserError, match="damaged"):
+        read_record(tmp_path)
 
 
 def test_record_round_trip_and_damage(tmp_path):
