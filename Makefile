@@ -80,7 +80,8 @@ $(VENV)/installed: pyproject.toml
 demo: report ## everything, from embedded images to a report with pictures
 
 test: setup ## the tests (CPU, no network), a process for each core
-	@"$$py" -m pytest -n auto --maxprocesses 8 --dist loadfile
+	@echo "the first results come when all tests are imported, after some 20 seconds"
+	@"$$py" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## the tests that need a GPU: one that CUDA and Triton know, compute capability 8.0 or newer
 	@"$$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

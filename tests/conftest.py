@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import processes
 import pytest
 
 # Tests import helpers, and each other, by name from whichever folder they lie in. The processes
@@ -37,3 +39,17 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # torch.manual_seed has each of them note the whole stack for when it is first used.
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            device.manual_seed_all = lambda seed: None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def starter(own_cache, one_thread):
+    """What tests start as processes is forked from here, where no test has run yet."""
+    gc.collect()
+    gc.freeze()  # what is imported stays: else each collection in a test walks all of it
+    processes.begin()
+    yield
+    processes.end()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from pretend import DeviceMismatch, pretended_gpu
@@ -411,14 +408,7 @@ def test_a_pipeline_from_images_to_the_report(tmp_path):
 def test_two_ranks_train_as_one_does(tmp_path):
     """In a process group that takes tensors of the GPU alone: a discriminator, DDP, averages,
     statistics."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "pretended_ranks.py", str(tmp_path)],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = processes.run(processes.TESTS / "pretended_ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
     assert [found["on main"] for found in ranks] == [["of 0", "of 1"], []]

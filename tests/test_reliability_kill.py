@@ -13,12 +13,12 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -188,10 +188,8 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
 
 
 def killed(folder: Path, seed: int, **points: int) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     named = dict(zip(COMMANDS, points.values(), strict=True))
-    command = [sys.executable, __file__, str(folder), json.dumps(named), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = processes.run(__file__, folder, json.dumps(named), seed)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     print(f"killed: {report}")
@@ -207,13 +205,7 @@ def test_a_kill_of_each_command_changes_nothing(tmp_path):
 @pytest.mark.timeout(600)
 def test_a_kill_at_every_file_boundary_changes_nothing(tmp_path):
     """Of a toy run with three checkpoints; test_loop.py takes every third."""
-    command = [sys.executable, str(Path(__file__).with_name("toy.py")), "kill", str(tmp_path), "1"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = processes.run(processes.TESTS / "toy.py", "kill", tmp_path, 1)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     print(f"file boundaries: {report}")

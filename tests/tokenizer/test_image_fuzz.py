@@ -7,13 +7,12 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image, features
 
@@ -148,10 +147,7 @@ print(json.dumps({"counts": counts, "seconds": time.monotonic() - started}))
 def read(folder):
     """Figures of a process that reads every file of a folder, decoded at the start and again as
     they are asked for."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, env=environment
-    )
+    done = processes.run("-c", READ, folder)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     figures = json.loads(done.stdout.splitlines()[-1])
     (decoded, refused), (listed, refused_again) = figures["counts"]
@@ -302,9 +298,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path):
     for path in paths:
         path.write_bytes(BOMBS[path.name]())
         assert path.stat().st_size < 2**21
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = processes.run("-c", MEASURE, *paths)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     rises = {Path(path).name: int(rise) for path, rise, _, _ in rows}

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from test_data import PLAIN, SIZE, config_of, encode, write_parquet
 
@@ -717,9 +716,7 @@ def test_a_saved_file_that_changes_while_it_is_read_is_one_line(
         except BadImage as error:
             print(error)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    done = processes.run("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(".arrow has changed since this run began\n")
 

@@ -9,10 +9,9 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -236,8 +235,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     run = saved(folder, [1])
     run.publish({"weight": torch.ones(3)}, 1)
     del run  # its lock
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run("-c", FULL_DISK, tmp_path)
     codes = [
         line for line in done.stdout.splitlines() if line.isdigit()
     ]  # between lines of progress, if it is slow

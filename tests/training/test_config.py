@@ -8,13 +8,13 @@ import inspect
 import os
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import processes
 import pytest
 import yaml
 from hypothesis import strategies as st
@@ -207,10 +207,15 @@ def test_a_text_is_taken_from_the_command_line_as_it_is_and_from_the_saved_file_
     assert from_dict(Drawing, to_dict(config), "here") == config
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tmp_path_factory.mktemp("saved") / "saved.yaml"
+
+
+@hypothesis.settings(deadline=None)  # the machine may be busy
 @hypothesis.given(st.text(max_size=30).filter(lambda text: not text.startswith("~")))
-def test_any_text_survives_the_saved_file(tmp_path_factory, text):
+def test_any_text_survives_the_saved_file(saved, text):
     config = Drawing(text, target="x" + text, layer="y" + text)
-    saved = tmp_path_factory.mktemp("saved") / "saved.yaml"
     saved.write_text(to_yaml(config))
     assert load(Drawing, saved) == config
 
@@ -708,8 +713,7 @@ def _mutate(raw: Any, generator: random.Random) -> None:
 
 def test_a_wrong_key_ends_the_process_with_one_line(tmp_path):
     (tmp_path / "x.yaml").write_text("name: x")
-    command = [sys.executable, "-m", "priors.train", str(tmp_path / "x.yaml"), "priro.kind=foo"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = processes.run("-m", "priors.train", tmp_path / "x.yaml", "priro.kind=foo", cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == "error: command line: priro: unknown key; did you mean prior?\n"
     assert done.stdout == ""

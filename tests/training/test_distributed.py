@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,25 +26,8 @@ from training.loop import Batch, Loss, Phase, train
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     """The folder of one torchrun of toy.py: a run in fp64, a run in fp32, facts of each rank."""
-    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[2]
-    toy = str(Path(__file__).parents[1] / "toy.py")
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        toy,
-        "ranks",
-        str(folder),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, *launch], capture_output=True, text=True, cwd=root, env=environment
-    )
+    folder = tmp_path_factory.mktemp("ranks")
+    done = processes.torchrun(2, processes.TESTS / "toy.py", "ranks", folder)
     assert done.returncode == 0, done.stderr
     return folder
 

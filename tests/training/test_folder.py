@@ -8,10 +8,9 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from training.atomic import atomic_folder, is_settled, replace_file, settle
@@ -290,7 +289,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path):
     out = tmp_path / "out"
     make(out, OLD)
     fill(out, MINE)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], capture_output=True)
+    done = processes.run("-c", KILLED, out)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not is_settled(out) and not (out / "about.json").exists()
     with Folder(out, PICTURES).taken():

@@ -8,10 +8,9 @@ import itertools
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,20 +73,7 @@ def test_a_run_stopped_at_every_step_resumes_bit_equal(tmp_path, straight):
 
 def test_kill_9_at_file_boundaries_resumes_bit_equal(tmp_path):
     """Killed at every third touch of the run's files; nothing temporary stays behind."""
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "toy.py"),
-        "kill",
-        str(tmp_path),
-        "3",
-    ]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=root,
-    )
+    done = processes.run(processes.TESTS / "toy.py", "kill", tmp_path, 3)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["failed"] == {}, done.stderr

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,33 +89,11 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_implementation_gives_numpys_words(name, first, count, monkeypatch):
     if name == "in Triton" and not INTERPRETED:
-        pytest.skip("is run in the interpreter")
+        pytest.skip("is run in the interpreter, by test_fused_search.py")
     monkeypatch.setattr(philox_kernel, "LARGEST", 8)  # several programs for a row
     for seed, stream in ((0, 0), (1, 1), (2**63 - 1, 2**40)):
         words = IMPLEMENTATIONS[name](IDS, seed, stream, count, first)
         assert words.is_contiguous() and unsigned(words) == expected(seed, stream, count, first)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is this process")
-def test_the_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "Triton",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not gpu",
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True
-    )
-    assert run.returncode == 0 and "8 passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
 
 
 @pytest.mark.gpu

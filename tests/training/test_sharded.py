@@ -8,11 +8,11 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -183,25 +183,10 @@ def plain(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
-    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[2]
+    folder = tmp_path_factory.mktemp("ranks")
     with pytest.raises(Interrupted):
         Training(NetworkRun(loop())).train(folder / "begun", stop_at=4)
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        str(folder),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=root, env=environment
-    )
+    done = processes.torchrun(2, __file__, folder)
     assert done.returncode == 0, done.stderr
     return folder
 

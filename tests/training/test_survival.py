@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,6 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 BAD_STEPS = {2, 3, 6, 7, 8}
 
 
@@ -198,10 +198,7 @@ def test_any_command_ends_in_order_on_sigterm(capsys):
 
 
 def test_a_preempted_process_exits_with_75(tmp_path):
-    command = [sys.executable, __file__, "preempted", str(tmp_path / "run")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=60
-    )
+    done = processes.run(__file__, "preempted", tmp_path / "run", timeout=60)
     assert (
         done.returncode == 75
         and done.stderr.count("\n") == 1
@@ -211,10 +208,7 @@ def test_a_preempted_process_exits_with_75(tmp_path):
 
 
 def test_sigterm_to_torchrun_saves_and_leaves_the_marker(tmp_path):
-    command = [*LAUNCH, __file__, "endless", str(tmp_path)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT
-    )
+    process = processes.Process(processes.TORCHRUN, 2, 0, __file__, "endless", tmp_path)
     try:
         while not any(tmp_path.glob("run/checkpoints/step-*")):
             assert process.poll() is None, process.communicate()
@@ -400,10 +394,7 @@ def on_two_ranks(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    command = [*LAUNCH, "--max-restarts", "1", __file__, "ranks", str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=200
-    )
+    done = processes.torchrun(2, __file__, "ranks", folder, max_restarts=1)
     assert done.returncode == 0, done.stderr
     (folder / "stderr").write_text(done.stderr)
     return folder
