@@ -21,10 +21,17 @@ PY   := $(VENV)/bin/python
 # What was given is text. make would expand `$(...)` in it, and the shell would read it again where it stands in a
 # recipe: so make takes its characters alone, and recipes find it in the environment, quoted, as "$$run".
 $(foreach name,CONFIG DATA RUN NUM STEPS FRESH NPROC LPIPS OUT PYTHON PY,$(eval override $(name) := $$(value $(name))))
-override NAME := $(notdir $(CONFIG:/=))
+# A folder of configs/ by its name, any other by its path, or one YAML of a folder of presets, as imagenet's.
+override PRESET := $(if $(filter %.yaml,$(CONFIG)),$(firstword $(wildcard $(CONFIG) configs/$(CONFIG))))
+override FOLDER := $(if $(PRESET),$(patsubst %/,%,$(dir $(PRESET))),$(if $(and $(findstring /,$(CONFIG)),$(wildcard $(CONFIG:/=)/*.yaml)),$(CONFIG:/=),configs/$(notdir $(CONFIG:/=))))
+override NAME := $(notdir $(FOLDER))
 override RUN  := $(or $(RUN),runs/$(if $(filter compare-quantizers,$(MAKECMDGOALS)),quantizers,$(if $(filter compare-published,$(MAKECMDGOALS)),published,$(NAME)$(if $(DATA),-$(notdir $(DATA:/=))))))
 export config := $(CONFIG)
-export folder := configs/$(NAME)
+export folder := $(FOLDER)
+export preset := $(PRESET)
+# What the goals need beside the tokenizer: known before the first stage, not after days of it.
+export needs  := $(if $(filter demo report samples prior,$(MAKECMDGOALS)),tokens prior,$(if $(filter tokens compare-priors,$(MAKECMDGOALS)),tokens))
+export trains := $(filter tokenizer,$(MAKECMDGOALS))$(needs)
 export data   := $(DATA)
 export run    := $(RUN)
 export num    := $(NUM)
@@ -37,7 +44,7 @@ export python := $(PYTHON)
 export py     := $(PY)
 
 # Given in small letters, these would be expanded by make.
-$(foreach name,config folder data run num steps fresh nproc lpips out python py,\
+$(foreach name,config folder preset needs trains data run num steps fresh nproc lpips out python py,\
   $(if $(findstring command,$(origin $(name))),$(error $(name)=: write $(shell echo $(name) | tr a-z A-Z)=)))
 
 # A stage on this process, or on NPROC of them. After `--` nothing is an option of torchrun's.
@@ -56,7 +63,7 @@ help: ## what can be made, and with what
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/p' Makefile | column -t -s '|'
 	@echo; echo "variables"
 	@printf '  %-8s %s\n' \
-	  CONFIG "folder under configs/ ($$config)" \
+	  CONFIG "folder under configs/, or a path of one, or of a YAML of presets ($$config)" \
 	  DATA   "images: an embedded name, a folder, parquet, .tar shards, hub:owner/name (what CONFIG says)" \
 	  RUN    "folder for everything that is made ($$run)" \
 	  NUM    "number of samples ($$num)" \
@@ -108,16 +115,22 @@ checked:
 
 config-exists:
 	@test -d "$$folder" || { echo "error: CONFIG=$$config: there is no folder $$folder; there are:" $$(ls configs) >&2; exit 2; }
-	@test "$$folder" -ef "$$config" || test "$$folder" -ef "configs/$$config" || \
-	  { echo "error: CONFIG=$$config: name a folder of configs/" >&2; exit 2; }
+	@test -n "$$preset" || test "$$folder" -ef "$$config" || test "$$folder" -ef "configs/$$config" || \
+	  { echo "error: CONFIG=$$config: name a folder of configs/, or the path of another one" >&2; exit 2; }
+	@set -- "$$folder"/tokenizer*.yaml; test -z "$$trains" || test -n "$$preset" || test -f "$$1" || \
+	  { others=$$(find "$$folder" -maxdepth 1 -name '*.yaml' ! -name data.yaml ! -name base.yaml ! -name encoder.yaml \
+	      ! -name tokens.yaml ! -name 'prior*.yaml' | sort | sed 's/^/CONFIG=/'); \
+	    echo "error: CONFIG=$$config: there is no $$folder/tokenizer.yaml$${others:+: name one of its presets:}" $$others >&2; exit 2; }
+	@for part in $$needs; do test -f "$$folder/$$part.yaml" || \
+	  { echo "error: CONFIG=$$config: there is no $$folder/$$part.yaml, which comes after the tokenizer: write one" \
+	      "(configs/digits/$$part.yaml is an example), or make tokenizer alone" >&2; exit 2; }; done
 
 encoder: checked config-exists setup ## pretrain a small masked autoencoder on the images (where CONFIG has encoder.yaml)
 	@test ! -f "$$folder/encoder.yaml" || $(LAUNCH) tokenizer.encoders.pretrain "$$folder/encoder.yaml" $(OVERRIDES) $(FLAGS)
 
 # A tokenizer may take several runs, tokenizer-stage1, tokenizer-stage2, …: in the order of their names.
 tokenizer: encoder ## train the tokenizer, stage by stage
-	@set -e; for stage in "$$folder"/tokenizer*.yaml; do \
-	  test -f "$$stage" || { echo "error: CONFIG=$$config: there is no $$stage" >&2; exit 2; }; \
+	@set -e; set -- "$$folder"/tokenizer*.yaml; test -z "$$preset" || set -- "$$preset"; for stage in "$$@"; do \
 	  $(LAUNCH) tokenizer.train "$$stage" $(OVERRIDES) $(FLAGS); done
 
 tokens: tokenizer ## encode the images to a token cache

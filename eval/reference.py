@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eval.counts import LEAST
+from eval.extractors import EXTRACTORS
 from eval.extractors.in_domain import InDomain, check_extractor
 from eval.extractors.networks import WEIGHTS, Extractor, Inception
 from eval.interface import Batch
@@ -133,8 +134,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def choose_extractor(in_domain: Path | None, inception: Path | None) -> Extractor:
-    """The in-domain extractor of a folder, else the Inception; UserError where its weights are not
-    found either."""
+    """The in-domain extractor of a folder or one of EXTRACTORS by name, else the Inception;
+    UserError where its weights are not found either."""
+    if str(in_domain) in EXTRACTORS:
+        return EXTRACTORS[str(in_domain)]()
     if in_domain is not None:
         check_extractor(in_domain, [])
         return InDomain(in_domain)

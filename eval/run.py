@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ def main() -> None:
     from training import distributed
 
     distributed.start()
-    if arguments.command == REFERENCE:
-        reference_stats(arguments)
+    if arguments.command in OTHERS:
+        OTHERS[arguments.command](arguments)
     else:
         COMMANDS[arguments.command](options(arguments))
     distributed.finish()
@@ -175,6 +176,13 @@ def reference_stats(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {about}, SHA-256 {made.settings['reference_sha256']}", flush=True)
 
 
+def distance(arguments: argparse.Namespace) -> None:
+    """two folders of images: the Fréchet distance, and of files of the same name PSNR and LPIPS"""
+    from eval.distance import print_distances
+
+    print_distances(arguments)
+
+
 def show(pipeline: Pipeline, records: list[Record]) -> None:
     from eval.report.tables import text_table, unique_figures
     from training import distributed
@@ -200,7 +208,8 @@ COMMANDS = {
     "quantizers": quantizers,
     "priors": priors,
 }
-REFERENCE = "reference-stats"
+REFERENCE, DISTANCE = "reference-stats", "distance"
+OTHERS = {REFERENCE: reference_stats, DISTANCE: distance}  # of no pipeline
 RATE_DISTORTION = "rate_distortion.png"  # in the report's folder
 PIPELINE = ("RUN", "the pipeline's folder, which holds tokens/")
 EITHER = (
@@ -210,8 +219,16 @@ EITHER = (
 FOLDERS = dict.fromkeys(("reconstruction", "codebook", "rate", "probe"), EITHER)
 FOLDERS["quantizers"] = ("FOLDER", "folder of tokenizers' run folders")
 # Groups of flags, by the commands that have them.
-LPIPS = ("reconstruction", "generation", "rate", "report", "quantizers", "priors")
-EXTRACTORS = ("reconstruction", "generation", "report", "quantizers", "priors", REFERENCE)
+LPIPS = ("distance", "reconstruction", "generation", "rate", "report", "quantizers", "priors")
+EXTRACTORS = (
+    "distance",
+    "reconstruction",
+    "generation",
+    "report",
+    "quantizers",
+    "priors",
+    REFERENCE,
+)
 TOWERS = ("reconstruction", "generation", "report", "quantizers", "priors")
 SAMPLES = ("generation", "report")
 PRIOR = ("rate", "likelihood", "report")
@@ -220,7 +237,7 @@ PRIOR = ("rate", "likelihood", "report")
 def parse() -> argparse.Namespace:
     parser = Parser(prog="python -m eval.run", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, function in {**COMMANDS, REFERENCE: reference_stats}.items():
+    for name, function in {**COMMANDS, **OTHERS}.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         add = command.add_argument
         if name == REFERENCE:
@@ -230,12 +247,21 @@ def parse() -> argparse.Namespace:
                 help="embedded name, folder, parquet, hub:owner/name, or .npz file of images",
             )
             add("--out", type=Path, required=True, metavar="FILE", help=".npz file to write")
-            add("--split", default="train", choices=("train", "held_out"))
+            add(
+                "--split",
+                default="all",
+                choices=("all", "train", "held_out"),
+                help="which images (all); the others are what training splits them into",
+            )
             add(
                 "--image-size",
                 type=int,
                 help="the side of the images; an in-domain extractor knows its own",
             )
+        elif name == DISTANCE:
+            for place in ("a", "b"):
+                add(place, metavar=place.upper(), help="folder of images, parquet, hub:owner/name")
+            add("--image-size", type=int, help="pixels per side (the first image's shorter side)")
         else:
             metavar, explained = FOLDERS.get(name, PIPELINE)
             add("run", type=Path, metavar=metavar, help=explained)
@@ -252,31 +278,14 @@ def parse() -> argparse.Namespace:
                 metavar="DATA",
                 help="the images that a published tokenizer is measured on",
             )
+        if name == DISTANCE:
+            _add_networks(add, name)
+            continue
         add("--num", type=int, help="measure at most so many images of each set")
         add("--batch-size", type=int, default=100)
         owners = "none" if name == REFERENCE else "as many as the tokenizer was trained with"
         add("--workers", type=int, metavar="N", help=f"processes that read images ({owners})")
-        if name in LPIPS:
-            add(
-                "--lpips-weights",
-                type=Path,
-                metavar="PATH",
-                help="trunk of LPIPS, torchvision's file",
-            )
-            add("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
-        if name in EXTRACTORS:
-            add(
-                "--inception-weights",
-                type=Path,
-                metavar="PATH",
-                help="weights-inception-2015-12-05-6726825d.pth",
-            )
-            add(
-                "--extractor",
-                type=Path,
-                metavar="RUN",
-                help="in-domain extractor, trained before; else RUN/extractor",
-            )
+        _add_networks(add, name)
         if name in TOWERS:
             add(
                 "--dinov2", type=Path, metavar="FOLDER", help="facebook/dinov2-large, for FD-DINOv2"
@@ -325,6 +334,31 @@ def parse() -> argparse.Namespace:
             limit = f"at least {least}" if value < least else f"at most {MOST:,}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {limit}")
     return arguments
+
+
+def _add_networks(add: Callable[..., object], name: str) -> None:
+    """The flags of LPIPS and of extractors, for the commands that have them."""
+    if name in LPIPS:
+        add(
+            "--lpips-weights",
+            type=Path,
+            metavar="PATH",
+            help="trunk of LPIPS, torchvision's file",
+        )
+        add("--lpips-net", default="squeeze", choices=("squeeze", "alex", "vgg"))
+    if name in EXTRACTORS:
+        add(
+            "--inception-weights",
+            type=Path,
+            metavar="PATH",
+            help="weights-inception-2015-12-05-6726825d.pth",
+        )
+        add(
+            "--extractor",
+            type=Path,
+            metavar="RUN",
+            help="in-domain extractor, trained before; else RUN/extractor",
+        )
 
 
 def options(arguments: argparse.Namespace) -> Options:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tessera.names  # noqa: F401 - says so where another package has one of our names
+import tessera.names  # also says so where another package has one of our names
 from priors.families.hierarchical import FAMILIES, HierarchicalConfig
 from priors.families.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig
 from priors.networks.llama import LlamaConfig
@@ -14,6 +14,16 @@ from priors.networks.rar import RARConfig
 
 if TYPE_CHECKING:
     from priors.interface import Prior
+
+_PUBLIC = {
+    "BackboneConfig": "priors.backbone",
+    "Decoding": "priors.decoding.engine",
+    "PriorRun": "priors.train",
+    "SampleOptions": "priors.interface",
+    "train_prior": "priors.train",
+}
+__all__, __getattr__, __dir__ = tessera.names.public(__name__, _PUBLIC)
+__all__ += ["PRIORS", "load"]
 
 PRIORS = {
     **FAMILIES,
@@ -40,7 +50,7 @@ def load(run_folder: str | Path) -> Prior:
 
     folder = Path(run_folder)
     record = read_record(folder)
-    prior = config.load(PriorRun, folder / "config.yaml").prior.build(
+    prior = config.load(PriorRun, folder / "config.yaml", alone=True).prior.build(
         record.layout, record.num_classes
     )
     try:

@@ -43,7 +43,10 @@ class PriorRecord:
         """The tokenizer's run folder. Raises UserError when its weights did not make the tokens, or
         a published prior has none."""
         if not self.tokenizer:
-            raise UserError(f"{run_folder}: {NO_TOKENIZER}")
+            raise UserError(
+                f"{run_folder}: {NO_TOKENIZER}; one that was trained on train_prior(tokens=…) draws "
+                "codes alone: priors.load(folder).sample"
+            )
         folder = Path(os.path.normpath(run_folder.resolve() / self.tokenizer))
         now = weights_hash(folder)
         if now != self.tokenizer_sha256:

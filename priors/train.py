@@ -19,9 +19,11 @@ from priors import PRIORS
 from priors.decoding import engine
 from priors.dry_run import dry_run
 from priors.families.diffusion import antithetic
+from priors.given_tokens import GivenTokens
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
 from priors.starting import begin_with
+from tokenizer.interface import CodeLayout
 from training import distributed, randomness
 from training.checkpoint import Run, weights_hash
 from training.command import config_command, run_command
@@ -49,17 +51,34 @@ class PriorRun:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
+    def __post_init__(self) -> None:
+        if self.tokens == "${root}/tokens":  # made in Python, where nothing resolves it
+            object.__setattr__(self, "tokens", f"{self.root}/tokens")
 
-def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
+
+def train_prior(
+    config: PriorRun,
+    *,
+    fresh: bool = False,
+    tokens: Any = None,
+    held_out: Any = None,
+    layout: CodeLayout | None = None,
+) -> nn.Module:
     """Train to the end, resuming; returns the averaged prior. Raises UserError when the tokens
-    changed."""
-    from tokenizer.cache import TokenCache
+    changed.
+
+    `tokens` and `held_out` are map-style data sets of codes (N,), or (codes, label), in place of
+    the cache `config.tokens`; `layout` says what the N positions mean. Without `held_out` a fifth
+    is held out; there is no tokenizer, so there are no previews.
+    """
     from tokenizer.data.loader import feed
 
-    cache = TokenCache.open(config.tokens)
-    cache.check_tokenizer()
-    if distributed.is_main():
-        cache.verify()
+    cache: Any
+    if tokens is None:
+        cache = _open_cache(config.tokens)
+    else:
+        cache = GivenTokens(tokens, held_out, layout)
+        config = dataclasses.replace(config, tokens=cache.name)
     torch.manual_seed(randomness.mix(config.seed))
     # Before the folder is taken: what cannot be built must not cost the run that --fresh is to
     # replace.
@@ -90,9 +109,20 @@ def train_prior(config: PriorRun, *, fresh: bool = False) -> nn.Module:
         batches,
         seed=config.seed,
         published=prior,
-        preview=Preview(record, run.folder),
+        preview=None if tokens is not None else Preview(record, run.folder),
         measure=Measure(cache.split("held_out")),
     )
+
+
+def _open_cache(folder: str) -> Any:
+    """A whole token cache, of the tokenizer that is still there."""
+    from tokenizer.cache import TokenCache
+
+    cache = TokenCache.open(folder)
+    cache.check_tokenizer()
+    if distributed.is_main():
+        cache.verify()
+    return cache
 
 
 class TokenSequences:
@@ -160,15 +190,18 @@ class Preview:
 
 def _keep_record(run: Run, cache: Any, tokens: Path, sampling: SampleOptions) -> PriorRecord:
     """Write weights/prior.json."""
-    folder = run.folder
+    folder, places = run.folder, {"tokens": "", "tokenizer": "", "tokenizer_sha256": ""}
+    if not isinstance(cache, GivenTokens):
+        made_by = Path(cache.tokenizer_folder)
+        places["tokens"] = os.path.relpath(tokens.resolve(), folder.resolve())
+        places["tokenizer"] = os.path.relpath(made_by.resolve(), folder.resolve())
+        places["tokenizer_sha256"] = weights_hash(made_by)
     record = PriorRecord(
         layout=cache.layout,
         class_names=list(cache.class_names),
-        tokens=os.path.relpath(tokens.resolve(), folder.resolve()),
         tokens_sha256=cache.sha256,
-        tokenizer=os.path.relpath(Path(cache.tokenizer_folder).resolve(), folder.resolve()),
-        tokenizer_sha256=weights_hash(cache.tokenizer_folder),
         sampling=sampling,
+        **places,
     )
     if distributed.is_main():
         run.files.note("weights/prior.json")

@@ -8,8 +8,11 @@ is why each of the packages does that before anything else.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("training", "tokenizer", "priors", "generate", "eval")
 HOME = Path(__file__).resolve().parents[1]  # the folder that holds all of them
@@ -46,6 +49,24 @@ def _elsewhere(name: str) -> Path | None:
     if any(place.is_relative_to(HOME / name) for place in places):
         return None
     return next(iter(places), None)
+
+
+def public(
+    package: str, places: dict[str, str]
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's `__all__`, `__getattr__` and `__dir__` (PEP 562), of its public names by the
+    modules that hold them.
+
+    A name is looked up when it is asked for, so that importing a package, or one part of it, does
+    not import all of it.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name in places:
+            return getattr(import_module(places[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return sorted(places), getattr_, lambda: sorted({*vars(sys.modules[package]), *places})
 
 
 check()

@@ -21,11 +21,25 @@ sys.path += [place for place in PLACES if place not in sys.path]
 os.environ["PYTHONPATH"] = os.pathsep.join([*PLACES, *filter(None, [os.getenv("PYTHONPATH")])])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of your own first: the contract tests run over its kinds, too",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Tests feed tensors on the CPU to what moves to a GPU where there is one, and start more
     processes than GPUs."""
     if "gpu" not in config.getoption("-m").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+    if modules := config.getoption("--plugin"):
+        from training.plugins import import_plugins
+
+        import_plugins(modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

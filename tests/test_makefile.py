@@ -191,6 +191,32 @@ def test_a_configuration_may_be_named_by_its_path(place, config):
     assert call[2:] == ["configs/digits_vqvae/tokenizer.yaml", "root=runs/digits_vqvae"]
 
 
+def test_a_folder_of_presets_names_them_and_takes_one(place):
+    done = make("-o", "setup", "PY=./stub", "tokenizer", "CONFIG=imagenet", cwd=place)
+    assert done.returncode == 2 and "CONFIG=configs/imagenet/VQGAN-f16.yaml" in done.stderr
+    assert "tokens.yaml" not in done.stderr and not (place / "calls").exists()
+    for config in ("imagenet/VQGAN-f16.yaml", "configs/imagenet/VQGAN-f16.yaml"):
+        (call,) = calls(place, "tokenizer", f"CONFIG={config}")
+        assert call[2:] == ["configs/imagenet/VQGAN-f16.yaml", "root=runs/imagenet"]
+        (place / "calls").unlink()
+
+
+def test_a_configuration_may_lie_anywhere(place):
+    (place / "mine" / "cats").mkdir(parents=True)
+    (place / "mine" / "cats" / "tokenizer.yaml").touch()
+    (call,) = calls(place, "tokenizer", "CONFIG=mine/cats")
+    assert call[2:] == ["mine/cats/tokenizer.yaml", "root=runs/cats"]
+
+
+@pytest.mark.parametrize("goal", ["demo", "prior", "samples", "tokens"])
+def test_what_a_configuration_lacks_is_said_before_its_first_stage(place, goal):
+    (place / "mine" / "cats").mkdir(parents=True)
+    (place / "mine" / "cats" / "tokenizer.yaml").touch()
+    done = make("-o", "setup", "PY=./stub", goal, "CONFIG=mine/cats", cwd=place)
+    assert done.returncode == 2 and "there is no mine/cats/tokens.yaml" in done.stderr
+    assert not (place / "calls").exists()
+
+
 HACK = "touch hacked"
 HOSTILE = [
     "w/exp #2",

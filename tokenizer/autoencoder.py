@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenizer.data.pixels import check_floats
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.pretrained import load_decoder
 from tokenizer.encoders import ENCODERS
@@ -228,7 +229,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, N) int64."""
+        """(B, 3, H, W) floats in [-1, 1] -> (B, N) int64. Raises ValueError for others."""
+        check_floats(images)
         return self.quantize(self.encoder(images))[1].codes.flatten(1)
 
     @torch.no_grad()

@@ -39,7 +39,8 @@ from tokenizer.cache import (
     read_manifest,
     shard_file,
 )
-from tokenizer.data.dataset import Images, open_split, take_inventories
+from tokenizer.data.dataset import DataConfig, Images, open_split, take_inventories
+from tokenizer.data.given import MapDataset, open_given
 from tokenizer.data.identity import FORMAT as IDENTITY
 from tokenizer.data.identity import Inventory
 from tokenizer.data.loader import Key, read
@@ -59,7 +60,7 @@ IMAGES_PER_SHARD = 4096
 
 @dataclasses.dataclass(frozen=True)
 class TokensRun:
-    """The folder `root`/`name`."""
+    """Which images to encode with which tokenizer, to the folder `root`/`name`."""
 
     name: str = "tokens"
     root: str = "runs"
@@ -74,6 +75,8 @@ class TokensRun:
     )
 
     def __post_init__(self) -> None:
+        if self.tokenizer == "${root}/tokenizer":  # made in Python, where nothing resolves it
+            object.__setattr__(self, "tokenizer", f"{self.root}/tokenizer")
         if self.views < 1:
             raise ValueError(f"views={self.views}: at least 1 is needed")
         if self.precision not in PRECISIONS:
@@ -82,22 +85,38 @@ class TokensRun:
             raise ValueError(f"workers={self.workers}: at least 0 is needed")
 
 
-def encode_data(config: TokensRun, *, fresh: bool = False) -> TokenCache:
-    """Encode both splits.
+def encode_data(
+    config: TokensRun,
+    *,
+    fresh: bool = False,
+    images: MapDataset | None = None,
+    held_out: MapDataset | None = None,
+) -> TokenCache:
+    """Encode both splits, of the data that the tokenizer was trained on, or of the map-style data
+    sets that are given (see `train_tokenizer`).
 
     Raises UserError when the folder holds something else or another process writes to it, or there
     is no tokenizer.
     """
     with contextlib.ExitStack() as held:
-        return _encode_data(config, fresh, held)
+        return _encode_data(config, fresh, held, images, held_out)
 
 
-def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> TokenCache:
+def _encode_data(
+    config: TokensRun,
+    fresh: bool,
+    held: contextlib.ExitStack,
+    images_given: MapDataset | None = None,
+    held_out_given: MapDataset | None = None,
+) -> TokenCache:
     run_folder, out, views = Path(config.tokenizer), Path(config.root) / config.name, config.views
     tokenizer_config = load_config(run_folder)
     data = tokenizer_config.data
     if config.source is not None:
         data = dataclasses.replace(data, source=config.source)
+    given: dict[str, Images] = {}
+    if images_given is not None:
+        data, given = open_given(data, images_given, held_out_given)
     if views > 1 and data.augment == "none":
         raise UserError(
             f"views={views}: {run_folder} has data.augment=none, so all views are equal: set "
@@ -108,7 +127,7 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         "weights_sha256": weights_hash(run_folder),
         "config_sha256": digest(to_dict(tokenizer_config)["model"]),
     }
-    inventories = take_inventories(data)
+    inventories = _inventories(data, given)
     plan = {
         "tokenizer": maker,
         "views": views,
@@ -128,7 +147,7 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
     # All that may refuse the work comes before the first file of an earlier cache goes.
     tokenizer = load(run_folder)
     encoder = BatchEncoder(tokenizer, precision)
-    opened = {split: open_split(data, split, augment=True) for split in SPLITS}
+    opened = given or {split: open_split(data, split, augment=True) for split in SPLITS}
     counts = {split: len(images) for split, images in opened.items()}
     distributed.on_main(lambda: _check_room(out, counts, views, tokenizer.layout))
     checked: dict[str, Any] = {}  # of each split, how many codes fp32 would make others
@@ -154,7 +173,7 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
             "listed": inventory.num_items,
         }
         names = sources[0].class_names
-    after = {split: inventory.sha256 for split, inventory in take_inventories(data).items()}
+    after = {split: inventory.sha256 for split, inventory in _inventories(data, given).items()}
     if after != plan["identity"] or any(
         splits[split]["ids_sha256"] != after[split] for split in SPLITS
     ):
@@ -188,6 +207,13 @@ def _encode_data(config: TokensRun, fresh: bool, held: contextlib.ExitStack) -> 
         files.remove([PLAN])
     distributed.barrier()
     return TokenCache.open(out)
+
+
+def _inventories(data: DataConfig, given: Mapping[str, Images]) -> dict[str, Inventory]:
+    """What each split is made of now; of data sets that were given, what it was when they were."""
+    if given:
+        return {split: images.inventory for split, images in given.items()}
+    return take_inventories(data)
 
 
 PLAN = "unfinished.json"

@@ -17,6 +17,7 @@ from tokenizer.autoencoder import (
     grid_of,
     rows_to_keep,
 )
+from tokenizer.data.pixels import check_floats
 from tokenizer.decoders import DECODERS
 from tokenizer.decoders.conv import ConvDecoder
 from tokenizer.encoders import ENCODERS
@@ -149,7 +150,8 @@ class Hierarchical(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, N) int64."""
+        """(B, 3, H, W) floats in [-1, 1] -> (B, N) int64. Raises ValueError for others."""
+        check_floats(images)
         features = self.encoder(images)
         top = self._quantize_top(self.top_encoder(features))
         bottom = self.quantizer(self._bottom_latents(top.vectors, features))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tokenizer.data.dataset import Images, open_split
+from tokenizer.data.given import MapDataset, open_given
 from tokenizer.data.grid import image_grid
 from tokenizer.data.identity import open_run
 from tokenizer.data.loader import feed, keys_of_step, read
@@ -33,11 +35,20 @@ from training.loop import Phase, train
 PIXELS_AT_ONCE = 256 * 64**2  # of images that calibration encodes together
 
 
-def train_tokenizer(config: TokenizerRun, *, fresh: bool = False) -> nn.Module:
+def train_tokenizer(
+    config: TokenizerRun,
+    *,
+    fresh: bool = False,
+    images: MapDataset | None = None,
+    held_out: MapDataset | None = None,
+) -> nn.Module:
     """Train as configured, resuming; returns the averaged tokenizer. Raises UserError for what
-    cannot work."""
-    images = open_split(config.data, "train", augment=True, seed=config.seed)
-    held_out = open_split(config.data, "held_out")
+    cannot work.
+
+    `images` and `held_out` are map-style data sets of images or (image, label), in place of
+    `config.data.source`; without `held_out`, `config.data.held_out` of each class are held out.
+    """
+    config, images, held_out = open_data(config, images, held_out)
     reading = (config.loop.batch_size, config.seed, config.loop.accumulate, config.loop.workers)
     batches = feed(images, *reading)
     folder = Path(config.root) / config.name
@@ -143,6 +154,19 @@ class _Shown:
             for part in self.images.split(64)
         ]
         return {"psnr": float(-10 * torch.cat(errors).log10().mean())}
+
+
+def open_data(
+    config: TokenizerRun, images: MapDataset | None = None, held_out: MapDataset | None = None
+) -> tuple[TokenizerRun, Images, Images]:
+    """(the run as it is to be recorded, training images, held-out images), of the configured source
+    or of the data sets that were given."""
+    if images is None:
+        train_images = open_split(config.data, "train", augment=True, seed=config.seed)
+        return config, train_images, open_split(config.data, "held_out")
+    data, splits = open_given(config.data, images, held_out, config.seed)
+    config = dataclasses.replace(config, data=data)
+    return config, splits["train"], splits["held_out"].plain()
 
 
 def phases_of(config: TokenizerRun, objective: Objective) -> list[Phase]:

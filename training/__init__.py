@@ -2,4 +2,11 @@
 loader, one loop, one checkpoint format, one distributed helper. Imports nothing from the other
 packages."""
 
-import tessera.names  # noqa: F401 - says so where another package has one of our names
+import tessera.names  # also says so where another package has one of our names
+
+_PUBLIC = {
+    "LoopConfig": "training.loop",
+    "OptimizerConfig": "training.optim",
+    "UserError": "training.errors",
+}
+__all__, __getattr__, __dir__ = tessera.names.public(__name__, _PUBLIC)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from training.errors import DEEDS, UserError
 from training.output import GONE, STDOUT, open_closed_streams, silence, surviving
+from training.plugins import import_plugins, take_words
 from training.signals import Interrupted, listening
 
 
@@ -107,12 +108,22 @@ class Parser(argparse.ArgumentParser):
         if called.startswith("tessera ") and "python -m" in str(options.get("prog", "")):
             options["prog"] = called
         super().__init__(*arguments, **options)
+        self.add_argument(
+            "--plugin",
+            default=argparse.SUPPRESS,
+            metavar="MODULE",
+            help="import a module of your own first, which adds kinds to the tables (docs/plugins.md)",
+        )
 
     def parse_known_args(
         self, *arguments: Any, **options: Any
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse does, with `~` in paths read as in configurations."""
-        namespace, others = super().parse_known_args(*arguments, **options)
+        """As argparse does, with `~` in paths read as in configurations; plugins are imported
+        first."""
+        given = arguments[0] if arguments else options.pop("args", None)
+        words, modules = take_words(sys.argv[1:] if given is None else given)
+        import_plugins(modules)
+        namespace, others = super().parse_known_args(words, *arguments[1:], **options)
         for name, value in vars(namespace).items():
             if isinstance(value, Path):
                 setattr(namespace, name, Path(os.path.expanduser(value)))
@@ -167,7 +178,7 @@ def config_command(
 
     from training import config, distributed
 
-    loaded = config.load(schema, arguments.config, arguments.overrides)
+    loaded = config.load(schema, arguments.config, arguments.overrides, plugins=True)
     distributed.start()
     with _building(arguments.config):
         if dry_run and arguments.dry_run:

@@ -21,6 +21,7 @@ import difflib
 import json
 import os
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError
+from training.plugins import KEY as PLUGINS
+from training.plugins import check_imported, import_plugins, plugins_of
 from training.text import printable
 from training.words import REFERENCE, Word, dump, escaped, parse, read, shown
 
@@ -77,19 +80,30 @@ def signed(default: Any) -> Any:
 
 
 def load(
-    schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, alone: bool = False
+    schema: type[T],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    alone: bool = False,
+    plugins: bool = False,
 ) -> T:
     """The config of class `schema` that a YAML file and `section.key=value` overrides describe.
 
     With `alone` the file includes no other one: people who should read none here may have written
-    it. Raises UserError, naming the file (or the command line), the key and the nearest right one.
+    it. With `plugins` the modules that it names as such are imported first; else they must have
+    been. Raises UserError, naming the file (or the command line), the key and the nearest right
+    one.
     """
     origins: dict[str, str] = {}
     layers = [*_layers(Path(path).expanduser(), origins, alone=alone), read_overrides(overrides)]
     _note_origins(layers[-1], COMMAND_LINE, origins)
     raw: dict[str, Any] = {}
     for layer in layers:
+        if layer is layers[-1]:
+            _tell_replaced(raw, layer, str(path))
         raw = _overlay(raw, layer)
+    if plugins:
+        import_plugins(_plugins(raw, str(path)), Path(path).expanduser().parent)
     return _made(schema, raw, str(path), origins)
 
 
@@ -103,8 +117,11 @@ def from_dict(schema: type[T], raw: Mapping[str, Any], source: str) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dictionaries, lists and scalars, as JSON would hold it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A config as plain dictionaries, lists and scalars, as JSON would hold it; with `plugins`, the
+    modules outside this project that its kinds are from, where there are any."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    modules = plugins_of(config)
+    return plain | {PLUGINS: modules} if modules else plain
 
 
 def to_yaml(config: Any) -> str:
@@ -210,6 +227,29 @@ def _overlay(
     return merged
 
 
+def _tell_replaced(
+    lower: Mapping[str, Any], upper: Mapping[str, Any], source: str, prefix: str = ""
+) -> None:
+    """Say, once, where the command line names another kind: what a file says of the old one does
+    not hold for it."""
+    for key, value in upper.items():
+        below, name = lower.get(key), f"{prefix}{key}"
+        value = _section(value, name) if isinstance(below, Mapping) else value
+        if not isinstance(value, Mapping) or not isinstance(below, Mapping):
+            continue
+        before = below.get("kind", value.get("kind"))
+        if value.get("kind", before) == before:
+            _tell_replaced(below, value, source, f"{name}.")
+        elif (left := [f"{name}.{each}" for each in below.keys() - value.keys() - {"kind"}]) and (
+            os.environ.get("RANK", "0") == "0"
+        ):
+            print(
+                f"{name}.kind={value['kind']}: kinds do not combine: what {source} says of {before} is "
+                f"left out ({', '.join(sorted(left))})",
+                file=sys.stderr,
+            )
+
+
 # From nested dictionaries to a config
 
 
@@ -222,6 +262,9 @@ def _made(schema: type[T], raw: Any, source: str, origins: Mapping[str, str]) ->
         )
 
     fail = _failing(source, origins)
+    if isinstance(raw, Mapping) and PLUGINS in raw:
+        check_imported(_plugins(raw, source), source)
+        raw = {key: value for key, value in raw.items() if key != PLUGINS}
     tree = _typed(schema, raw, "", fail)
     known = OmegaConf.create(_for_omegaconf(tree))
     resolved = _resolved(tree, known, [known], 0, "", fail)
@@ -229,6 +272,14 @@ def _made(schema: type[T], raw: Any, source: str, origins: Mapping[str, str]) ->
         return make(resolved)
     except (ValueError, ArithmeticError) as error:  # a range check in some __post_init__
         raise UserError(f"{source}: {error}") from None
+
+
+def _plugins(raw: Mapping[str, Any], source: str) -> list[str]:
+    """The modules that a configuration names under `plugins`."""
+    try:
+        return _converted(list[str], _section(raw.get(PLUGINS, []), PLUGINS))
+    except Misfit as error:
+        raise UserError(f"{source}: {PLUGINS}: {error}: [my_quantizers]") from None
 
 
 def _failing(source: str, origins: Mapping[str, str]) -> Fail:

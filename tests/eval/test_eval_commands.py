@@ -115,6 +115,8 @@ def test_statistics_of_the_train_split_serve_as_a_reference(root, tmp_path, monk
     out = tmp_path / "train.npz"
     words = ["digits", "--out", out, "--extractor", root / "extractor", "--batch-size", 64]
     evaluate(monkeypatch, "reference-stats", *words)
+    assert f"{out}: 1,797 images by digits-cnn@" in capsys.readouterr().out  # all there are
+    evaluate(monkeypatch, "reference-stats", *words, "--split", "train")
     assert f"{out}: 1,438 images by digits-cnn@" in capsys.readouterr().out
     monkeypatch.setattr("eval.pipeline.load_tokenizer", lambda folder: BlockTokenizer())
     evaluate(monkeypatch, "generation", root, "--reference", out, "--batch-size", 64)

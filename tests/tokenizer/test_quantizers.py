@@ -29,7 +29,7 @@ from tokenizer.quantizers.kmeans import common, kmeans
 from tokenizer.quantizers.product import ProductConfig
 from tokenizer.quantizers.residual import ResidualConfig
 from tokenizer.quantizers.search import LowRank
-from tokenizer.quantizers.simvq import SimVQ, SimVQConfig
+from tokenizer.quantizers.simvq import SimVQConfig, SimVQQuantizer
 from tokenizer.quantizers.vector import VectorConfig
 from training import config as configuration
 from training import distributed
@@ -189,7 +189,12 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_every_kind_of_this_project_has_its_sources_defaults_told():
+    own = {kind for kind, each in QUANTIZERS.items() if each.__module__.startswith("tokenizer.")}
+    assert own == DEFAULTS.keys()
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_defaults_are_those_of_their_sources(kind):
     assert dataclasses.asdict(QUANTIZERS[kind]()) == {"kind": kind, **DEFAULTS[kind]}
     started = QUANTIZERS[kind](**SMALL.get(kind, {})).build().starts_from_data
@@ -1002,7 +1007,7 @@ def test_simvq_maps_every_code_for_the_gradient_only_where_entropies_ask(monkeyp
     step."""
     plain, weighted = build(CASES["simvq"]), build(CASES["simvq"], entropy=0.1)
     asked = []
-    monkeypatch.setattr(SimVQ, "vectors", property(lambda self: asked.append(self)))
+    monkeypatch.setattr(SimVQQuantizer, "vectors", property(lambda self: asked.append(self)))
     plain.train()(features()), plain.eval()(features()), weighted.eval()(features())
     assert not asked
     with pytest.raises(AttributeError):  # of the codebook that is not there

@@ -102,6 +102,16 @@ def test_another_kind_drops_the_keys_of_the_lower_layer(tmp_path):
     assert drawing(tmp_path, text, "shape.kind=square").shape == Square(side=9)
 
 
+def test_a_kind_of_the_command_line_says_what_it_leaves_out(tmp_path, capsys):
+    text = "title: a\nshape: {kind: square, side: 9}"
+    drawing(tmp_path, text, "shape.kind=square", "shape.side=3")
+    assert capsys.readouterr().err == ""
+    drawing(tmp_path, text, "shape.kind=round")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "kinds do not combine" in told
+    assert "of square is left out (shape.side)" in told and "drawing.yaml" in told
+
+
 def test_a_default_kind_keeps_its_defaults_and_another_has_its_own(tmp_path):
     shape = drawing(tmp_path, "title: a\nshape: {corner: {color: blue}}").shape
     assert (shape.side, shape.corner) == (5, Round(radius=0.1, color="blue"))

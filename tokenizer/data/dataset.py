@@ -29,6 +29,7 @@ from training.randomness import mix
 from training.text import printable
 
 SPLITS = ("train", "held_out")
+ALL = "all"  # of both, for what is measured and not trained on
 SPLIT_SEED = 1  # part of what "held out" means: changing it moves images between the splits
 FEWEST_READS = 1000  # before a share of bad items among those read is judged
 DECODE_THREADS = 2  # Pillow lets go of the interpreter only within decoding and resizing
@@ -36,7 +37,7 @@ DECODE_THREADS = 2  # Pillow lets go of the interpreter only within decoding and
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images, at what size."""
+    """Which images, at what size, split and augmented how; every field is a key of `data`."""
 
     source: str = "digits"  # an embedded name, a path, or hub:owner/name
     image_size: int = 32  # pixels, square
@@ -82,12 +83,12 @@ class DataConfig:
 
 
 def open_split(config: DataConfig, split: str, augment: bool = False, seed: int = 0) -> Images:
-    """One split, "train" or "held_out", of the configured source.
+    """One split, "train" or "held_out", of the configured source, or "all" of it.
 
     Raises UserError when the source cannot be found or read, has too many unreadable items, or
     leaves the split without items.
     """
-    assert split in SPLITS, split
+    assert split in (*SPLITS, ALL), split
     listing = open_listing(config.source, config.memory_mib * 2**20, config.choice)
     return Images(listing, split, config, config.augment if augment else "none", seed)
 
@@ -312,13 +313,15 @@ def _without_warnings() -> Iterator[None]:
 
 def split_items(listing: Listing, split: str, share: float) -> np.ndarray:
     """Items of a split, (n,) int64 ascending: the source's own split, else `share` of each class
-    held out.
+    held out; all of them for "all".
 
     The stratified split ranks each class by a hash of its items' keys, so it needs no state and
     little moves when images are added. A class of two or more gives at least one item to either
     side.
     """
     held_out = listing.held_out
+    if split == ALL:
+        return np.arange(len(listing.labels))
     if held_out is None:
         held_out = np.zeros(len(listing.labels), dtype=bool)
         rank = np.fromiter(

@@ -61,6 +61,11 @@ def open_listing(source: str, cache_bytes: int, choice: Choice = NO_CHOICE) -> L
         raise UserError(
             f"data.source={source} is no folder, .parquet or .tar file: unpack it into a folder"
         )
+    if source.startswith("given:"):
+        raise UserError(
+            f"data.source={source}: the images were given from Python: give them again as images=, "
+            "or name a folder or file of them"
+        )
     if source.startswith("hub:"):
         return HubListing(source.removeprefix("hub:"), choice)
     if is_pattern(source):

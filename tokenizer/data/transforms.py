@@ -53,8 +53,8 @@ def decode(data: bytes, size: int, max_pixels: int) -> np.ndarray:
             # antialiasing.
             image.draft(image.mode, (2 * size, 2 * size))
             image.load()
-            upright = UPRIGHT.get(_orientation(image))
-            square = _centre_square(_on_white(image), size)
+            upright = UPRIGHT.get(orientation(image))
+            square = _centre_square(on_white(image), size)
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
@@ -76,7 +76,7 @@ def _tile(image: Image.Image) -> tuple[int, int]:
     return tags.get(TILE_WIDTH_TAG, image.width), tags.get(TILE_HEIGHT_TAG, image.height)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """EXIF orientation of a loaded image, 1..8; damaged EXIF counts as upright, as viewers do."""
     try:
         return image.getexif().get(ORIENTATION_TAG, 1)
@@ -84,7 +84,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """Any mode -> "L" or "RGB"; whatever is transparent lies on white."""
     if image.mode[0] in "IF":
         values = np.asarray(image).astype(np.float64)

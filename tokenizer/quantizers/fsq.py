@@ -38,11 +38,11 @@ class FSQConfig:
                 "take fewer channels"
             )
 
-    def build(self) -> FSQ:
-        return FSQ(tuple(self.levels))
+    def build(self) -> FSQQuantizer:
+        return FSQQuantizer(tuple(self.levels))
 
 
-class FSQ(nn.Module):
+class FSQQuantizer(nn.Module):
     """Each channel is bounded and rounded to one of its levels; the code is the levels as digits of
     a number.
 

@@ -39,8 +39,8 @@ class GumbelConfig:
         if self.anneal_steps < 1:
             raise ValueError(f"quantizer.anneal_steps={self.anneal_steps} must be at least 1")
 
-    def build(self) -> Gumbel:
-        return Gumbel(
+    def build(self) -> GumbelQuantizer:
+        return GumbelQuantizer(
             self.num_codes,
             self.code_dim,
             self.temperature_start,
@@ -52,7 +52,7 @@ class GumbelConfig:
         )
 
 
-class Gumbel(nn.Module):
+class GumbelQuantizer(nn.Module):
     """Features (D channels) give the logits of a distribution q(k|z) over the rows of a codebook
     (K, vector_dim).
 

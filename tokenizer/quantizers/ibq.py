@@ -43,8 +43,8 @@ class IBQConfig:
         check_choices(init=(self.init, ("normal", "kmeans")))
         check_positive(temperature=self.temperature, entropy_temperature=self.entropy_temperature)
 
-    def build(self) -> IBQ:
-        return IBQ(
+    def build(self) -> IBQQuantizer:
+        return IBQQuantizer(
             self.num_codes,
             self.code_dim,
             self.commitment,
@@ -56,7 +56,7 @@ class IBQConfig:
         )
 
 
-class IBQ(nn.Module):
+class IBQQuantizer(nn.Module):
     """Codes are the rows e_k of a codebook (K, D) with the largest <z, e_k>.
 
     The vector is Ind^T C with the one-hot Ind = onehot(argmax) - sg(p) + p and p = softmax(C z /

@@ -34,8 +34,8 @@ class LookupFreeConfig:
     def __post_init__(self) -> None:
         _check(self)
 
-    def build(self) -> LookupFree:
-        return LookupFree(
+    def build(self) -> LookupFreeQuantizer:
+        return LookupFreeQuantizer(
             self.bits,
             self.spherical,
             self.commitment,
@@ -67,8 +67,8 @@ class BSQConfig:
                 "out"
             )
 
-    def build(self) -> LookupFree:
-        return LookupFree(
+    def build(self) -> LookupFreeQuantizer:
+        return LookupFreeQuantizer(
             self.bits,
             True,
             self.commitment,
@@ -92,7 +92,7 @@ def _check(config: LookupFreeConfig | BSQConfig) -> None:
         )
 
 
-class LookupFree(nn.Module):
+class LookupFreeQuantizer(nn.Module):
     """Codes are the signs of the channels, the first the highest bit or the lowest.
 
     Vectors are +-1, or +-1/sqrt(bits) on the sphere. Gradients pass the signs by and are scaled as

@@ -57,9 +57,9 @@ class SimVQConfig:
                 f"quantizer.restart_every={self.restart_every} must be at least 1 step"
             )
 
-    def build(self) -> SimVQ:
+    def build(self) -> SimVQQuantizer:
         assignment = build_assignment(self, learn_codebook=True)
-        return SimVQ(
+        return SimVQQuantizer(
             self.num_codes,
             self.code_dim,
             assignment,
@@ -71,7 +71,7 @@ class SimVQConfig:
         )
 
 
-class SimVQ(nn.Module):
+class SimVQQuantizer(nn.Module):
     """Codes are the nearest rows of C W + b, with C (K, D) frozen, W (D, D) and b (D,) learnable.
 
     W and b are a linear layer that starts as torch's do, as in the authors' code
@@ -171,7 +171,7 @@ class SimVQ(nn.Module):
                 to_book=self._solve,
             )
 
-    def follow(self, source: SimVQ) -> None:
+    def follow(self, source: SimVQQuantizer) -> None:
         """Take what `source` restarted in its last update: a mean of the old and the new vector is
         neither."""
         follow(self, source, ["frozen", "mean_counts"])
