@@ -80,7 +80,7 @@ class MinGPT(nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
         rows = max(sum(layout.num_codes), num_classes + self.unconditional)
         self.tokens = nn.Embedding(rows, config.dim)
-        self.positions = nn.Parameter(torch.zeros(config.positions or layout.length, config.dim))
+        self.positions = nn.Parameter(torch.empty(config.positions or layout.length, config.dim))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(MinGPTBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
@@ -88,6 +88,7 @@ class MinGPT(nn.Module):
             nn.Linear(config.dim, size, bias=False) for size in layout.num_codes
         )
         initialise(self, zeros=list(self.heads))
+        nn.init.normal_(self.positions, std=0.02)
         self.register_buffer("starts", token_starts(layout), persistent=False)
 
     def forward(
