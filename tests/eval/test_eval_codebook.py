@@ -15,6 +15,7 @@ from eval.metrics.codebook import (
     measure_codes,
     neighbour_information,
     position_entropy,
+    usage,
 )
 from eval.record import Origin
 from tokenizer.interface import CodeLayout
@@ -145,6 +146,13 @@ def test_usage_and_rates_of_known_codes():
     }
     assert found["codebook usage, level 2"].details["dead"] == list(range(8))
     assert {each.n for each in found.values()} == {10}
+
+
+def test_one_code_is_enough():
+    found = usage(torch.tensor([0, 1, 0]))
+    assert (found.active, found.dead, found.entropy, found.perplexity) == (1, [0, 2], 0, 1)
+    with pytest.raises(ValueError, match="empty"):
+        usage(torch.zeros(3))
 
 
 def test_no_codes_are_refused():

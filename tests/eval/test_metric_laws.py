@@ -121,18 +121,31 @@ def test_copies_are_nearer_than_all_others():
     )  # there are no three
 
 
-def test_nearest_of_few_and_in_parts():
+def test_nearest_of_few_and_in_parts(monkeypatch):
     points, others = normal(7, 2, 3), normal(5, 2, 4)
+    cdist, held = torch.cdist, []
+    monkeypatch.setattr(torch, "cdist", lambda a, b: held.append(len(a) * len(b)) or cdist(a, b))
     table = (points[:, None] - others).square().sum(2).sqrt()
     for size in (1, 4, 12, 1 << 24):
         distances, places = nearest(points, others, 5, table=size)
         torch.testing.assert_close(distances, table.sort(1).values)
         assert torch.equal(places, table.sort(1).indices)
+        assert max(held) <= max(5, size) and sum(held) == 7 * 5
+        held.clear()
     with pytest.raises(ValueError, match="6 neighbours among 5"):
         nearest(points, others, 6)
 
 
 # moments and distances
+
+
+def test_merged_moments_leave_their_parts_as_they_are():
+    parts = [Moments.of(normal(20, 3, seed) + seed) for seed in (1, 2)]
+    before = [(part.count, part.mean.clone(), part.scatter.clone()) for part in parts]
+    parts[0].merge(parts[1])
+    for part, (count, mean, scatter) in zip(parts, before):
+        assert part.count == count
+        assert torch.equal(part.mean, mean) and torch.equal(part.scatter, scatter)
 
 
 def test_a_covariance_of_two_rows_and_of_none():
