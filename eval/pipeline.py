@@ -45,7 +45,7 @@ class Options:
     dinov2: Path | None = None  # folders of published towers
     clip: Path | None = None
     reference: Path | None = None  # .npz of statistics or images, for samples
-    protocol: tuple[str, ...] = ()  # of eval.extractors.fid_protocols, for samples
+    protocol: tuple[str, ...] = ()  # of extractors.fid_protocols; of reconstructions one at most
     prior: Path | None = None  # that codes tokens; a pipeline's is run/prior
     rate_distortion: int | None = None  # so many images beside picture formats
     num: int | None = None  # at most so many images of each set
@@ -142,9 +142,13 @@ class Pipeline:
     def held_out(self) -> Images:
         return self._split("held_out")
 
-    def _split(self, name: str) -> Images:
+    def held_out_as(self, crop: str) -> Images:
+        """The held-out images, cut by one of tokenizer.data.transforms.CROPS."""
+        return self._split("held_out", crop) if crop != "lanczos" else self.held_out
+
+    def _split(self, name: str, crop: str = "lanczos") -> Images:
         """Raises UserError when the tokens are of other images."""
-        images = _open_split(self.data, name)
+        images = _open_split(self.data, name, crop)
         if not self.alone:
             self.tokens.check_images(images)
         return images
@@ -219,9 +223,9 @@ class Pipeline:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_split(data: DataConfig, split: str) -> Images:
+def _open_split(data: DataConfig, split: str, crop: str) -> Images:
     """Pipelines on the same data share its images."""
-    return open_split(data, split)
+    return open_split(data, split, crop=crop)
 
 
 def share(

@@ -77,7 +77,8 @@ class Row:
 
     @staticmethod
     def measure(trained: Trained) -> Row:
-        record, folder = measure_reconstruction(trained.pipeline), trained.pipeline.folder
+        pipeline, folder = trained.pipeline, trained.pipeline.folder
+        record = measure_reconstruction(pipeline, *pipeline.options.protocol)
         used, spread = (
             [figure for figure in record.measurements if figure.name.startswith(name)]
             for name in ("codebook usage", "perplexity")

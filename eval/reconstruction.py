@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eval.counts import LEAST, Counts
+from eval.extractors.fid_protocols import PROTOCOLS, Protocol
 from eval.extractors.networks import WEIGHTS, Extractor, FeatureRows, banner, figure_name
 from eval.interface import Batch
 from eval.metrics.codebook import CodebookUsage
@@ -26,13 +27,20 @@ class PairedFrechet:
     """rFD: the distance between reconstructions and their own originals. The rows are paired, and
     so is the interval: an image leaves both sides."""
 
-    def __init__(self, extractor: Extractor, origin: Origin) -> None:
-        self.extractor, self.origin = extractor, origin
+    def __init__(
+        self, extractor: Extractor, origin: Origin, protocol: Protocol | None = None
+    ) -> None:
+        """`protocol`: whose resize both sides take; the extractor's own without one."""
+        self.extractor, self.origin, self.protocol = extractor, origin, protocol
         self.images, self.references = FeatureRows(extractor), FeatureRows(extractor)
 
     def update(self, batch: Batch) -> None:
-        self.images.update(batch)
-        self.references.update(dataclasses.replace(batch, images=batch.references))
+        for rows, images in ((self.images, batch.images), (self.references, batch.references)):
+            if self.protocol is None:
+                rows.add(batch.ids, self.extractor(images))
+            else:
+                resized = self.protocol.resize(images, self.extractor.input_size)
+                rows.add(batch.ids, self.extractor.see(resized))
 
     def compute(self) -> dict[str, Measurement]:
         features, references = self.images.gathered().features, self.references.gathered().features
@@ -68,12 +76,22 @@ def measure_frechet(
     )
 
 
-def measure_reconstruction(pipeline: Pipeline) -> Record:
-    """The record of a tokenizer: the kept one when it is current, else measured and kept."""
-    held_out, options = pipeline.held_out, pipeline.options
+def measure_reconstruction(pipeline: Pipeline, followed: str | None = None) -> Record:
+    """The record of a tokenizer: the kept one when it is current, else measured and kept.
+
+    `followed`: one of PROTOCOLS, whose conventions the figures then follow and which they name: how
+    originals are cut, how floats become uint8, and what the extractors are given.
+    """
+    emulated = PROTOCOLS[followed] if followed else None
+    kind = f"reconstruction-{followed}" if followed else "reconstruction"
+    held_out, options = (
+        pipeline.held_out_as(emulated.crop) if emulated else pipeline.held_out,
+        pipeline.options,
+    )
     places = pipeline.places(held_out)
     n = len(places)
     protocol = {"data": held_out.identity(), "batch_size": options.batch_size, **pipeline.how}
+    protocol |= {"protocol": followed} if followed else {}
     subject = {"tokenizer_sha256": pipeline.tokenizer_hash}
     settings = {
         **protocol,
@@ -82,19 +100,20 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
         "extractors": [extractor.settings for extractor in pipeline.extractors],
         "lpips": pipeline.lpips and [pipeline.lpips.name, pipeline.lpips.sha256],
     }
-    kept = Record.load(pipeline.report_folder, "reconstruction", settings)
+    kept = Record.load(pipeline.report_folder, kind, settings)
     if kept and not options.fresh:
         return kept
 
     model = pipeline.tokenizer
     split = pipeline.split_name(held_out, places)
+    quantise = emulated.quantise if emulated else to_uint8
     origin = Origin(split, protocol | {"reference": "the encoder's input after uint8"}, subject)
     paired = Paired(origin, pipeline.lpips)
     codebook = CodebookUsage(model.layout, Origin(split, protocol, subject))
-    distances = [PairedFrechet(extractor, origin) for extractor in pipeline.extractors]
+    distances = [PairedFrechet(extractor, origin, emulated) for extractor in pipeline.extractors]
     metrics = [paired, codebook, *distances]
     for originals in pipeline.batches(held_out, f"{pipeline.folder.name}: reconstruction"):
-        batch = reconstruct(model, originals)
+        batch = reconstruct(model, originals, quantise)
         for metric in metrics:
             metric.update(batch)
     measurements = [measurement for metric in metrics for measurement in metric.compute().values()]
@@ -109,7 +128,7 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
     arrays = {}
     for name, chosen_rows in chosen.items():
         originals = load(held_out, places[chosen_rows]).to(distributed.device())
-        batch = reconstruct(model, Batch(originals, places[chosen_rows]))
+        batch = reconstruct(model, Batch(originals, places[chosen_rows]), quantise)
         arrays |= {
             f"{name}_originals": pixels(batch.references),
             f"{name}_images": pixels(batch.images),
@@ -131,13 +150,16 @@ def measure_reconstruction(pipeline: Pipeline) -> Record:
         lacking = f"{weights.file} is missing ({weights.flag}; `python -m eval.doctor` says how to fetch it)"
         reason = small if weights.find(options.lpips_weights) else lacking
         notes.append(f"LPIPS is left out: {reason}.")
-    record = Record("reconstruction", settings, measurements, arrays, notes)
+    notes += [f"As {followed}: {emulated.why}."] if emulated else []
+    record = Record(kind, settings, measurements, arrays, notes)
     return pipeline.keep(record)
 
 
 @torch.no_grad()
-def reconstruct(model: object, originals: Batch) -> Batch:
+def reconstruct(
+    model: object, originals: Batch, quantise: Callable[[Tensor], Tensor] = to_uint8
+) -> Batch:
     """Originals -> their reconstructions with the codes in between; both sides uint8."""
     codes = model.encode(to_float(originals.images))
-    images = to_uint8(model.decode(codes))
+    images = quantise(model.decode(codes))
     return Batch(images, originals.ids, references=originals.images, codes=codes)

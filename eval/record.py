@@ -223,7 +223,7 @@ def _has_pages(folder: Path) -> bool:
 
 RECORDS = (
     r"(reconstruction|codebook|rate|rate_distortion|probe|protocols|likelihood|generation"
-    r"|(likelihood|generation)-.+)\.(json|npz)"
+    r"|(reconstruction|likelihood|generation)-.+)\.(json|npz)"
 )
 PAGES = Kind(
     "folder of pages",

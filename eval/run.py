@@ -44,7 +44,7 @@ def reconstruction(options: Options) -> None:
     from eval.reconstruction import measure_reconstruction
 
     pipeline = Pipeline(options)
-    show(pipeline, [measure_reconstruction(pipeline)])
+    show(pipeline, [measure_reconstruction(pipeline, *options.protocol)])
 
 
 def codebook(options: Options) -> None:
@@ -313,6 +313,8 @@ def parse() -> argparse.Namespace:
                 choices=PROTOCOLS,
                 help="what other evaluators would say",
             )
+        if name in ("reconstruction", "quantizers"):
+            add("--protocol", choices=PROTOCOLS, help="measure as another evaluator does")
         if name == "rate":
             explained = "beside JPEG, WebP and AVIF, too, on N images (100)"
             add("--rate-distortion", nargs="?", const=100, type=int, metavar="N", help=explained)
@@ -374,11 +376,13 @@ def options(arguments: argparse.Namespace) -> Options:
         given["run"] = folder_of(str(arguments.run), data)
     elif data is not None:
         raise UserError(f"--data {data}: {arguments.run} says itself which images it is of")
+    protocol = given.pop("protocol", None) or ()
     return Options(
+        protocol=(protocol,) if isinstance(protocol, str) else tuple(protocol),
         **{
             name: tuple(value) if isinstance(value, list) else value
             for name, value in given.items()
-        }
+        },
     )
 
 

@@ -26,7 +26,7 @@ from priors.starting import begin_with
 from tokenizer.interface import CodeLayout
 from training import distributed, randomness
 from training.checkpoint import Run, weights_hash
-from training.command import config_command, run_command
+from training.command import UserError, config_command, run_command
 from training.config import one_of
 from training.loop import Batch, LoopConfig, Loss, Phase, train
 from training.optim import OptimizerConfig
@@ -34,6 +34,7 @@ from training.optim import OptimizerConfig
 LOSS_STREAM = 0x5052494F52  # sets the loss's draws apart from all others of a step
 PLAIN = 0  # the view that is no augmented one
 MEASURED = 256  # held-out sequences in the log's figure
+MOST_CODES = 1 << 24  # of a level
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
 
 
@@ -82,6 +83,12 @@ def train_prior(
     torch.manual_seed(randomness.mix(config.seed))
     # Before the folder is taken: what cannot be built must not cost the run that --fresh is to
     # replace.
+    most = max(cache.layout.num_codes)
+    if most > MOST_CODES:
+        raise UserError(
+            f"{cache.folder}: {most:,} codes: a prior here has a logit for each, {MOST_CODES:,} at most: take tokens "
+            "of a tokenizer with fewer codes"
+        )
     prior = config.prior.build(cache.layout, cache.num_classes)
     inputs = {"tokens": cache.sha256}
     if config.start_from is not None:

@@ -45,8 +45,9 @@ def shard_file(split: str, index: int, array: str) -> str:
 
 
 def code_dtype(layout: CodeLayout) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every code."""
-    return np.dtype("<u2" if max(layout.num_codes) <= 1 << 16 else "<u4")
+    """The smallest of uint16, uint32 and int64 that holds every code."""
+    most = max(layout.num_codes)
+    return np.dtype("<u2" if most <= 1 << 16 else "<u4" if most <= 1 << 32 else "<i8")
 
 
 class Shards:

@@ -42,6 +42,7 @@ class Protocol:
         Callable[[Tensor, int], Tensor] | None
     )  # floats to the references' size; None: they keep their own
     why: str
+    crop: str = "lanczos"  # of tokenizer.data.transforms.CROPS, where originals are prepared anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +213,7 @@ PROTOCOLS = {
         None,
         "floats are cut to uint8, not rounded (63 of 256 levels are lost); the resize has no antialiasing; IS over "
         "runs of 5,000 samples in file order",
+        crop="adm",
     ),
     "llamagen": Protocol(
         round_up,
@@ -220,6 +222,7 @@ PROTOCOLS = {
         fit_bicubic,
         "ADM's evaluator after rounding to uint8; images of another size than the references are first resized as "
         "floats, bicubic without antialiasing",
+        crop="adm",
     ),
     "clean-fid": Protocol(
         to_uint8,

@@ -13,6 +13,9 @@ from eval.interface import Batch
 from eval.record import Measurement, Origin
 from tokenizer.interface import CodeLayout
 from training import distributed
+from training.command import UserError
+
+COUNTABLE = 1 << 24  # codes of which each one is counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,12 @@ class Usage:
     dead: list[int]  # codes never seen
 
 
-def usage(histogram: Tensor) -> Usage:
-    """(K,) counts -> figures. Raises ValueError when nothing was counted."""
+def usage(histogram: Tensor, num_codes: int | None = None) -> Usage:
+    """(K,) counts -> figures. Raises ValueError when nothing was counted.
+
+    `num_codes`: K, where the counts are of the codes that were seen alone; the others are too many
+    to be listed as dead.
+    """
     counts = histogram.double()
     n = counts.sum()
     if n <= 0:
@@ -38,7 +45,7 @@ def usage(histogram: Tensor) -> Usage:
     corrected = nats + (active - 1) / (2 * float(n))
     return Usage(
         perplexity=math.exp(nats),
-        perplexity_corrected=min(math.exp(corrected), float(len(counts))),
+        perplexity_corrected=min(math.exp(corrected), float(num_codes or len(counts))),
         entropy=nats / math.log(2),
         active=active,
         dead=torch.nonzero(counts == 0).flatten().tolist(),
@@ -106,12 +113,23 @@ class LevelStatistics:
     vertical: Neighbours | None
 
 
+def check_countable(layout: CodeLayout) -> None:
+    """Raise UserError where there are too many codes to count each of them."""
+    most = max(layout.num_codes)
+    if most > COUNTABLE:
+        raise UserError(
+            f"{most:,} codes are too many to count each of them (up to {COUNTABLE:,} are): of such a tokenizer "
+            "`eval.run reconstruction` counts those that were seen"
+        )
+
+
 def code_statistics(codes: np.ndarray, layout: CodeLayout, seed: int = 0) -> list[LevelStatistics]:
     """(n, N) codes of a split, as a token cache holds them, -> one per level. A grid's last axis is
     its columns.
 
     Raises ValueError when there are no codes.
     """
+    check_countable(layout)
     found = []
     for (span, size), grid in zip(layout.spans(), layout.grids):
         level = np.asarray(codes[:, span]).astype(np.int64)
@@ -164,10 +182,11 @@ def name_level(layout: CodeLayout, level: int) -> str:
 
 
 def measure_usage(
-    histogram: Tensor, origin: Origin, of_level: str, images: int
+    histogram: Tensor, origin: Origin, of_level: str, images: int, num_codes: int | None = None
 ) -> list[Measurement]:
     """The figures of `usage`."""
-    measure, size, seen = origin.measure, len(histogram), usage(histogram)
+    measure, seen = origin.measure, usage(histogram, num_codes)
+    size = num_codes or len(histogram)
     counted = {"num_codes": size, "tokens": int(histogram.sum())}
     plug_in, corrected = counted | {"estimator": "plug-in"}, counted | {"estimator": "Miller-Madow"}
     dead = {"dead": seen.dead}
@@ -192,18 +211,37 @@ class CodebookUsage:
 
     def __init__(self, layout: CodeLayout, origin: Origin) -> None:
         self.layout, self.origin = layout, origin
-        self.counts = [torch.zeros(size, dtype=torch.int64) for size in layout.num_codes]
+        # Of levels with few codes a count of each, of others the codes seen and their counts.
+        self.counts = [
+            torch.zeros(size if size <= COUNTABLE else 0, dtype=torch.int64)
+            for size in layout.num_codes
+        ]
+        self.seen = [torch.zeros(0, dtype=torch.int64) for _ in layout.num_codes]
         self.images = 0
 
     def update(self, batch: Batch) -> None:
         self.layout.check(batch.codes)
         self.images += len(batch.codes)
-        for counts, (span, size) in zip(self.counts, self.layout.spans()):
-            counts += torch.bincount(batch.codes[:, span].flatten().cpu(), minlength=size)
+        for level, (span, size) in enumerate(self.layout.spans()):
+            codes = batch.codes[:, span].flatten().cpu()
+            if size <= COUNTABLE:
+                self.counts[level] += torch.bincount(codes, minlength=size)
+            else:
+                ones = torch.ones_like(codes)
+                self.seen[level], self.counts[level] = _merged(
+                    torch.cat([self.seen[level], codes]), torch.cat([self.counts[level], ones])
+                )
 
     def histograms(self) -> list[Tensor]:
-        """(K,) int64 per level, over ranks."""
-        return [distributed.sum_(counts.to(distributed.device())).cpu() for counts in self.counts]
+        """(K,) int64 per level, over ranks; of more than COUNTABLE codes, of those seen alone."""
+        found = []
+        for counts, seen, size in zip(self.counts, self.seen, self.layout.num_codes):
+            if size <= COUNTABLE:
+                found.append(distributed.sum_(counts.to(distributed.device())).cpu())
+            else:
+                both = distributed.gather_parts([seen]), distributed.gather_parts([counts])
+                found.append(_merged(*both)[1])
+        return found
 
     def compute(self) -> dict[str, Measurement]:
         images = int(distributed.sum_(torch.tensor(self.images, device=distributed.device())))
@@ -212,7 +250,14 @@ class CodebookUsage:
         unigram_bits = 0.0
         for level, (histogram, length) in enumerate(zip(self.histograms(), self.layout.lengths)):
             unigram_bits += length * usage(histogram).entropy
-            found += measure_usage(histogram, self.origin, name_level(self.layout, level), images)
+            size = self.layout.num_codes[level]
+            found += measure_usage(
+                histogram,
+                self.origin,
+                name_level(self.layout, level),
+                images,
+                size if size > COUNTABLE else None,
+            )
         unit, entropy = "bits/image", "plug-in entropy per level"
         found.append(
             measure("rate, fixed", self.layout.bits, unit, None, images, rate="tokens x log2 K")
@@ -221,6 +266,12 @@ class CodebookUsage:
             measure("rate, unigram entropy", unigram_bits, unit, None, images, rate=entropy)
         )
         return {measurement.name: measurement for measurement in found}
+
+
+def _merged(codes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n,), some of them several times, and their counts -> each once, with its sum."""
+    codes, places = codes.unique(return_inverse=True)
+    return codes, counts.new_zeros(len(codes)).index_add_(0, places, counts)
 
 
 def _mutual_information(first: np.ndarray, second: np.ndarray) -> float:

@@ -27,12 +27,13 @@ python -m tokenizer.published list                                         # all
 python -m tokenizer.published import llamagen-vq-ds16 runs/llamagen        # a folder that every command takes
 python -m tokenizer.encode published:llamagen-vq-ds16 data.source=DATA root=RUN        # its tokens, for any prior
 python -m eval.run reconstruction published:llamagen-vq-ds16 --data DATA   # what it reaches, measured here
+python -m eval.run reconstruction published:llamagen-vq-ds16 --num 50000 --protocol adm  # as ADM's evaluator would
 python -m tokenizer.train runs/llamagen/config.yaml name=mine start_from=runs/llamagen # train on
 make compare-published DATA=DATA                                           # one table of all that are at hand
 python -m tokenizer.published export runs/mine llamagen-vq-ds16 OUT.safetensors        # under its authors' names
 ```
 
-In the place of a name stands a file (`.safetensors`, `.pt`, `.ckpt`, `.bin`), or a folder of one. Its
+In the place of a name stands a file (`.safetensors`, `.pt`, `.ckpt`, `.bin`), a `.index.json` of several, or a folder. Its
 kind is recognised from the names and shapes of its tensors, or said with `as_=` (`--as`). Sizes come
 from the shapes; what shapes do not tell comes from the authors' configuration, which is found beside
 the file as config.json, config.yaml or model.yaml, or given with `config=`. Weights load in float32,

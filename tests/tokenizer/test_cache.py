@@ -189,7 +189,14 @@ def test_weights_that_cannot_be_loaded_leave_the_cache_that_is_there(root):
 
 
 @pytest.mark.parametrize(
-    ("num_codes", "dtype"), [((16,), "<u2"), ((1 << 16,), "<u2"), ((4, (1 << 16) + 1), "<u4")]
+    ("num_codes", "dtype"),
+    [
+        ((16,), "<u2"),
+        ((1 << 16,), "<u2"),
+        ((4, (1 << 16) + 1), "<u4"),
+        ((1 << 32,), "<u4"),
+        ((1 << 36,), "<i8"),
+    ],
 )
 def test_the_smallest_type_that_holds_every_code(num_codes, dtype):
     assert code_dtype(CodeLayout(((1,),) * len(num_codes), num_codes)) == np.dtype(dtype)

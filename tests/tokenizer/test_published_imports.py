@@ -247,8 +247,9 @@ def test_evaluation_of_a_published_tokenizer(tmp_path, monkeypatch):
         "sys.argv", ["x", "reconstruction", "published:tiny.safetensors", "--data", "digits"]
     )
     assert options(parse()).run == Path("runs/tiny") and Path("runs/tiny/config.yaml").is_file()
+    assert folder_of("published:tiny.safetensors", None) == Path("runs/tiny"), "as it was imported"
     with pytest.raises(UserError, match="name them with --data"):
-        folder_of("published:tiny.safetensors", None)
+        folder_of("published:other.safetensors", None)
     monkeypatch.setattr("sys.argv", ["x", "reconstruction", "runs/tiny", "--data", "digits"])
     with pytest.raises(UserError, match="--data digits: runs/tiny says itself"):
         options(parse())

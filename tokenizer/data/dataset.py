@@ -82,15 +82,18 @@ class DataConfig:
         return Choice(self.image_column, self.label_column, self.hub_config, self.hub_revision)
 
 
-def open_split(config: DataConfig, split: str, augment: bool = False, seed: int = 0) -> Images:
-    """One split, "train" or "held_out", of the configured source, or "all" of it.
+def open_split(
+    config: DataConfig, split: str, augment: bool = False, seed: int = 0, crop: str = "lanczos"
+) -> Images:
+    """One split, "train" or "held_out", of the configured source, or "all" of it; images are cut
+    by one of transforms.CROPS.
 
     Raises UserError when the source cannot be found or read, has too many unreadable items, or
     leaves the split without items.
     """
     assert split in (*SPLITS, ALL), split
     listing = open_listing(config.source, config.memory_mib * 2**20, config.choice)
-    return Images(listing, split, config, config.augment if augment else "none", seed)
+    return Images(listing, split, config, config.augment if augment else "none", seed, crop)
 
 
 def take_inventories(config: DataConfig) -> dict[str, Inventory]:
@@ -113,7 +116,13 @@ class Images:
     """
 
     def __init__(
-        self, listing: Listing, split: str, config: DataConfig, augmentation: str, seed: int
+        self,
+        listing: Listing,
+        split: str,
+        config: DataConfig,
+        augmentation: str,
+        seed: int,
+        crop: str = "lanczos",
     ):
         self.name = printable(listing.name)
         self.split = split
@@ -122,6 +131,7 @@ class Images:
         self._config = config
         self._augmentation = augmentation
         self._seed = seed
+        self._crop = crop
         items = split_items(listing, split, config.held_out)
         if not len(items):
             raise UserError(
@@ -139,7 +149,7 @@ class Images:
         items = items[~unlabelled]
         pixels = None
         if len(items) * 3 * config.image_size**2 <= config.memory_mib * 2**20:
-            pixels, unreadable = decode_all(listing, items, config)
+            pixels, unreadable = decode_all(listing, items, config, crop)
             bad |= unreadable
             readable = ~np.isin(items, list(unreadable))
             items, pixels = (
@@ -213,6 +223,7 @@ class Images:
             "n": len(self),
             "image_size": self.image_size,
             "ids_sha256": self.inventory.sha256,
+            **({} if self._crop == "lanczos" else {"crop": self._crop}),
         }
 
     def plain(self) -> Images:
@@ -244,7 +255,8 @@ class Images:
             try:
                 data = self._listing.read(int(self.ids[candidate]))
                 with _without_warnings():
-                    pixels = transforms.decode(data, self.image_size, self._config.max_pixels)
+                    limit = self._config.max_pixels
+                    pixels = transforms.decode(data, self.image_size, limit, self._crop)
                 return torch.from_numpy(pixels.copy()), candidate
             except BadImage as error:
                 self.skipped.add(
@@ -265,7 +277,11 @@ class Images:
 
 
 def decode_all(
-    listing: Listing, items: np.ndarray, config: DataConfig, block: int = 256
+    listing: Listing,
+    items: np.ndarray,
+    config: DataConfig,
+    crop: str = "lanczos",
+    block: int = 256,
 ) -> tuple[Tensor, dict[int, str]]:
     """Every item's pixels, (n, 3, S, S) uint8, and the reason of each that cannot be read, by
     item."""
@@ -277,7 +293,7 @@ def decode_all(
             try:
                 if isinstance(data, BadImage):
                     raise data
-                pixels[place] = transforms.decode(data, config.image_size, config.max_pixels)
+                pixels[place] = transforms.decode(data, config.image_size, config.max_pixels, crop)
             except BadImage as error:
                 bad[int(items[place])] = str(error)
 

@@ -46,6 +46,8 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
             f"{hyper.path}: lookup_from_codebook=true is a variant of VQModel that is not known "
             "here"
         )
+    if hyper.find("act_fn") not in (None, "silu", "swish"):
+        raise UserError(f"{hyper.path}: act_fn={hyper.find('act_fn')} is not known here, only silu")
     groups = hyper.needed(
         "norm_num_groups", why="and shapes do not tell how many channels a group norm joins"
     )

@@ -32,11 +32,14 @@ AVERAGED = ("ema", "ema_state_dict", "model_ema", "ema_model")
 ENVELOPES = ("state_dict", "model", "module", "model_state_dict", "weights")
 FIRST_STAGE = "first_stage_model."  # of a tokenizer within the checkpoint of a model on its codes
 STAGES = (FIRST_STAGE, "cond_stage_model.")
-PREFIXES = ("module.", "_orig_mod.", FIRST_STAGE)  # of distributed and of compiled modules
+WRAPPED = "module."  # of modules that were trained on several devices
+PREFIXES = (WRAPPED, "_orig_mod.", FIRST_STAGE)  # of distributed and of compiled modules
+INDEX = ".index.json"  # of weights in several files, which says what lies where
 HALVES = ("encoder.pkl", "decoder.pkl")  # of one model, in one folder
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # wherever in a name
 SHADOW = "model_ema."  # of averages within a state dict, under names without dots
 SHADOW_OWN = (f"{SHADOW}decay", f"{SHADOW}num_updates")
+CASE = "case.safetensors"  # inputs and outputs beside weights, no weights themselves
 CONFIGS = ("config.json", "config.yaml", "model.yaml", "config.yml")
 
 
@@ -101,17 +104,13 @@ def open_weights(path: str | Path, *, averaged: bool = True, stage: str = "first
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file: give the path of published weights")
+    if path.name.endswith(INDEX):
+        found = _plain(path, _open_parts(path, averaged), averaged, stage)
+        return dataclasses.replace(found, stage=stage)
     if path.name == HALVES[0] and path.with_name(HALVES[1]).is_file():
         return _joined(path, averaged)
-    if path.suffix == ".safetensors":
-        found = _open_safetensors(path)
-        return dataclasses.replace(_plain(path, found, averaged, stage), stage=stage)
-    try:
-        saved = read_torch(path)
-    except Damaged as error:
-        raise _damaged(path, error) from None
-    found = _state_dict(path, saved, averaged)
-    return dataclasses.replace(_plain(path, found, averaged, stage), stage=stage)
+    found = _plain(path, _open_file(path, averaged), averaged, stage)
+    return dataclasses.replace(found, stage=stage)
 
 
 def find_weights(folder: Path, file: str | None = None) -> Path:
@@ -122,7 +121,10 @@ def find_weights(folder: Path, file: str | None = None) -> Path:
             raise UserError(f"{folder / file}: there is no such file: name one of the folder's")
         return folder / file
     files = sorted(each for each in folder.iterdir() if each.suffix in SUFFIXES and each.is_file())
-    usual = [each for name in USUAL for each in files if each.name == name]
+    indexes = sorted(folder.glob(f"*{INDEX}"))
+    parts = {name for index in indexes for name in _parts(index).values()}
+    files = indexes + [each for each in files if each.name not in parts | {CASE}]
+    usual = [each for name in USUAL for each in files if each.name in (name, f"{name}{INDEX}")]
     files = usual[:1] or files
     if sorted(each.name for each in files) == sorted(HALVES):
         files = [folder / HALVES[0]]
@@ -138,7 +140,8 @@ def find_weights(folder: Path, file: str | None = None) -> Path:
 def find_config(weights: Path) -> Path | None:
     """The configuration that lies beside a file of weights, if any does."""
     beside = [weights.with_name(name) for name in CONFIGS]
-    beside += [weights.with_suffix(suffix) for suffix in (".json", ".yaml")]
+    if not weights.name.endswith(INDEX):
+        beside += [weights.with_suffix(suffix) for suffix in (".json", ".yaml")]
     return next((file for file in beside if file.is_file()), None)
 
 
@@ -189,6 +192,17 @@ class Hyperparameters:
                 f"{self.path}: {'.'.join(names)}={value!r} is no whole number"
             ) from None
 
+    def heads_of(self, width: int, depth: int) -> int | None:
+        """`heads` of a transformer of this size: from the section that says its width and layers,
+        else the least nested. None where there is none."""
+        todo: list[Any] = [self.values]
+        while todo:
+            each = todo.pop(0)
+            if each.get("heads") and (each.get("width"), each.get("layers")) == (width, depth):
+                return int(each["heads"])
+            todo += [inner for inner in each.values() if isinstance(inner, dict)]
+        return self.number("heads")
+
     def flag(self, *names: str) -> bool | None:
         """A boolean, or text that says one."""
         value = self.find(*names)
@@ -210,15 +224,47 @@ class Hyperparameters:
         return value
 
 
+def _parts(index: Path) -> dict[str, str]:
+    """Tensors -> the files beside an index that hold them. Raises UserError where it is none."""
+    try:
+        parts = json.loads(index.read_bytes())["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in parts.values()):
+            raise ValueError("it names files elsewhere")
+        return dict(parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(index, error) from None
+
+
+def _open_parts(index: Path, averaged: bool) -> dict[str, Stored]:
+    """The tensors of all files that an index names."""
+    parts, found = _parts(index), {}
+    for file in sorted(set(parts.values())):
+        path = index.with_name(file)
+        if not path.is_file():
+            raise UserError(f"{index}: {path} is missing: download it, too")
+        found |= _open_file(path, averaged)
+    lost = sorted(parts.keys() - found.keys())
+    if lost:
+        raise UserError(f"{index}: {index.with_name(parts[lost[0]])} lacks {lost[0]}")
+    return found
+
+
+def _open_file(path: Path, averaged: bool) -> dict[str, Stored]:
+    """The tensors of one file by its names."""
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    try:
+        return _state_dict(path, read_torch(path), averaged)
+    except Damaged as error:
+        raise _damaged(path, error) from None
+
+
 def _joined(path: Path, averaged: bool) -> Weights:
     """A model in two files, the names of each under its own."""
     tensors: dict[str, Stored] = {}
     for name in HALVES:
         half = path.with_name(name)
-        try:
-            found = _state_dict(half, read_torch(half), averaged)
-        except Damaged as error:
-            raise _damaged(half, error) from None
+        found = _open_file(half, averaged)
         tensors |= {f"{half.stem}.{inner}": tensor for inner, tensor in found.items()}
     return Weights(path, tensors, {name: name for name in tensors})
 
@@ -256,16 +302,17 @@ _SAFE_DTYPES = {
 def _state_dict(path: Path, saved: Any, averaged: bool) -> dict[str, Stored]:
     """The tensors by name within what was saved, out of its envelopes."""
     for _ in range(4):
-        direct = _direct(saved)
-        if direct:
-            return direct
         names = [*AVERAGED, *ENVELOPES] if averaged else [*ENVELOPES, *AVERAGED]
         inner = [
             name for name in names if isinstance(saved, dict) and _holds_tensors(saved.get(name))
         ]
-        if not inner:
-            break
-        saved = saved[inner[0]]
+        if inner:  # first: a counter may lie beside an envelope
+            saved = saved[inner[0]]
+            continue
+        direct = _direct(saved)
+        if direct:
+            return direct
+        break
     raise UserError(
         f"{path}: it holds {_described(saved)} and no tensors by name: give a state dict, alone or "
         "as one of "
@@ -311,7 +358,13 @@ def _plain(path: Path, found: dict[str, Stored], averaged: bool, stage: str) -> 
     """Under names without prefixes; averages in the place of what they are averages of."""
     found, outside = _of_stage(found, stage)
     common = "".join(_common_prefixes(found))
-    origins = {COMPILED.sub(r"\1", name.removeprefix(common)): name for name in found}
+    origins: dict[str, str] = {}
+    for name in found:
+        plain = COMPILED.sub(r"\1", name.removeprefix(common))
+        while plain.startswith(WRAPPED):  # some, beside losses that were not wrapped
+            plain = plain.removeprefix(WRAPPED)
+        if origins.setdefault(plain, name) != name:
+            raise UserError(f"{path}: {origins[plain]} and {name} are both {plain}: keep one")
     tensors = {plain: found[name] for plain, name in origins.items()}
     shadows = {name: tensor for name, tensor in tensors.items() if name.startswith(SHADOW)}
     if not shadows:

@@ -103,17 +103,19 @@ def import_all(root: str | Path, data: dict[str, Any]) -> list[Path]:
 
 
 def folder_of(reference: str, data: str | None, root: str | Path = "runs") -> Path:
-    """A published tokenizer's folder under `root`, imported for these images."""
-    if data is None:
-        raise UserError(
-            f"{reference}: of which images? name them with --data (a folder, parquet, "
-            "hub:owner/name, ...)"
-        )
+    """A published tokenizer's folder under `root`, imported for these images; without any, as it
+    was imported before."""
     name = reference.removeprefix(PREFIX).rstrip("/")
     known = "/" not in name and not Path(name).exists()
-    return import_tokenizer(
-        reference, Path(root) / (name if known else Path(name).stem), {"source": data}
-    )
+    folder = Path(root) / (name if known else Path(name).stem)
+    if data is not None:
+        return import_tokenizer(reference, folder, {"source": data})
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{reference}: of which images? name them with --data (a folder, parquet, "
+            f"hub:owner/name, ...); later commands find them in {folder}"
+        )
+    return folder
 
 
 def about(peer: Peer, path: Path) -> list[str]:

@@ -3,6 +3,7 @@ networks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tokenizer.decoders.magvit import MagvitDecoderConfig
@@ -67,7 +68,8 @@ def sizes(shapes: Shapes, side: str, levels: int, name: Naming) -> dict:
     """What a network's shapes tell of it: channels, multipliers, blocks and groups."""
     block = name(side, "block", 0, 0).removesuffix("0")
     widths = [shapes[name(side, "block", level, 0) + ".conv1.weight"][0] for level in range(levels)]
-    channels = shapes["encoder.conv_in.weight"][0]
+    stem = shapes.get("encoder.conv_in.weight")  # not of a decoder alone
+    channels = stem[0] if stem else math.gcd(*widths)
     return {
         "channels": channels,
         "multipliers": tuple(width // channels for width in widths),

@@ -20,6 +20,12 @@ HEADS = {512: 8, 768: 12, 1024: 16}  # of the authors' sizes, by width
 
 
 def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
+    if "quantize.embedding.weight" not in shapes:
+        raise UserError(
+            f"{hyper.path}: a TiTok without a codebook (quantize_mode: vae) is continuous and has no codes"
+        )
+    if "decoder.text_guidance_proj.weight" in shapes:
+        raise UserError(f"{hyper.path}: a TA-TiTok needs a text to decode, and there is none here")
     legacy = "decoder.ffn.2.weight" in shapes
     mixes = "pixel_quantize.embedding.weight" in shapes
     if legacy and not mixes:
@@ -30,11 +36,14 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
 
     def transformer(side: str) -> dict:
         width = shapes[f"{side}.positional_embedding"][1]
+        depth = count(shapes, f"{side}.transformer.{{}}.")
         why = f"and its width of {width} is none of the authors' sizes"
         return {
             "channels": width,
-            "depth": count(shapes, f"{side}.transformer.{{}}."),
-            "heads": hyper.number("heads") or HEADS.get(width) or hyper.needed("heads", why=why),
+            "depth": depth,
+            "heads": hyper.heads_of(width, depth)
+            or HEADS.get(width)
+            or hyper.needed("heads", why=why),
             "mlp": shapes[f"{side}.transformer.0.mlp.c_fc.weight"][0],
         }
 
@@ -101,9 +110,6 @@ def architecture(shapes: Shapes, hyper: Hyperparameters) -> Architecture:
 def _pixels(shapes: Shapes) -> tuple[MagvitDecoderConfig, dict[str, str]]:
     """MaskGIT-VQGAN's decoder, and its names."""
     levels = count(shapes, "decoder.up.{}.")
-    # Its first width is that of the finest level, as channel multipliers of published files begin
-    # with 1.
-    shapes = {**shapes, "encoder.conv_in.weight": (shapes["decoder.norm_out.weight"][0],)}
     config = MagvitDecoderConfig(**sizes(shapes, "decoder", levels, naming), **UNIT)
     return config, magvit_decoder_names(config, naming)
 
@@ -140,7 +146,6 @@ TITOK = Peer(
         "latent_tokens",
         "encoder.patch_embed.weight",
         "decoder.mask_token",
-        "quantize.embedding.weight",
     ),
     architecture=architecture,
     unit_range=True,

@@ -20,7 +20,7 @@ class LookupFreeConfig:
     entropies constant."""
 
     kind: str = "lookup_free"
-    bits: int = 10  # 2**bits codes
+    bits: int = 10  # 2**bits codes; of more than 24 bits the use of codes is not counted
     spherical: bool = (
         False  # features and codes on the unit sphere; BSQ's other settings come with kind: bsq
     )
@@ -51,7 +51,7 @@ class BSQConfig:
     """BSQ with the values of its authors' code (github.com/zhaoyue-zephyrus/bsq-vit)."""
 
     kind: str = "bsq"
-    bits: int = 10  # 2**bits codes
+    bits: int = 10  # 2**bits codes; of more than 24 bits the use of codes is not counted
     commitment: float = 0.0
     entropy: float = 0.1  # weight of both entropies
     entropy_boost: float = 3.0  # times that weight at the first step, falling to 1
@@ -80,10 +80,18 @@ class BSQConfig:
         )
 
 
+MOST_BITS = 62  # that a code of 64 bits, -1 for no code among them, holds
+COUNTED_BITS = 24  # up to which the use of every code is counted
+
+
 def _check(config: LookupFreeConfig | BSQConfig) -> None:
-    if not 1 <= config.bits <= 24:
+    if not 1 <= config.bits <= MOST_BITS:
+        raise ValueError(f"quantizer.bits={config.bits} must be 1 to {MOST_BITS}")
+    joint = config.entropy > 0 and not getattr(config, "spherical", True)
+    if joint and config.bits > COUNTED_BITS:
         raise ValueError(
-            f"quantizer.bits={config.bits} must be 1 to 24, as the use of 2**bits codes is counted"
+            f"quantizer.bits={config.bits} has an entropy over 2**bits codes: up to {COUNTED_BITS} bits it can be "
+            "computed: set quantizer.entropy=0, or take kind bsq, whose entropy is of each bit"
         )
     if config.temperature <= 0:
         usual = type(config).temperature
@@ -132,7 +140,7 @@ class LookupFreeQuantizer(nn.Module):
         self.register_buffer(
             "boost", torch.tensor(entropy_boost if boosted else 1.0), persistent=boosted
         )
-        self.statistics = Usage(2**bits)
+        self.statistics = Usage(2**bits) if bits <= COUNTED_BITS else None
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """(B, bits, H, W)."""
@@ -143,7 +151,7 @@ class LookupFreeQuantizer(nn.Module):
             whole = finite(rows)
             bits = (rows.detach() > 0) & whole[:, None]
             codes = (bits.long() << self.places).sum(1).where(whole, -1)
-            if self.training:
+            if self.training and self.statistics is not None:
                 self.statistics.gather(codes)
             vectors = self._values(bits)
             commitment = F.mse_loss(rows, vectors)
@@ -163,7 +171,8 @@ class LookupFreeQuantizer(nn.Module):
                 parts |= {"sample_entropy": sample_entropy, "batch_entropy": batch_entropy}
             vectors = to_grid(straight_through(rows * self.scale, vectors), features.shape)
         codes = codes.unflatten(0, (len(features), 1, *features.shape[2:]))
-        return QuantizerOutput(vectors, codes, loss, {**parts, **self.statistics.figures()})
+        figures = {} if self.statistics is None else self.statistics.figures()
+        return QuantizerOutput(vectors, codes, loss, {**parts, **figures})
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, 1, H, W) int64 -> (B, bits, H, W) float32."""
@@ -178,9 +187,10 @@ class LookupFreeQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, step: int, taken: bool) -> None:
         """Count use; set the entropies' weight for step + 1."""
+        if self.statistics is not None:
+            self.statistics.reduce() if taken else self.statistics.clear()
         if not taken:
-            return self.statistics.clear()
-        self.statistics.reduce()
+            return
         if self.entropy_boost_steps > 0:
             rest = max(0.0, 1 - (step + 1) / self.entropy_boost_steps)
             self.boost.fill_(1 + (self.entropy_boost - 1) * rest)
