@@ -171,6 +171,9 @@ class Reconstruction:
     parts: dict[str, Tensor]  # its named terms
 
 
+AFTER_CODES = ("project_out", "decoder")  # parts of an autoencoder
+
+
 class Autoencoder(nn.Module):
     """images (B, 3, H, W) in [-1, 1] <-> codes (B, N) int64. Other sizes than the one trained on
     are taken, too."""
@@ -204,6 +207,20 @@ class Autoencoder(nn.Module):
         vector_dim = getattr(quantizer, "vector_dim", quantizer.dim)
         self.project_out = nn.Identity() if same else Projection(vector_dim, encoder.channels)
         self.layout = self._layout_of(grid)
+        self.held: tuple[str, ...] = ()  # parts that do not learn
+
+    def hold_codes(self) -> None:
+        """From now on only what follows the codes learns, so that the codes of images stay."""
+        self.held = tuple(name for name, _ in self.named_children() if name not in AFTER_CODES)
+        for name in self.held:
+            self.get_submodule(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Autoencoder:
+        super().train(mode)
+        for name in self.held:
+            self.get_submodule(name).eval()
+        return self
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -252,7 +269,8 @@ class Autoencoder(nn.Module):
 
     def update(self, step: int, taken: bool) -> None:
         """After each optimizer step; see Quantizer."""
-        self.quantizer.update(step, taken)
+        if not self.held:
+            self.quantizer.update(step, taken)
 
     def set_stage(self, stage: int) -> None:
         """1: the encoder is frozen; 2: it learns. Raises ValueError for others, or an encoder

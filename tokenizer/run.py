@@ -33,6 +33,8 @@ class TokenizerRun:
     root: str = "runs"
     seed: int = 0
     start_from: str | None = None  # a finished run whose weights to begin with
+    # what learns: "all", or the "decoder" alone, so that codes stay those of start_from
+    tune: str = "all"
     calibration_images: int = 2048  # for latent statistics and k-means
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: Any = one_of(AUTOENCODERS, "vqrae")
@@ -45,6 +47,14 @@ class TokenizerRun:
     )
 
     def __post_init__(self) -> None:
+        if self.tune not in ("all", "decoder"):
+            raise ValueError(f"tune={self.tune!r} is neither all nor decoder")
+        if self.tune == "decoder" and (self.start_from is None or self.model.kind == "vqvae2"):
+            reason = "no start_from" if self.start_from is None else f"model.kind={self.model.kind}"
+            raise ValueError(
+                f"tune=decoder keeps the codes of start_from, and there is {reason}: "
+                "name a run with one encoder, or set tune=all"
+            )
         if self.features is not None:
             self.features.check(self.data, self.model, self.objective)
         if self.calibration_images < 1:

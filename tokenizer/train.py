@@ -108,6 +108,8 @@ def _build(config: TokenizerRun) -> tuple[nn.Module, Objective, dict[str, str]]:
         raise UserError(f"{Path(config.root) / config.name}: {error}") from None
     if config.start_from is not None:
         load_autoencoder_weights(autoencoder, Path(config.start_from))
+    if config.tune == "decoder":
+        autoencoder.hold_codes()
     objective = Objective(
         config.objective, autoencoder, teacher_of(config, autoencoder), config.seed
     )

@@ -13,7 +13,7 @@ from eval.interface import Batch
 from eval.record import Measurement, Origin
 from tokenizer.interface import CodeLayout
 from training import distributed
-from training.command import UserError
+from training.errors import UserError
 
 COUNTABLE = 1 << 24  # codes of which each one is counted
 

@@ -28,7 +28,8 @@ python -m tokenizer.published import llamagen-vq-ds16 runs/llamagen        # a f
 python -m tokenizer.encode published:llamagen-vq-ds16 data.source=DATA root=RUN        # its tokens, for any prior
 python -m eval.run reconstruction published:llamagen-vq-ds16 --data DATA   # what it reaches, measured here
 python -m eval.run reconstruction published:llamagen-vq-ds16 --num 50000 --protocol adm  # as ADM's evaluator would
-python -m tokenizer.train runs/llamagen/config.yaml name=mine start_from=runs/llamagen # train on
+python -m tokenizer.train runs/llamagen/config.yaml name=mine start_from=runs/llamagen data.source=DATA  # train on
+python -m tokenizer.train runs/llamagen/config.yaml name=mine start_from=runs/llamagen tune=decoder  # its codes stay
 make compare-published DATA=DATA                                           # one table of all that are at hand
 python -m tokenizer.published export runs/mine llamagen-vq-ds16 OUT.safetensors        # under its authors' names
 ```

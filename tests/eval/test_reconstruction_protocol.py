@@ -19,7 +19,7 @@ from eval.run import main
 from tokenizer.data.transforms import decode
 from tokenizer.published.imports import import_tokenizer
 from tokenizer.run import load
-from training.command import UserError
+from training.errors import UserError
 
 SIZE = 24  # pixels: what Patches sees, so that no resize stands between
 

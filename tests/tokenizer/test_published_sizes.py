@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tokenizer.published.check import check, told
 from tokenizer.published.load import from_pretrained, published_state
-from training.command import UserError
+from training.errors import UserError
 
 
 def images(*shape, unit=False, seed=1):
@@ -152,7 +152,6 @@ CASES = {
     "bsq-36-bits": lambda: bsq(36),
 }  # fmt: skip
 ONE_SIZE = ("titok", "bsq")
-SQUARE = images(2, 3, 32, 32)
 
 
 def written(tmp_path, name, save=None, seed=0):
@@ -160,12 +159,12 @@ def written(tmp_path, name, save=None, seed=0):
     torch.manual_seed(seed)
     model, config, count, unit = CASES[name]()
     published.randomised(model, seed)
-    given = {"": images(2, 3, 32, 32, unit=unit)}
+    given = {"": images(1, 3, 32, 32, unit=unit)}
     drawn = codes(count, 2, 4, 4) if name.startswith("bsq") else codes(count, 2, 3, 5)
     if name.startswith("titok"):
         drawn = codes(count, 2, 7)
     if not name.startswith(ONE_SIZE):
-        given["wide."] = images(1, 3, 16, 40, unit=unit)
+        given["wide."] = images(1, 3, 8, 24, unit=unit)
     return published.write_case(
         tmp_path / name, model, config, given, codes={"free.": drawn}, save=save
     )
