@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from test_published_imports import tiny_taming
 from test_published_sizes import maskbit
 from tiny import command
-from tokenizer.data.dataset import DataConfig, open_split
 from toy_pipeline import DATA, tiny_extractor
 
 import tokenizer as tessera
 from eval.extractors.in_domain import train_extractor
 from tokenizer.cache import TokenCache
+from tokenizer.data.dataset import DataConfig, open_split
 from tokenizer.published.imports import export_tokenizer, import_tokenizer
 
 PRIOR = Path(__file__).parents[1] / "configs" / "digits_vqvae" / "prior.yaml"

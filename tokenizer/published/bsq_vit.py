@@ -18,8 +18,8 @@ from tokenizer.published.transformer_names import transformer_names
 from tokenizer.quantizers.lookup_free import (
     COUNTED_BITS,
     BSQConfig,
-    LookupFree,
     LookupFreeConfig,
+    LookupFreeQuantizer,
 )
 from tokenizer.quantizers.vector import VectorConfig
 from training.errors import UserError
@@ -84,7 +84,7 @@ def outputs(model: nn.Module, latents: Tensor, vectors: Tensor) -> dict[str, Ten
     """The authors' numbers of codes: sums in float32, which loses the lowest of more bits than it
     has. A case holds those; codes here are exact."""
     bits = latents.shape[1]
-    if not isinstance(model.quantizer, LookupFree) or bits <= EXACT_BITS:
+    if not isinstance(model.quantizer, LookupFreeQuantizer) or bits <= EXACT_BITS:
         return {}
     rows = latents.flatten(2).transpose(1, 2)
     rows = F.normalize(rows, dim=-1) if model.quantizer.spherical else rows
