@@ -397,13 +397,10 @@ def test_only_fields_that_say_so_take_numbers_below_zero(tmp_path):
 
 def schemas() -> Iterator[type]:
     """Every config class of the project."""
-    for module in list(sys.modules.values()):
-        if module.__name__.split(".")[0] in ("training", "tokenizer", "priors"):
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("training", "tokenizer", "priors"):
             for schema in vars(module).values():
-                if (
-                    dataclasses.is_dataclass(schema)
-                    and getattr(schema, "__module__", "") == module.__name__
-                ):
+                if dataclasses.is_dataclass(schema) and getattr(schema, "__module__", "") == name:
                     yield schema
 
 
