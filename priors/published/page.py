@@ -34,6 +34,12 @@ make compare-published DATA=DATA                                           # one
 python -m tokenizer.published export runs/mine llamagen-vq-ds16 OUT.safetensors        # under its authors' names
 ```
 
+`make compare-published` measures all that lie in the folder for files without a network (below), or were downloaded
+before, on the same held-out images, all at the size that most of them are of.
+`export` takes as its second argument a file of any weights of that architecture, such as
+its authors' own class writes before training; it refuses a tokenizer that would compute something else under those
+names, and writes the configuration beside its file.
+
 In the place of a name stands a file (`.safetensors`, `.pt`, `.ckpt`, `.bin`), a `.index.json` of several, or a folder. Its
 kind is recognised from the names and shapes of its tensors, or said with `as_=` (`--as`). Sizes come
 from the shapes; what shapes do not tell comes from the authors' configuration, which is found beside

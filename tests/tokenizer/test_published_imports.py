@@ -3,6 +3,7 @@ page."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -297,6 +298,43 @@ def test_all_that_are_at_hand_are_imported(tmp_path, monkeypatch, capsys):
         "mine",
         "taming-vqgan-f16-1024",
     ]
+
+
+def test_tokenizers_of_several_sizes_are_compared_at_the_one_that_most_are_of(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TESSERA_PUBLISHED", str(tmp_path / "hand"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    for name, size in (("a", 32), ("b", 16), ("c", 16)):
+        (tmp_path / "hand" / name).mkdir(parents=True)
+        save_file(tiny_taming(), tmp_path / "hand" / name / "model.safetensors")
+        (tmp_path / "hand" / name / "config.json").write_text(json.dumps({"resolution": size}))
+    code, said = run(monkeypatch, capsys, "import-all", tmp_path / "runs", "--data", "digits")
+    assert code == 0 and "a: of 32 px, used at 16 px" in said
+    sizes = [tessera.load(each).config.data.image_size for each in find_runs(tmp_path / "runs")]
+    assert sizes == [16, 16, 16]
+
+
+def test_an_export_loads_alone(tmp_path):
+    like = tmp_path / "like"
+    like.mkdir()
+    save_file(tiny_taming(), like / "model.safetensors")
+    (like / "config.json").write_text(json.dumps({"ddconfig": {"resolution": 16}}))
+    folder = import_tokenizer(like, tmp_path / "run")
+    out = export_tokenizer(folder, like, tmp_path / "new" / "folder" / "x.safetensors")
+    assert from_pretrained(out).config.data.image_size == 16
+
+
+def test_an_export_of_the_same_tensors_and_another_function_is_refused(tmp_path):
+    """A tokenizer trained here with group norms of 8 groups has the tensors of one with 32."""
+    save_file(tiny_taming(), tmp_path / "x.safetensors")
+    folder = import_tokenizer(tmp_path / "x.safetensors", tmp_path / "run", {"image_size": 8})
+    settings = (folder / "config.yaml").read_text()
+    assert settings.count("groups: 32") == 2
+    (folder / "config.yaml").write_text(settings.replace("groups: 32", "groups: 8"))
+    with pytest.raises(UserError, match=r"decoder\.groups=8 \(32 there\)"):
+        export_tokenizer(folder, tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_names_that_are_none_say_so():

@@ -4,16 +4,25 @@ authors' names."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenizer.data.dataset import DataConfig
-from tokenizer.published.load import PREFIX, from_pretrained, home, save_published
+from tokenizer.published.load import (
+    PREFIX,
+    from_pretrained,
+    home,
+    hyperparameters,
+    locate,
+    save_published,
+)
 from tokenizer.published.peer import Peer
 from tokenizer.published.table import published_files
-from tokenizer.run import TokenizerRun, load_autoencoder_weights
+from tokenizer.run import TokenizerRun, load, load_autoencoder_weights, load_config
 from tokenizer.sharing import save_autoencoder
 from training import distributed
 from training.config import from_dict, to_dict
@@ -59,14 +68,69 @@ def run_of(model: nn.Module, data: dict[str, Any]) -> TokenizerRun:
 
 
 def export_tokenizer(folder: str | Path, like: str | Path, out: str | Path, **options: Any) -> Path:
-    """Write a tokenizer of ours, trained on from a published file `like`, under that file's names;
-    return its path.
+    """Write a tokenizer of ours, trained on from a published file `like` or of that architecture
+    from the start, under that file's names; return its path. The configuration of `like`, where it
+    has one, is written beside it (`out` with .json for its suffix), so that `out` loads alone.
 
-    Raises UserError where the two are not of one architecture.
+    Raises UserError where the two are not of one architecture, or compute different things.
     """
     model = from_pretrained(like, **options)
     load_autoencoder_weights(model, Path(folder))
-    return save_published(model, out)
+    check_same(load(folder), model, Path(folder))
+    told = configuration(like, **options)
+    out = save_published(model, out)
+    if told:
+        out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+    return out
+
+
+def configuration(
+    like: str | Path, as_: str | None = None, config: str | Path | None = None
+) -> dict[str, Any]:
+    """What is known of a published file beside its weights, by its authors' names."""
+    path, told, _ = locate(like)
+    return hyperparameters(path, config, told).values
+
+
+@torch.no_grad()
+def check_same(ours: nn.Module, theirs: nn.Module, folder: Path) -> None:
+    """Raise UserError, with the settings, unless two models of the same tensors compute the same.
+
+    Shapes do not tell it: group norms of 8 and of 32 groups have the same tensors.
+    """
+    size = ours.config.data.image_size
+    noise = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = noise.to(distributed.device())
+    codes = ours.encode(images)
+    layout = ours.layout_of(size, size)
+    same = torch.equal(codes, theirs.encode(images)) and torch.allclose(
+        ours.decode(codes, layout), theirs.decode(codes, layout), atol=1e-4
+    )
+    if same:
+        return
+    one, other = (flat(to_dict(each.config.model)) for each in (ours, theirs))
+    differing = [
+        f"{name}={one.get(name)} ({other.get(name)} there)"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name) and (name in SEARCH or not name.startswith("quantizer"))
+    ]
+    raise UserError(
+        f"{folder}: under these names it would be another model, with the same tensors: train with "
+        f"model.{', model.'.join(differing) or '* as there'}"
+    )
+
+
+# What settings of a quantizer change of the model that it is in; the others are of training.
+SEARCH = ("quantizer.kind", "quantizer.metric")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"encoder": {"groups": 32}} -> {"encoder.groups": 32}"""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        found |= {f"{prefix}{name}": value} if inner is None else inner
+    return found
 
 
 def at_hand() -> dict[str, str]:
@@ -89,7 +153,11 @@ def at_hand() -> dict[str, str]:
 
 
 def import_all(root: str | Path, data: dict[str, Any]) -> list[Path]:
-    """Import all that is at hand to folders under `root`. Raises UserError where nothing is."""
+    """Import all that is at hand to folders under `root`, all for images of one size.
+
+    Without `image_size` in `data` it is the size that most of them are of, the larger of two.
+    Raises UserError where nothing is at hand, or one cannot be of that size.
+    """
     found = at_hand()
     if not found:
         raise UserError(
@@ -97,9 +165,17 @@ def import_all(root: str | Path, data: dict[str, Any]) -> list[Path]:
             "docs/published.md, or "
             "load one from the Hub"
         )
-    return [
-        import_tokenizer(reference, Path(root) / name, data) for name, reference in found.items()
-    ]
+    folders = {
+        import_tokenizer(reference, Path(root) / name, data): reference
+        for name, reference in found.items()
+    }
+    sizes = [load_config(folder).data.image_size for folder in folders]
+    common = max(sizes, key=lambda size: (sizes.count(size), size))
+    for (folder, reference), size in zip(folders.items(), sizes):
+        if size != common:
+            print(f"{folder}: of {size} px, used at {common} px, as most are", flush=True)
+            import_tokenizer(reference, folder, {**data, "image_size": common})
+    return list(folders)
 
 
 def folder_of(reference: str, data: str | None, root: str | Path = "runs") -> Path:

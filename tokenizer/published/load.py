@@ -238,6 +238,7 @@ def save_published(model: nn.Module, out: str | Path) -> Path:
     from safetensors.torch import save_file
 
     out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_file(published_state(model), out)
     return out
 
