@@ -212,7 +212,10 @@ def columns_of(rows: Sequence[Row], shown: Sequence[str]) -> dict[str, list[str]
         "perplexity": [number(row.perplexity) for row in rows],
         "% of K": [f"{row.perplexity_share:.1f}" for row in rows],
         "usage, %": [f"{row.usage:.1f}" for row in rows],
-        "steps": [row.trained.conditions["loop.steps"] for row in rows],
+        "steps": [
+            "" if steps == "0" else steps
+            for steps in (row.trained.conditions["loop.steps"] for row in rows)
+        ],
         "s/step": [number(row.seconds) if row.seconds else "" for row in rows],
         "images/s": [number(row.images_per_second) if row.seconds else "" for row in rows],
         **{
@@ -227,14 +230,14 @@ def markdown(
     rows: Sequence[Row], table: Sequence[str], notes: Sequence[str], pictures: Sequence[Picture]
 ) -> str:
     conditions = [row.trained.conditions for row in rows]
+    # published by others, each trained in its own way, of which their files say nothing
+    imported = any(each["loop.steps"] == "0" for each in conditions)
     common = [
         f"{field} {value}"
         for field, value in conditions[0].items()
         if all(c[field] == value for c in conditions)
+        and (not imported or field in ("data.source", "data.held_out", "data.image_size"))
     ]
-    imported = any(
-        each["loop.steps"] == "0" for each in conditions
-    )  # published by others, each trained in its own way
     made = "are measured alike" if imported else "were trained alike"
     images = " and ".join(dict.fromkeys(f"{row.figures['PSNR'].n:,}" for row in rows))
     lines = [

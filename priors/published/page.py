@@ -35,8 +35,8 @@ python -m tokenizer.published export runs/mine llamagen-vq-ds16 OUT.safetensors 
 ```
 
 `make compare-published` measures all that lie in the folder for files without a network (below), or were downloaded
-before, on the same held-out images, all at the size that most of them are of.
-`export` takes as its second argument a file of any weights of that architecture, such as
+before, on the same held-out images, all at the size that most of them are of: [an example](results/published.md), of
+three that were trained here. `export` takes as its second argument a file of any weights of that architecture, such as
 its authors' own class writes before training; it refuses a tokenizer that would compute something else under those
 names, and writes the configuration beside its file.
 
