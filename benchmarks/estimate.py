@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measure import in_fresh_process, keep, peak_mib, table
 from priors import dry_run as priors_dry_run
-from priors.train import PriorRun
+from priors.run import PriorRun
 from tokenizer import dry_run as tokenizer_dry_run
 from tokenizer.objective import Objective
 from tokenizer.run import TokenizerRun

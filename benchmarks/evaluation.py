@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.measure import in_fresh_process, keep, median, ratio, run_parts, seconds, table
 from eval.extractors.in_domain import Classifier, InDomain
-from eval.extractors.networks import tag
+from eval.extractors.interface import tag
 from eval.metrics.frechet import Gaussian, frechet_distance
 from eval.metrics.moments import Moments
 from eval.pipeline import load

@@ -207,7 +207,7 @@ def train_prior(sizes: Sizes, *, compiled: bool) -> Iterator[Found]:
     import torch
 
     from priors import dry_run
-    from priors.train import PriorRun
+    from priors.run import PriorRun
     from training import randomness
     from training.config import load
     from training.loop import Batch, Loss, Phase

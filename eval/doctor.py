@@ -36,7 +36,7 @@ class Finding:
 def examine_weights(name: str, given: Path | None = None) -> Finding:
     """Published weights by their key in WEIGHTS. Only a file that lies where they belong has to be
     the published one: any other gives figures that carry its hash."""
-    from eval.extractors.networks import WEIGHTS
+    from eval.extractors.weights import WEIGHTS
     from training.checkpoint import sha256
 
     weights = WEIGHTS[name]
@@ -76,7 +76,7 @@ def _weights_file(path: Path) -> Path | None:
 def examine_extractors(folder: Path) -> Iterator[Finding]:
     """In-domain extractors of the pipelines in a folder."""
     from eval.extractors.in_domain import InDomain
-    from eval.extractors.networks import tag
+    from eval.extractors.interface import tag
 
     found = sorted(path.parent for path in folder.glob("*/extractor/weights"))
     if not found:
@@ -212,7 +212,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield examine_space(arguments.runs)
     if pairing.state == BROKEN:
         return  # all that follows imports it
-    from eval.extractors.networks import WEIGHTS
+    from eval.extractors.weights import WEIGHTS
 
     yield from examine_machine()
     yield examine_formats()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eval.counts import Counts
 from eval.extractors.fid_protocols import emulate
-from eval.extractors.networks import banner, figure_name
+from eval.extractors.interface import banner, figure_name
 from eval.generation import Samples
 from eval.pipeline import Pipeline, load
 from eval.record import Origin, Record

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from eval.counts import Counts
 from eval.extractors.in_domain import InDomain
-from eval.extractors.networks import Extraction, Extractor, FeatureRows, banner, figure_name
+from eval.extractors.interface import (
+    Extraction,
+    Extractor,
+    FeatureRows,
+    banner,
+    figure_name,
+)
 from eval.metrics.cmmd import cmmd
 from eval.metrics.frechet import Gaussian, frechet_infinity
 from eval.metrics.inception_score import inception_score

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from eval.extractors.in_domain import InDomain, check_extractor, open_extractor
-from eval.extractors.networks import WEIGHTS, Extractor, Inception, Tower, find_inception
+from eval.extractors.interface import Extractor
+from eval.extractors.networks import Inception, Tower, find_inception
+from eval.extractors.weights import WEIGHTS
 from eval.interface import Batch
 from eval.metrics.image_similarity import LPIPS
 from eval.record import Record

@@ -21,7 +21,7 @@ from eval.report.plots import named_points
 from eval.report.tables import markdown_table, number
 from eval.sample_facts import read_cost
 from priors.record import is_prior, read_record
-from priors.train import PriorRun
+from priors.run import PriorRun
 from training import config, distributed
 from training.checkpoint import weights_path
 from training.config import to_dict

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from eval.counts import LEAST, Counts
 from eval.extractors.fid_protocols import PROTOCOLS, Protocol
-from eval.extractors.networks import WEIGHTS, Extractor, FeatureRows, banner, figure_name
+from eval.extractors.interface import Extractor, FeatureRows, banner, figure_name
+from eval.extractors.weights import WEIGHTS
 from eval.interface import Batch
 from eval.metrics.codebook import CodebookUsage
 from eval.metrics.frechet import Gaussian, frechet_distance, frechet_jackknife

@@ -23,7 +23,9 @@ from torch import Tensor
 from eval.counts import LEAST
 from eval.extractors import EXTRACTORS
 from eval.extractors.in_domain import InDomain, check_extractor
-from eval.extractors.networks import WEIGHTS, Extractor, Inception
+from eval.extractors.interface import Extractor
+from eval.extractors.networks import Inception
+from eval.extractors.weights import WEIGHTS
 from eval.interface import Batch
 from eval.metrics.frechet import Gaussian
 from eval.metrics.moments import Moments

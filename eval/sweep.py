@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from eval.counts import LEAST
-from eval.extractors.networks import Extraction, FeatureRows, banner, figure_name
+from eval.extractors.interface import Extraction, FeatureRows, banner, figure_name
 from eval.generation import Samples
 from eval.interface import Batch
 from eval.metrics.frechet import Gaussian

@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tessera.names  # also says so where another package has one of our names
-from priors.families.hierarchical import FAMILIES, HierarchicalConfig
-from priors.families.published_masked import HaltonConfig, MaskBitConfig, TiTokConfig
-from priors.networks.llama import LlamaConfig
-from priors.networks.mingpt import MinGPTConfig
-from priors.networks.rar import RARConfig
+from priors.families import PRIORS
 
 if TYPE_CHECKING:
     from priors.interface import Prior
@@ -18,24 +14,12 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BackboneConfig": "priors.backbone",
     "Decoding": "priors.decoding.engine",
-    "PriorRun": "priors.train",
+    "PriorRun": "priors.run",
     "SampleOptions": "priors.interface",
     "train_prior": "priors.train",
 }
 __all__, __getattr__, __dir__ = tessera.names.public(__name__, _PUBLIC)
 __all__ += ["PRIORS", "load"]
-
-PRIORS = {
-    **FAMILIES,
-    "hierarchical": HierarchicalConfig,
-    # Networks of published priors, which are told no codes of other levels.
-    "llama": LlamaConfig,
-    "mingpt": MinGPTConfig,
-    "rar": RARConfig,
-    "halton_maskgit": HaltonConfig,
-    "titok": TiTokConfig,
-    "maskbit": MaskBitConfig,
-}
 
 
 def load(run_folder: str | Path) -> Prior:
@@ -44,7 +28,7 @@ def load(run_folder: str | Path) -> Prior:
     Raises UserError when the folder is no prior's run or something in it is damaged.
     """
     from priors.record import read_record
-    from priors.train import PriorRun
+    from priors.run import PriorRun
     from training import checkpoint, config, distributed
     from training.errors import UserError
 

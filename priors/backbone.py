@@ -1,8 +1,6 @@
-"""The transformer under the priors: codes and a label to logits, on x-transformers' attention and
-feed-forward.
+"""The transformer under the priors: codes and a label to logits, through the blocks of priors.block.
 
-Pre-norm with RMSNorm (arXiv:1910.07467), SwiGLU (arXiv:2002.05202), normalised queries and keys
-(arXiv:2302.05442). A slot is the sum of a token and the place (level, row, column) of the position
+A slot is the sum of a token and the place (level, row, column) of the position
 that it predicts. Bidirectional: slot i holds the code at i, or the mask. Causal: slot i holds the
 code of slot i - 1, the first holds the class; slots may come in any order, as each knows its target
 (arXiv:2411.00776).
@@ -13,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +20,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from priors.block import Block, rms_norm
+from priors.decoding.engine import Decoding
 from tokenizer.interface import CodeLayout
 from training.errors import UserError
 from training.randomness import Dropout
-
-if TYPE_CHECKING:
-    from priors.decoding.engine import Decoding
 
 POSITIONS = ("rotary", "learned")
 CONDITIONINGS = ("prefix", "adaln")
@@ -126,10 +122,6 @@ class Backbone(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.jit, used at its import
-            from x_transformers.x_transformers import RMSNorm
-
         self.layout, self.num_classes, self.given = layout, num_classes, given
         self.causal, self.rotary, self.adaptive, self.timed = causal, rotary, adaptive, timed
         self.gradient_checkpointing = gradient_checkpointing
@@ -157,7 +149,7 @@ class Backbone(nn.Module):
         self.time = TimeEmbedding(width) if timed else None
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, causal, dropout, width) for _ in range(depth))
-        self.norm = RMSNorm(dim, unit_offset=True)
+        self.norm = rms_norm(dim)
         self.modulation = nn.Linear(width, 2 * dim) if width else None
         self.heads = nn.ModuleList(nn.Linear(dim, size) for size in layout.num_codes)
 
@@ -241,8 +233,6 @@ class Backbone(nn.Module):
     ) -> Decoding:
         """The same logits slot by slot from cached keys and values, without dropout; of a causal
         backbone."""
-        from priors.decoding.engine import Decoding
-
         return Decoding(self, labels, order=order, given=given)
 
     def embed(self, codes: Tensor, span: slice) -> Tensor:
@@ -317,62 +307,6 @@ class TimeEmbedding(nn.Module):
         odds = torch.logit(time.double(), eps=1e-4).to(self.frequencies.dtype)
         angles = odds[:, None] * self.frequencies
         return self.second(F.silu(self.first(torch.cat([angles.sin(), angles.cos()], 1))))
-
-
-class Block(nn.Module):
-    """Attention, then a feed-forward network, each on normalised features and added to them.
-
-    `width` of the condition that modulates both; 0 is none.
-    """
-
-    def __init__(self, dim: int, heads: int, causal: bool, dropout: float, width: int) -> None:
-        super().__init__()
-        from x_transformers.x_transformers import Attention, FeedForward, RMSNorm
-
-        self.attention_norm = RMSNorm(dim, unit_offset=True)
-        self.attention = Attention(
-            dim,
-            dim_head=dim // heads,
-            heads=heads,
-            causal=causal,
-            flash=True,
-            qk_rmsnorm=True,
-            project_out=True,
-        )
-        self.feedforward_norm = RMSNorm(dim, unit_offset=True)
-        self.feedforward = FeedForward(dim, mult=3, glu=True, swish=True, no_bias=True)
-        self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
-        self.modulation = nn.Linear(width, 6 * dim) if width else None
-        if width:
-            nn.init.zeros_(self.modulation.weight)  # every block is the identity before training
-            nn.init.zeros_(self.modulation.bias)
-
-    def forward(
-        self, features: Tensor, condition: Tensor | None, angles: list[Tensor] | None
-    ) -> Tensor:
-        """(B, n, dim), (B, 1, width) and the (1 or B, n, dim_head) angles of queries and of keys ->
-        (B, n, dim)."""
-        if self.modulation is None:
-            features = features + self.attend(self.attention_norm(features), angles)
-            return features + self.feed(self.feedforward_norm(features))
-        shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition).chunk(6, -1)
-        features = features + gate * self.attend(
-            self.attention_norm(features) * (1 + scale) + shift, angles
-        )
-        return features + gate2 * self.feed(self.feedforward_norm(features) * (1 + scale2) + shift2)
-
-    def attend(self, features: Tensor, angles: list[Tensor] | None) -> Tensor:
-        if angles is None:
-            return self.attention_dropout(self.attention(features))
-        queries, keys = ((side, None) for side in angles)  # None: no xPos
-        return self.attention_dropout(
-            self.attention(
-                features, context=features, rotary_pos_emb=queries, context_rotary_pos_emb=keys
-            )
-        )
-
-    def feed(self, features: Tensor) -> Tensor:
-        return self.feedforward_dropout(self.feedforward(features))
 
 
 def cross_entropy(

@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from priors.run import PriorRun
 from tokenizer.interface import CodeLayout
 from training import distributed
 from training.estimate import (
@@ -32,9 +32,6 @@ from training.estimate import (
 )
 from training.sharding import shareable_blocks
 from training.tracing import Cost, WeightsOnMeta, cost
-
-if TYPE_CHECKING:
-    from priors.train import PriorRun
 
 ASSUMED = CodeLayout(((16, 16),), (16384,))  # of tokens that nothing tells about
 ASSUMED_CLASSES = 1000

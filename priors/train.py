@@ -15,46 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from priors import PRIORS
 from priors.decoding import engine
 from priors.dry_run import dry_run
 from priors.families.diffusion import antithetic
 from priors.given_tokens import GivenTokens
 from priors.interface import Prior, SampleOptions
 from priors.record import PriorRecord
+from priors.run import PriorRun
 from priors.starting import begin_with
 from tokenizer.interface import CodeLayout
 from training import distributed, randomness
 from training.checkpoint import Run, weights_hash
 from training.command import UserError, config_command, run_command
-from training.config import one_of
-from training.loop import Batch, LoopConfig, Loss, Phase, train
-from training.optim import OptimizerConfig
+from training.loop import Batch, Loss, Phase, train
 
 LOSS_STREAM = 0x5052494F52  # sets the loss's draws apart from all others of a step
 PLAIN = 0  # the view that is no augmented one
 MEASURED = 256  # held-out sequences in the log's figure
 MOST_CODES = 1 << 24  # of a level
 PREVIEW_ROWS, PREVIEW_COLUMNS = 10, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class PriorRun:
-    name: str = "prior"
-    root: str = "runs"
-    seed: int = 0
-    tokens: str = "${root}/tokens"  # a token cache
-    start_from: str | None = None  # a finished prior whose weights to begin with
-    prior: Any = one_of(PRIORS, "autoregressive")
-    sampling: SampleOptions = dataclasses.field(
-        default_factory=SampleOptions
-    )  # where generation is asked for no other
-    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-
-    def __post_init__(self) -> None:
-        if self.tokens == "${root}/tokens":  # made in Python, where nothing resolves it
-            object.__setattr__(self, "tokens", f"{self.root}/tokens")
 
 
 def train_prior(

@@ -33,7 +33,7 @@ from priors.families.hierarchical import HierarchicalConfig
 from priors.families.masked import MaskedConfig
 from priors.families.pixelcnn import PixelCNNConfig
 from priors.families.uniform import UniformConfig
-from priors.train import PriorRun
+from priors.run import PriorRun
 from tokenizer.autoencoder import VQRAEConfig, VQVAEConfig
 from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig

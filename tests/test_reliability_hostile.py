@@ -23,7 +23,7 @@ from test_checkpoint import Payload
 from tiny import command, save_encoder
 from toy_pipeline import make_pipeline
 
-from priors.train import PriorRun
+from priors.run import PriorRun
 from training.checkpoint import sha256
 from training.config import load
 

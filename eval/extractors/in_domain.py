@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.extractors.networks import Extraction
+from eval.extractors.interface import Extraction
 from tokenizer.data.dataset import DataConfig, Images, open_split
 from tokenizer.data.identity import changes, noted, open_run
 from tokenizer.data.loader import feed

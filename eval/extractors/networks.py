@@ -1,191 +1,22 @@
-"""Feature extractors and what their figures may be called.
-
-"FID", "IS" and "KID" belong to one network, the 2015-12-05 Inception, "FD-DINOv2" and "CMMD" to one
-DINOv2 and one CLIP, each known by its SHA-256. Without them, figures come from a small classifier
-trained on the data at hand, or from other weights; they carry a name and a hash
-(`FD[digits-cnn@a1b2c3d4]`) and compare with nothing else.
-"""
+"""The standard networks: Inception for FID, IS and KID, DINOv2 and CLIP for their distances."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.extractors.fid_protocols import resize_bicubic, resize_bilinear
-from eval.interface import Batch
+from eval.extractors.interface import Extraction
+from eval.extractors.resizing import resize_bicubic, resize_bilinear
+from eval.extractors.weights import WEIGHTS
 from tokenizer.encoders.foundation import IMAGENET, quiet_transformers
-from tokenizer.perceptual import TRUNKS
 from training import distributed
 from training.checkpoint import sha256
 from training.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Published weights: where they are looked for, how they are recognised, what fetches them."""
-
-    file: str  # in torch's cache, $TORCH_HOME/hub/checkpoints; those of towers are folders
-    sha256: tuple[str, ...]  # of the published file, or as much of it as its publisher gives
-    fetch: str  # a command; {path} is where the file belongs
-    flag: str  # of eval.run
-    variable: str  # of the environment
-
-    @property
-    def place(self) -> Path:
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.file
-
-    def find(self, given: Path | None = None) -> Path | None:
-        """The path given, else the variable's, else the place in torch's cache; None when nothing
-        is there.
-
-        Raises UserError when what was given, or what the variable names, does not exist.
-        """
-        for source, path in ((self.flag, given), (self.variable, os.environ.get(self.variable))):
-            if path and not Path(path).exists():
-                raise UserError(f"{source} {path}: no such file; {self.missing()}")
-            if path:
-                return Path(path)
-        return self.place if self.place.exists() else None
-
-    def missing(self) -> str:
-        """Which file, which hash, which folder, and the command that fetches it."""
-        return (
-            f"{self.file} (SHA-256 {self.sha256[0]}) belongs into {self.place.parent}, or wherever {self.flag} or "
-            f"{self.variable} says: {self.fetch.format(path=self.place)}"
-        )
-
-    def knows(self, sha256: str) -> bool:
-        return sha256.startswith(self.sha256)
-
-
-FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-# The SqueezeNet trunk is also known as its convolutions alone.
-SQUEEZE_FEATURES = "435cedb387e95bc8291893f61a3a64f0345b8c23a05139aceef43947efb3d52d"
-WEIGHTS = {
-    "inception": Weights(
-        "weights-inception-2015-12-05-6726825d.pth",
-        ("6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",),
-        f"curl -Lfo {{path}} {FIDELITY}weights-inception-2015-12-05-6726825d.pth",
-        "--inception-weights",
-        "TESSERA_INCEPTION",
-    ),
-    "dinov2": Weights(
-        "dinov2-large",
-        ("399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",),
-        "hf download facebook/dinov2-large config.json model.safetensors --local-dir {path}",
-        "--dinov2",
-        "TESSERA_DINOV2",
-    ),
-    "clip": Weights(
-        "clip-vit-large-patch14-336",
-        ("c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",),
-        "hf download openai/clip-vit-large-patch14-336 config.json pytorch_model.bin --local-dir {path}",
-        "--clip",
-        "TESSERA_CLIP",
-    ),
-} | {
-    f"lpips-{net}": Weights(
-        file,
-        (Path(file).stem.rpartition("-")[2], *((SQUEEZE_FEATURES,) if net == "squeeze" else ())),
-        f"curl -Lfo {{path}} https://download.pytorch.org/models/{file}",
-        "--lpips-weights",
-        f"TESSERA_LPIPS_{net.upper()}",
-    )
-    for net, file in TRUNKS.items()
-}
-# What figures of the standard networks are called, by the networks' names.
-STANDARD_NAMES = {
-    "inception-2015-12-05": {"FD": "FID", "rFD": "rFID", "FD∞": "FID∞", "IS": "IS", "KD": "KID"},
-    "dinov2-vit-l-14": {
-        "FD": "FD-DINOv2",
-        "rFD": "rFD-DINOv2",
-        "FD∞": "FD∞-DINOv2",
-        "KD": "KD-DINOv2",
-    },
-    "clip-vit-l-14-336": {"MMD": "CMMD"},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Extraction:
-    """What an extractor sees in n images."""
-
-    features: Tensor  # (n, D) float32
-    probabilities: (
-        Tensor  # (n, C) float32, of the extractor's own classes; (n, 0) where it has none
-    )
-
-
-class Extractor(Protocol):
-    name: str
-    sha256: str  # of its weights
-    standard: bool  # whether the standard names may be used
-    dim: int  # D
-    input_size: int  # S, pixels per side that its network sees
-    settings: dict  # for measurements
-
-    def __call__(
-        self, images: Tensor
-    ) -> Extraction: ...  # (B, 3, H, W) uint8, resized as its figures' names want
-
-    def see(
-        self, inputs: Tensor
-    ) -> Extraction: ...  # (B, 3, S, S) floats in [0, 255], resized already
-
-
-def figure_name(figure: str, extractor: Extractor) -> str:
-    """ "FD" -> "FID" for the standard network and "FD[name@hash]" for any other."""
-    names = STANDARD_NAMES.get(extractor.name, {}) if extractor.standard else {}
-    return names.get(figure, f"{figure}[{tag(extractor)}]")
-
-
-def tag(extractor: Extractor) -> str:
-    return f"{extractor.name}@{extractor.sha256[:8]}"
-
-
-def banner(extractor: Extractor) -> str | None:
-    """The line that every output with a non-standard extractor carries; None for the standard
-    one."""
-    if extractor.standard:
-        return None
-    return (
-        f"Not FID, not IS: figures marked [{tag(extractor)}] come from the extractor of that name and hash, "
-        "and compare only with figures of the same mark."
-    )
-
-
-class FeatureRows:
-    """Collects an extractor's rows over batches, each once, in order of id."""
-
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
-        self.ids: list[Tensor] = []
-        self.parts: list[Extraction] = []
-
-    def update(self, batch: Batch) -> None:
-        self.add(batch.ids, self.extractor(batch.images))
-
-    def add(self, ids: Tensor, extraction: Extraction) -> None:
-        """Rows that were already extracted."""
-        self.ids.append(ids.cpu())
-        self.parts.append(Extraction(extraction.features.cpu(), extraction.probabilities.cpu()))
-
-    def gathered(self) -> Extraction:
-        """All ranks' rows."""
-        order = distributed.gather_parts(self.ids).argsort()
-        features = distributed.gather_parts([part.features for part in self.parts])
-        probabilities = distributed.gather_parts([part.probabilities for part in self.parts])
-        return Extraction(features[order], probabilities[order])
-
-
-# The standard networks
 
 
 class Inception:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.extractors.networks import WEIGHTS
+from eval.extractors.weights import WEIGHTS
 from eval.interface import Batch
 from eval.record import Measurement, Origin, mean_interval
 from tokenizer.data.transforms import to_float

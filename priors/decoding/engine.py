@@ -18,8 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from priors.backbone import Backbone
-from priors.decoding.packed import BlockWeights, PackedWeights, Turn, finish, pack, project, turn_of
+from priors.decoding.packed import (
+    BlockWeights,
+    PackedWeights,
+    Rotation,
+    Transformer,
+    finish,
+    pack,
+    project,
+    rotation_of,
+)
 
 CHUNK = 64  # a graph attends to a multiple of so many slots, and masks those that are not there yet
 KEPT = 2  # shapes of batches of a backbone, of which memory and graphs stay for the next batch
@@ -37,7 +45,7 @@ class Decoding:
     @torch.no_grad()
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Transformer,
         labels: Tensor,
         *,
         order: Tensor | None = None,
@@ -56,9 +64,9 @@ class Decoding:
         self.adaptive = backbone.adaptive
         places, *angles = backbone.slots(order)
         self.places = places.to(dtype).unbind(1)  # per slot
-        self.turns: list[Turn | None] = [None] * layout.length
+        self.rotations: list[Rotation | None] = [None] * layout.length
         if backbone.rotary:
-            self.turns = list(zip(*(part.split(1, 1) for part in turn_of(*angles, dtype))))
+            self.rotations = list(zip(*(part.split(1, 1) for part in rotation_of(*angles, dtype))))
 
         context, context_angles = backbone.context(labels, given)
         offset, (_, heads, dim_head) = context.shape[1], self.weights.blocks[0].gains.shape
@@ -66,17 +74,19 @@ class Decoding:
         shape = (len(labels), heads, -(-(offset + layout.length) // CHUNK) * CHUNK, dim_head)
         self.static = None
         if device.type == "cuda" if static is None else static:
-            self.static = _static_of(backbone, self.weights, self.turns[0], shape)
+            self.static = _static_of(backbone, self.weights, self.rotations[0], shape)
             self.batch = self.static.begin(self.weights, offset)
             self.weights, self.cache = self.static.weights, self.static.cache
         else:
             self.cache = _empty_cache(self.weights, shape)
         self.rows = torch.arange(shape[2], device=device).split(1)  # of the cache
         if offset:
-            turn = turn_of(context_angles, context_angles, dtype) if backbone.rotary else None
+            rotation = (
+                rotation_of(context_angles, context_angles, dtype) if backbone.rotary else None
+            )
             with torch.autocast(device.type, enabled=False):
                 features, rows = context.to(dtype).flatten(0, 1), torch.cat(self.rows[:offset])
-                _run(self.weights, self.cache, features, turn, rows, offset)
+                _run(self.weights, self.cache, features, rotation, rows, offset)
 
     @torch.no_grad()
     def step(self, slot: int, previous: Tensor | None) -> Tensor:
@@ -105,10 +115,15 @@ class Decoding:
                 features += classes
             if self.static is None:
                 features = _run(
-                    self.weights, self.cache, features, self.turns[slot], self.rows[row], row + 1
+                    self.weights,
+                    self.cache,
+                    features,
+                    self.rotations[slot],
+                    self.rows[row],
+                    row + 1,
                 )
             else:
-                features = self.static.run(features, self.turns[slot], row)
+                features = self.static.run(features, self.rotations[slot], row)
             return self.weights.logits(features, self.levels[slot])
 
 
@@ -119,12 +134,14 @@ class _Static:
     Batch after batch the places are filled anew, so that a graph serves all of them.
     """
 
-    def __init__(self, weights: PackedWeights, turn: Turn | None, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, weights: PackedWeights, rotation: Rotation | None, shape: tuple[int, ...]
+    ) -> None:
         device = weights.classes.device
         self.weights, self.cache, self.batch = weights, _empty_cache(weights, shape), 0
-        self.features, self.turn = (
+        self.features, self.rotation = (
             torch.empty_like(weights.classes),
-            turn and tuple(part.clone() for part in turn),
+            rotation and tuple(part.clone() for part in rotation),
         )
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.mask = weights.classes.new_empty((1, 1, 1, shape[2]))
@@ -142,10 +159,10 @@ class _Static:
         self.batch += 1
         return self.batch
 
-    def run(self, features: Tensor, turn: Turn | None, row: int) -> Tensor:
+    def run(self, features: Tensor, rotation: Rotation | None, row: int) -> Tensor:
         """All blocks: (B, dim) features -> (B, dim), which the next call overwrites."""
         self.features.copy_(features)
-        for part, now in zip(self.turn or (), turn or ()):
+        for part, now in zip(self.rotation or (), rotation or ()):
             part.copy_(now)
         self.row.fill_(row)
         self.mask[..., row] = 0
@@ -155,23 +172,23 @@ class _Static:
         return self.graphs[span]()
 
     def _step(self, span: int) -> Tensor:
-        inputs = self.features, self.turn, self.row, span, self.mask[..., :span]
+        inputs = self.features, self.rotation, self.row, span, self.mask[..., :span]
         return _run(self.weights, self.cache, *inputs)
 
 
-_statics: weakref.WeakKeyDictionary[Backbone, dict[tuple, _Static]] = weakref.WeakKeyDictionary()
+_statics: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Static]] = weakref.WeakKeyDictionary()
 
 
 def _static_of(
-    backbone: Backbone, weights: PackedWeights, turn: Turn | None, shape: tuple[int, ...]
+    backbone: Transformer, weights: PackedWeights, rotation: Rotation | None, shape: tuple[int, ...]
 ) -> _Static:
     """The backbone's of this shape, or a new one in the place of the least recently used."""
     kept = _statics.setdefault(backbone, {})
-    key = shape, weights.classes.dtype, weights.classes.device, turn and turn[0].shape
+    key = shape, weights.classes.dtype, weights.classes.device, rotation and rotation[0].shape
     found = kept.pop(key, None)
     while found is None and len(kept) >= KEPT:
         del kept[next(iter(kept))]
-    kept[key] = found or _Static(weights, turn, shape)  # the last
+    kept[key] = found or _Static(weights, rotation, shape)  # the last
     return kept[key]
 
 
@@ -217,20 +234,20 @@ def _run(
     weights: PackedWeights,
     cache: Cache,
     features: Tensor,
-    turn: Turn | None,
+    rotation: Rotation | None,
     rows: Tensor,
     span: int,
     mask: Tensor | None = None,
 ) -> Tensor:
     for block, (keys, values) in zip(weights.blocks, cache):
-        features = _layer(block, features, turn, keys, values, rows, span, mask)
+        features = _layer(block, features, rotation, keys, values, rows, span, mask)
     return features
 
 
 def _layer(
     block: BlockWeights,
     features: Tensor,
-    turn: Turn | None,
+    rotation: Rotation | None,
     keys: Tensor,
     values: Tensor,
     rows: Tensor,
@@ -243,7 +260,7 @@ def _layer(
     keys, values (B, heads, length, dim_head); rows (T,) of them to write, `span` of them to see,
     fewer by the mask.
     """
-    queries, new_keys, new_values = project(block, features, turn, len(keys), len(rows))
+    queries, new_keys, new_values = project(block, features, rotation, len(keys), len(rows))
     keys.index_copy_(2, rows, new_keys)
     values.index_copy_(2, rows, new_values)
     seen = keys.narrow(2, 0, span), values.narrow(2, 0, span)

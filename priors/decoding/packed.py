@@ -1,7 +1,7 @@
 """A backbone's weights in a few matrices, and its blocks on them, where no gradient is wanted.
 
-The mathematics is that of priors.backbone; what differs is the order of operations. Queries, keys
-and values are one product, gains of norms are inside the matrices behind them. priors.decoding.engine
+The mathematics is that of priors.block; what differs is the order of operations. Queries, keys and
+values are one product, gains of norms are inside the matrices behind them. priors.decoding.engine
 decodes slot by slot with it, priors.decoding.parallel reads all slots at once. A processor that multiplies
 few rows by matrices beyond its caches does so in oneDNN's own layout of them, which it reads two to
 three times as fast.
@@ -10,21 +10,33 @@ three times as fast.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from priors.backbone import Backbone, Block
+from priors.block import Block, gain_of
 
-FEW, LARGE = (
-    32,
-    1 << 19,
-)  # rows, up to which, and entries of a matrix, from which oneDNN's layout is faster
-Turn = tuple[
-    Tensor, Tensor
-]  # cosines and signed sines, (1 or B, T, 2, 1 or heads, dim_head), of queries and keys
+# Up to so many rows, and from so many entries of a matrix, oneDNN's own layout is faster.
+FEW, LARGE = 32, 1 << 19
+# Cosines and signed sines, (1 or B, T, 2, 1 or heads, dim_head), of queries and keys
+Rotation = tuple[Tensor, Tensor]
+
+
+class Transformer(Protocol):
+    """What is packed of a network: priors.backbone.Backbone, which imports this file's users."""
+
+    tokens: nn.Embedding
+    blocks: list[Block]
+    norm: nn.Module  # of priors.block.rms_norm
+    modulation: nn.Linear | None
+    heads: list[nn.Linear]
+    timed: bool
+
+    def classes(self, labels: Tensor) -> Tensor: ...
+
+    def condition(self, labels: Tensor, time: Tensor | None) -> Tensor | None: ...
 
 
 class Matrix(NamedTuple):
@@ -118,13 +130,13 @@ class PackedWeights(NamedTuple):
         return weight(_normalise(features, final), bias).float()
 
 
-def pack(backbone: Backbone, labels: Tensor, rows: int) -> PackedWeights:
+def pack(backbone: Transformer, labels: Tensor, rows: int) -> PackedWeights:
     """Copies in the weights' precision, or in autocast's where that is on, for `rows` features at a
     time."""
     dtype = backbone.tokens.weight.dtype
     if torch.is_autocast_enabled(labels.device.type):
         dtype = torch.get_autocast_dtype(labels.device.type)
-    gain = _inner_gain(backbone.norm, backbone)
+    gain = _inner_gain(gain_of(backbone.norm), backbone)
     blocks = [_pack_block(block, dtype, rows) for block in backbone.blocks]
     heads = [
         (Matrix.of(head.weight * gain, dtype, rows), head.bias.to(dtype, copy=True))
@@ -135,7 +147,7 @@ def pack(backbone: Backbone, labels: Tensor, rows: int) -> PackedWeights:
 
 
 def modulate(
-    weights: PackedWeights, backbone: Backbone, labels: Tensor, time: Tensor | None = None
+    weights: PackedWeights, backbone: Transformer, labels: Tensor, time: Tensor | None = None
 ) -> PackedWeights:
     """The weights for labels (B,) and times (B,) of a backbone as it is now, where these set
     anything."""
@@ -145,16 +157,16 @@ def modulate(
     blocks = []
     for packed, block in zip(weights.blocks, backbone.blocks):
         parts = block.modulation(condition)[:, 0].chunk(6, -1)
-        attention = _modulation(_gain(block.attention_norm), dtype, *parts[:3])
-        feedforward = _modulation(_gain(block.feedforward_norm), dtype, *parts[3:])
+        attention = _modulation(gain_of(block.attention_norm), dtype, *parts[:3])
+        feedforward = _modulation(gain_of(block.feedforward_norm), dtype, *parts[3:])
         blocks.append(packed._replace(attention=attention, feedforward=feedforward))
     final = _modulation(
-        _gain(backbone.norm), dtype, *backbone.modulation(condition)[:, 0].chunk(2, -1)
+        gain_of(backbone.norm), dtype, *backbone.modulation(condition)[:, 0].chunk(2, -1)
     )
     return weights._replace(blocks=blocks, final=final)
 
 
-def turn_of(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Turn:
+def rotation_of(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Rotation:
     """Angles (1 or B, T, dim_head) of queries and keys, equal for neighbours in a head."""
     angles = torch.stack([queries, keys], 2)[..., None, ::2]
     cosines, sines = angles.cos(), angles.sin()
@@ -162,7 +174,7 @@ def turn_of(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Turn:
 
 
 def project(
-    block: BlockWeights, features: Tensor, turn: Turn | None, batch: int, count: int
+    block: BlockWeights, features: Tensor, rotation: Rotation | None, batch: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (B T, dim) of T slots -> queries, keys and values, (B, heads, T, dim_head) each."""
     _, heads, dim_head = block.gains.shape
@@ -171,8 +183,9 @@ def project(
     )
     sides = projected.narrow(2, 0, 2)
     sides = sides / torch.linalg.vector_norm(sides, dim=-1, keepdim=True) * block.gains
-    if turn is not None:
-        sides = torch.addcmul(sides * turn[0], sides.roll(dim_head // 2, -1), turn[1])
+    if rotation is not None:
+        cosines, sines = rotation
+        sides = torch.addcmul(sides * cosines, sides.roll(dim_head // 2, -1), sines)
     queries, keys = sides.transpose(1, 3).unbind(2)
     return queries, keys, projected.select(2, 2).transpose(1, 2)
 
@@ -224,41 +237,34 @@ def _scale_and_add(start: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
 
 
 def _pack_block(block: Block, dtype: torch.dtype, rows: int) -> BlockWeights:
-    attention, glu, down = block.attention, block.feedforward.ff[0], block.feedforward.ff[2]
-    heads, dim = attention.heads, attention.to_q.in_features
-    index = torch.arange(dim // heads, device=down.weight.device)
-    index = torch.cat([index[::2], index[1::2]])
-    sides = [
-        side.weight.view(heads, -1, dim)[:, index].flatten(0, 1)
-        for side in (attention.to_q, attention.to_k)
-    ]
-    gains = torch.stack(
-        [norm.gamma[:, 0, index] + 1 for norm in (attention.q_rmsnorm, attention.k_rmsnorm)]
+    parts = block.parts()
+    heads, dim_head = parts.query_gain.shape
+    # A rotation mixes neighbours of a head. With even features before odd ones, their partners lie
+    # half a head apart, and one roll fetches all of them.
+    order = torch.arange(dim_head, device=parts.queries.device)
+    order = torch.cat([order[::2], order[1::2]])
+    queries, keys = (
+        side.view(heads, dim_head, -1)[:, order].flatten(0, 1)
+        for side in (parts.queries, parts.keys)
     )
-    first, second = (
-        _inner_gain(norm, block) for norm in (block.attention_norm, block.feedforward_norm)
-    )
+    gains = torch.stack([parts.query_gain[:, order], parts.key_gain[:, order]])
+    first = _inner_gain(parts.attention_gain, block)
+    second = _inner_gain(parts.feedforward_gain, block)
     return BlockWeights(
-        qkv=Matrix.of(torch.cat([*sides, attention.to_v.weight]) * first, dtype, rows),
-        gains=(gains * (dim // heads) ** 0.5).to(dtype),
-        out=Matrix.of(attention.to_out.weight, dtype, rows),
-        up=Matrix.of(glu.proj.weight * second, dtype, rows),
-        up_bias=glu.proj.bias.to(dtype, copy=True),
-        down=Matrix.of(down.weight, dtype, rows),
+        qkv=Matrix.of(torch.cat([queries, keys, parts.values]) * first, dtype, rows),
+        gains=gains.to(dtype),
+        out=Matrix.of(parts.out, dtype, rows),
+        up=Matrix.of(parts.up * second, dtype, rows),
+        up_bias=parts.up_bias.to(dtype, copy=True),
+        down=Matrix.of(parts.down, dtype, rows),
         attention=None,
         feedforward=None,
     )
 
 
-def _gain(norm: nn.Module) -> Tensor:
-    """(dim,), what x-transformers' RMSNorm multiplies features on the unit sphere by."""
-    return (norm.g + float(norm.unit_offset)) * norm.scale
-
-
-def _inner_gain(norm: nn.Module, of: Backbone | Block) -> Tensor:
-    """The gain that is inside the matrix behind a norm: all of it, or none where a modulation has
-    it."""
-    gain = _gain(norm)
+def _inner_gain(gain: Tensor, of: Transformer | Block) -> Tensor:
+    """The part of a norm's gain that is inside the matrix behind it: all, or none where a modulation
+    has it."""
     return gain if of.modulation is None else torch.ones_like(gain)
 
 

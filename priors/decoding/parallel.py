@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from priors.backbone import Backbone, evaluation
-from priors.decoding.packed import finish, modulate, pack, project, turn_of
+from priors.decoding.packed import finish, modulate, pack, project, rotation_of
 
 
 class Reading(Protocol):
@@ -68,12 +68,14 @@ class BackboneReading:
         self.weights = pack(backbone, labels, len(labels) * (context.shape[1] + self.layout.length))
         dtype = self.weights.classes.dtype
         places, *angles = backbone.slots(None)
-        self.context, self.places, self.turn = context.to(dtype), places.to(dtype), None
+        self.context, self.places, self.rotation = context.to(dtype), places.to(dtype), None
         if backbone.rotary:
             heads = self.weights.blocks[0].gains.shape[1]
-            turn = turn_of(*(torch.cat([context_angles, side], 1) for side in angles), dtype)
-            self.turn = tuple(
-                part.expand(-1, -1, -1, heads, -1).contiguous() for part in turn
+            rotation = rotation_of(
+                *(torch.cat([context_angles, side], 1) for side in angles), dtype
+            )
+            self.rotation = tuple(
+                part.expand(-1, -1, -1, heads, -1).contiguous() for part in rotation
             )  # no broadcast later
 
     @torch.no_grad()
@@ -102,7 +104,7 @@ class BackboneReading:
             shape = features.shape
             features = features.flatten(0, 1)
             for block in weights.blocks if len(codes) else ():
-                queries, keys, values = project(block, features, self.turn, *shape[:2])
+                queries, keys, values = project(block, features, self.rotation, *shape[:2])
                 features = finish(
                     block, features, F.scaled_dot_product_attention(queries, keys, values)
                 )

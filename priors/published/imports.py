@@ -14,7 +14,7 @@ from priors.interface import SampleOptions
 from priors.published.load import Model, from_pretrained
 from priors.published.table import PEERS
 from priors.record import NO_TOKENIZER, PriorRecord
-from priors.train import PriorRun
+from priors.run import PriorRun
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import FIRST_STAGE, SUFFIXES, open_weights
 from tokenizer.published.imports import import_tokenizer

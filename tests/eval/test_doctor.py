@@ -17,7 +17,7 @@ from toy_pipeline import tiny_extractor
 
 from eval import doctor
 from eval.extractors.in_domain import train_extractor
-from eval.extractors.networks import WEIGHTS
+from eval.extractors.weights import WEIGHTS
 
 
 @pytest.fixture(autouse=True)

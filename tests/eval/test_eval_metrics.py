@@ -14,15 +14,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from eval.extractors.in_domain import Classifier
-from eval.extractors.networks import (
-    WEIGHTS,
-    Extraction,
-    FeatureRows,
-    Inception,
-    Tower,
-    figure_name,
-    find_inception,
-)
+from eval.extractors.interface import Extraction, FeatureRows, figure_name
+from eval.extractors.networks import Inception, Tower, find_inception
+from eval.extractors.weights import WEIGHTS
 from eval.interface import Batch
 from eval.metrics.cmmd import cmmd
 from eval.metrics.frechet import Gaussian, frechet_distance

@@ -12,15 +12,13 @@ from eval.extractors.fid_protocols import (
     PROTOCOLS,
     emulate,
     fit_bicubic,
-    resize_bicubic,
-    resize_bicubic_float,
-    resize_bilinear,
     round_up,
     score_in_order,
     score_shuffled,
     truncate,
 )
-from eval.extractors.networks import Extraction
+from eval.extractors.interface import Extraction
+from eval.extractors.resizing import resize_bicubic, resize_bicubic_float, resize_bilinear
 from eval.metrics.frechet import Gaussian, frechet_distance
 from eval.metrics.inception_score import inception_score
 from tokenizer.data.transforms import to_float, to_uint8

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval import reference
-from eval.extractors.networks import Extraction
+from eval.extractors.interface import Extraction
 from eval.metrics.frechet import Gaussian, frechet_distance
 from eval.metrics.moments import Moments
 from eval.reference import npz_batches, read_reference, write_reference

@@ -17,7 +17,7 @@ from torch import Tensor
 from toy_pipeline import evaluate, make_pipeline, tiny_extractor
 
 from eval.extractors.in_domain import InDomain, rotate, train_extractor
-from eval.extractors.networks import Extraction, banner, figure_name
+from eval.extractors.interface import Extraction, banner, figure_name
 from eval.record import Measurement, Record, share_interval
 from eval.report.meaning import meaning, warnings
 from eval.report.report import write_report
@@ -392,7 +392,7 @@ def test_user_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_judge_that_fails_on_real_images_is_called_out(accuracy):
     from types import SimpleNamespace
 
-    from eval.extractors.networks import Extraction
+    from eval.extractors.interface import Extraction
     from eval.generation import Origins, Samples, Seen, _agreement
     from eval.record import Origin
 

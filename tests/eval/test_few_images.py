@@ -13,7 +13,7 @@ from tiny import command
 from toy_pipeline import evaluate
 
 from eval.counts import LEAST, Counts
-from eval.extractors.networks import Extraction
+from eval.extractors.interface import Extraction
 from eval.generation import IS_SPLITS, NEIGHBOURS
 from eval.metrics.frechet import Gaussian, frechet_distance, frechet_infinity
 from eval.metrics.inception_score import inception_score

@@ -18,8 +18,9 @@ from generate.edit import Edit, blank, border, box, choose_hints, edit_image, sh
 from priors.backbone import BackboneConfig
 from priors.families.autoregressive import AutoregressiveConfig
 from priors.interface import SampleOptions
+from priors.run import PriorRun
 from priors.sampling.noise import uniform_noise
-from priors.train import PriorRun, train_prior
+from priors.train import train_prior
 from tokenizer.data.dataset import DataConfig
 from tokenizer.encode import TokensRun, encode_data
 from tokenizer.interface import CodeLayout

@@ -22,7 +22,8 @@ from generate.sweep import sample_all
 from priors import load
 from priors.interface import SampleOptions
 from priors.record import read_record
-from priors.train import PriorRun, train_prior
+from priors.run import PriorRun
+from priors.train import train_prior
 from tokenizer.cache import FORMAT, SPLITS, shard_file
 from tokenizer.data.grid import image_grid
 from tokenizer.interface import CodeLayout

@@ -19,11 +19,12 @@ from priors.families.masked import MaskedConfig, MaskedPrior, _num_remasked, _nu
 from priors.families.pixelcnn import PixelCNNConfig
 from priors.interface import Likelihood, SampleOptions
 from priors.record import PriorRecord, read_record
+from priors.run import PriorRun
 from priors.sampling.guidance import filter_logits, guide
 from priors.sampling.halton import halton_turns, rolled
 from priors.sampling.noise import categorical, gumbel, uniform_noise
 from priors.sampling.schedules import SCHEDULES, mean_share
-from priors.train import PREVIEW_COLUMNS, Measure, Preview, PriorRun, TokenSequences
+from priors.train import PREVIEW_COLUMNS, Measure, Preview, TokenSequences
 from tokenizer.interface import CodeLayout
 from training.config import load
 from training.errors import UserError

@@ -20,7 +20,8 @@ from priors.published.check import check
 from priors.published.imports import export_prior, import_prior
 from priors.published.load import from_pretrained
 from priors.published.table import PEERS
-from priors.train import PriorRun, train_prior
+from priors.run import PriorRun
+from priors.train import train_prior
 from tokenizer.autoencoder import VQVAEConfig
 from tokenizer.data.dataset import DataConfig
 from tokenizer.decoders.conv import ConvDecoderConfig

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from priors.train import PriorRun
+from priors.run import PriorRun
 from tokenizer.encode import TokensRun
 from tokenizer.encoders.pretrain import PretrainRun
 from tokenizer.run import TokenizerRun

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from priors import PRIORS
 from priors import dry_run as priors_dry_run
 from priors import train as priors_train
-from priors.train import PriorRun
+from priors.run import PriorRun
 from tokenizer import dry_run as tokenizer_dry_run
 from tokenizer.autoencoder import VQVAEConfig
 from tokenizer.data.dataset import DataConfig
