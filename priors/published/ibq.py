@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from priors.networks.llama import LlamaConfig
-from priors.published.check import autoregressive_outputs
 from priors.published.llamagen import block_names, settings
+from priors.published.outputs import autoregressive_outputs
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
 from priors.published.taming import within
 from tokenizer.interface import CodeLayout

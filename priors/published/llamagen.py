@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from priors.networks.llama import LlamaConfig
-from priors.published.check import autoregressive_outputs
+from priors.published.outputs import autoregressive_outputs
 from priors.published.peer import (
     Outputs,
     PriorArchitecture,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from priors.networks.rar import RARConfig
-from priors.published.check import autoregressive_outputs
+from priors.published.outputs import autoregressive_outputs
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from priors.networks.mingpt import MinGPTConfig
-from priors.published.check import autoregressive_outputs, logits
+from priors.published.outputs import autoregressive_outputs, logits
 from priors.published.peer import Outputs, PriorArchitecture, PriorPeer, PublishedPrior, square
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import Hyperparameters

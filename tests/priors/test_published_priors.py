@@ -17,9 +17,10 @@ from tiny_priors import CLASSES, CODES, LENGTH, TINY, expected_logits
 import priors
 from priors.interface import SampleOptions
 from priors.published.__main__ import main
-from priors.published.check import autoregressive_outputs, check
+from priors.published.check import check
 from priors.published.imports import export_prior, import_prior
 from priors.published.load import from_pretrained
+from priors.published.outputs import autoregressive_outputs
 from priors.published.table import PEERS
 from tokenizer.published.check import told
 from tokenizer.published.load import published_state
