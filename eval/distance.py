@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.extractors.networks import figure_name
+from eval.extractors.interface import figure_name
 from eval.metrics import frechet, image_similarity
 from eval.metrics.moments import Moments
 from eval.reference import choose_extractor

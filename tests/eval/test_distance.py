@@ -13,7 +13,7 @@ from tiny import command
 
 from eval import frechet_distance, psnr
 from eval.extractors import EXTRACTORS
-from eval.extractors.networks import Extraction
+from eval.extractors.interface import Extraction
 from training.errors import UserError
 
 
