@@ -103,8 +103,11 @@ class ImageSet:
             yield torch.stack([self.read(place) for place in places[start : start + BATCH]])
 
 
-def open_set(images: str | Path | Tensor, image_size: int | None = None) -> ImageSet:
-    """A set of images, see above. Raises UserError where there are none, or they are no uint8."""
+def open_set(images: str | Path | Tensor | ImageSet, image_size: int | None = None) -> ImageSet:
+    """A set of images, see above; one that is open as it is. Raises UserError where there are none,
+    or they are no uint8."""
+    if isinstance(images, ImageSet):
+        return images
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise UserError(
@@ -154,7 +157,9 @@ def _moments(images: ImageSet, extractor: Extractor) -> Moments:
 
 
 def _pairs(
-    images: str | Path | Tensor, references: str | Path | Tensor, image_size: int | None
+    images: str | Path | Tensor | ImageSet,
+    references: str | Path | Tensor | ImageSet,
+    image_size: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     one = open_set(images, image_size)
     other = open_set(references, image_size or (one.size[0] if one.names else None))
@@ -199,9 +204,8 @@ def print_distances(arguments: Any) -> None:
     if not paired:
         print(f"no PSNR or LPIPS: {why}")
         return
-    size = one.size[0]
-    print(f"PSNR: {psnr(arguments.a, arguments.b, image_size=size):.3f} dB")
+    print(f"PSNR: {psnr(one, other):.3f} dB")
     if arguments.lpips_weights is not None:
         given = {"weights": arguments.lpips_weights, "net": arguments.lpips_net}
-        value = lpips(arguments.a, arguments.b, image_size=size, **given)
+        value = lpips(one, other, **given)
         print(f"LPIPS-{arguments.lpips_net}: {value:.4f}")

@@ -26,7 +26,7 @@ from eval.metrics.front import pareto
 from eval.pipeline import Options, Pipeline, share
 from eval.reconstruction import measure_frechet
 from eval.record import Measurement, Origin, share_interval
-from eval.report.tables import interval_text, markdown_table, number, value_text
+from eval.report.tables import columns_of, interval_text, markdown_table, number, value_text
 from eval.sample_facts import REMEDY, read_cost
 from generate.sample import check_counts
 from generate.sweep import LINES, PLAN, PLOT, TABLE, claim
@@ -143,8 +143,7 @@ def table(found: Sequence[Combination], varied: Sequence[str]) -> str:
         ]
         cells += [value_text(other) for other in others] + [f"{distance.n:,}", number(each.seconds)]
         rows.append([*cells, "★" if index in front else ""])
-    columns = {head: [row[at] for row in rows] for at, head in enumerate(header)}
-    return "\n".join(markdown_table(columns))
+    return "\n".join(markdown_table(columns_of(header, rows)))
 
 
 def plot(found: Sequence[Combination], varied: Sequence[str], path: Path) -> None:

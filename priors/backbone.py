@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from priors.block import Block, rms_norm
+from priors.block import Block, rms_norm, run_block
 from priors.decoding.engine import Decoding
 from tokenizer.interface import CodeLayout
 from training.errors import UserError
@@ -167,11 +166,8 @@ class Backbone(nn.Module):
         for linear in (*self.heads, *([self.modulation] if width else [])):
             nn.init.zeros_(linear.weight)  # every code is as likely as any other before training
             nn.init.zeros_(linear.bias)
-        sizes, lengths = torch.tensor([0, *whole.num_codes]), torch.tensor(whole.lengths)
         self.register_buffer("place_ids", place_ids, persistent=False)
-        self.register_buffer(
-            "token_starts", sizes.cumsum(0)[:-1].repeat_interleave(lengths), persistent=False
-        )
+        self.register_buffer("token_starts", token_starts(whole), persistent=False)
         self.register_buffer(
             "angles", _angles(whole, dim // heads) if rotary else None, persistent=False
         )
@@ -211,12 +207,8 @@ class Backbone(nn.Module):
             ]
         condition = self.condition(labels, time)
         features = self.dropout(torch.cat([context, tokens + places], 1))
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            given_to = (features, condition, angles)
-            features = (
-                checkpoint(block, *given_to, use_reentrant=False) if again else block(*given_to)
-            )
+            features = run_block(block, self.gradient_checkpointing, features, condition, angles)
         features = self.norm(features[:, context.shape[1] :])
         if condition is not None:
             shift, scale = self.modulation(condition).chunk(2, -1)
@@ -322,6 +314,12 @@ def cross_entropy(
         )
         levels.append(nats.view_as(target))
     return torch.cat(levels, 1)
+
+
+def token_starts(layout: CodeLayout) -> Tensor:
+    """(N,) int64: where a position's codes begin in a table of the codes of all levels."""
+    sizes = torch.tensor([0, *layout.num_codes]).cumsum(0)[:-1]
+    return sizes.repeat_interleave(torch.tensor(layout.lengths))
 
 
 def check_settings(section: str = "prior", **shares: float) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from training.randomness import Dropout
 
@@ -121,3 +123,11 @@ def rms_norm(dim: int) -> nn.Module:
 def gain_of(norm: nn.Module) -> Tensor:
     """(dim,), what a norm of `rms_norm` multiplies features on the unit sphere by."""
     return (norm.g + float(norm.unit_offset)) * norm.scale
+
+
+def run_block(block: nn.Module, again: bool, *given: Tensor | None) -> Tensor:
+    """block(*given), which where `again` says so is computed once more in backward: less
+    memory."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, *given, use_reentrant=False)
+    return block(*given)

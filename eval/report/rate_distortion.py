@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 from eval.metrics.rate_distortion import FIGURES, Point, RateDistortion, pareto
-from eval.report.tables import markdown_table, number
+from eval.report.tables import columns_of, markdown_table, number
 
 CAPTION = (
     "Bits per pixel and figures are means over {n} images of {width} x {height} at one setting. Codecs: Pillow "
@@ -58,8 +58,7 @@ def markdown(measured: RateDistortion) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    columns = {name: [row[at] for row in rows] for at, name in enumerate(header)}
-    return markdown_table(columns, left=("setting",))
+    return markdown_table(columns_of(header, rows), left=("setting",))
 
 
 def _measured(measured: RateDistortion) -> list[str]:

@@ -26,6 +26,7 @@ from eval.report.stages import Stage
 from eval.report.tables import (
     FIGURE_COLUMNS,
     FIGURE_NUMBERS,
+    columns_of,
     figure_cells,
     markdown_table,
     number,
@@ -169,7 +170,7 @@ def _markdown(
     lines += [f"> **{markdown(text)}**\n" for text in warnings(figures)]
     lines += [f"> {markdown(note)}\n" for note in notes]
     cells = [[*map(markdown, figure_cells(figure))] for figure in figures]
-    columns = {name: [row[at] for row in cells] for at, name in enumerate(FIGURE_COLUMNS)}
+    columns = columns_of(FIGURE_COLUMNS, cells)
     columns["settings"] = [f"`{figure.settings_hash[:8]}`" for figure in figures]
     to_left = [name for name in columns if name not in FIGURE_NUMBERS]
     lines += markdown_table(columns, to_left)

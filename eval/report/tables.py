@@ -70,6 +70,11 @@ def markdown_table(columns: Mapping[str, Sequence[str]], left: Sequence[str] = (
     return [f"| {' | '.join(line)} |" for line in zip(*padded)]
 
 
+def columns_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Rows of cells -> columns by their heads."""
+    return {head: [row[place] for row in rows] for place, head in enumerate(header)}
+
+
 def figure_cells(figure: Measurement) -> tuple[str, ...]:
     """A figure's row, by FIGURE_COLUMNS."""
     return (

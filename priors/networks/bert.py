@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from priors.backbone import check_settings
+from priors.backbone import check_settings, token_starts
+from priors.block import run_block
 from tokenizer.interface import CodeLayout
 from training.errors import UserError
 from training.randomness import Dropout
@@ -140,9 +140,7 @@ class TiTokNetwork(nn.Module):
         )
         self.norm = nn.LayerNorm(dim) if skips else None
         self.head = nn.Linear(dim, sum(layout.num_codes))
-        sizes, lengths = torch.tensor([0, *layout.num_codes]), torch.tensor(layout.lengths)
-        starts = sizes.cumsum(0)[:-1].repeat_interleave(lengths)
-        self.register_buffer("token_starts", starts, persistent=False)
+        self.register_buffer("token_starts", token_starts(layout), persistent=False)
         self.apply(initialise)
         for table in (self.positions, self.types):
             if table is not None:
@@ -281,13 +279,6 @@ class BertBlock(nn.Module):
 
     def feed(self, features: Tensor) -> Tensor:
         return self.feedforward_dropout(self.down(F.gelu(self.up(features))))
-
-
-def run_block(block: nn.Module, again: bool, *given: Tensor | None) -> Tensor:
-    """block(*given), which in training is computed once more in backward where that is wanted."""
-    if again and torch.is_grad_enabled():
-        return checkpoint(block, *given, use_reentrant=False)
-    return block(*given)
 
 
 def initialise(module: nn.Module) -> None:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from priors.backbone import check_settings
-from priors.networks.bert import INITIAL_STD, refuse_given, run_block
+from priors.backbone import check_settings, token_starts
+from priors.block import run_block
+from priors.networks.bert import INITIAL_STD, refuse_given
 from tokenizer.interface import CodeLayout
 from training.randomness import Dropout
 
@@ -86,9 +87,7 @@ class HaltonNetwork(nn.Module):
         self.norm = RMSNorm(dim, bias=True)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.bias = nn.Parameter(torch.zeros(self.mask_id + 1))
-        sizes, lengths = torch.tensor([0, *layout.num_codes]), torch.tensor(layout.lengths)
-        starts = sizes.cumsum(0)[:-1].repeat_interleave(lengths)
-        self.register_buffer("token_starts", starts, persistent=False)
+        self.register_buffer("token_starts", token_starts(layout), persistent=False)
         self._initialise()
 
     def forward(self, codes: Tensor, labels: Tensor, *, given: None = None) -> list[Tensor]:

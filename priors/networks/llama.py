@@ -16,21 +16,18 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from priors.backbone import CONDITIONINGS, check_settings
+from priors.backbone import CONDITIONINGS, check_settings, token_starts
 from priors.families.autoregressive import AutoregressivePrior
 from priors.networks.slots import (
     BlockCache,
-    SlotDecoding,
+    SlotNetwork,
     attend,
     check_sizes,
     held_tokens,
     initialise,
-    logits_of,
     refuse_given,
     split_heads,
-    token_starts,
 )
 from tokenizer.interface import CodeLayout
 from training.randomness import Dropout
@@ -82,10 +79,8 @@ class LlamaConfig:
         return AutoregressivePrior(network, num_classes, self.label_dropout, self.label_smoothing)
 
 
-class Llama(nn.Module):
+class Llama(SlotNetwork):
     """Codes and labels to logits per level, each code's from those before it."""
-
-    num_before = 0  # slots before that of the first code
 
     def __init__(self, config: LlamaConfig, layout: CodeLayout, num_classes: int) -> None:
         super().__init__()
@@ -110,25 +105,6 @@ class Llama(nn.Module):
         self.register_buffer("sines", sines, persistent=False)
         self.register_buffer("starts", token_starts(layout), persistent=False)
 
-    def forward(
-        self,
-        codes: Tensor,
-        labels: Tensor,
-        *,
-        order: Tensor | None = None,
-        given: Tensor | None = None,
-    ) -> list[Tensor]:
-        """(B, N) codes and (B,) labels -> (B, n, num_codes) float32 logits per level."""
-        assert order is None and given is None, "there is one order, and nothing is given"
-        return logits_of(self, codes, labels)
-
-    def decoding(
-        self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
-    ) -> SlotDecoding:
-        """The same logits slot by slot from cached keys and values."""
-        assert order is None and given is None, "there is one order, and nothing is given"
-        return SlotDecoding(self, labels)
-
     def features(
         self,
         labels: Tensor,
@@ -145,12 +121,7 @@ class Llama(nn.Module):
         span = slice(first, first + features.shape[1])
         angles = self.cosines[span], self.sines[span]
         condition = None if self.modulation is None else classes[:, None]
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            if again:
-                features = checkpoint(block, features, condition, angles, use_reentrant=False)
-            else:
-                features = block(features, condition, angles, cache)
+        features = self.run_blocks(features, caches, condition, angles)
         features = self.norm(features)
         if self.modulation is not None:
             scale, shift = self.modulation(F.silu(condition)).chunk(2, -1)

@@ -13,21 +13,18 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from priors.backbone import check_settings
+from priors.backbone import check_settings, token_starts
 from priors.families.autoregressive import AutoregressivePrior
 from priors.networks.slots import (
     BlockCache,
-    SlotDecoding,
+    SlotNetwork,
     attend,
     check_sizes,
     held_tokens,
     initialise,
-    logits_of,
     refuse_given,
     split_heads,
-    token_starts,
 )
 from tokenizer.interface import CodeLayout
 from training.randomness import Dropout
@@ -68,10 +65,8 @@ class MinGPTConfig:
         return AutoregressivePrior(network, num_classes, self.label_dropout, self.label_smoothing)
 
 
-class MinGPT(nn.Module):
+class MinGPT(SlotNetwork):
     """Codes and labels to logits per level, each code's from those before it."""
-
-    num_before = 0  # slots before that of the first code
 
     def __init__(self, config: MinGPTConfig, layout: CodeLayout, num_classes: int) -> None:
         super().__init__()
@@ -91,25 +86,6 @@ class MinGPT(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
         self.register_buffer("starts", token_starts(layout), persistent=False)
 
-    def forward(
-        self,
-        codes: Tensor,
-        labels: Tensor,
-        *,
-        order: Tensor | None = None,
-        given: Tensor | None = None,
-    ) -> list[Tensor]:
-        """(B, N) codes and (B,) labels -> (B, n, num_codes) float32 logits per level."""
-        assert order is None and given is None, "there is one order, and nothing is given"
-        return logits_of(self, codes, labels)
-
-    def decoding(
-        self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
-    ) -> SlotDecoding:
-        """The same logits slot by slot from cached keys and values."""
-        assert order is None and given is None, "there is one order, and nothing is given"
-        return SlotDecoding(self, labels)
-
     def features(
         self,
         labels: Tensor,
@@ -124,12 +100,7 @@ class MinGPT(nn.Module):
             tokens = torch.cat([labels[:, None], tokens], 1)
         positions = self.positions[first : first + tokens.shape[1]]
         features = self.dropout(self.tokens(tokens) + positions)
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            if again:
-                features = checkpoint(block, features, use_reentrant=False)
-            else:
-                features = block(features, cache)
+        features = self.run_blocks(features, caches)
         return self.norm(features)
 
 

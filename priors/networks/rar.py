@@ -15,21 +15,18 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from priors.backbone import check_settings
+from priors.backbone import check_settings, token_starts
 from priors.families.autoregressive import AutoregressivePrior, check_order
 from priors.networks.slots import (
     BlockCache,
-    SlotDecoding,
+    SlotNetwork,
     attend,
     check_sizes,
     held_tokens,
     initialise,
-    logits_of,
     refuse_given,
     split_heads,
-    token_starts,
 )
 from tokenizer.interface import CodeLayout
 from training.randomness import Dropout
@@ -86,10 +83,11 @@ class RARConfig:
         )
 
 
-class RAR(nn.Module):
+class RAR(SlotNetwork):
     """Codes and labels to logits per level, in any order within levels."""
 
-    num_before = 1  # slots before that of the first code: the learned token's
+    num_before = 1  # the learned token's
+    any_order = True
     guidance_lag = 1  # step k of N is guided as the schedule says at k / N
 
     def __init__(self, config: RARConfig, layout: CodeLayout, num_classes: int) -> None:
@@ -113,26 +111,6 @@ class RAR(nn.Module):
         for table in (self.positions, self.targets, self.steps):
             nn.init.normal_(table, std=0.02)
         self.register_buffer("starts", token_starts(layout), persistent=False)
-
-    def forward(
-        self,
-        codes: Tensor,
-        labels: Tensor,
-        *,
-        order: Tensor | None = None,
-        given: Tensor | None = None,
-    ) -> list[Tensor]:
-        """(B, N) codes and (B,) labels -> (B, n, num_codes) float32 logits per level; `order` as
-        of priors.backbone."""
-        assert given is None, "nothing is given"
-        return logits_of(self, codes, labels, order)
-
-    def decoding(
-        self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
-    ) -> SlotDecoding:
-        """The same logits slot by slot from cached keys and values."""
-        assert given is None, "nothing is given"
-        return SlotDecoding(self, labels, order)
 
     def features(
         self,
@@ -162,12 +140,7 @@ class RAR(nn.Module):
             features = torch.cat([start, features], 1)
             condition = torch.cat([classes + self.steps[0], condition], 1)
         condition = F.silu(condition)
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            if again:
-                features = checkpoint(block, features, condition, use_reentrant=False)
-            else:
-                features = block(features, condition, cache)
+        features = self.run_blocks(features, caches, condition)
         scale, shift = self.modulation(condition[:, -count:]).chunk(2, -1)
         return self.norm(features[:, -count:]) * (1 + scale) + shift
 

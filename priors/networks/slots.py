@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from priors.block import run_block
 from tokenizer.interface import CodeLayout
 from training.errors import UserError
 
@@ -62,6 +63,44 @@ def split_heads(features: Tensor, dim_head: int) -> Tensor:
     return features.unflatten(-1, (-1, dim_head)).transpose(1, 2)
 
 
+class SlotNetwork(nn.Module):
+    """A network of such slots as priors ask one: whole sequences, and slot by slot."""
+
+    num_before = 0  # slots before that of the first code
+    any_order = False  # whether codes may come in another order than the layout's
+    gradient_checkpointing = False
+
+    def forward(
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        *,
+        order: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> list[Tensor]:
+        """(B, N) codes and (B,) labels -> (B, n, num_codes) float32 logits per level; `order` as
+        of priors.backbone."""
+        self._check(order, given)
+        return logits_of(self, codes, labels, order)
+
+    def decoding(
+        self, labels: Tensor, *, order: Tensor | None = None, given: Tensor | None = None
+    ) -> SlotDecoding:
+        """The same logits slot by slot from cached keys and values."""
+        self._check(order, given)
+        return SlotDecoding(self, labels, order)
+
+    def run_blocks(self, features: Tensor, caches: list[BlockCache] | None, *more: Any) -> Tensor:
+        """Features through all blocks; `more` is what a block takes between features and cache."""
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            features = run_block(block, self.gradient_checkpointing, features, *more, cache)
+        return features
+
+    def _check(self, order: Tensor | None, given: Tensor | None) -> None:
+        assert given is None, "nothing is given"
+        assert order is None or self.any_order, "there is one order"
+
+
 class SlotDecoding:
     """The logits of `network(codes, labels, order=order)`, one slot after another."""
 
@@ -97,12 +136,6 @@ def logits_of(
 def levels_of(layout: CodeLayout) -> list[int]:
     """Of each position its level."""
     return [level for level, length in enumerate(layout.lengths) for _ in range(length)]
-
-
-def token_starts(layout: CodeLayout) -> Tensor:
-    """(N,) int64: where a position's codes begin in a table of the codes of all levels."""
-    sizes = torch.tensor([0, *layout.num_codes]).cumsum(0)[:-1]
-    return sizes.repeat_interleave(torch.tensor(layout.lengths))
 
 
 def held_tokens(held: Tensor, first: int, starts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from priors.published.load import from_pretrained
-from tokenizer.published.check import RAW, Difference, difference, fitted, read_case
+from tokenizer.published.check import RAW, Difference, compared, read_case
 
 INPUTS = ("tokens", "labels", "masked", "orders")  # the first names the group
 
@@ -41,11 +41,7 @@ def check(folder: Path, kind: str | None = None) -> tuple[list[Difference], dict
         plain = {name: value for name, value in case.items() if name in INPUTS}
         made = prior.published.peer.outputs(prior, plain | given)
         computed |= {f"{prefix}{name}": value for name, value in made.items()}
-    found = {
-        name: fitted(computed[name], tuple(case[name].shape)) for name in case if name in computed
-    }
-    asked = [name for name in case if name.rpartition(".")[2] not in INPUTS]
-    return [difference(name, case[name], found.get(name)) for name in asked], found
+    return compared(case, computed, lambda name: name.rpartition(".")[2] in INPUTS)
 
 
 def prefixes(case: Mapping[str, Tensor]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -56,12 +56,18 @@ def check(folder: Path, kind: str | None = None) -> tuple[list[Difference], dict
         computed |= {
             f"{prefix}{name}": value for name, value in compute(model, case, prefix).items()
         }
+    return compared(case, computed, is_input)
+
+
+def compared(
+    case: Mapping[str, Tensor], computed: Mapping[str, Tensor], is_input: Callable[[str], bool]
+) -> tuple[list[Difference], dict[str, Tensor]]:
+    """What a case holds, but for its inputs, against what was computed, in the case's layout."""
     found = {
         name: fitted(computed[name], tuple(case[name].shape)) for name in case if name in computed
     }
-    return [
-        difference(name, case[name], found.get(name)) for name in case if not is_input(name)
-    ], found
+    asked = [name for name in case if not is_input(name)]
+    return [difference(name, case[name], found.get(name)) for name in asked], found
 
 
 def read_case(folder: Path) -> dict[str, Tensor]:
