@@ -17,7 +17,7 @@ from typing import Any
 from eval.record import Measurement, nameless
 from eval.report.tables import ARROWS, interval_text, markdown_table, number, value_text
 from training.command import Parser, run_command
-from training.config import to_dict
+from training.config import flat, to_dict
 from training.errors import UserError
 
 
@@ -134,7 +134,7 @@ def conditions(figure: Measurement) -> dict[str, Any]:
         "n": figure.n,
         "split": figure.split,
         "unit": figure.unit,
-        **_flat(nameless(figure.settings)),
+        **flat(nameless(figure.settings)),
     }
 
 
@@ -165,7 +165,7 @@ def _environments(first: Figures, second: Figures) -> list[str]:
     """What may move the last digits, and where it differs."""
     lines = []
     for kind in first.environments:
-        one, other = (_flat(each.environments.get(kind, {})) for each in (first, second))
+        one, other = (flat(each.environments.get(kind, {})) for each in (first, second))
         differing = [field for field in one if field in other and one[field] != other[field]]
         lines += [
             f"note: {kind} was measured with {field} {one[field]} and {other[field]}"
@@ -192,32 +192,17 @@ def check_alike(conditions: Mapping[Path, Mapping[str, str]], allowed: Sequence[
 
 def own_settings(configs: Sequence[Any]) -> list[str]:
     """What each run's configuration says that not all others' say."""
-    flat = [_flat(to_dict(config)) for config in configs]
+    settings = [flat(to_dict(config)) for config in configs]
     return [
         ", ".join(
             f"`{key}={value}`"
             for key, value in config.items()
             if key not in ("name", "root")
-            and any(key not in other or other[key] != value for other in flat)
+            and any(key not in other or other[key] != value for other in settings)
         )
         or "none"
-        for config in flat
+        for config in settings
     ]
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"loop": {"steps": 3}} -> {"loop.steps": 3}; of lists of such, {"data": [{"n": 1}]} ->
-    {"data.0.n": 1}."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-            value = {str(index): each for index, each in enumerate(value)}
-        found |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return found
 
 
 def main() -> None:

@@ -124,6 +124,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain | {PLUGINS: modules} if modules else plain
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loop": {"steps": 3}} -> {"loop.steps": 3}; of lists of such, {"data": [{"n": 1}]} ->
+    {"data.0.n": 1}."""
+    pairs: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = {str(index): each for index, each in enumerate(value)}
+        pairs |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return pairs
+
+
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML, for `load`."""
     return dump(escaped(to_dict(config)))

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from priors import load as load_prior
 from priors.interface import SampleOptions
 from priors.published.load import Model, from_pretrained
 from priors.published.table import PEERS
@@ -17,12 +19,14 @@ from priors.record import NO_TOKENIZER, PriorRecord
 from priors.run import PriorRun
 from tokenizer.interface import CodeLayout
 from tokenizer.published.files import FIRST_STAGE, SUFFIXES, open_weights
-from tokenizer.published.imports import import_tokenizer
+from tokenizer.published.imports import another_model, import_tokenizer
 from tokenizer.published.load import PREFIX, Source, save_published
 from tokenizer.published.table import published_files
 from tokenizer.run import load as load_tokenizer
 from training import distributed
 from training.checkpoint import Run, load_weights, sha256, weights_hash
+from training.config import load as load_config
+from training.config import to_dict
 from training.errors import UserError
 
 
@@ -144,7 +148,7 @@ def export_prior(folder: str | Path, like: str | Path, out: str | Path, **option
     """Write a prior of ours, trained on from a published file `like`, under that file's names;
     return its path.
 
-    Raises UserError where the two are not of one architecture.
+    Raises UserError where the two are not of one architecture, or compute different things.
     """
     prior = from_pretrained(like, **options)
     weights, own = load_weights(Path(folder)), prior.state_dict()
@@ -154,7 +158,32 @@ def export_prior(folder: str | Path, like: str | Path, out: str | Path, **option
                 f"{folder}: its {name} is not that of {like}: export what was trained on from it"
             )
     prior.load_state_dict(weights)
+    check_same(folder, prior)
     return save_published(prior, out)
+
+
+@torch.no_grad()
+def check_same(folder: str | Path, theirs: nn.Module) -> None:
+    """Raise UserError, with the settings, unless a run's prior computes what another one of the
+    same tensors does. Shapes do not tell it: 4 heads and 8 have the same tensors."""
+    ours, generator = load_prior(folder), torch.Generator().manual_seed(0)
+    spans = ours.layout.spans()
+    parts = [
+        torch.randint(count, (2, span.stop - span.start), generator=generator)
+        for span, count in spans
+    ]
+    device, labels = distributed.device(), torch.arange(2) % ours.num_classes
+    codes, labels = torch.cat(parts, 1).to(device), labels.to(device)
+    nats = [prior.nll(codes, labels).nats for prior in (ours, theirs.to(device))]
+    if not torch.allclose(*nats, rtol=1e-4):
+        settings = load_config(PriorRun, Path(folder) / "config.yaml", alone=True).prior
+        raise another_model(
+            Path(folder),
+            "prior",
+            to_dict(settings),
+            to_dict(theirs.config.prior),
+            lambda name: True,
+        )
 
 
 def is_published(path: Path) -> bool:

@@ -12,7 +12,7 @@ import torch
 from golden import golden
 from safetensors.torch import load_file, save_file
 from test_published_files import archive, hand_written, old_file, payloads
-from tiny_priors import CLASSES, CODES, LENGTH, TINY, expected_logits
+from tiny_priors import CLASSES, CODES, HEADS, LENGTH, TINY, expected_logits
 
 import priors
 from priors.interface import SampleOptions
@@ -147,6 +147,20 @@ def test_a_round_trip_keeps_the_bits(kind, tmp_path):
     assert torch.equal(ours.sample(labels, options, ids), prior.sample(labels, options, ids))
     out = export_prior(folder, tmp_path / "theirs", tmp_path / "out.safetensors")
     same_bits(load_file(out), load_file(file))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "rar"])
+def test_an_export_of_the_same_tensors_and_another_function_is_refused(kind, tmp_path):
+    """A prior trained here with heads of another width has the tensors of the published one (but
+    RAR's, whose norms of queries are as wide as its heads)."""
+    write(tmp_path / "theirs", kind)
+    folder = import_prior(tmp_path / "theirs", tmp_path / "run" / "prior")
+    settings = (folder / "config.yaml").read_text()
+    assert settings.count(f"heads: {HEADS}") == 1
+    (folder / "config.yaml").write_text(settings.replace(f"heads: {HEADS}", "heads: 1"))
+    with pytest.raises(UserError, match=rf"prior\.heads=1 \({HEADS} there\)"):
+        export_prior(folder, tmp_path / "theirs", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @KINDS

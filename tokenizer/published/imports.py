@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tokenizer.published.table import published_files
 from tokenizer.run import TokenizerRun, load, load_autoencoder_weights, load_config
 from tokenizer.sharing import save_autoencoder
 from training import distributed
-from training.config import from_dict, to_dict
+from training.config import flat, from_dict, to_dict
 from training.errors import UserError
 
 
@@ -108,29 +109,34 @@ def check_same(ours: nn.Module, theirs: nn.Module, folder: Path) -> None:
     )
     if same:
         return
-    one, other = (flat(to_dict(each.config.model)) for each in (ours, theirs))
+    settings = (to_dict(each.config.model) for each in (ours, theirs))
+    telling = lambda name: name in SEARCH or not name.startswith("quantizer")  # noqa: E731
+    raise another_model(folder, "model", *settings, telling)
+
+
+def another_model(
+    folder: Path,
+    section: str,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    telling: Callable[[str], bool],
+) -> UserError:
+    """Of two models of the same tensors that compute different things, by the settings of
+    `section` in which they differ; `telling` says of which ones that may be."""
+    one, other = flat(ours), flat(theirs)
     differing = [
         f"{name}={one.get(name)} ({other.get(name)} there)"
         for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name) and (name in SEARCH or not name.startswith("quantizer"))
+        if one.get(name) != other.get(name) and telling(name)
     ]
-    raise UserError(
+    return UserError(
         f"{folder}: under these names it would be another model, with the same tensors: train with "
-        f"model.{', model.'.join(differing) or '* as there'}"
+        f"{section}.{f', {section}.'.join(differing) or '* as there'}"
     )
 
 
 # What settings of a quantizer change of the model that it is in; the others are of training.
 SEARCH = ("quantizer.kind", "quantizer.metric")
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"encoder": {"groups": 32}} -> {"encoder.groups": 32}"""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        found |= {f"{prefix}{name}": value} if inner is None else inner
-    return found
 
 
 def at_hand() -> dict[str, str]:
